@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from falcon import testing
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import taskd
+from support import SECRET, Process, bearer
+
+
+class Person:
+    """A user with a good token, calling the application without a socket between."""
+
+    def __init__(self, client: testing.TestClient, name: str) -> None:
+        self.client, self.name, self.tasks = client, name, f"/api/{name}/tasks"
+
+    def call(self, method: str, path: str = "", **options: Any) -> testing.Result:
+        """Send a request to a path below this person's tasks, or to an absolute one."""
+        path = path if path.startswith("/api") else self.tasks + path
+        headers = bearer(self.name) | options.pop("headers", {})
+        return self.client.simulate_request(method, path, headers=headers, **options)
+
+    def add(self, **task: Any) -> dict[str, Any]:
+        """Create a task and return it."""
+        response = self.call("POST", json={"title": "Buy milk"} | task)
+        assert response.status_code == 201, response.text
+        return dict(response.json)
+
+
+@pytest.fixture
+def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
+    """Make applications on a database in a file; whatever they open is closed."""
+    made: list[taskd.App] = []
+
+    def make(**settings: Any) -> taskd.App:
+        defaults = {"secret": SECRET, "database_url": f"sqlite:///{tmp_path}/taskd.db"}
+        made.append(taskd.create_app(taskd.Settings(**(defaults | settings))))
+        return made[-1]
+
+    yield make
+    for app in made:
+        app.store.close()
+
+
+@pytest.fixture
+def app(make_app: Callable[..., taskd.App]) -> taskd.App:
+    return make_app()
+
+
+@pytest.fixture
+def client(app: taskd.App) -> testing.TestClient:
+    return testing.TestClient(app)
+
+
+@pytest.fixture
+def alice(client: testing.TestClient) -> Person:
+    return Person(client, "alice")
+
+
+@pytest.fixture
+def bob(client: testing.TestClient) -> Person:
+    return Person(client, "bob")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Start taskd processes in this test's directory; those still running at its end are ended."""
+    started: list[Process] = []
+
+    def start(**options: Any) -> Process:
+        started.append(Process(options.pop("directory", tmp_path), **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.popen.poll() is None:
+            process.kill()
+
+
+@pytest.fixture
+def server(start: Callable[..., Process]) -> Process:
+    return start()
