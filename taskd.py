@@ -43,7 +43,7 @@ log = logging.getLogger("taskd")
 # --- Settings -------------------------------------------------------------------------------------------------------
 
 MIN_SECRET = 32  # bytes; RFC 7518, section 3.2: an HS256 key is at least as long as the hash
-PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # noqa: S105  Better Auth signs with it when given none
+PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # what Better Auth signs with when given none
 MAKE_ONE = "make one with: python taskctl.py init"
 ORIGIN = r"https?://[a-z0-9.\[\]:-]+"
 
@@ -547,8 +547,13 @@ def _first(tasks: TaskList) -> TaskView | None:
     return tasks[0] if tasks else None
 
 
+def timestamp(when: datetime) -> str:
+    """Return a time in UTC as tasks show it (RFC 3339, milliseconds)."""
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return timestamp(datetime.now(UTC))
 
 
 def connect(path: str, timeout: float) -> peewee.SqliteDatabase:
@@ -654,9 +659,9 @@ class Envelope:
         """Log the request: never its token, its query or its body."""
         context = req.context
         milliseconds = (time.perf_counter() - context.started) * 1000
-        user = context.user.id if "user" in context else "-"
+        user = repr(context.user.id) if "user" in context else "-"
         route = req.uri_template or "-"
-        log.info("%s %s %s %.1fms id=%s user=%r", req.method, route, resp.status_code, milliseconds, context.id, user)
+        log.info("%s %s %s %.1fms id=%s user=%s", req.method, route, resp.status_code, milliseconds, context.id, user)
 
 
 class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
