@@ -171,8 +171,7 @@ def parse_claim(text: str) -> tuple[str, Any]:
 
 @app.command()
 def verify(
-    token: Annotated[str, typer.Argument(help="The token; - reads it from stdin.")] = "-",
-    as_json: AsJson = False,
+    token: Annotated[str, typer.Argument(help="The token; - reads it from stdin.")] = "-", as_json: AsJson = False
 ) -> None:
     """Say whether taskd would accept a token, as whom and until when, or exactly why not."""
     tokens = Tokens(Settings.load())

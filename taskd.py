@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
-from uuid import uuid4
+from urllib.parse import urlsplit
 
 import falcon
 import jwt
@@ -45,6 +46,7 @@ log = logging.getLogger("taskd")
 MIN_SECRET = 32  # bytes; RFC 7518, section 3.2: an HS256 key is at least as long as the hash
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # what Better Auth signs with when given none
 MAKE_ONE = "make one with: python taskctl.py init"
+KEY_SET_URL = r"https://[^\s@]+|http://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/\S*)?"
 ORIGIN = r"https?://[a-z0-9.\[\]:-]+"
 
 
@@ -110,6 +112,9 @@ class Settings:
     cors_origins: tuple[str, ...] = _setting(
         "TASKD_CORS_ORIGINS", (), "origins such as https://a.example, with commas", rf"({ORIGIN}[,\s]*)+", _split
     )
+    jwks_url: str | None = _setting(
+        "TASKD_JWKS_URL", None, "https, or http to this machine: Better Auth's /api/auth/jwks", KEY_SET_URL
+    )
     issuer: str | None = _setting("TASKD_ISSUER", None, "the iss claim that a token must have")
     audience: str | None = _setting("TASKD_AUDIENCE", None, "the aud claim that a token must have")
     log_level: str = _setting("TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error")
@@ -155,20 +160,40 @@ def _read_dotenv(path: Path) -> dict[str, str]:
 
 LEEWAY = 10  # seconds that this clock and Better Auth's may differ
 MAX_TOKEN = 16 * 1024  # characters; Better Auth's have a few hundred
+REMEMBERED = 1000  # verified tokens
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, section 7.1: no padding
+ASYMMETRIC = ("EdDSA", "ES256", "ES512", "RS256", "PS256")  # what Better Auth's jwt() plugin can sign with
 REFUSALS: dict[type[Exception], str] = {
     jwt.ExpiredSignatureError: "the token has expired; log in again",
     jwt.ImmatureSignatureError: "the token is not valid yet: nbf or iat is in the future",
-    jwt.InvalidSignatureError: "the signature does not match: the token was signed with another secret, or changed",
-    jwt.InvalidAlgorithmError: "alg must be HS256",
-    jwt.InvalidIssuerError: "iss is not the issuer that this server trusts",
-    jwt.InvalidAudienceError: "aud does not name this server",
+    jwt.InvalidSignatureError: "the signature does not match: the token was changed, or signed with another secret",
+    jwt.InvalidIssuerError: "iss is not the issuer that this server trusts (TASKD_ISSUER)",
+    jwt.InvalidAudienceError: "aud does not name this server (TASKD_AUDIENCE)",
     jwt.exceptions.InvalidSubjectError: "sub must be a string",
 }
+KEYS_AGE = 300  # seconds after which the key set is fetched again, while its keys go on
+KEYS_PAUSE = 3  # seconds at least between two fetches, whatever kids are asked for
+MAX_KEY_SET = 1024 * 1024  # bytes
+KEYS_WAIT = 5  # seconds that a request waits for a fetch
 
 
 class TokenError(Exception):
     """The token is not accepted; the message says why, fit for an error_description (RFC 6750, section 3)."""
+
+
+class Unavailable(Exception):
+    """What is needed to answer cannot be used right now; the arguments say what and why."""
+
+
+class Blocked(BaseException):
+    """This thread must not wait, and would have to; nothing was done, so the request can start again in another."""
+
+
+class _Thread(threading.local):
+    hurried = False  # True in the thread that serves the sockets
+
+
+this_thread = _Thread()
 
 
 class User(Struct, frozen=True):
@@ -178,6 +203,78 @@ class User(Struct, frozen=True):
     expires: float
     email: str | None = None
     name: str | None = None
+
+
+class KeySet:
+    """Better Auth's public keys (RFC 7517), fetched when they are old or a token names one that is not among them."""
+
+    def __init__(self, url: str, waiting: int) -> None:
+        """Take the address of a key set; at most `waiting` requests wait for it at once."""
+        self._url = url
+        self._slots = threading.BoundedSemaphore(waiting)
+        self._lock = threading.Lock()
+        self._keys: dict[str, jwt.PyJWK] = {}
+        self._started, self._finished, self._failure = -math.inf, threading.Event(), ""
+        self._finished.set()
+
+    def find(self, kid: str) -> jwt.PyJWK | None:
+        """Return the key of this name, or None if the set has none. Raises Unavailable if the set cannot be had."""
+        key = self._keys.get(kid)
+        finished = self._refresh(KEYS_AGE if key else KEYS_PAUSE)
+        if key or (finished.is_set() and not self._failure):
+            return key
+        if not finished.is_set():
+            self._wait(finished)
+        if self._failure and kid not in self._keys:
+            raise Unavailable("the key set", self._failure)
+        return self._keys.get(kid)
+
+    def _refresh(self, age: float) -> threading.Event:
+        """Start a fetch if none is under way and the last began `age` seconds ago; return what tells its end."""
+        with self._lock:
+            if self._finished.is_set() and time.monotonic() - self._started > age:
+                self._started, self._finished = time.monotonic(), threading.Event()
+                threading.Thread(target=self._fetch, args=(self._finished,), daemon=True).start()
+            return self._finished
+
+    def _wait(self, finished: threading.Event) -> None:
+        if this_thread.hurried:
+            raise Blocked
+        if not self._slots.acquire(blocking=False):
+            raise Unavailable("the key set", "too many requests are waiting for it")
+        try:
+            if not finished.wait(KEYS_WAIT):
+                raise Unavailable("the key set", f"no answer within {KEYS_WAIT} s")
+        finally:
+            self._slots.release()
+
+    def _fetch(self, finished: threading.Event) -> None:
+        try:
+            keys = download_keys(self._url)
+            self._keys, self._failure = {key.key_id or "": key for key in keys}, ""
+        except Exception as ex:  # whatever the other side does
+            self._failure = f"{type(ex).__name__}: {ex}"
+        finished.set()
+
+
+def download_keys(url: str) -> list[jwt.PyJWK]:
+    """Return the keys of a set that can verify a login: never a secret, which a public set cannot hold."""
+    from http.client import HTTPConnection, HTTPSConnection  # loaded only where there is a key set
+
+    parts = urlsplit(url)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=KEYS_WAIT)
+    try:
+        connection.request(
+            "GET", f"{parts.path or '/'}?{parts.query}".rstrip("?"), headers={"Accept": "application/json"}
+        )
+        answer = connection.getresponse()
+        if answer.status != HTTPStatus.OK:  # a redirect too: keys come from where the operator said
+            raise ValueError(f"{url} answered {answer.status}")
+        keys = jwt.PyJWKSet.from_dict(json.loads(answer.read(MAX_KEY_SET))).keys
+    finally:
+        connection.close()
+    return [key for key in keys if key.algorithm_name in ASYMMETRIC and key.public_key_use in ("sig", None)]
 
 
 class StrictJWT(jwt.PyJWT):
@@ -191,50 +288,78 @@ class StrictJWT(jwt.PyJWT):
 
 
 class Tokens:
-    """Verify and mint Better Auth's JWTs, signed with HS256 and the shared secret (RFC 7519)."""
+    """Verify Better Auth's JWTs (RFC 7519): HS256 with the shared secret, or signed with a key of its key set."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raise SettingsError when there is no secret."""
+        """Raise SettingsError when there is neither a secret nor a key set."""
         self._secrets = settings.secrets or ((settings.secret,) if settings.secret else ())
-        if not self._secrets:
+        self._key_set = KeySet(settings.jwks_url, settings.threads // 2) if settings.jwks_url else None
+        if not self._secrets and not self._key_set:
             raise SettingsError(f"BETTER_AUTH_SECRET is missing; {MAKE_ONE}")
         self._issuer, self._audience = settings.issuer, settings.audience
         # Better Auth puts aud into its tokens, and PyJWT refuses any token with an aud unless told otherwise.
         self._jwt = StrictJWT({"require": ["sub", "exp"], "verify_aud": self._audience is not None})
+        self._verified: dict[str, User] = {}
 
     def verify(self, token: str) -> User:
-        """Return the user of a compact JWS, or raise TokenError.
+        """Return the user of a compact JWS, or raise TokenError, or Unavailable if its key cannot be had.
 
         Identity is `sub` and nothing else: Better Auth signs e-mail links with the same secret, and they name a user
         by `userId` and `email`.
         """
-        if len(token) > MAX_TOKEN:
-            raise TokenError(f"the token is longer than {MAX_TOKEN} characters")
-        if not COMPACT_JWS.fullmatch(token):
-            raise TokenError("this is no JWT: it must be three base64url parts with dots between them")
-        try:
-            decoded = self._decode(token)
-        except jwt.MissingRequiredClaimError as ex:
-            raise TokenError(f"the {ex.claim} claim is missing") from None
-        except jwt.InvalidTokenError as ex:
-            raise TokenError(REFUSALS.get(type(ex), "the token is malformed")) from None
-        if not {"crit", "b64"}.isdisjoint(decoded["header"]):
-            raise TokenError("the header has crit or b64, extensions that this server does not know")
-        return _user(decoded["payload"])
+        user = self._verified.get(token)
+        if user is None or user.expires <= time.time() - LEEWAY:
+            user = self._verify(token)
+            if len(self._verified) >= REMEMBERED:
+                self._verified.clear()
+            self._verified[token] = user
+        return user
 
     def mint(self, claims: dict[str, Any]) -> str:
         """Return a token with these claims, signed with the first secret."""
+        if not self._secrets:
+            raise SettingsError(f"BETTER_AUTH_SECRET is missing, without which no token can be signed; {MAKE_ONE}")
         return self._jwt.encode(claims, self._secrets[0], "HS256")
 
-    def _decode(self, token: str) -> dict[str, Any]:
-        for secret in self._secrets:
+    def _verify(self, token: str) -> User:
+        if len(token) > MAX_TOKEN:
+            raise TokenError(f"the token is longer than {MAX_TOKEN} characters")
+        if token.count(".") == 1:
+            raise TokenError("this is no JWT but perhaps a session token; get a JWT from /api/auth/token")
+        if not COMPACT_JWS.fullmatch(token):
+            raise TokenError("this is no JWT: it must be three base64url parts with dots between them")
+        try:
+            header = jwt.get_unverified_header(token)
+            if not {"crit", "b64"}.isdisjoint(header):
+                raise TokenError("the header has crit or b64, extensions that this server does not know")
+            return _user(self._decode(token, header.get("alg"), header.get("kid", "")))
+        except jwt.MissingRequiredClaimError as ex:
+            raise TokenError(f"the {ex.claim} claim is missing: this is not the token of a login") from None
+        except jwt.InvalidTokenError as ex:
+            raise TokenError(REFUSALS.get(type(ex), "the token is malformed")) from None
+
+    def _decode(self, token: str, alg: object, kid: str) -> dict[str, Any]:
+        """Return the claims. The key pins the algorithm: the header only says which key to try (RFC 8725, 3.1)."""
+        for key, algorithm in self._keys(alg, kid):
             try:
-                return self._jwt.decode_complete(
-                    token, secret, ["HS256"], issuer=self._issuer, audience=self._audience, leeway=LEEWAY
+                return self._jwt.decode(
+                    token, key, [algorithm], issuer=self._issuer, audience=self._audience, leeway=LEEWAY
                 )
             except jwt.InvalidSignatureError as ex:
                 mismatch = ex  # perhaps another of the secrets made it
         raise mismatch
+
+    def _keys(self, alg: object, kid: str) -> list[tuple[Any, str]]:
+        if alg == "HS256" and self._secrets:
+            return [(secret, "HS256") for secret in self._secrets]
+        if alg not in ASYMMETRIC:
+            raise TokenError("alg must be HS256" if self._secrets else f"alg must be one of {', '.join(ASYMMETRIC)}")
+        if not self._key_set:
+            raise TokenError("signed with Better Auth's own key, which this server does not know: set TASKD_JWKS_URL")
+        key = self._key_set.find(kid)
+        if key is None or key.algorithm_name != alg:
+            raise TokenError("the key set has no key for this kid and alg")
+        return [(key, key.algorithm_name)]
 
 
 def _user(claims: dict[str, Any]) -> User:
@@ -393,21 +518,6 @@ class DatabaseError(Exception):
     """The database cannot be opened or does not fit schema.sql; the message says which file and why."""
 
 
-class Unavailable(Exception):
-    """The database cannot be used right now: locked for too long, full, read-only, damaged or away."""
-
-
-class Blocked(BaseException):
-    """This thread must not wait, and would have to; nothing was done, so the request can start again in another."""
-
-
-class _Thread(threading.local):
-    hurried = False  # True in the thread that serves the sockets
-
-
-this_thread = _Thread()
-
-
 class Task(peewee.Model):
     """A row of schema.sql's table. Statements are built from it; rows never become one, which would cost 100 µs."""
 
@@ -514,7 +624,7 @@ class TaskStore:
             database.close()  # whatever state the connection is in, the next request starts with a fresh one
             if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
                 raise
-            raise Unavailable(str(ex)) from ex
+            raise Unavailable("the database", str(ex)) from ex
         return [TaskView(key, user, title, text, done == 1, *times) for key, user, title, text, done, *times in rows]
 
     def _write(self, sql: str, **values: Any) -> TaskList:
@@ -532,10 +642,10 @@ class TaskStore:
 
     def _queue_up(self) -> None:
         if not self._slots.acquire(timeout=SLOT):
-            raise Unavailable("too many writes are waiting")
+            raise Unavailable("the database", "too many writes are waiting")
         try:
             if not self._turn.acquire(timeout=QUEUE):
-                raise Unavailable("the writes before this one took too long")
+                raise Unavailable("the database", "the writes before this one took too long")
         finally:
             self._slots.release()
 
@@ -648,7 +758,7 @@ class Envelope:
         """Take the client's request id if it can stand in a log, else make one, and start the clock."""
         req.context.started = time.perf_counter()
         given = req.get_header("X-Request-ID")
-        req.context.id = given if given and REQUEST_ID.fullmatch(given) else uuid4().hex
+        req.context.id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
         resp.set_headers({
             "X-Request-ID": req.context.id, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
         })  # fmt: skip
@@ -685,6 +795,7 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
 
 TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
+DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 Found = TypeVar("Found")
 to_json = msgspec.json.Encoder().encode
@@ -749,6 +860,22 @@ class HealthResource:
     on_head = on_get
 
 
+class FileResource:
+    """A file of this repository that everybody may read."""
+
+    public = True
+
+    def __init__(self, name: str, content_type: str) -> None:
+        self._path, self._content_type = Path(__file__).with_name(name), content_type
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Show it; it may load and call nothing but this server."""
+        resp.content_type, resp.data = self._content_type, self._path.read_bytes()
+        resp.set_header("Content-Security-Policy", DOCS_POLICY)
+
+    on_head = on_get
+
+
 def number(text: str) -> int:
     """Return a task's id from the URL, or raise the 404 of a task that does not exist."""
     if TASK_NUMBER.fullmatch(text) and (task_id := int(text)) <= MAX_TASK_NUMBER:
@@ -789,10 +916,11 @@ def serialize_error(req: falcon.Request, resp: falcon.Response, ex: falcon.HTTPE
 
 
 def unavailable(req: falcon.Request, resp: falcon.Response, ex: Unavailable, params: object) -> NoReturn:
-    """Answer 503 while the database cannot be used, and tell the operator why."""
-    log.error("database unavailable: %s id=%s", ex, req.context.id)
+    """Answer 503 while the database or the key set cannot be used, and tell the operator why."""
+    what, why = ex.args
+    log.error("%s cannot be used: %s id=%s", what, why, req.context.id)
     raise falcon.HTTPServiceUnavailable(
-        description="the database cannot be used right now; nothing was changed, try again", retry_after=RETRY_AFTER
+        description=f"{what} cannot be used right now; nothing was changed, try again", retry_after=RETRY_AFTER
     )
 
 
@@ -813,7 +941,7 @@ class App(falcon.App):  # type: ignore[type-arg]
 
 def create_app(settings: Settings) -> App:
     """Return the WSGI application: the only place where its parts meet. Raises SettingsError and DatabaseError."""
-    tokens, store = Tokens(settings), TaskStore(settings.database, settings.threads - 1)
+    tokens, store = Tokens(settings), TaskStore(settings.database, settings.threads // 2)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
     app = App(middleware=[Envelope(), *cors, AuthMiddleware(tokens)])
     app.store = store
@@ -826,6 +954,8 @@ def create_app(settings: Settings) -> App:
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
     app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
     app.add_route("/healthz", HealthResource())
+    app.add_route("/openapi.json", FileResource("openapi.json", falcon.MEDIA_JSON))
+    app.add_route("/docs", FileResource("docs/api.html", falcon.MEDIA_HTML))
     return app
 
 
@@ -837,7 +967,9 @@ def wsgi() -> App:
 
 
 def configure_log(level: str) -> None:
-    """Send taskd's and waitress' log lines to stderr."""
+    """Send taskd's and waitress' log lines to stderr, without looking up what no line shows."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # as the logging HOWTO's "Optimization" says
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler = logging.StreamHandler()
@@ -857,6 +989,8 @@ QUIET = 5  # looks at the sockets, 20 ms apart, that must find nothing to do bef
 class ServerTask(waitress.task.WSGITask):
     """A request, perhaps one that starts again in a worker thread."""
 
+    wrote_header: bool
+
     def get_environment(self) -> dict[str, Any]:
         """Return the WSGI environment, with the body to be read from its beginning."""
         environ: dict[str, Any] = super().get_environment()
@@ -869,6 +1003,14 @@ class ServerTask(waitress.task.WSGITask):
             self.set_close_on_finish()
         head: bytes = super().build_response_header()
         return head
+
+    def write(self, data: bytes) -> None:
+        """Send the head and the whole of a short body in one packet."""
+        if self.wrote_header or self.content_length != len(data) or not self.complete or not self.has_body:
+            super().write(data)
+        else:
+            self.channel.write_soon(self.build_response_header() + data)
+            self.wrote_header, self.content_bytes_written = True, len(data)
 
 
 class ServerErrorTask(waitress.task.ErrorTask):
@@ -996,6 +1138,8 @@ def main() -> int:
         print(f"taskd: {ex}", file=sys.stderr)
         return 2
     configure_log(settings.log_level)
+    if settings.jwks_url and not (settings.issuer and settings.audience):
+        log.warning("TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE takes tokens meant for other services")
     serve(app, listener, settings.threads)
     app.store.close()
     return 0
