@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -866,7 +867,7 @@ class FileResource:
     public = True
 
     def __init__(self, name: str, content_type: str) -> None:
-        self._path, self._content_type = Path(__file__).with_name(name), content_type
+        self._path, self._content_type = Path(__file__).parent / name, content_type
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Show it; it may load and call nothing but this server."""
@@ -1029,10 +1030,22 @@ class ServerErrorTask(waitress.task.ErrorTask):
 
 
 class ServerChannel(waitress.channel.HTTPChannel):
-    """A client's connection."""
+    """A client's connection. Its next request waits until the client has taken the last answer."""
 
     task_class = ServerTask
     error_task_class = ServerErrorTask
+    stalled = False
+
+    def handle_write(self) -> None:
+        """Send what the client takes; when it has taken all, see to its next request."""
+        super().handle_write()
+        if self.stalled and not self.total_outbufs_len:
+            self.stalled = False
+            self.server.add_task(self)
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        if not this_thread.hurried:
+            super()._flush_outbufs_below_high_watermark()
 
 
 class Server(waitress.server.TcpWSGIServer):
@@ -1082,10 +1095,18 @@ class Server(waitress.server.TcpWSGIServer):
         wasyncore.loop(0 if self._ready else timeout, use_poll=True, map=self._map, count=1)
         for _ in range(len(self._ready)):
             channel = self._ready.popleft()
-            try:
-                channel.service()
-            except Blocked:
-                self.task_dispatcher.add_task(channel)
+            channel.stalled = channel.total_outbufs_len > 0
+            if not channel.stalled:
+                self._answer(channel)
+
+    def _answer(self, channel: ServerChannel) -> None:
+        try:
+            channel.service()
+        except Blocked:
+            self.task_dispatcher.add_task(channel)
+        except Exception:
+            log.exception("unhandled exception outside the application")
+            channel.handle_close()
 
     def _drain(self) -> None:
         deadline, quiet = time.monotonic() + DRAIN, 0
@@ -1113,7 +1134,7 @@ def serve(app: App, listener: socket.socket, threads: int) -> None:
         sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
         threads=threads,
         ident=None,  # no Server header
-        connection_limit=10_000,  # waitress' own limit, 100, lets idle connections shut everyone else out
+        connection_limit=max(100, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100),  # idle ones shut nobody out
         max_request_body_size=1024 * 1024,
         max_request_header_size=64 * 1024,
         recv_bytes=128 * 1024,
