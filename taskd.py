@@ -449,6 +449,7 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
 
 
 Body = TypeVar("Body", bound=_Body)
+to_json = msgspec.json.Encoder().encode
 
 
 def read(req: falcon.Request, kind: type[Body], body: bytes | None = None) -> Body:
@@ -461,12 +462,7 @@ def read(req: falcon.Request, kind: type[Body], body: bytes | None = None) -> Bo
             description="send plain JSON in UTF-8, with the header Content-Type: application/json"
         )
     try:
-        text = body.decode()
-        if r"\u0000" in text and (faults := _faults(text, kind)):
-            raise Unprocessable(faults)
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.ValidationError:
-        raise Unprocessable(_faults(text, kind)) from None
+        return _decode(body.decode(), kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as ex:
         raise falcon.HTTPBadRequest(description=f"the body must be JSON in UTF-8: {ex}") from None
 
@@ -480,12 +476,23 @@ def content(req: falcon.Request) -> bytes:
     return body
 
 
-def _faults(text: str, kind: type[Struct]) -> list[Fault]:
-    """Return all that is wrong with an object, where msgspec stops at the first fault."""
+def _decode(text: str, kind: type[Body]) -> Body:
+    try:
+        if r"\u0000" not in text:
+            return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError:
+        pass  # msgspec stops at the first fault; the caller wants them all
     try:
         members = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        return [Fault("body", "must be a JSON object")]
+        msgspec.json.decode(text, type=msgspec.Raw)  # it may be no JSON at all
+        raise Unprocessable([Fault("body", "must be a JSON object")]) from None
+    if faults := _faults(members, kind):
+        raise Unprocessable(faults[:MAX_FAULTS])
+    return msgspec.json.decode(to_json(members), type=kind)
+
+
+def _faults(members: dict[str, msgspec.Raw], kind: type[Struct]) -> list[Fault]:
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     faults = [Fault(name, "is missing") for name, field in fields.items() if field.required and name not in members]
     for name, value in members.items():
@@ -493,7 +500,7 @@ def _faults(text: str, kind: type[Struct]) -> list[Fault]:
             faults.append(Fault(name[:MAX_NAME], "is not a field that can be set here"))
         elif name in RULES and (reason := _reason(name, value)):
             faults.append(Fault(name, reason))
-    return faults[:MAX_FAULTS]
+    return faults
 
 
 def _reason(name: str, value: msgspec.Raw) -> str | None:
@@ -501,7 +508,8 @@ def _reason(name: str, value: msgspec.Raw) -> str | None:
     try:
         given = msgspec.json.decode(value, type=expected)
     except msgspec.ValidationError:
-        blank = name == "title" and re.fullmatch(rb'"(\s|\\[tnrfv])*"', value)
+        is_text = bytes(value).startswith(b'"')
+        blank = name == "title" and is_text and not msgspec.json.decode(value, type=str).strip()
         return "must not be blank" if blank else rule
     return "must not contain U+0000" if isinstance(given, str) and "\0" in given else None
 
@@ -678,7 +686,7 @@ def prepare_database(path: str) -> None:
 
     Raises DatabaseError for a file that cannot be opened or does not fit, and leaves it as it was.
     """
-    database = connect(path, BUSY)
+    database = peewee.SqliteDatabase(path, timeout=BUSY)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if not database.table_exists("task"):
@@ -799,7 +807,6 @@ MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 Found = TypeVar("Found")
-to_json = msgspec.json.Encoder().encode
 
 
 class TaskResource:
@@ -1036,6 +1043,11 @@ class ServerChannel(waitress.channel.HTTPChannel):
     error_task_class = ServerErrorTask
     stalled = False
 
+    def send_continue(self) -> None:
+        """Invite the body, if one is still to come; waitress would wait for one that never does."""
+        if not self.request.completed:
+            super().send_continue()
+
     def handle_write(self) -> None:
         """Send what the client takes; when it has taken all, see to its next request."""
         super().handle_write()
@@ -1121,7 +1133,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
-    except (OSError, OverflowError) as ex:
+    except (OSError, OverflowError, UnicodeError) as ex:
         raise SettingsError(f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {ex}") from None
 
 
@@ -1146,6 +1158,8 @@ def serve(app: App, listener: socket.socket, threads: int) -> None:
     host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
     print(f"taskd: listening on http://{host}:{server.effective_port}", file=sys.stderr, flush=True)
     server.run()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def main() -> int:
@@ -1156,7 +1170,7 @@ def main() -> int:
         listener = listen(settings.host, settings.port)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:
-        print(f"taskd: {ex}", file=sys.stderr)
+        print("taskd:", *str(ex).splitlines(), file=sys.stderr)  # one line, whatever a path may hold
         return 2
     configure_log(settings.log_level)
     if settings.jwks_url and not (settings.issuer and settings.audience):
