@@ -78,6 +78,12 @@ def _secrets(text: str) -> tuple[str, ...]:
     return tuple(secrets.values())
 
 
+def _port(text: str) -> int:
+    if int(text) > 65535:  # getaddrinfo would take 65536 for 0
+        raise ValueError("must be at most 65535")
+    return int(text)
+
+
 def _split(text: str) -> tuple[str, ...]:
     return tuple(re.split(r"[,\s]+", text.strip(", ")))
 
@@ -108,7 +114,7 @@ class Settings:
         "DATABASE_URL", "sqlite:///taskd.db", "sqlite:/// and the path of a file", r"sqlite:///(?!:memory:)[^?#\0]+"
     )
     host: str = _setting("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
-    port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", int)
+    port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port)
     threads: int = _setting("TASKD_THREADS", 16, "a number of threads from 2 to 99", "[2-9]|[1-9][0-9]", int)
     cors_origins: tuple[str, ...] = _setting(
         "TASKD_CORS_ORIGINS", (), "origins such as https://a.example, with commas", rf"({ORIGIN}[,\s]*)+", _split
