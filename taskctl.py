@@ -6,6 +6,7 @@ stdout, messages to stderr. Exit status: 0; 1 when something is refused, not fou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -181,8 +182,26 @@ def verify(
     except taskd.TokenError as ex:
         if as_json:
             print(json.dumps({"accepted": False, "reason": str(ex)}))
-        raise Refused(f"taskd refuses this token: {ex}") from None
+        raise Refused(f"taskd refuses this token: {ex}{hint(text.strip())}") from None
     show({"accepted": True, "user_id": user.id, "email": user.email, "name": user.name, "until": until(user)}, as_json)
+
+
+def hint(token: str) -> str:
+    """Return what is probably wrong with the secret, where a small change of it would make the token good."""
+    settings = Settings.load()
+    for secret in settings.secrets or filter(None, [settings.secret]):
+        changes = {
+            "followed by a line break": f"{secret}\n",
+            "in double quotes": f'"{secret}"',
+            "in single quotes": f"'{secret}'",
+            "without the white space around it": secret.strip(),
+            "without the quotes around it": secret.strip("\"'"),
+        }
+        for change, other in changes.items():
+            with contextlib.suppress(taskd.TokenError):
+                if other != secret and Tokens(dataclasses.replace(settings, secret=other, secrets=())).verify(token):
+                    return f"; it was signed with this secret {change}: give both services exactly the same"
+    return ""
 
 
 def until(user: taskd.User) -> str:
@@ -191,6 +210,59 @@ def until(user: taskd.User) -> str:
         return datetime.fromtimestamp(user.expires, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     except (OverflowError, ValueError, OSError):
         return f"{user.expires} seconds after 1970"
+
+
+@app.command()
+def check(as_json: AsJson = False) -> None:
+    """Look at the settings, the database and the key set, and say what is there, line by line."""
+    settings = Settings.load()
+    Tokens(settings)
+    findings = [*check_secrets(settings), *check_files(settings), *check_key_set(settings)]
+    show_all([{"result": result, "about": about, "found": found} for result, about, found in findings], as_json)
+    if off := sum(result == "OFF" for result, _, _ in findings):
+        raise Refused(f"{off} of {len(findings)} things are off")
+
+
+def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Yield what is to be said of the secrets, but never one of them."""
+    for number, secret in enumerate(settings.secrets or filter(None, [settings.secret]), 1):
+        odd = secret != secret.strip() or secret[0] in "\"'" or len(set(secret)) < 10
+        found = "white space or quotes around it, or few different characters: is it meant so?" if odd else "strong"
+        yield "warning" if odd else "ok", f"secret {number}", f"{len(secret.encode())} bytes, {found}"
+
+
+def check_files(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Yield whether the files are there, fit, and are their owner's alone to read."""
+    try:
+        if Path(settings.database).exists():
+            taskd.prepare_database(settings.database)
+            yield "ok", settings.database_url, "fits schema.sql"
+        else:
+            yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
+    except taskd.DatabaseError as ex:
+        yield "OFF", settings.database_url, str(ex)
+    for path in (DOTENV, Path(settings.database)):
+        if path.exists() and (mode := path.stat().st_mode & 0o777) & 0o077:
+            yield "warning", str(path), f"others can read it: mode {mode:o}, better 600"
+
+
+def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Yield what the key set answers."""
+    if not settings.jwks_url:
+        yield "ok", "TASKD_JWKS_URL", "not set: only tokens signed with the secret are accepted"
+        return
+    try:
+        keys = taskd.download_keys(settings.jwks_url)
+        found = ", ".join(f"{key.algorithm_name} {key.key_id}" for key in keys)
+        yield (
+            ("ok", settings.jwks_url, f"keys: {found}") if keys else ("OFF", settings.jwks_url, "no key that can sign")
+        )
+    except Exception as ex:  # whatever the other side does
+        yield "OFF", settings.jwks_url, f"{type(ex).__name__}: {ex}"
+    for variable, value in (("TASKD_ISSUER", settings.issuer), ("TASKD_AUDIENCE", settings.audience)):
+        yield (
+            ("ok", variable, value) if value else ("warning", variable, "not set: other services' tokens are accepted")
+        )
 
 
 # --- Tasks ----------------------------------------------------------------------------------------------------------
