@@ -26,7 +26,6 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
 import falcon
 import jwt
@@ -180,7 +179,6 @@ REFUSALS: dict[type[Exception], str] = {
 }
 KEYS_AGE = 300  # seconds after which the key set is fetched again, while its keys go on
 KEYS_PAUSE = 3  # seconds at least between two fetches, whatever kids are asked for
-MAX_KEY_SET = 1024 * 1024  # bytes
 KEYS_WAIT = 5  # seconds that a request waits for a fetch
 
 
@@ -258,30 +256,16 @@ class KeySet:
     def _fetch(self, finished: threading.Event) -> None:
         try:
             keys = download_keys(self._url)
-            self._keys, self._failure = {key.key_id or "": key for key in keys}, ""
+            self._keys, self._failure = {str(key.key_id): key for key in keys}, ""
         except Exception as ex:  # whatever the other side does
             self._failure = f"{type(ex).__name__}: {ex}"
         finished.set()
 
 
 def download_keys(url: str) -> list[jwt.PyJWK]:
-    """Return the keys of a set that can verify a login: never a secret, which a public set cannot hold."""
-    from http.client import HTTPConnection, HTTPSConnection  # loaded only where there is a key set
-
-    parts = urlsplit(url)
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=KEYS_WAIT)
-    try:
-        connection.request(
-            "GET", f"{parts.path or '/'}?{parts.query}".rstrip("?"), headers={"Accept": "application/json"}
-        )
-        answer = connection.getresponse()
-        if answer.status != HTTPStatus.OK:  # a redirect too: keys come from where the operator said
-            raise ValueError(f"{url} answered {answer.status}")
-        keys = jwt.PyJWKSet.from_dict(json.loads(answer.read(MAX_KEY_SET))).keys
-    finally:
-        connection.close()
-    return [key for key in keys if key.algorithm_name in ASYMMETRIC and key.public_key_use in ("sig", None)]
+    """Return the keys of a set that can verify a login; a set that leaves its host or holds secrets gives none."""
+    keys = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=KEYS_WAIT).get_signing_keys()
+    return [key for key in keys if key.algorithm_name in ASYMMETRIC and not key.Algorithm.check_key_length(key.key)]
 
 
 class StrictJWT(jwt.PyJWT):
@@ -640,7 +624,9 @@ class TaskStore:
             if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
                 raise
             raise Unavailable("the database", str(ex)) from ex
-        return [TaskView(key, user, title, text, done == 1, *times) for key, user, title, text, done, *times in rows]
+        return [
+            TaskView(key, user, title, text, done == 1, new, now) for key, user, title, text, done, new, now in rows
+        ]
 
     def _write(self, sql: str, **values: Any) -> TaskList:
         """Run a statement alone. Writes queue here, because in SQLite's own waiting they back off and starve."""

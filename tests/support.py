@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -10,11 +11,15 @@ import json
 import os
 import re
 import signal
+import socket
+import sqlite3
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a-secret-for-the-tests-of-at-least-32-bytes"
@@ -148,3 +153,99 @@ class Process:
     def kill(self) -> None:
         self.popen.kill()
         self.popen.wait(DEADLINE)
+
+
+# What the tests of a real process share.
+
+
+class WireAnswer(Answer):
+    """One answer of several on a connection, with its status line as it came."""
+
+    def __init__(self, line: bytes, file: BinaryIO, bodiless: bool) -> None:
+        self.line = line.decode("latin-1").rstrip("\r\n")
+        self.status_code = int(self.line.split(" ")[1])
+        self.headers = {name.lower(): value for name, value in http.client.parse_headers(file).items()}
+        length = 0 if bodiless or self.status_code < 200 else int(self.headers["content-length"])
+        self.content = file.read(length)
+        assert len(self.content) == length, "the answer was cut short"
+
+
+class Wire:
+    """A connection on which anything can be sent, and from which answers are read one after another."""
+
+    def __init__(self, server: Process, timeout: float = DEADLINE, receive_buffer: int = 0) -> None:
+        self.socket = socket.socket()
+        self.socket.settimeout(timeout)
+        if receive_buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.connect(("127.0.0.1", server.port))
+        self._file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> Wire:
+        self.socket.sendall(data)
+        return self
+
+    def answer(self, bodiless: bool = False) -> WireAnswer:
+        """Return the next answer; the connection must not end before it."""
+        line = self._file.readline()
+        assert line, "the connection was closed without an answer"
+        return WireAnswer(line, self._file, bodiless)
+
+    def is_closed(self) -> bool:
+        """Wait for the server to end the connection; whatever it sends instead makes this false."""
+        try:
+            return self._file.read(1) == b""
+        except ConnectionError:
+            return True
+
+    def reset(self) -> None:
+        """Break the connection off as a crashed client would."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def written(method: str, path: str, body: object = None, *lines: str, user: str = "", version: str = "1.1") -> bytes:
+    """Return a request as it goes over the wire; a body that is no bytes goes as JSON, with its length."""
+    head = [f"{method} {path} HTTP/{version}", "Host: tasks.example", *lines]
+    if user:
+        head.append(f"Authorization: Bearer {token(user)}")
+    content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    if body is not None and not isinstance(body, bytes):
+        head += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
+    return "\r\n".join([*head, "", ""]).encode("latin-1") + content
+
+
+@contextlib.contextmanager
+def locked(database: Path) -> Iterator[sqlite3.Connection]:
+    """Hold the database's write lock, as another process would."""
+    with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+        finally:
+            connection.execute("ROLLBACK")
+
+
+def stored(database: Path) -> dict[int, dict[str, Any]]:
+    """Return the tasks that are in the database file, read by another process than taskd, by their ids."""
+    with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE)) as connection:
+        connection.row_factory = sqlite3.Row
+        return {row["id"]: dict(row) for row in connection.execute("SELECT * FROM task")}
+
+
+def until(condition: Callable[[], object], why: str, seconds: float = DEADLINE) -> None:
+    """Look again and again until the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {why}"
+        time.sleep(0.01)
