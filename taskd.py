@@ -47,7 +47,7 @@ MIN_SECRET = 32  # bytes; RFC 7518, section 3.2: an HS256 key is at least as lon
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # what Better Auth signs with when given none
 MAKE_ONE = "make one with: python taskctl.py init"
 KEY_SET_URL = r"https://[^\s@]+|http://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/\S*)?"
-ORIGIN = r"https?://[a-z0-9.\[\]:-]+"
+ORIGIN = r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[0-9]+)?"
 
 
 class SettingsError(Exception):
@@ -116,7 +116,11 @@ class Settings:
     port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port)
     threads: int = _setting("TASKD_THREADS", 16, "a number of threads from 2 to 99", "[2-9]|[1-9][0-9]", int)
     cors_origins: tuple[str, ...] = _setting(
-        "TASKD_CORS_ORIGINS", (), "origins such as https://a.example, with commas", rf"({ORIGIN}[,\s]*)+", _split
+        "TASKD_CORS_ORIGINS",
+        (),
+        "origins such as https://a.example, with commas",
+        rf"{ORIGIN}([,\s]+{ORIGIN})*,?",
+        _split,
     )
     jwks_url: str | None = _setting(
         "TASKD_JWKS_URL", None, "https, or http to this machine: Better Auth's /api/auth/jwks", KEY_SET_URL
@@ -170,6 +174,7 @@ REMEMBERED = 1000  # verified tokens
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, section 7.1: no padding
 ASYMMETRIC = ("EdDSA", "ES256", "ES512", "RS256", "PS256")  # what Better Auth's jwt() plugin can sign with
 REFUSALS: dict[type[Exception], str] = {
+    jwt.InvalidTokenError: "the header's kid, crit or b64 is none that this server understands",
     jwt.ExpiredSignatureError: "the token has expired; log in again",
     jwt.ImmatureSignatureError: "the token is not valid yet: nbf or iat is in the future",
     jwt.InvalidSignatureError: "the signature does not match: the token was changed, or signed with another secret",
@@ -272,10 +277,13 @@ class StrictJWT(jwt.PyJWT):
     """PyJWT that also refuses a claim given twice (RFC 7519, section 4)."""
 
     def _decode_payload(self, decoded: dict[str, Any]) -> dict[str, Any]:
-        claims = super()._decode_payload(decoded)
-        if len(json.loads(decoded["payload"], object_pairs_hook=list)) != len(claims):
-            raise jwt.DecodeError("a claim is given twice")
-        return claims
+        return _each_once(decoded["payload"], super()._decode_payload(decoded))
+
+
+def _each_once(text: bytes, members: dict[str, Any]) -> dict[str, Any]:
+    if len(json.loads(text, object_pairs_hook=list)) != len(members):
+        raise jwt.DecodeError("a member is given twice")
+    return members
 
 
 class Tokens:
@@ -321,8 +329,9 @@ class Tokens:
             raise TokenError("this is no JWT: it must be three base64url parts with dots between them")
         try:
             header = jwt.get_unverified_header(token)
+            _each_once(jwt.utils.base64url_decode(token.partition(".")[0]), header)
             if not {"crit", "b64"}.isdisjoint(header):
-                raise TokenError("the header has crit or b64, extensions that this server does not know")
+                raise jwt.InvalidTokenError
             return _user(self._decode(token, header.get("alg"), header.get("kid", "")))
         except jwt.MissingRequiredClaimError as ex:
             raise TokenError(f"the {ex.claim} claim is missing: this is not the token of a login") from None
@@ -670,7 +679,8 @@ def _now() -> str:
 def connect(path: str, timeout: float) -> peewee.SqliteDatabase:
     """Return a database that opens a connection in each thread that uses it, and waits `timeout` seconds for locks."""
     pragmas = {"journal_mode": "wal", "synchronous": "full"}  # reads never wait, and a commit is on disk
-    return peewee.SqliteDatabase(path, pragmas=pragmas, timeout=timeout)
+    existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # a file that is away is not replaced by an empty one
+    return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout)
 
 
 def prepare_database(path: str) -> None:
@@ -689,24 +699,32 @@ def prepare_database(path: str) -> None:
     finally:
         database.close()
     if differences:
-        raise DatabaseError(f"{path} does not fit schema.sql: {'; '.join(differences)}")
+        raise DatabaseError(f"{path} does not fit schema.sql: {differences}")
 
 
-def schema_differences(database: peewee.SqliteDatabase) -> list[str]:
-    """Return what the database has otherwise than schema.sql; others' tables and indexes are no concern of ours."""
+def schema_differences(database: peewee.SqliteDatabase) -> str:
+    """Return in words what the task table has otherwise than schema.sql; other tables are no concern of ours."""
     model = peewee.SqliteDatabase(":memory:")
     model.connection().executescript(SCHEMA.read_text())
-    wanted = {part for table in model.get_tables() for part in _parts(model, table)}
-    found = {part for table in model.get_tables() for part in _parts(database, table)}
+    wanted, found = _schema(model), _schema(database)
     model.close()
     lacking = [f"it lacks {part}" for part in sorted(wanted - found)]
-    return lacking + [f"it has {part}" for part in sorted(found - wanted) if part.startswith("column")]
+    return "; ".join(lacking + [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")])
 
 
-def _parts(database: peewee.SqliteDatabase, table: str) -> list[str]:
-    columns = [(column, "" if column.null else " NOT NULL") for column in database.get_columns(table)]
-    parts = [f"column {table}.{column.name} {column.data_type}{null}" for column, null in columns]
-    return parts + [f"index {index.name} on {', '.join(index.columns)}" for index in database.get_indexes(table)]
+def _schema(database: peewee.SqliteDatabase) -> set[str]:
+    """Return the columns and indexes of the task table as SQLite keeps them, without comments and layout."""
+    statements = database.execute_sql("SELECT sql FROM sqlite_master WHERE tbl_name = 'task' AND sql IS NOT NULL")
+    parts = set()
+    for (sql,) in statements.fetchall():
+        plain = " ".join(re.sub("--.*", "", sql).split())
+        table = plain.startswith("CREATE TABLE")
+        parts |= (
+            {part.strip(" )") for part in plain.partition("(")[2].split(",")}
+            if table
+            else {plain.replace("CREATE INDEX", "index")}
+        )
+    return parts
 
 
 # --- Middleware -----------------------------------------------------------------------------------------------------
@@ -733,7 +751,8 @@ class AuthMiddleware:
         if req.method == "OPTIONS" or getattr(resource, "public", False):
             return  # a CORS preflight carries no token
         user = self._authenticate(req.get_header("Authorization"))
-        if params.pop("user_id", None) != user.id:
+        asked, path = params.pop("user_id", None), req.env["PATH_INFO"]
+        if asked != user.id or user.id.encode().decode("latin-1") not in path:  # bytes that are no UTF-8 are U+FFFD
             raise falcon.HTTPForbidden(description="this token is not for the user in the URL; use your own user id")
         req.context.user = user
 
