@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint fuzz mutants audit bench clean
 
 run: .venv/run
 	@$(BIN)/python taskctl.py init
@@ -17,8 +17,23 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/mypy taskd.py taskctl.py
 
+fuzz: .venv/test  ## schemathesis and Hypothesis for minutes instead of seconds
+	TASKD_FUZZ_EXAMPLES=1000 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py
+
+mutants: .venv/test
+	$(BIN)/python tests/mutants.py
+
+audit: .venv/test
+	$(BIN)/pip-audit --requirement requirements.txt
+	$(BIN)/deptry taskd.py taskctl.py --requirements-files requirements.txt
+
+bench: .venv/run
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	.venv-bench/bin/python bench/run.py
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ tests/__pycache__
+	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ tests/__pycache__
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'

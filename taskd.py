@@ -277,12 +277,23 @@ class StrictJWT(jwt.PyJWT):
     """PyJWT that also refuses a claim given twice (RFC 7519, section 4)."""
 
     def _decode_payload(self, decoded: dict[str, Any]) -> dict[str, Any]:
-        return _each_once(decoded["payload"], super()._decode_payload(decoded))
+        return _json_object(decoded["payload"])
 
 
-def _each_once(text: bytes, members: dict[str, Any]) -> dict[str, Any]:
-    if len(json.loads(text, object_pairs_hook=list)) != len(members):
-        raise jwt.DecodeError("a member is given twice")
+def _json_object(text: bytes) -> dict[str, Any]:
+    try:
+        members = json.loads(text, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as ex:
+        raise jwt.DecodeError(str(ex)) from None
+    if not isinstance(members, dict):
+        raise jwt.DecodeError("not a JSON object")
+    return members
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member is given twice")
     return members
 
 
@@ -328,11 +339,10 @@ class Tokens:
         if not COMPACT_JWS.fullmatch(token):
             raise TokenError("this is no JWT: it must be three base64url parts with dots between them")
         try:
-            header = jwt.get_unverified_header(token)
-            _each_once(jwt.utils.base64url_decode(token.partition(".")[0]), header)
+            header = _json_object(jwt.utils.base64url_decode(token.partition(".")[0]))
             if not {"crit", "b64"}.isdisjoint(header):
                 raise jwt.InvalidTokenError
-            return _user(self._decode(token, header.get("alg"), header.get("kid", "")))
+            return _user(self._decode(token, header.get("alg"), str(header.get("kid"))))
         except jwt.MissingRequiredClaimError as ex:
             raise TokenError(f"the {ex.claim} claim is missing: this is not the token of a login") from None
         except jwt.InvalidTokenError as ex:
@@ -553,7 +563,7 @@ class TaskStore:
     def __init__(self, path: str, waiting: int) -> None:
         """Open the database, creating it if need be; at most `waiting` writes wait at once. Raises DatabaseError."""
         prepare_database(path)
-        self._hurried, self._patient = connect(path, timeout=0), connect(path, timeout=BUSY)
+        self._hurried, self._patient = connect(path, timeout=0, cache=16), connect(path, timeout=BUSY)
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
         self._slow = False
@@ -676,9 +686,13 @@ def _now() -> str:
     return timestamp(datetime.now(UTC))
 
 
-def connect(path: str, timeout: float) -> peewee.SqliteDatabase:
-    """Return a database that opens a connection in each thread that uses it, and waits `timeout` seconds for locks."""
+def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
+    """Return a database that opens a connection in each thread that uses it.
+
+    A connection waits `timeout` seconds for another's lock, and keeps up to `cache` MB of pages.
+    """
     pragmas = {"journal_mode": "wal", "synchronous": "full"}  # reads never wait, and a commit is on disk
+    pragmas["cache_size"] = str(-1000 * cache)
     existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # a file that is away is not replaced by an empty one
     return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout)
 
@@ -1002,6 +1016,7 @@ def configure_log(level: str) -> None:
 # --- Server ---------------------------------------------------------------------------------------------------------
 
 DRAIN = 9.0  # seconds within which what was sent is answered after SIGTERM
+ACCEPTED = 500  # connections at most in one go
 QUIET = 5  # looks at the sockets, 20 ms apart, that must find nothing to do before the end
 
 
@@ -1089,6 +1104,13 @@ class Server(waitress.server.TcpWSGIServer):
         """Take note that a connection has a request to answer."""
         self._ready.append(channel)
 
+    def handle_accept(self) -> None:
+        """Accept whoever is waiting, so that nobody waits for the requests of those who came before."""
+        connections, last = -1, len(self._map) + ACCEPTED
+        while connections < len(self._map) < last:
+            connections = len(self._map)
+            super().handle_accept()
+
     def pull_trigger(self) -> None:
         """Wake the thread that serves the sockets, unless this is the one."""
         if not this_thread.hurried:
@@ -1104,10 +1126,7 @@ class Server(waitress.server.TcpWSGIServer):
         this_thread.hurried = True
         while not self.stopping:
             self._serve_once(timeout=1)
-        connections = -1
-        while connections != len(self._map):  # whom the kernel has let in already
-            connections = len(self._map)
-            self.handle_accept()
+        self.handle_accept()  # whom the kernel has let in already
         self.del_channel()
         self.socket.close()
         self._drain()
