@@ -280,20 +280,23 @@ class StrictJWT(jwt.PyJWT):
         return _json_object(decoded["payload"])
 
 
-def _json_object(text: bytes) -> dict[str, Any]:
-    try:
-        members = json.loads(text, object_pairs_hook=_each_once)
-    except (ValueError, RecursionError) as ex:
-        raise jwt.DecodeError(str(ex)) from None
-    if not isinstance(members, dict):
-        raise jwt.DecodeError("not a JSON object")
-    return members
-
-
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
         raise ValueError("a member is given twice")
+    return members
+
+
+_decode_strictly = json.JSONDecoder(object_pairs_hook=_each_once).decode
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    try:
+        members = _decode_strictly(text.decode())
+    except (ValueError, RecursionError) as ex:
+        raise jwt.DecodeError(str(ex)) from None
+    if not isinstance(members, dict):
+        raise jwt.DecodeError("not a JSON object")
     return members
 
 
