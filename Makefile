@@ -27,13 +27,13 @@ audit: .venv/test
 	$(BIN)/pip-audit --requirement requirements.txt
 	$(BIN)/deptry taskd.py taskctl.py --requirements-files requirements.txt
 
-bench: .venv/run
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+bench: .venv-bench/ready
 	.venv-bench/bin/python bench/run.py
+	.venv-bench/bin/python bench/growth.py
+	.venv-bench/bin/python bench/latency.py
 
 clean:
-	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ tests/__pycache__
+	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/better_auth/node_modules
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
@@ -43,4 +43,9 @@ clean:
 
 .venv/test: requirements-dev.txt .venv/run
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv-bench/ready: bench/requirements.txt requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	@touch $@

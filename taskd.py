@@ -172,9 +172,10 @@ LEEWAY = 10  # seconds that this clock and Better Auth's may differ
 MAX_TOKEN = 16 * 1024  # characters; Better Auth's have a few hundred
 REMEMBERED = 1000  # verified tokens
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, section 7.1: no padding
+LOGIN_TYPES = ("jwt", "at+jwt")  # RFC 8725, section 3.11: Better Auth signs its session cookies too, of another type
 ASYMMETRIC = ("EdDSA", "ES256", "ES512", "RS256", "PS256")  # what Better Auth's jwt() plugin can sign with
 REFUSALS: dict[type[Exception], str] = {
-    jwt.InvalidTokenError: "the header's kid, crit or b64 is none that this server understands",
+    jwt.InvalidTokenError: "the header's typ, kid, crit or b64 is not that of a login token",
     jwt.ExpiredSignatureError: "the token has expired; log in again",
     jwt.ImmatureSignatureError: "the token is not valid yet: nbf or iat is in the future",
     jwt.InvalidSignatureError: "the signature does not match: the token was changed, or signed with another secret",
@@ -343,7 +344,7 @@ class Tokens:
             raise TokenError("this is no JWT: it must be three base64url parts with dots between them")
         try:
             header = _json_object(jwt.utils.base64url_decode(token.partition(".")[0]))
-            if not {"crit", "b64"}.isdisjoint(header):
+            if not {"crit", "b64"}.isdisjoint(header) or str(header.get("typ", "JWT")).lower() not in LOGIN_TYPES:
                 raise jwt.InvalidTokenError
             return _user(self._decode(token, header.get("alg"), str(header.get("kid"))))
         except jwt.MissingRequiredClaimError as ex:

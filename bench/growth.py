@@ -1,0 +1,246 @@
+"""What taskd costs as it grows: the same requests with few tasks and with millions, start time, memory, file size."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import sqlite3
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+from common import (
+    ROOT,
+    Load,
+    Request,
+    Run,
+    Server,
+    medians,
+    options,
+    parse,
+    progress,
+    require,
+    run_interleaved,
+    setup,
+    target,
+    workplace,
+    write_script,
+)
+from peers import READS, TASKS, WRITES, Taskd, operations, sign
+
+ORDINARY = 50  # users whose requests are timed, the same number in each case, with 20 tasks each
+GIANT = "giant"  # one user with very many tasks
+BATCH = 10_000  # rows
+STARTS = 5
+LONG_CONNECTIONS, MIXED = 16, 500  # requests of each kind
+GROWN, START = 1.2, 0.7  # at most so many times; seconds
+IDLE, LOADED = 60, 100  # megabytes
+INSERT = "INSERT INTO task (user_id, title, description, completed, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)"
+
+
+class Case(NamedTuple):
+    """A database: tasks of ordinary users, 20 each, and those of the one giant."""
+
+    title: str
+    tasks: int
+    giant: int = 0
+
+    @property
+    def users(self) -> int:
+        return self.tasks // TASKS
+
+
+def make_cases(arguments: Namespace) -> list[Case]:
+    """Return the cases, from the one that the others are compared with."""
+    few = ORDINARY * TASKS
+    sizes = [few, *(size for size in arguments.tasks if size > few)]
+    ordinary = [Case(f"{size:,} tasks", size // TASKS * TASKS) for size in sizes]
+    return [*ordinary, Case(f"one user with {arguments.giant:,}", few, arguments.giant)]
+
+
+# --- Databases ------------------------------------------------------------------------------------------------------
+
+
+def rows(case: Case) -> Iterator[tuple[Any, ...]]:
+    """Yield the tasks in the order in which people would make them: each user's scattered over the whole file."""
+    now = "2026-11-20T21:00:00.000Z"
+    for number in range(case.tasks + case.giant):
+        user = f"user-{number % case.users}" if number < case.tasks else GIANT
+        description = "Every second day, in the evening, with rain water." if number % 2 else None
+        yield user, f"Task {number}: water the plants", description, number % 3 == 0, now, now
+
+
+def seed(path: Path, case: Case) -> float:
+    """Make the database from schema.sql; return the seconds that it took."""
+    started = time.perf_counter()
+    database = sqlite3.connect(path)
+    database.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF; {(ROOT / 'schema.sql').read_text()}")
+    tasks, total = rows(case), case.tasks + case.giant
+    with progress() as bar:
+        task = bar.add_task(f"seeding {case.title}", total=total)
+        while not bar.finished:
+            with database:
+                inserted = database.executemany(INSERT, itertools.islice(tasks, BATCH)).rowcount
+            bar.advance(task, inserted)
+    require(database.execute("SELECT count(*) FROM task").fetchone() == (total,), "seeding lost tasks")
+    database.close()
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())  # or the disk would still be busy with it when writes are timed
+    return time.perf_counter() - started
+
+
+def ordinary_users(case: Case) -> dict[str, list[int]]:
+    """Return some users from all over the database, and their tasks."""
+    step = case.users // ORDINARY
+    numbers = range(0, step * ORDINARY, step)
+    return {f"user-{user}": list(range(user + 1, case.tasks + 1, case.users)) for user in numbers}
+
+
+# --- Measuring ------------------------------------------------------------------------------------------------------
+
+
+class Grown:
+    """A taskd on a database of some size."""
+
+    def __init__(self, case: Case, directory: Path, number: int) -> None:
+        place = directory / str(number)
+        place.mkdir()
+        self.case = case
+        self.peer = Taskd(place)
+        self.path = self.peer.directory / "taskd.db"
+        self.seconds = seed(self.path, case)
+        self.file_mb = round(self.path.stat().st_size / 1e6, 1)
+        self.peer.ids = ordinary_users(case)
+        self.writers = [f"writer-{user}" for user in range(ORDINARY)]
+        self.peer.tokens = {user: sign(user) for user in [*self.peer.ids, *self.writers, GIANT]}
+        self.server: Server
+        self.start_s = self.idle_mb = 0.0
+
+    def start(self, running: ExitStack) -> None:
+        """Start it several times for the time that this takes, and leave it running."""
+        times = [self._start_once() for _ in range(STARTS)]
+        self.start_s = round(statistics.median(times), 3)
+        self.server = self.peer.start()
+        running.callback(self.server.stop)
+        self.server.wait(self.peer.health)
+        self.idle_mb = self.server.memory()
+
+    def _start_once(self) -> float:
+        server = self.peer.start()
+        try:
+            return server.wait(self.peer.health)
+        finally:
+            server.stop()
+
+    def requests(self) -> dict[str, Any]:
+        asked = operations(self.peer, list(self.peer.ids), self.writers)
+        return {name: asked[name] for name in READS + WRITES}
+
+    def check(self) -> None:
+        """See that it answers with the tasks that were put there."""
+        for user, ids in self.peer.ids.items():
+            listed = self.peer.tasks(self.peer.list(user).send(self.peer.port))
+            require([each["id"] for each in listed] == ids, f"{self.case.title}: the list of {user}")
+
+    def load(self, name: str) -> Load:
+        """Return an operation over one connection: what a request costs when none waits for another."""
+        return self._load(name, self.requests()[name], 1)
+
+    def long_load(self) -> Load:
+        """Return a load of everything in turn, as much of each."""
+        choose = random.Random(1)
+        mixed = [request for asked in self.requests().values() for request in choose.choices(asked, k=MIXED)]
+        choose.shuffle(mixed)
+        return self._load("mixed", mixed, LONG_CONNECTIONS)
+
+    def _load(self, name: str, asked: list[Request], connections: int) -> Load:
+        script = write_script(self.path.parent / f"{name}.lua", self.peer.port, asked)
+        return Load(self.peer.port, script, connections)
+
+    def result(self, runs: dict[tuple[str, str], list[Run]]) -> dict[str, Any]:
+        found = {name: medians(runs[self.case.title, name]) for name in READS + WRITES}
+        return {
+            "title": self.case.title,
+            "tasks": self.case.tasks + self.case.giant,
+            "users": self.case.users + bool(self.case.giant),
+            "seeding_s": round(self.seconds, 1),
+            "file_mb": self.file_mb,
+            "start_s": self.start_s,
+            "rss_idle_mb": self.idle_mb,
+            "rss_loaded_mb": self.server.memory(),
+            "p50_ms": {name: each["p50_ms"] for name, each in found.items()},
+            "unexpected": sum(each["unexpected"] for each in found.values()),
+        }
+
+
+def list_giant(grown: Grown) -> str:
+    """Return in a sentence what a list without limit costs when it is very long."""
+    started = time.perf_counter()
+    answer = grown.peer.list(GIANT).send(grown.peer.port)
+    seconds = time.perf_counter() - started
+    require(len(grown.peer.tasks(answer)) == grown.case.giant, "the giant's list")
+    return (
+        f"One list of {grown.case.giant:,} tasks: {seconds:.2f} s, {len(answer.body) / 1e6:.0f} MB; "
+        f"memory afterwards {grown.server.memory():.0f} MB.\n"
+    )
+
+
+def compare(cases: list[dict[str, Any]], runs: dict[tuple[str, str], list[Run]]) -> None:
+    """Add to each case how many times slower it is than the first: the median over the rounds."""
+    first = cases[0]["title"]
+    for case in cases:
+        pairs = {name: zip(runs[case["title"], name], runs[first, name], strict=True) for name in READS + WRITES}
+        case["ratio"] = {
+            name: statistics.median(one.p50_ms / few.p50_ms for one, few in of) for name, of in pairs.items()
+        }
+
+
+def reach(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the targets of this part, and what was reached."""
+    most = max(cases, key=lambda case: int(case["tasks"]))
+    compared = f"p50, {most['title']} to {cases[0]['title']}"
+    slower = [target(f"{name}, {compared}", ratio, under=GROWN, unit=" times") for name, ratio in most["ratio"].items()]
+    worst = {name: max(case[name] for case in cases) for name in ("rss_idle_mb", "rss_loaded_mb", "start_s")}
+    return [
+        *slower,
+        target("memory, idle", worst["rss_idle_mb"], under=IDLE, unit=" MB"),
+        target("memory, after a long load", worst["rss_loaded_mb"], under=LOADED, unit=" MB"),
+        target("start to first answer", worst["start_s"], under=START, unit=" s"),
+    ]
+
+
+def measure(arguments: Namespace) -> dict[str, Any]:
+    with workplace() as (directory, running):
+        circumstances = setup(arguments, directory)
+        all_grown = [Grown(case, directory, number) for number, case in enumerate(make_cases(arguments))]
+        for grown in all_grown:
+            grown.start(running)
+            grown.check()
+        loads = {(grown.case.title, name): grown.load(name) for name in READS + WRITES for grown in all_grown}
+        runs = run_interleaved(loads, arguments.rounds, arguments.seconds)
+        run_interleaved({f"long load, {grown.case.title}": grown.long_load() for grown in all_grown}, 1, arguments.long)
+        cases = [grown.result(runs) for grown in all_grown]
+        giant = list_giant(all_grown[-1])
+    compare(cases, runs)
+    return {**circumstances, "long_load_s": arguments.long, "cases": cases, "giant": giant, "targets": reach(cases)}
+
+
+def main() -> None:
+    parser = options(str(__doc__))
+    parser.add_argument("--tasks", nargs="+", type=int, default=[1_000, 100_000, 2_000_000], help="how many tasks")
+    parser.add_argument("--giant", type=int, default=100_000, help="how many tasks one user has (%(default)s)")
+    parser.add_argument("--long", type=int, default=60, help="seconds of the long load (%(default)s)")
+    arguments = parse(parser)
+    if arguments.quick:
+        arguments.tasks, arguments.giant, arguments.long = [1_000, 20_000], 5_000, 2
+    report.publish("growth", measure(arguments), arguments.output)
+
+
+if __name__ == "__main__":
+    main()

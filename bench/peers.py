@@ -1,0 +1,300 @@
+"""The servers that are compared: how each is started, what it promises, and how the same job is asked of it."""
+
+from __future__ import annotations
+
+import http.client
+import secrets
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jwt
+from common import BENCH, HOST, ROOT, Answer, Request, Server, free_port, require
+
+SECRET = secrets.token_urlsafe(32)
+TASKS = 20  # of each user who reads
+READERS = [f"reader-{number}" for number in range(16)]
+WRITERS = [f"writer-{number}" for number in range(16)]  # whose lists grow, so that the readers' stay as they are
+DAY = 86_400  # seconds
+READS, WRITES = ("list", "get"), ("create", "toggle")
+REFUSALS = ("401", "401 without a token")
+OPERATIONS = READS + WRITES + REFUSALS
+
+
+def task_title(number: int) -> str:
+    return f"Task {number} of {TASKS}: water the plants"
+
+
+def sign(user: str) -> str:
+    now = int(time.time())
+    claims = {"sub": user, "iat": now, "exp": now + DAY, "email": f"{user}@example.com", "name": user}
+    return jwt.encode(claims, SECRET, "HS256")
+
+
+def tampered(token: str) -> str:
+    """Return the token with another signature."""
+    head, _, signature = token.rpartition(".")
+    return f"{head}.{'A' if signature[0] != 'A' else 'B'}{signature[1:]}"
+
+
+class Peer:
+    """A server whose routes are taskd's."""
+
+    name: str
+    title: str
+    runs_as: str
+    durability = "every commit (SQLite in WAL, synchronous=FULL)"
+    health = "/healthz"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / self.name
+        self.directory.mkdir(exist_ok=True)
+        self.port = free_port()
+        self.ids: dict[str, list[Any]] = {}
+        self.tokens: dict[str, str] = {}
+
+    def start(self) -> Server:
+        return Server(self.command(), self.directory, self.port, **self.variables())
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def variables(self) -> dict[str, str]:
+        return {
+            "BETTER_AUTH_SECRET": SECRET,
+            "DATABASE_URL": f"sqlite:///{self.directory}/taskd.db",
+            "TASKD_PORT": str(self.port),
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def fill(self) -> None:
+        """Make the users, and the readers' tasks."""
+        self.tokens = {user: sign(user) for user in READERS + WRITERS}
+        for user in READERS:
+            self.ids[user] = [self.ask(self.create(user, task_title(number)))["id"] for number in range(TASKS)]
+
+    def send(self, request: Request) -> Answer:
+        try:
+            return request.send(self.port)
+        except (OSError, http.client.HTTPException) as ex:
+            sys.exit(f"bench: {self.name}: {request.method} {request.path}: {ex}")
+
+    def ask(self, request: Request) -> Any:
+        """Return the answer to a request that must succeed."""
+        answer = self.send(request)
+        require(answer.status in (200, 201), f"{self.name}: {request.method} {request.path}: {answer}")
+        return answer.json
+
+    def list(self, user: str) -> Request:
+        return Request("GET", f"/api/{user}/tasks", self.tokens[user])
+
+    def get(self, user: str, task: Any, as_user: str | None = None) -> Request:
+        return Request("GET", f"/api/{user}/tasks/{task}", self.tokens[as_user or user])
+
+    def create(self, user: str, name: str) -> Request:
+        return Request("POST", f"/api/{user}/tasks", self.tokens[user], {"title": name})
+
+    def toggle(self, user: str, task: Any, completed: bool) -> Request:
+        """Turn the task, which is the other way round now."""
+        return Request("PATCH", f"/api/{user}/tasks/{task}/complete", self.tokens[user])
+
+    def refused(self, user: str, token: str) -> Request:
+        return Request("GET", f"/api/{user}/tasks", token)
+
+    def tasks(self, answer: Answer) -> list[dict[str, Any]]:
+        """Return the tasks of an answer to `list`."""
+        found: list[dict[str, Any]] = answer.json
+        return found
+
+
+class Bare(Peer):
+    """No job at all: two bytes, whatever is asked."""
+
+    name = "bare"
+    title = "bare waitress"
+    runs_as = "two bytes from waitress 3, its defaults, its queue warnings off"
+    durability = "stores nothing"
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(BENCH / "bare_app.py"), str(self.port)]
+
+    def fill(self) -> None:
+        self.tokens = {user: sign(user) for user in READERS + WRITERS}
+        self.ids = {user: list(range(1, TASKS + 1)) for user in READERS}
+
+
+class Taskd(Peer):
+    name = "taskd"
+    title = "taskd"
+    runs_as = "python taskd.py, its defaults"
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(ROOT / "taskd.py")]
+
+
+class Granian(Peer):
+    name = "granian"
+    title = "taskd, Granian"
+    # One blocking thread reads fastest, as more fight over the interpreter's lock; but a write that has to wait for the
+    # database then holds everybody up.
+    threads = 1
+
+    @property
+    def runs_as(self) -> str:
+        return f"granian --interface wsgi --factory taskd:wsgi --workers 1 --blocking-threads {self.threads}"
+
+    def command(self) -> list[str]:
+        options = ["--interface", "wsgi", "--factory", "--workers", "1", "--host", HOST, "--port", str(self.port)]
+        threads = ["--blocking-threads", str(self.threads)]
+        return [sys.executable, "-m", "granian", *options, *threads, "taskd:wsgi"]
+
+
+class FastAPI(Peer):
+    name = "fastapi"
+    title = "FastAPI + SQLModel"
+    runs_as = "uvicorn, 1 process, uvloop, httptools; a session per request, plain functions"
+    durability = "every commit (SQLite in WAL, synchronous=FULL, its default)"
+    health = "/openapi.json"
+
+    def command(self) -> list[str]:
+        speed = ["--loop", "uvloop", "--http", "httptools"]
+        where = ["--app-dir", str(BENCH), "--host", HOST, "--port", str(self.port)]
+        return [sys.executable, "-m", "uvicorn", "sqlmodel_app:app", *speed, *where]
+
+
+ADMIN = {"identity": "admin@example.com", "password": SECRET}
+
+
+class PocketBase(Peer):
+    """A collection `tasks` of which everyone sees what is theirs. PocketBase makes the users' ids and tokens."""
+
+    name = "pocketbase"
+    title = "PocketBase"
+    runs_as = "pocketbase serve, its defaults; list without counting, by @rowid; 401 from auth-refresh"
+    durability = "not the last commits before a power cut (SQLite in WAL, synchronous=NORMAL, its default)"
+    health = "/api/health"
+    program = str(Path(sys.executable).with_name("pocketbase"))
+
+    def command(self) -> list[str]:
+        return [self.program, "serve", "--http", f"{HOST}:{self.port}", "--dir", str(self.directory / "data")]
+
+    def start(self) -> Server:
+        command = [self.program, "superuser", "upsert", *ADMIN.values(), "--dir", str(self.directory / "data")]
+        subprocess.run(command, cwd=self.directory, check=True, capture_output=True)
+        return super().start()
+
+    def variables(self) -> dict[str, str]:
+        return {}
+
+    def fill(self) -> None:
+        admin = self._login("_superusers", ADMIN)["token"]
+        users = self.ask(Request("GET", "/api/collections/users", admin))["id"]
+        self.ask(Request("POST", "/api/collections", admin, self._collection(users)))
+        self.owners: dict[str, str] = {}
+        for user in READERS + WRITERS:
+            self._add_user(user)
+        for user in READERS:
+            self.ids[user] = [self.ask(self.create(user, task_title(number)))["id"] for number in range(TASKS)]
+
+    def _login(self, collection: str, who: dict[str, str]) -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(Request("POST", f"/api/collections/{collection}/auth-with-password", body=who))
+        return found
+
+    def _add_user(self, user: str) -> None:
+        email = f"{user}@example.com"
+        new = {"email": email, "password": SECRET, "passwordConfirm": SECRET}
+        self.owners[user] = self.ask(Request("POST", "/api/collections/users/records", body=new))["id"]
+        self.tokens[user] = self._login("users", {"identity": email, "password": SECRET})["token"]
+
+    def _collection(self, users: str) -> dict[str, Any]:
+        mine = "owner = @request.auth.id"
+        owner = {"type": "relation", "collectionId": users, "maxSelect": 1, "required": True, "cascadeDelete": True}
+        return {
+            "name": "tasks",
+            "type": "base",
+            "fields": [
+                {"name": "owner", **owner},
+                {"name": "title", "type": "text", "required": True, "max": 200},
+                {"name": "description", "type": "text", "max": 10_000},
+                {"name": "completed", "type": "bool"},
+                {"name": "created", "type": "autodate", "onCreate": True},
+                {"name": "updated", "type": "autodate", "onCreate": True, "onUpdate": True},
+            ],
+            "indexes": ["CREATE INDEX tasks_owner ON tasks (owner)"],
+            **{f"{what}Rule": mine for what in ("list", "view", "create", "update", "delete")},
+        }
+
+    def list(self, user: str) -> Request:
+        return Request("GET", "/api/collections/tasks/records?sort=@rowid&skipTotal=1", self.tokens[user])
+
+    def get(self, user: str, task: Any, as_user: str | None = None) -> Request:
+        return Request("GET", f"/api/collections/tasks/records/{task}", self.tokens[as_user or user])
+
+    def create(self, user: str, name: str) -> Request:
+        new = {"title": name, "owner": self.owners[user]}
+        return Request("POST", "/api/collections/tasks/records", self.tokens[user], new)
+
+    def toggle(self, user: str, task: Any, completed: bool) -> Request:
+        path = f"/api/collections/tasks/records/{task}"
+        return Request("PATCH", path, self.tokens[user], {"completed": completed})
+
+    def refused(self, user: str, token: str) -> Request:
+        return Request("POST", "/api/collections/users/auth-refresh", token)
+
+    def tasks(self, answer: Answer) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = answer.json["items"]
+        return found
+
+
+PEERS: list[type[Peer]] = [Bare, Taskd, Granian, FastAPI, PocketBase]
+
+
+def start(peer: Peer, running: ExitStack) -> Server:
+    """Start the peer, fill it and see that it does the job; `running` stops it."""
+    server = peer.start()
+    running.callback(server.stop)
+    server.wait(peer.health)
+    peer.fill()
+    check(peer)
+    return server
+
+
+def operations(peer: Peer, readers: list[str], writers: list[str]) -> dict[str, list[Request]]:
+    """Return what is asked in turn for each operation: of many users' tasks, so that no answer is only remembered."""
+    owned = [
+        (user, task)
+        for row in zip(*(peer.ids[user] for user in readers), strict=True)
+        for user, task in zip(readers, row, strict=True)
+    ]
+    return {
+        "list": [peer.list(user) for user in readers],
+        "get": [peer.get(user, task) for user, task in owned],
+        "create": [peer.create(user, "Buy milk") for user in writers],
+        "toggle": [peer.toggle(user, task, state) for state in (True, False) for user, task in owned],
+        "401": [peer.refused(user, tampered(peer.tokens[user])) for user in readers],
+        "401 without a token": [peer.refused(user, "") for user in readers],
+    }
+
+
+def check(peer: Peer) -> None:
+    """See that the peer does the job, with the right answers, before anybody asks how fast."""
+    if isinstance(peer, Bare):
+        return require(peer.send(peer.list(READERS[0])) == (200, b"ok"), "bare: two bytes")
+    user, other, writer = READERS[3], READERS[5], WRITERS[0]
+    task = peer.ids[user][7]
+    listed = peer.tasks(peer.send(peer.list(user)))
+    require([each["title"] for each in listed] == [task_title(number) for number in range(TASKS)], f"{peer.name}: list")
+    require([each["id"] for each in listed] == peer.ids[user], f"{peer.name}: ids of the list")
+    require(peer.ask(peer.get(user, task))["title"] == task_title(7), f"{peer.name}: get")
+    require(peer.send(peer.get(user, task, other)).status in (403, 404), f"{peer.name}: another's token")
+    for _ in range(2):
+        before = peer.ask(peer.get(user, task))["completed"]
+        peer.ask(peer.toggle(user, task, not before))
+        require(peer.ask(peer.get(user, task))["completed"] is not before, f"{peer.name}: toggle")
+    new = peer.ask(peer.create(writer, "Buy bread"))
+    require(peer.ask(peer.get(writer, new["id"]))["title"] == "Buy bread", f"{peer.name}: create")
+    for token in ("", tampered(peer.tokens[user])):
+        require(peer.send(peer.refused(user, token)).status == 401, f"{peer.name}: 401")
