@@ -349,7 +349,7 @@ class Tokens:
             return _user(self._decode(token, header.get("alg"), str(header.get("kid"))))
         except jwt.MissingRequiredClaimError as ex:
             raise TokenError(f"the {ex.claim} claim is missing: this is not the token of a login") from None
-        except jwt.InvalidTokenError as ex:
+        except (jwt.InvalidTokenError, ValueError) as ex:
             raise TokenError(REFUSALS.get(type(ex), "the token is malformed")) from None
 
     def _decode(self, token: str, alg: object, kid: str) -> dict[str, Any]:
@@ -758,6 +758,13 @@ class AuthMiddleware:
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Route by the path as it was sent if a slash is encoded in it: WSGI decodes %2F, a user id may have one."""
+        sent = req.env.get("REQUEST_URI", "").partition("?")[0]
+        req.context.decode = "%2f" in sent or "%2F" in sent
+        if req.context.decode:
+            req.path = sent.removesuffix("/")
+
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
@@ -769,7 +776,8 @@ class AuthMiddleware:
         if req.method == "OPTIONS" or getattr(resource, "public", False):
             return  # a CORS preflight carries no token
         user = self._authenticate(req.get_header("Authorization"))
-        asked, path = params.pop("user_id", None), req.env["PATH_INFO"]
+        asked, path = params.pop("user_id", ""), req.env["PATH_INFO"]
+        asked = falcon.uri.decode(asked, unquote_plus=False) if req.context.decode else asked
         if asked != user.id or user.id.encode().decode("latin-1") not in path:  # bytes that are no UTF-8 are U+FFFD
             raise falcon.HTTPForbidden(description="this token is not for the user in the URL; use your own user id")
         req.context.user = user

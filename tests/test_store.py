@@ -1,0 +1,526 @@
+"""The database: that it fits, that it keeps users apart, and what happens when it cannot be used."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+import peewee
+import pytest
+from conftest import Person
+from falcon import testing
+from support import DEADLINE, ROOT, SECRET, assert_problem, bearer
+
+import taskd
+
+SCHEMA = (ROOT / "schema.sql").read_text()
+GOOD_TABLE = """CREATE TABLE task (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, title TEXT NOT NULL,
+    description TEXT, completed BOOLEAN NOT NULL DEFAULT FALSE, created_at TEXT NOT NULL, updated_at TEXT NOT NULL);"""
+GOOD_INDEX = "CREATE INDEX task_user_id_id ON task (user_id, id);"
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where the application of these tests has its database."""
+    return tmp_path / "taskd.db"
+
+
+@pytest.fixture
+def small_patience(monkeypatch):
+    """Make applications wait briefly for a lock; ask for it before `app`."""
+    monkeypatch.setattr(taskd, "BUSY", 0.05)
+    monkeypatch.setattr(taskd, "QUEUE", 0.05)
+
+
+@contextmanager
+def connected(path, **options):
+    with closing(sqlite3.connect(path, isolation_level=None, **options)) as connection:
+        yield connection
+
+
+def make_database(path, statements, journal="DELETE"):
+    with connected(path) as connection:
+        connection.execute(f"PRAGMA journal_mode={journal}")
+        connection.executescript(statements)
+
+
+def columns(path):
+    """Return name, type, NOT NULL and primary key of the task table's columns, as SQLite tells them."""
+    with connected(path) as connection:
+        return [
+            (name, kind, bool(required), bool(key))
+            for _, name, kind, required, _, key in connection.execute("PRAGMA table_info(task)")
+        ]
+
+
+def indexes(path):
+    """Return the columns of every index of the task table."""
+    with connected(path) as connection:
+        names = [row[1] for row in connection.execute("PRAGMA index_list(task)")]
+        return {name: [row[2] for row in connection.execute(f"PRAGMA index_info({name})")] for name in names}
+
+
+def databases(store):
+    """Return the databases that the store uses, on which this thread has its connections."""
+    return [value for value in vars(store).values() if isinstance(value, peewee.Database)]
+
+
+def assert_unavailable(response):
+    problem = assert_problem(response, 503)
+    assert problem["title"] == "Service Unavailable"
+    assert int(response.headers["retry-after"]) >= 1
+    for hidden in ("sqlite", "locked", "disk", "readonly", "read-only", ".db", "malformed"):
+        assert hidden not in response.text.lower()
+
+
+def every_write(person, number):
+    """Try everything that writes."""
+    return [
+        person.call("POST", json={"title": "x"}),
+        person.call("PUT", f"/{number}", json={"title": "x"}),
+        person.call("PATCH", f"/{number}/complete"),
+        person.call("PATCH", f"/{number}/complete", json={"completed": True}),
+        person.call("DELETE", f"/{number}"),
+    ]
+
+
+# --- The schema ---
+
+
+def test_the_peewee_model_and_schema_sql_are_the_same_table(tmp_path):
+    make_database(tmp_path / "schema.db", SCHEMA)
+    database = peewee.SqliteDatabase(tmp_path / "model.db")
+    with database.bind_ctx([taskd.Task]):
+        database.create_tables([taskd.Task])
+    database.close()
+    of_schema, of_model = columns(tmp_path / "schema.db"), columns(tmp_path / "model.db")
+    assert [row[0] for row in of_schema] == [row[0] for row in of_model]
+    for (name, kind, required, key), (_, *of_model_column) in zip(of_schema, of_model, strict=True):
+        model_kind, model_required, model_key = of_model_column
+        assert (name, key) == (name, model_key)
+        assert key or required == model_required
+        assert model_kind == {"BOOLEAN": "INTEGER"}.get(kind, kind)  # Peewee's word for it on SQLite
+    assert indexes(tmp_path / "schema.db") == indexes(tmp_path / "model.db") == {"task_user_id_id": ["user_id", "id"]}
+
+
+def test_a_new_database_has_the_schema_of_schema_sql(app, path, tmp_path):
+    make_database(tmp_path / "schema.db", SCHEMA)
+    with connected(path) as found, connected(tmp_path / "schema.db") as wanted:
+        query = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
+        assert found.execute(query).fetchall() == wanted.execute(query).fetchall()
+    assert columns(path) == [
+        ("id", "INTEGER", False, True),
+        ("user_id", "TEXT", True, False),
+        ("title", "TEXT", True, False),
+        ("description", "TEXT", False, False),
+        ("completed", "BOOLEAN", True, False),
+        ("created_at", "TEXT", True, False),
+        ("updated_at", "TEXT", True, False),
+    ]
+
+
+def test_ids_are_autoincrement(app, path):
+    with connected(path) as connection:
+        assert "AUTOINCREMENT" in connection.execute("SELECT sql FROM sqlite_master WHERE name='task'").fetchone()[0]
+        assert connection.execute("SELECT count(*) FROM sqlite_sequence").fetchone() == (0,)
+
+
+def test_a_new_database_is_readable_by_its_owner_alone(app, alice, path):
+    alice.add()
+    files = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    assert files["taskd.db"] == 0o600
+    assert set(files.values()) == {0o600}, files
+
+
+def test_the_mode_of_an_old_database_is_left_alone(make_app, path):
+    make_database(path, SCHEMA)
+    path.chmod(0o640)
+    make_app()
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_every_connection_writes_ahead_and_syncs_fully(app, alice, path):
+    alice.add()
+    assert databases(app.store)
+    for database in databases(app.store):
+        assert database.execute_sql("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert database.execute_sql("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    with ThreadPoolExecutor(1) as pool:  # a connection of another thread
+
+        def pragmas():
+            try:
+                return [database.execute_sql("PRAGMA synchronous").fetchone() for database in databases(app.store)]
+            finally:
+                app.store.close()
+
+        assert pool.submit(pragmas).result() == [(2,)] * len(databases(app.store))
+
+
+DIFFERENT = {  # what a database has, and what the message must name
+    "another table": ("CREATE TABLE task (x INTEGER);", ["user_id", "title"]),
+    "no description": (GOOD_TABLE.replace("description TEXT,", "") + GOOD_INDEX, ["description"]),
+    "no completed": (GOOD_TABLE.replace("completed BOOLEAN NOT NULL DEFAULT FALSE,", "") + GOOD_INDEX, ["completed"]),
+    "an extra column": (GOOD_TABLE.replace("title TEXT", "priority INTEGER, title TEXT") + GOOD_INDEX, ["priority"]),
+    "an extra column that is required": (
+        GOOD_TABLE.replace("title TEXT", "priority INTEGER NOT NULL, title TEXT") + GOOD_INDEX,
+        ["priority"],
+    ),
+    "a column of another type": (GOOD_TABLE.replace("title TEXT", "title BLOB") + GOOD_INDEX, ["title", "BLOB"]),
+    "a time that is a number": (GOOD_TABLE.replace("created_at TEXT", "created_at REAL") + GOOD_INDEX, ["created_at"]),
+    "an owner that is a number": (GOOD_TABLE.replace("user_id TEXT", "user_id INTEGER") + GOOD_INDEX, ["user_id"]),
+    "an owner that may be null": (
+        GOOD_TABLE.replace("user_id TEXT NOT NULL", "user_id TEXT") + GOOD_INDEX,
+        ["user_id"],
+    ),
+    "a description that may not": (
+        GOOD_TABLE.replace("description TEXT", "description TEXT NOT NULL") + GOOD_INDEX,
+        ["description"],
+    ),
+    "an owner without case": (
+        GOOD_TABLE.replace("user_id TEXT NOT NULL", "user_id TEXT NOT NULL COLLATE NOCASE") + GOOD_INDEX,
+        ["user_id"],
+    ),
+    "a column of another name": (GOOD_TABLE.replace("completed", "done") + GOOD_INDEX, ["completed", "done"]),
+    "no index": (GOOD_TABLE, ["index", "task_user_id_id"]),
+    "an index on another column": (
+        GOOD_TABLE + "CREATE INDEX task_user_id_id ON task (title);",
+        ["index", "task_user_id_id"],
+    ),
+    "an index the other way round": (
+        GOOD_TABLE + "CREATE INDEX task_user_id_id ON task (id, user_id);",
+        ["index", "task_user_id_id"],
+    ),
+    "ids that are used again": (GOOD_TABLE.replace(" AUTOINCREMENT", "") + GOOD_INDEX, [""]),
+    "ids that are used again, beside others that are not": (
+        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);"
+        + GOOD_TABLE.replace(" AUTOINCREMENT", "")
+        + GOOD_INDEX,
+        ["id"],
+    ),
+    "ids that are no key": (
+        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);"
+        + GOOD_TABLE.replace(" PRIMARY KEY AUTOINCREMENT", "")
+        + GOOD_INDEX,
+        ["id"],
+    ),
+}
+
+
+@pytest.mark.parametrize("journal", ["DELETE", "WAL"])
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_database_that_does_not_fit_is_refused_by_name_and_left_as_it_was(make_app, path, name, journal):
+    statements, named = DIFFERENT[name]
+    make_database(path, statements, journal)
+    before, files = path.read_bytes(), sorted(file.name for file in path.parent.iterdir())
+    with pytest.raises(taskd.DatabaseError) as caught:
+        make_app()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert "schema.sql" in message
+    assert all(word in message for word in named), message
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in path.parent.iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"This is a letter to my grandmother.\n", b"\x89PNG\r\n\x1a\n" + b"x" * 5000, b"SQLite format 2\0" + b"\0" * 5000],
+    ids=["text", "picture", "older"],
+)
+def test_a_file_that_is_no_database_is_refused_and_left_as_it_was(make_app, path, content):
+    path.write_bytes(content)
+    with pytest.raises(taskd.DatabaseError) as caught:
+        make_app()
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+    assert [file.name for file in path.parent.iterdir()] == ["taskd.db"]
+
+
+def test_a_directory_that_does_not_exist_is_refused_and_not_made(make_app, tmp_path):
+    with pytest.raises(taskd.DatabaseError, match="nowhere"):
+        make_app(database_url=f"sqlite:///{tmp_path}/nowhere/taskd.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_in_the_databases_place_is_refused(make_app, path):
+    path.mkdir()
+    with pytest.raises(taskd.DatabaseError, match=re.escape(str(path))):
+        make_app()
+    assert list(path.iterdir()) == []
+
+
+def test_an_empty_file_becomes_a_database(make_app, path):
+    path.touch()
+    assert Person(testing.TestClient(make_app()), "alice").add()["id"] == 1
+
+
+def test_tables_and_indexes_of_others_are_left_alone(make_app, path):
+    make_database(
+        path,
+        "CREATE TABLE note (id INTEGER PRIMARY KEY, text); INSERT INTO note (text) VALUES ('keep');"
+        + SCHEMA
+        + "CREATE INDEX mine ON task (title); CREATE VIEW open_tasks AS SELECT * FROM task WHERE NOT completed;",
+    )
+    assert Person(testing.TestClient(make_app()), "alice").add()["id"] == 1
+    with connected(path) as connection:
+        assert connection.execute("SELECT text FROM note").fetchall() == [("keep",)]
+        names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+    assert {"note", "mine", "open_tasks", "task"} <= names
+
+
+def test_an_old_database_is_opened_with_its_tasks(make_app, path):
+    make_database(path, SCHEMA)
+    with connected(path) as connection:
+        connection.execute(
+            "INSERT INTO task (id, user_id, title, completed, created_at, updated_at)"
+            " VALUES (41, 'alice', 'Milk', TRUE, '2026-01-01T00:00:00.000Z', '2026-01-02T00:00:00.000Z')"
+        )
+    alice = Person(testing.TestClient(make_app()), "alice")
+    assert alice.call("GET").json == [
+        {
+            "id": 41,
+            "user_id": "alice",
+            "title": "Milk",
+            "description": None,
+            "completed": True,
+            "created_at": "2026-01-01T00:00:00.000Z",
+            "updated_at": "2026-01-02T00:00:00.000Z",
+        }
+    ]
+    assert alice.add()["id"] == 42
+
+
+# --- Whose task is this? ---
+
+
+def statements(store):
+    """Return every SQL statement that the store has compiled, by the name under which it keeps it."""
+    verbs = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE)
+    return {name: value for name, value in vars(store).items() if isinstance(value, str) and verbs.match(value)}
+
+
+def test_every_statement_of_the_store_names_the_owner(app):
+    found = statements(app.store)
+    assert len(found) >= 6
+    for name, statement in found.items():
+        if statement.startswith("INSERT"):
+            assert re.match(r'INSERT INTO "task" \("user_id",.*\) VALUES \(:user_id,', statement), (name, statement)
+        else:
+            where = statement.partition(" WHERE ")[2]
+            assert '"user_id" = :user_id' in where, (name, statement)
+            assert " OR " not in where.upper(), (name, statement)
+
+
+def test_every_statement_finds_its_rows_by_the_index_or_the_key(app, path):
+    values = dict.fromkeys(["user_id", "id", "title", "description", "completed", "described", "now"], 1)
+    with connected(path) as connection:
+        for name, statement in statements(app.store).items():
+            plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values))
+            assert statement.startswith("INSERT") or "USING" in plan, (name, plan)
+            assert "TEMP B-TREE" not in plan, (name, plan)
+
+
+def test_no_method_of_the_store_reaches_anothers_task(app, alice):
+    task = alice.add()
+    store, number = app.store, task["id"]
+    assert store.list("bob") == []
+    assert store.get("bob", number) is None
+    assert store.change("bob", number, taskd.TaskChanges(title="Bob's")) is None
+    assert store.change("bob", number, taskd.TaskChanges()) is None
+    assert store.complete("bob", number, None) is None
+    assert store.complete("bob", number, True) is None
+    assert store.remove("bob", number) is None
+    assert alice.call("GET").json == [task]
+
+
+def test_what_was_answered_is_in_the_file_for_everyone_to_see(alice, path):
+    task = alice.add(title="Milk", description="2 litres", completed=True)
+    with connected(path) as connection:
+        rows = connection.execute("SELECT id, user_id, title, description, completed, created_at FROM task").fetchall()
+    assert rows == [(1, "alice", "Milk", "2 litres", 1, task["created_at"])]
+    alice.call("DELETE", "/1")
+    with connected(path) as connection:
+        assert connection.execute("SELECT count(*) FROM task").fetchone() == (0,)
+
+
+# --- When the database cannot be used ---
+
+
+def test_a_locked_database_is_503_for_writes_while_reads_go_on(small_patience, app, alice, path):
+    task = alice.add()
+    with connected(path) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for response in every_write(alice, 1):
+            assert_unavailable(response)
+            assert alice.call("GET").json == [task]
+            assert alice.call("GET", "/1").json == task
+        assert alice.call("PUT", "/1", json={}).json == task
+        assert_problem(alice.call("GET", "/2"), 404)
+        other.execute("COMMIT")
+    assert alice.call("GET").json == [task]
+    assert [response.status_code for response in every_write(alice, 1)] == [201, 200, 200, 200, 200]
+
+
+def test_refusals_do_not_wait_for_a_locked_database(small_patience, client, alice, path):
+    alice.add()
+    with connected(path) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert_problem(client.simulate_post("/api/alice/tasks", json={"title": "x"}), 401)
+        assert_problem(client.simulate_post("/api/alice/tasks", headers=bearer("bob"), json={"title": "x"}), 403)
+        assert_problem(alice.call("POST", json={}), 422)
+        assert_problem(alice.call("DELETE", "/x"), 404)
+        assert client.simulate_get("/healthz").status_code == 200
+        other.execute("ROLLBACK")
+
+
+def test_a_write_waits_for_a_lock_that_goes_away_in_time(app, alice, path):
+    alice.add()
+
+    def toggle():
+        try:
+            return alice.call("PATCH", "/1/complete")
+        finally:
+            app.store.close()
+
+    with connected(path) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN IMMEDIATE")
+        toggled = pool.submit(toggle)
+        deadline = time.monotonic() + 0.2
+        while time.monotonic() < deadline:
+            assert alice.call("GET", "/1").json["completed"] is False
+        assert not toggled.done()
+        other.execute("COMMIT")
+        assert toggled.result(DEADLINE).json["completed"] is True
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "", {"title": "x"}),
+        ("PUT", "/1", {"title": "x"}),
+        ("PATCH", "/1/complete", None),
+        ("PATCH", "/1/complete", {"completed": True}),
+        ("DELETE", "/1", None),
+    ],
+)
+def test_a_read_only_database_is_503_for_writes_and_recovers(app, alice, method, path, body):
+    task = alice.add()
+    for _ in range(2):
+        for database in databases(app.store):
+            database.execute_sql("PRAGMA query_only = 1")
+        assert alice.call("GET").json == [task]
+        assert_unavailable(alice.call(method, path, json=body))
+        assert alice.call("GET").json == [task]
+    for database in databases(app.store):
+        database.execute_sql("PRAGMA query_only = 0")
+    assert alice.call(method, path, json=body).status_code in (200, 201)
+
+
+def test_a_full_database_is_503_for_what_needs_room_and_recovers(app, alice):
+    task = alice.add()
+    for database in databases(app.store):
+        database.execute_sql("PRAGMA max_page_count = 1")  # SQLite takes the number of pages that there are
+    responses = []
+    while len(responses) < 20 and (not responses or responses[-1].status_code == 201):
+        responses.append(alice.call("POST", json={"title": "x", "description": "x" * 10_000}))
+    assert_unavailable(responses[-1])
+    assert alice.call("GET", "/1").json == task
+    response = alice.call("POST", json={"title": "x", "description": "x" * 10_000})
+    assert response.status_code == 201  # what was full was this connection, and it has made way for another
+    numbers = [task["id"] for task in alice.call("GET").json]
+    assert len(numbers) == len(set(numbers)) == len(responses) + 1
+
+
+def test_a_database_that_is_away_is_503_and_comes_back_without_a_restart(app, alice, path):
+    task = alice.add()
+    app.store.close()
+    away = path.parent.with_name("away")
+    path.parent.rename(away)
+    try:
+        for _ in range(2):
+            assert_unavailable(alice.call("GET"))
+            assert_unavailable(alice.call("GET", "/1"))
+            for response in every_write(alice, 1):
+                assert_unavailable(response)
+        assert not path.parent.exists()
+    finally:
+        away.rename(path.parent)
+    assert alice.call("GET").json == [task]
+    assert alice.call("PATCH", "/1/complete").json["completed"] is True
+
+
+def test_a_database_file_that_is_away_is_not_replaced_by_an_empty_one(app, alice, path):
+    task = alice.add()
+    app.store.close()
+    path.rename(path.with_name("away.db"))
+    assert_unavailable(alice.call("GET"))
+    assert_unavailable(alice.call("POST", json={"title": "x"}))
+    assert not path.exists()
+    path.with_name("away.db").rename(path)
+    assert alice.call("GET").json == [task]
+
+
+def test_a_damaged_database_is_503_and_recovers_when_it_is_mended(app, alice, path):
+    task = alice.add()
+    app.store.close()
+    good = path.read_bytes()
+    for damaged in (b"x" * len(good), good[:100] + b"\xff" * (len(good) - 100), good[:50]):
+        path.write_bytes(damaged)
+        assert_unavailable(alice.call("GET"))
+        for response in every_write(alice, 1):
+            assert_unavailable(response)
+        app.store.close()
+        path.write_bytes(good)
+        assert alice.call("GET").json == [task]
+        app.store.close()
+
+
+def test_a_full_disk_is_503_and_the_server_goes_on_when_there_is_room_again(server):
+    """The disk is full for this process alone: no file of it may grow."""
+    answered = [server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice")) for _ in range(3)]
+    assert [response.status_code for response in answered] == [201, 201, 201]
+    tasks = [response.json for response in answered]
+    unlimited = resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (1, unlimited[1]))
+    for _ in range(3):
+        response = server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice"))
+        assert_unavailable(response)
+        assert_unavailable(server.request("PATCH", "/api/alice/tasks/1/complete", headers=bearer("alice")))
+    assert server.request("GET", "/healthz").status_code == 200
+    reads = [server.request("GET", "/api/alice/tasks", headers=bearer("alice")) for _ in range(3)]
+    resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, unlimited)
+    response = server.request("PATCH", "/api/alice/tasks/1/complete", headers=bearer("alice"))
+    assert (response.status_code, response.json["completed"]) == (200, True)
+    listed = server.request("GET", "/api/alice/tasks", headers=bearer("alice")).json
+    assert [task["id"] for task in listed] == [1, 2, 3]
+    assert listed[1:] == tasks[1:]
+    assert [response.status_code for response in reads] == [200, 200, 200]
+    assert reads[0].json == tasks
+
+
+def test_concurrent_writers_of_one_process_never_meet_a_locked_database(app, alice):
+    alice.add()
+
+    def write(_):
+        try:
+            return [alice.call("PATCH", "/1/complete").status_code for _ in range(20)]
+        finally:
+            app.store.close()
+
+    with ThreadPoolExecutor(6) as pool:
+        statuses = [status for statuses in pool.map(write, range(6)) for status in statuses]
+    assert statuses == [200] * 120
+
+
+def test_a_store_can_be_closed_twice_and_used_again(app, alice):
+    alice.add()
+    app.store.close()
+    app.store.close()
+    assert len(alice.call("GET").json) == 1
+    assert SECRET not in repr(app.store)
