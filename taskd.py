@@ -32,6 +32,7 @@ import jwt
 import msgspec
 import peewee
 import waitress.channel
+import waitress.parser
 import waitress.server
 import waitress.task
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -568,6 +569,10 @@ class TaskStore:
         """Open the database, creating it if need be; at most `waiting` writes wait at once. Raises DatabaseError."""
         prepare_database(path)
         self._hurried, self._patient = connect(path, timeout=0, cache=16), connect(path, timeout=BUSY)
+        try:  # one connection stays open, so that no other needs to set up the log on a disk that is full or locked
+            self._patient.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
+        except peewee.DatabaseError as ex:
+            raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
         self._slow = False
@@ -965,7 +970,7 @@ def unavailable(req: falcon.Request, resp: falcon.Response, ex: Unavailable, par
     what, why = ex.args
     log.error("%s cannot be used: %s id=%s", what, why, req.context.id)
     raise falcon.HTTPServiceUnavailable(
-        description=f"{what} cannot be used right now; nothing was changed, try again", retry_after=RETRY_AFTER
+        description=f"{what} cannot be used right now; try again", retry_after=RETRY_AFTER
     )
 
 
@@ -1045,7 +1050,7 @@ class ServerTask(waitress.task.WSGITask):
 
     def build_response_header(self) -> bytes:
         """Return the head of the answer; once the server is stopping it closes the connection (RFC 9112, 9.6)."""
-        if self.channel.server.stopping and len(self.channel.requests) == 1:
+        if self.channel.server.stopping and len(self.channel.requests) == 1 and not self.channel.has_unread():
             self.set_close_on_finish()
         head: bytes = super().build_response_header()
         return head
@@ -1066,12 +1071,26 @@ class ServerErrorTask(waitress.task.ErrorTask):
         """Write the error in the shape of all errors; what waitress calls 501 is the client's doing, 400."""
         error = self.request.error
         status = 400 if error.code == 501 else error.code
-        body = problem(status, error.body)
+        body, request_id = problem(status, error.body), os.urandom(8).hex()
+        log.info("- - %s id=%s user=-", status, request_id)
         self.status = f"{status} {HTTPStatus(status).phrase}"
-        self.response_headers.append(("Content-Type", "application/problem+json"))
+        self.response_headers += [("Content-Type", "application/problem+json"), ("X-Request-ID", request_id)]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
+
+
+class ServerParser(waitress.parser.HTTPRequestParser):
+    """A request as it comes in; what is ambiguous or no HTTP is 400."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Take the request line and the header, or raise ParsingError."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as ex:  # such as a Content-Length of 5,000 digits
+            raise waitress.parser.ParsingError(str(ex)) from None
+        if self.chunked and re.search(rb"(?im)^content-length[ \t]*:", header_plus):  # RFC 9112, section 6.3
+            raise waitress.parser.ParsingError("Content-Length beside Transfer-Encoding")
 
 
 class ServerChannel(waitress.channel.HTTPChannel):
@@ -1079,7 +1098,15 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     task_class = ServerTask
     error_task_class = ServerErrorTask
+    parser_class = ServerParser
     stalled = False
+
+    def has_unread(self) -> bool:
+        """Say whether the client has sent more than was read."""
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
 
     def send_continue(self) -> None:
         """Invite the body, if one is still to come; waitress would wait for one that never does."""

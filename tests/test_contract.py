@@ -156,7 +156,7 @@ GOOD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), GOOD_VALUES, ids=lambda value: ascii(value)[:40])
+@pytest.mark.parametrize(("name", "value"), GOOD_VALUES)
 def test_a_good_value_is_stored_exactly_as_sent(alice, name, value):
     raw = json.dumps({"title": "x", name: value}, ensure_ascii=False).encode()
     escaped = json.dumps({name: value}).encode()
@@ -205,7 +205,7 @@ BAD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=lambda value: ascii(value)[:40])
+@pytest.mark.parametrize(("name", "value"), BAD_VALUES)
 def test_a_bad_value_is_422_and_names_the_field(settled, name, value):
     tasks = settled.call("GET").json
     bodies = [("POST", "", {"title": "x", name: value}), ("PUT", "/1", {name: value})]
@@ -217,7 +217,7 @@ def test_a_bad_value_is_422_and_names_the_field(settled, name, value):
     assert settled.call("GET").json == tasks
 
 
-@pytest.mark.parametrize("title", ["", *SPACES, SPACES, " " * 200], ids=ascii)
+@pytest.mark.parametrize("title", ["", *SPACES, SPACES, " " * 200])
 def test_a_blank_title_is_422_and_called_blank(settled, title):
     for method, path in [("POST", ""), ("PUT", "/1")]:
         for escaped in (False, True):
@@ -510,7 +510,7 @@ BAD_IDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bad", BAD_IDS, ids=lambda bad: bad[:20])
+@pytest.mark.parametrize("bad", BAD_IDS)
 def test_an_id_that_is_no_number_from_1_to_2_to_the_63_minus_1_is_404_but_401_without_a_token(settled, bad):
     tasks = settled.call("GET").json
     for method, suffix, body in [
@@ -619,7 +619,6 @@ def test_without_a_token_every_method_is_401_before_it_is_405(settled, method):
         "/alice/tasks",        "/api/alice/x/tasks", "/favicon.ico", "/robots.txt", "/.env", "/taskd.db", "/healthz/x",
         "/api/../../etc/passwd",        "/%00", "/%FF", "/" + "x" * 5000,
     ],
-    ids=lambda path: path[:40],
 )  # fmt: skip
 def test_unknown_paths_are_404(settled, path):
     for headers in ({}, bearer("alice")):

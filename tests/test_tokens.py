@@ -533,9 +533,7 @@ def test_clocks_may_differ_by_no_more(client, seconds):
     assert status_for(client, sign(HS256, claims(iat=now + seconds))) == 401
 
 
-@pytest.mark.parametrize(
-    "prefix", ["Bearer ", "bearer ", "BEARER ", "bEaReR ", "Bearer  ", "Bearer      "], ids=lambda prefix: repr(prefix)
-)
+@pytest.mark.parametrize("prefix", ["Bearer ", "bearer ", "BEARER ", "bEaReR ", "Bearer  ", "Bearer      "])
 def test_the_scheme_is_case_insensitive_and_spaces_do_not_matter(client, prefix):
     for suffix in ("", " ", "   "):
         extras = {"HTTP_AUTHORIZATION": f"{prefix}{GOOD}{suffix}"}  # falcon's client would strip a header
@@ -571,7 +569,7 @@ STRANGE += [json.dumps(CLAIMS | HS256).encode(coding) for coding in ("utf-16", "
 STRANGE += [b'{"alg":"HS256","\\ud800":1}', b'{"alg":"HS256","\xed\xa0\x80":1}', b'{"alg":"HS256","":{"":[]}}']
 
 
-@pytest.mark.parametrize("text", STRANGE, ids=lambda text: f"{text[48:62]!a}")
+@pytest.mark.parametrize("text", STRANGE)
 def test_strange_json_in_a_token_is_never_our_fault(client, text):
     for strange in (sign(text, CLAIMS), sign(HS256, text), sign(text, text), f"{base64url(text)}.x.x"):
         response = client.simulate_get("/api/alice/tasks", headers=authorized(strange))
@@ -670,7 +668,7 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize(("subject", "user"), OTHERS, ids=ascii)
+@pytest.mark.parametrize(("subject", "user"), OTHERS)
 def test_a_token_is_403_where_the_url_is_another_users_code_point_for_code_point(client, subject, user):
     headers = authorized(sign(HS256, claims(sub=subject)))
     path = f"/api/{user}/tasks"
@@ -683,7 +681,7 @@ def test_a_token_is_403_where_the_url_is_another_users_code_point_for_code_point
     assert_problem(simulate(client, "GET", path, {}), 401)
 
 
-@pytest.mark.parametrize(("subject", "user"), SAME, ids=ascii)
+@pytest.mark.parametrize(("subject", "user"), SAME)
 def test_a_token_passes_where_the_url_is_its_users_and_the_tasks_are_theirs(client, subject, user):
     headers = authorized(sign(HS256, claims(sub=subject)))
     path = f"/api/{user}/tasks"
@@ -955,7 +953,7 @@ def test_a_good_setting_is_taken_and_leaves_the_others_alone(no_dotenv, variable
         assert getattr(settings, name) == wanted
 
 
-@pytest.mark.parametrize(("variable", "value"), BAD_SETTINGS, ids=lambda value: ascii(value)[:40])
+@pytest.mark.parametrize(("variable", "value"), BAD_SETTINGS)
 def test_a_bad_setting_is_refused_by_name_in_one_line(tmp_path, variable, value):
     dotenv = tmp_path / ".env"
     dotenv.write_text(f"{variable}='{value}'\n", errors="replace")
