@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """taskctl: the operator's and developer's tool beside taskd.
 
 It reads the settings that taskd reads, and decides about tokens and the database with taskd's own code. Data goes to
@@ -10,7 +11,6 @@ import contextlib
 import dataclasses
 import http.client
 import json
-import os
 import random
 import re
 import secrets
@@ -69,10 +69,12 @@ def show_all(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(*(rows[0] if rows else ()), box=None, pad_edge=False)
+    if not rows:
+        return
+    table = Table(*rows[0], box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(Text(printable(value), overflow="fold") for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    Console(width=None if sys.stdout.isatty() else 10**6).print(table)
 
 
 def printable(value: object) -> str:
@@ -109,11 +111,15 @@ def init() -> None:
 def write_secret() -> None:
     """Append a secret of 256 random bits to .env, which its owner alone may read."""
     line = f"BETTER_AUTH_SECRET={secrets.token_urlsafe(32)}\n"
-    DOTENV.touch(mode=0o600)
-    with DOTENV.open("a+", encoding="utf-8") as file:
-        file.seek(0)
-        written = file.read()
-        file.write(line if not written or written.endswith("\n") else f"\n{line}")
+    try:
+        DOTENV.touch(mode=0o600)
+        DOTENV.chmod(0o600)
+        with DOTENV.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            written = file.read()
+            file.write(line if not written or written.endswith("\n") else f"\n{line}")
+    except OSError as ex:
+        raise taskd.SettingsError(f"{DOTENV} cannot be written: {ex.strerror}") from None
 
 
 @app.command()
@@ -132,9 +138,20 @@ def plain(value: object) -> object:
 # --- Tokens ---------------------------------------------------------------------------------------------------------
 
 
+def some_text(value: str | list[str] | None) -> str | list[str] | None:
+    """Return ids of users as they are, or refuse one that is empty or no UTF-8."""
+    for user in [value] if isinstance(value, str) else value or ():
+        if not user or any("\ud800" <= character <= "\udfff" for character in user):
+            raise typer.BadParameter("it must not be empty, and UTF-8")
+    return value
+
+
+UserId = Annotated[str, typer.Argument(help="The user's id: a token's sub.", callback=some_text)]
+
+
 @app.command()
 def mint(
-    user: Annotated[str, typer.Argument(help="The user's id: the token's sub.")],
+    user: UserId,
     email: Annotated[str | None, typer.Option(help="The email claim.")] = None,
     name: Annotated[str | None, typer.Option(help="The name claim.")] = None,
     ttl: Annotated[str, typer.Option(help="How long it is valid: 90s, 15m, 1h, 7d; -1h has expired.")] = "1h",
@@ -142,14 +159,20 @@ def mint(
     as_json: AsJson = False,
 ) -> None:
     """Print a token signed with the first secret, as a login would hand it out."""
-    settings, now = Settings.load(), int(time.time())
-    claims = {"sub": user, "email": email, "name": name, "iss": settings.issuer, "aud": settings.audience}
-    claims = {key: value for key, value in claims.items() if value is not None}
-    claims |= {"iat": now, "exp": now + seconds(ttl)} | dict(map(parse_claim, claim or ()))
-    if not user:
-        raise typer.BadParameter("USER must not be empty")
-    token = Tokens(settings).mint(claims)
+    settings = Settings.load()
+    claims = login(settings, user, seconds(ttl), email=email, name=name) | dict(map(parse_claim, claim or ()))
+    try:
+        token = Tokens(settings).mint(claims)
+    except (TypeError, ValueError, RecursionError) as ex:
+        raise typer.BadParameter(str(ex)) from None
     print(json.dumps({"token": token, "claims": claims}) if as_json else token)
+
+
+def login(settings: Settings, user: str, ttl: int, **more: str | None) -> dict[str, Any]:
+    """Return the claims of a login that these settings accept for `ttl` seconds."""
+    now = int(time.time())
+    claims = {"sub": user, "iss": settings.issuer, "aud": settings.audience, **more, "iat": now, "exp": now + ttl}
+    return {name: value for name, value in claims.items() if value is not None}
 
 
 def seconds(text: str) -> int:
@@ -166,7 +189,7 @@ def parse_claim(text: str) -> tuple[str, Any]:
         raise typer.BadParameter(f"--claim must look like role=admin, not {text!r}")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -176,13 +199,14 @@ def verify(
 ) -> None:
     """Say whether taskd would accept a token, as whom and until when, or exactly why not."""
     tokens = Tokens(Settings.load())
-    text = sys.stdin.read() if token == "-" else token
+    text = sys.stdin.buffer.read().decode(errors="replace") if token == "-" else token
+    text = re.sub("^bearer +", "", text.strip(), flags=re.IGNORECASE)
     try:
-        user = tokens.verify(text.strip().removeprefix("Bearer ").strip())
+        user = tokens.verify(text)
     except taskd.TokenError as ex:
         if as_json:
             print(json.dumps({"accepted": False, "reason": str(ex)}))
-        raise Refused(f"taskd refuses this token: {ex}{hint(text.strip())}") from None
+        raise Refused(f"taskd refuses this token: {ex}{hint(text)}") from None
     show({"accepted": True, "user_id": user.id, "email": user.email, "name": user.name, "until": until(user)}, as_json)
 
 
@@ -294,7 +318,7 @@ def users(as_json: AsJson = False) -> None:
 
 @app.command()
 def tasks(
-    user: Annotated[str, typer.Argument(help="The user's id.")],
+    user: UserId,
     only_open: Annotated[bool, typer.Option("--open", help="Only those that are not completed.")] = False,
     only_done: Annotated[bool, typer.Option("--done", help="Only those that are completed.")] = False,
     as_json: AsJson = False,
@@ -346,7 +370,7 @@ BATCH = 1000  # tasks in a statement
 
 @app.command()
 def seed(
-    user: Annotated[list[str] | None, typer.Argument(help="Ids of users to give tasks to.")] = None,
+    user: Annotated[list[str] | None, typer.Argument(help="Users to give tasks to.", callback=some_text)] = None,
     count: Annotated[int, typer.Option(min=1, help="Tasks for each user.")] = 20,
     users: Annotated[int, typer.Option(min=0, help="Made-up users besides: user-1, user-2 …")] = 0,
     random_seed: Annotated[int, typer.Option(help="The same number makes the same tasks.")] = 1,
@@ -354,7 +378,7 @@ def seed(
 ) -> None:
     """Add believable tasks. The database is created if need be; tasks that are there stay."""
     names = [*(user or ()), *(f"user-{number}" for number in range(1, users + 1))]
-    if not names or "" in names:
+    if not names:
         raise typer.BadParameter("name a user, or say how many to make up: --users 3")
     database(create=True)
     made = believable(names, count, random.Random(random_seed))  # noqa: S311  nothing secret is drawn from it
@@ -369,9 +393,9 @@ def seed(
 def believable(names: list[str], count: int, chance: random.Random) -> Iterator[dict[str, Any]]:
     """Yield rows of tasks, the same for the same source of chance."""
     for name in names:
-        for _ in range(count):
+        for second in sorted(chance.randrange(300 * 86400) for _ in range(count)):
             verb = chance.choice(list(VERBS))
-            created = EPOCH + timedelta(seconds=chance.randrange(300 * 86400))
+            created = EPOCH + timedelta(seconds=second)
             done = chance.random() < 0.4
             updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
             yield {
@@ -390,20 +414,23 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
 class Visitor:
     """A throw-away user of a live server, who keeps what each call answered and how long it took."""
 
-    def __init__(self, url: str, tokens: Tokens) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise typer.BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=10)
+    def __init__(self, url: str, settings: Settings) -> None:
+        try:
+            parts = urlsplit(url)
+            kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
+            self._connection = kind(parts.hostname or "", parts.port, timeout=10)
+        except (KeyError, ValueError):
+            raise typer.BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}") from None
         self.id = f"smoke-{secrets.token_hex(8)}"
         self.headers: dict[str, str] = {}
         self._prefix = parts.path.rstrip("/")
         self._tasks = f"/api/{self.id}/tasks"
-        self._token = tokens.mint({"sub": self.id, "exp": int(time.time()) + 300})
+        self._token = Tokens(settings).mint(login(settings, self.id, ttl=300))
         self.results: list[dict[str, Any]] = []
 
-    def call(self, method: str, path: str, expected: int, *, body: object = None, shows: object = None) -> Any:
+    def call(
+        self, method: str, path: str, expected: int, *, body: object = None, shows: dict[str, Any] | None = None
+    ) -> Any:
         """Make a call, note whether it answered as expected, and return the answer's JSON.
 
         `shows` holds members that the answer must have.
@@ -414,7 +441,8 @@ class Visitor:
         answer = self._connection.getresponse()
         shown = json.loads(answer.read() or "null")
         milliseconds = round((time.perf_counter() - started) * 1000, 1)
-        fits = answer.status == expected and (not isinstance(shows, dict) or shows.items() <= shown.items())
+        members = shown if isinstance(shown, dict) else {}
+        fits = answer.status == expected and all(members.get(name) == value for name, value in (shows or {}).items())
         route = re.sub("[0-9]+(?=/|$)", "{id}", path.replace(self.id, "{user_id}"))
         row = {"result": "ok" if fits else "OFF", "method": method, "route": route, "status": answer.status}
         self.results.append({**row, "expected": expected, "ms": milliseconds})
@@ -431,7 +459,7 @@ class Visitor:
         self.call("GET", self._tasks, 200)
         new = {"title": "Try every route", "description": "with taskctl smoke"}
         if task := self.call("POST", self._tasks, 201, body=new, shows={**new, "completed": False}):
-            path = f"{self._tasks}/{task['id']}"
+            path = f"{self._tasks}/{task.get('id')}"
             self.call("GET", path, 200, shows=task)
             self.call("PUT", path, 200, body={"title": "Tried"}, shows={"title": "Tried", "id": task["id"]})
             self.call("PATCH", f"{path}/complete", 200, shows={"completed": True})
@@ -440,8 +468,10 @@ class Visitor:
 
     def clean_up(self) -> None:
         """Delete what a call that went wrong may have left."""
-        for task in self.call("GET", self._tasks, 200) or ():
-            self.call("DELETE", f"{self._tasks}/{task['id']}", 200)
+        left = self.call("GET", self._tasks, 200)
+        for task in left if isinstance(left, list) else ():
+            if isinstance(task, dict) and "id" in task:
+                self.call("DELETE", f"{self._tasks}/{task['id']}", 200)
 
 
 @app.command()
@@ -453,13 +483,16 @@ def smoke(
 ) -> None:
     """Call every route of a live server as a throw-away user, and leave nothing behind."""
     settings = Settings.load()
-    url = url or f"http://{settings.host}:{settings.port}"
-    visitor = Visitor(url, Tokens(settings))
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = url or f"http://{host}:{settings.port}"
+    visitor = Visitor(url, settings)
     try:
-        visitor.try_every_route()
-        visitor.clean_up()
-    except (OSError, http.client.HTTPException, ValueError) as ex:
-        raise Refused(f"{url} does not answer as taskd does: {ex}") from None
+        try:
+            visitor.try_every_route()
+        finally:
+            visitor.clean_up()
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as ex:
+        raise Refused(f"{url} does not answer as taskd does: {printable(str(ex).strip())}") from None
     finally:
         show_all(visitor.results, as_json)
     if off := sum(row["result"] != "ok" for row in visitor.results):
@@ -473,14 +506,15 @@ def main() -> None:
     except Refused as ex:
         say(str(ex))
         sys.exit(1)
-    except (taskd.Unavailable, peewee.DatabaseError) as ex:
+    except taskd.Unavailable as ex:
+        say("{} cannot be used: {}".format(*ex.args))
+        sys.exit(1)
+    except peewee.DatabaseError as ex:
         say(f"the database cannot be used: {ex}")
         sys.exit(1)
     except (taskd.SettingsError, taskd.DatabaseError) as ex:
         say(str(ex))
         sys.exit(2)
-    except BrokenPipeError:  # whoever read stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

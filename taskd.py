@@ -136,7 +136,7 @@ class Settings:
 
         An empty value is none. Raises SettingsError for a value that cannot be used.
         """
-        given = {**_read_dotenv(dotenv), **environ}
+        given = {**_read_dotenv(dotenv), **{name: value for name, value in environ.items() if value}}
         fields = [field for field in dataclasses.fields(cls) if given.get(field.metadata["variable"])]
         return cls(**{field.name: _parse(given[field.metadata["variable"]], **field.metadata) for field in fields})
 

@@ -1,0 +1,311 @@
+"""README.md against the code: what it lists is what there is, and what it tells a newcomer to do works."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import falcon
+import falcon.inspect
+import pytest
+import typer.main
+import waitress.utilities
+from conftest import Person
+from support import DEADLINE, ROOT, TASK_KEYS, environment, until
+
+import taskctl
+import taskd
+
+README = (ROOT / "README.md").read_text()
+HEADINGS = [
+    "Try it in a minute",
+    "Endpoints",
+    "Errors",
+    "Settings",
+    "taskctl",
+    "Data layout",
+    "How a request flows",
+    "Running it for real",
+    "Changing it",
+    "What it does not do",
+]
+Row = list[str]
+
+
+def section(heading: str) -> str:
+    """Return what stands under a heading of the second level."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, f"README has no section {heading!r}"
+    return found[1]
+
+
+def table(heading: str, first: str) -> list[Row]:
+    """Return the rows of this section's table whose first column has this name."""
+    for block in re.findall(r"(?:^\|.*\n)+", section(heading), re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
+        if rows[0][0] == first:
+            assert {len(row) for row in rows} == {len(rows[0])}, block
+            return rows[2:]
+    raise AssertionError(f"the section {heading!r} has no table of {first!r}")
+
+
+def code(cell: str) -> str:
+    """Return the first `code` of a cell."""
+    found = re.search("`([^`]+)`", cell)
+    assert found, cell
+    return found[1]
+
+
+def blocks(heading: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", section(heading), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository as a fresh clone would be: without what git ignores."""
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    copy = tmp_path_factory.mktemp("readme") / "taskd"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "node_modules", *ignored))
+    return copy
+
+
+# --- What it lists --------------------------------------------------------------------------------------------------
+
+
+def test_the_sections_come_in_the_order_in_which_a_newcomer_needs_them() -> None:
+    headings = re.findall("^## (.+)$", README, re.MULTILINE)
+    assert [heading for heading in headings if heading in HEADINGS] == HEADINGS
+
+
+def test_the_endpoints_are_the_routes_and_methods_of_the_router(app: taskd.App) -> None:
+    routes = {
+        (method.method, route.path)
+        for route in falcon.inspect.inspect_routes(app)
+        for method in route.methods
+        if not method.internal and method.method not in ("HEAD", "OPTIONS")  # promised for all of them at once
+    }
+    listed = [(row[0].split()[0], code(row[0])) for row in table("Endpoints", "method and path")]
+    assert sorted(listed) == sorted(routes)
+
+
+def test_the_endpoints_that_need_a_token_are_marked(client: Any) -> None:
+    for method_and_path, needs_token, *_ in table("Endpoints", "method and path"):
+        path = re.sub(r"\{\w+\}", "1", code(method_and_path))
+        answer = client.simulate_request(method_and_path.split()[0], path)
+        assert (needs_token, answer.status_code) in (("yes", 401), ("no", 200)), method_and_path
+
+
+def test_the_members_of_a_task_are_those_that_a_client_can_set() -> None:
+    assert [code(row[0]) for row in table("Endpoints", "member")] == list(taskd.RULES)
+
+
+def test_the_errors_are_all_that_taskd_can_answer() -> None:
+    tree = ast.parse((ROOT / "taskd.py").read_text())
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} - {"HTTPError"}
+    kinds = [getattr(falcon, name, None) for name in names]
+    raised = {kind().status_code for kind in kinds if isinstance(kind, type) and issubclass(kind, falcon.HTTPError)}
+    by_server = {
+        kind.code
+        for kind in vars(waitress.utilities).values()
+        if isinstance(kind, type) and issubclass(kind, waitress.utilities.Error) and hasattr(kind, "code")
+    } - {501}  # which taskd makes 400
+    possible = raised | by_server | set(taskd.DETAILS)
+    assert possible >= {400, 401, 403, 404, 405, 413, 415, 422, 431, 500, 503}
+    assert [int(row[0]) for row in table("Errors", "status")] == sorted(possible)
+
+
+def test_the_error_that_is_shown_is_the_one_that_comes(alice: Person) -> None:
+    [shown] = blocks("Errors", "json")
+    answer = alice.call("POST", json={"title": " "})
+    assert (answer.status_code, answer.json) == (422, json.loads(shown))
+
+
+def test_the_settings_are_those_of_the_code_with_their_defaults() -> None:
+    listed = {code(row[0]): row[1] for row in table("Settings", "variable")}
+    fields = {field.metadata["variable"]: field.default for field in dataclasses.fields(taskd.Settings)}
+    assert listed == {name: f"`{default}`" if default else "none" for name, default in fields.items()}
+    assert list(listed) == list(fields)
+
+
+def test_the_commands_are_those_of_taskctl_and_have_the_options_that_are_shown() -> None:
+    commands: dict[str, Any] = typer.main.get_command(taskctl.app).commands  # type: ignore[attr-defined]
+    rows = {code(row[0]).split()[0]: row for row in table("taskctl", "command")}
+    assert sorted(rows) == sorted(commands)
+    for name, row in rows.items():
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"`(--[a-z-]+)", row[1])) <= options, name
+        arguments = [parameter for parameter in commands[name].params if parameter.param_type_name == "argument"]
+        assert bool(arguments) == (" " in code(row[0])), name
+
+
+def test_the_make_targets_that_are_named_exist(clone: Path) -> None:
+    named = set(re.findall(r"`make ([a-z-]+)`", README)) | {"run"}
+    targets = set(re.findall(r"^([a-z-]+):", (clone / "Makefile").read_text(), re.MULTILINE))
+    assert sorted(named - targets) == []
+
+
+# --- What it points to ----------------------------------------------------------------------------------------------
+
+MADE_BY_TASKD = {".env", "taskd.db", "taskd.db-wal", "taskd.db-shm"}
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_inside_the_repository_leads_somewhere(clone: Path) -> None:
+    dead = []
+    for document in [clone / "README.md", clone / "CHANGELOG.md", *clone.glob("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            if re.match("https?://", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = document.parent / name if name else document
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                dead.append((document.name, link))
+    assert dead == []
+
+
+def test_every_file_that_is_named_exists(clone: Path) -> None:
+    named = set(re.findall(r"`((?!/)[\w./-]+\.(?:py|sql|md|txt|json|toml|html|mjs|db)[\w-]*|\.env)`", README))
+    assert {"taskd.py", "taskctl.py", "schema.sql"} <= named
+    assert sorted(name for name in named - MADE_BY_TASKD if not (clone / name).exists()) == []
+
+
+FORBIDDEN = [
+    "py" + "pi.org",
+    "pythonhosted" + ".org",
+    "registry.npm" + "js.org",
+    "registry.yarn" + "pkg.com",
+    "/wo" + "rk/",
+    "/ro" + "ot/",
+]
+
+
+def test_no_file_names_a_package_registry_or_a_path_of_somebodys_machine(clone: Path) -> None:
+    found = []
+    for path in sorted(path for path in clone.rglob("*") if path.is_file()):
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            found += [(str(path.relative_to(clone)), number, text) for text in FORBIDDEN if text in line]
+    assert found == []
+
+
+# --- What it tells to do --------------------------------------------------------------------------------------------
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def fresh(clone: Path, tmp_path: Path) -> Path:
+    """A fresh clone of its own in which make finds its environment ready: this one, so that nothing is downloaded."""
+    home = tmp_path / "taskd"
+    shutil.copytree(clone, home)
+    (home / ".venv").mkdir()
+    (home / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    (home / ".venv" / "lib").symlink_to(Path(sys.prefix) / "lib")
+    if (Path(sys.prefix) / "pyvenv.cfg").exists():
+        shutil.copy(Path(sys.prefix) / "pyvenv.cfg", home / ".venv")
+    for stamp in ("run", "test"):
+        (home / ".venv" / stamp).touch()
+    return home
+
+
+def told(commands: str, port: int) -> list[str]:
+    """Return the command line that runs what the README tells to run, on another port than everybody's."""
+    return ["bash", "-euo", "pipefail", "-c", commands.replace("8000", str(port))]
+
+
+def shell_environment(home: Path, port: int) -> dict[str, str]:
+    path = f"{home}/.venv/bin:{os.environ['PATH']}"
+    return environment(TASKD_PORT=str(port), PATH=path, PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
+
+
+@contextlib.contextmanager
+def serving(commands: str, home: Path, port: int) -> Iterator[None]:
+    """Run the commands that serve until the server listens, and end it afterwards as Ctrl-C would."""
+    log = home.parent / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            told(commands, port), cwd=home, env=shell_environment(home, port), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+    line = f"taskd: listening on http://127.0.0.1:{port}\n"
+    try:
+        until(lambda: line in log.read_text() or process.poll() is not None, "the server listens")
+        assert line in log.read_text(), log.read_text()
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(DEADLINE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def answers(printed: str) -> list[Any]:
+    """Return the JSON texts that were printed one after another."""
+    found, decoder = [], json.JSONDecoder()
+    while printed := printed.lstrip():
+        answer, end = decoder.raw_decode(printed)
+        found.append(answer)
+        printed = printed[end:]
+    return found
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="the README's commands need curl")
+def test_the_quick_start_works_line_by_line(fresh: Path, port: int) -> None:
+    serve, use, smoke, _ = blocks("Try it in a minute", "sh")
+    [shown] = blocks("Try it in a minute", "json")
+
+    def printed(commands: str) -> str:
+        answer = subprocess.run(
+            told(commands, port), cwd=fresh, env=shell_environment(fresh, port), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=DEADLINE, check=False,
+        )  # fmt: skip
+        assert (answer.returncode, answer.stderr) == (0, "")
+        return answer.stdout
+
+    with serving(serve, fresh, port):
+        assert {".venv", ".env", "taskd.db"} <= {path.name for path in fresh.iterdir()}
+        tasks = answers(printed(use))
+        smoked = [line.split() for line in printed(smoke).splitlines()]
+    assert re.sub(TIME, "T", json.dumps(tasks[0])) == re.sub(TIME, "T", json.dumps(json.loads(shown)))
+    created, listed, read, changed, completed, deleted = tasks
+    assert list(created) == TASK_KEYS
+    assert (listed, read) == ([created], created)
+    assert changed == created | {"description": "2 litres", "updated_at": changed["updated_at"]}
+    assert completed == changed | {"completed": True, "updated_at": completed["updated_at"]}
+    assert deleted == completed
+    assert len(smoked) > 10
+    assert {row[0] for row in smoked[1:]} == {"ok"}
+
+
+def test_it_works_without_make_too(fresh: Path, port: int) -> None:
+    *_, commands = blocks("Try it in a minute", "sh")
+    assert commands.splitlines() == ["pip install -r requirements.txt", "python taskctl.py init", "python taskd.py"]
+    with serving(commands, fresh, port), contextlib.closing(socket.create_connection(("127.0.0.1", port))) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.0 200 OK\r\n")
+    assert {".env", "taskd.db"} <= {path.name for path in fresh.iterdir()}

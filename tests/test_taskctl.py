@@ -1,0 +1,1232 @@
+"""taskctl as a process of its own: what it prints where, with which status, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pty
+import re
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Process, bearer, locked, sign, stored, token
+
+import taskd
+
+Answer = subprocess.CompletedProcess[str]
+Taskctl = Callable[..., Answer]
+Start = Callable[..., Process]
+
+COMMAND = [sys.executable, str(ROOT / "taskctl.py")]
+OPTIONS = {
+    "init": [],
+    "check": ["--json"],
+    "mint": ["--claim", "--email", "--json", "--name", "--ttl"],
+    "seed": ["--count", "--json", "--random-seed", "--users"],
+    "settings": ["--json"],
+    "smoke": ["--json"],
+    "stats": ["--json"],
+    "tasks": ["--done", "--json", "--open"],
+    "users": ["--json"],
+    "verify": ["--json"],
+}
+MILK = ["1", "alice", "Buy milk", "2 litres", "no", "2026-01-02T03:04:05.006Z", "2026-01-02T03:04:05.006Z"]
+DENTIST = ["3", "alice", "Call the dentist", "-", "yes", "2026-01-03T03:04:05.006Z", "2026-01-05T03:04:05.006Z"]
+LETTER = ["2", "bob", "Write a letter", "-", "no", "2026-01-01T03:04:05.006Z", "2026-01-04T03:04:05.006Z"]
+SHOWN = {"-": None, "yes": True, "no": False}
+
+
+# To start Python and import all that taskctl needs takes 0.5 s, and to fork a process that has done so a few ms.
+NURSERY = """
+import contextlib, dotenv, gc, io, json, os, signal, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import taskctl
+with contextlib.redirect_stdout(io.StringIO()):  # much is imported only where it is needed
+    taskctl.show_all([{"a": "b"}], False)
+    taskctl.progress()
+    for arguments in ["mint", "alice"], ["--help"]:
+        with contextlib.suppress(SystemExit):
+            taskctl.app(arguments)
+gc.freeze()  # so that a child does not copy it all only to tidy it up
+for line in iter(sys.stdin.readline, ""):
+    order = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    signal.alarm(order["deadline"])
+    os.chdir(order["directory"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "w"), ("stderr", "w")]):
+        with open(order[name], mode + "b") as file:
+            os.dup2(file.fileno(), number)
+        errors = "backslashreplace" if name == "stderr" else "strict"
+        setattr(sys, name, open(number, mode, encoding="utf-8", errors=errors, closefd=False))
+    sys.argv = [sys.argv[1], *order["arguments"]]
+    taskctl.main()
+    break  # and leave as any process does: what it keeps open is closed only then
+"""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return a process environment in which nothing decides how a terminal looks."""
+    looks = {"COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH"}
+    kept = {name: value for name, value in support.environment(**variables).items() if name not in looks}
+    return {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | kept | variables
+
+
+class Nursery:
+    """A process that forks one for each run of taskctl."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files = {name: directory / name for name in ("stdin", "stdout", "stderr")}
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", NURSERY, COMMAND[1]],
+            env=environment(BETTER_AUTH_SECRET=SECRET), cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    def run(
+        self, directory: Path, *arguments: str, stdin: str | bytes = "", secret: str = SECRET, **variables: str
+    ) -> Answer:
+        """Run taskctl there. It never prints a traceback or a secret, whatever else it does."""
+        if secret:
+            variables = {"BETTER_AUTH_SECRET": secret} | variables
+        self._files["stdin"].write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
+        order = {name: str(path) for name, path in self._files.items()} | {
+            "directory": str(directory), "arguments": arguments, "environment": environment(**variables),
+            "deadline": DEADLINE,
+        }  # fmt: skip
+        assert self._popen.stdin
+        assert self._popen.stdout
+        print(json.dumps(order), file=self._popen.stdin, flush=True)
+        status = int(self._popen.stdout.readline())
+        stdout, stderr = (self._files[name].read_bytes().decode() for name in ("stdout", "stderr"))
+        assert "Traceback" not in stderr, stderr
+        for text in (SECRET, OTHER_SECRET):
+            assert text not in stdout + stderr, "that was a secret"
+        return Answer(arguments, status, stdout, stderr)
+
+    def close(self) -> None:
+        self._popen.communicate()
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def taskctl(nursery: Nursery, tmp_path: Path) -> Taskctl:
+    """Run taskctl in this test's directory."""
+    return partial(nursery.run, tmp_path)
+
+
+def data(answer: Answer) -> Any:
+    """Return the JSON that a command which succeeded printed: on stdout alone, and nothing on stderr."""
+    assert (answer.returncode, answer.stderr) == (0, ""), answer
+    return json.loads(answer.stdout)
+
+
+def cells(answer: Answer) -> list[list[str]]:
+    """Return the table that a command which succeeded printed: on stdout alone, and nothing on stderr."""
+    assert (answer.returncode, answer.stderr) == (0, ""), answer
+    return [re.split(" {2,}", line.strip()) for line in answer.stdout.splitlines()]
+
+
+def one_line(answer: Answer, status: int) -> str:
+    """Return the message of a command that failed: one line on stderr, and nothing on stdout."""
+    assert (answer.returncode, answer.stdout) == (status, ""), answer
+    assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr), answer.stderr
+    return answer.stderr.removeprefix("taskctl: ").rstrip("\n")
+
+
+def parts(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a token's header and claims."""
+    header, claims, _ = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in text.split("."))
+    return json.loads(header), json.loads(claims)
+
+
+def keep(path: Path, rows: list[list[Any]]) -> None:
+    """Make a database with these tasks, without taskd's own code."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript((ROOT / "schema.sql").read_text())
+        connection.executemany("INSERT INTO task VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.commit()
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A database with two tasks of alice's and one of bob's."""
+    keep(tmp_path / "taskd.db", [[SHOWN.get(cell, cell) for cell in row] for row in (MILK, LETTER, DENTIST)])
+    return tmp_path / "taskd.db"
+
+
+@pytest.mark.parametrize("command", ["users", "mint", "verify x"])
+def test_a_forked_run_is_like_one_from_the_start(taskctl: Taskctl, kept: Path, command: str) -> None:
+    variables = environment(BETTER_AUTH_SECRET=SECRET)
+    cold = subprocess.run(
+        [*COMMAND, *command.split()], cwd=kept.parent, env=variables, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    forked = taskctl(*command.split())
+    assert (cold.returncode, cold.stdout, cold.stderr) == (forked.returncode, forked.stdout, forked.stderr)
+
+
+# --- Help and usage -------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command_with_what_it_does(taskctl: Taskctl) -> None:
+    answer = taskctl("--help")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    commands = answer.stdout.partition("Commands")[2]
+    assert sorted(re.findall("^│ ([a-z-]+) +[A-Z]", commands, re.MULTILINE)) == sorted(OPTIONS)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_each_command_explains_itself_and_its_options(taskctl: Taskctl, command: str) -> None:
+    answer = taskctl(command, "--help")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    shown = {*re.findall("^│ +(--[a-z-]+)", answer.stdout, re.MULTILINE)}
+    assert sorted(shown - {"--help"}) == OPTIONS[command]
+    assert re.search(r"[A-Z][a-z]+ .+\.", answer.stdout)
+
+
+USAGE_ERRORS = {
+    "no such command": ["backpu"],
+    "an unknown option": ["users", "--jsno"],
+    "mint: no user": ["mint"],
+    "mint: an empty user": ["mint", ""],
+    "mint: a user that is no UTF-8": ["mint", "\udcff"],
+    "mint: a time without a number": ["mint", "alice", "--ttl", "h"],
+    "mint: an unknown unit": ["mint", "alice", "--ttl", "1w"],
+    "mint: an empty time": ["mint", "alice", "--ttl", ""],
+    "mint: a time with a fraction": ["mint", "alice", "--ttl", "1.5h"],
+    "mint: a claim without a value": ["mint", "alice", "--claim", "role"],
+    "mint: a claim without a name": ["mint", "alice", "--claim", "=admin"],
+    "mint: an issuer that is no string": ["mint", "alice", "--claim", "iss=5"],
+    "tasks: no user": ["tasks"],
+    "tasks: both open and done": ["tasks", "alice", "--open", "--done"],
+    "seed: nobody": ["seed"],
+    "seed: an empty user": ["seed", ""],
+    "seed: no tasks": ["seed", "alice", "--count", "0"],
+    "seed: fewer than no users": ["seed", "--users", "-1"],
+    "seed: a count that is no number": ["seed", "alice", "--count", "many"],
+    "smoke: another scheme": ["smoke", "ftp://127.0.0.1"],
+    "smoke: no scheme": ["smoke", "127.0.0.1:8000"],
+    "smoke: a port that cannot be": ["smoke", "http://127.0.0.1:99999"],
+    "smoke: a port that is no number": ["smoke", "http://127.0.0.1:http"],
+    "smoke: half an address": ["smoke", "http://[::1"],
+}
+
+
+@pytest.mark.parametrize("arguments", USAGE_ERRORS.values(), ids=USAGE_ERRORS)
+def test_wrong_usage_is_explained_on_stderr_with_status_2(taskctl: Taskctl, kept: Path, arguments: list[str]) -> None:
+    before = stored(kept)
+    answer = taskctl(*arguments)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("Usage: ")
+    assert "Error" in answer.stderr
+    assert stored(kept) == before
+
+
+def test_a_shell_can_complete_commands_and_options(taskctl: Taskctl, tmp_path: Path) -> None:
+    shown = subprocess.run(
+        ["bash", "-c", '"$@"; true', "bash", *COMMAND, "--show-completion"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=True,
+    )  # fmt: skip
+    assert shown.stderr == ""
+    found = re.search(r"(\S+_COMPLETE)=complete_bash", shown.stdout)
+    assert found, shown.stdout
+    complete = partial(taskctl, **{found[1]: "complete_bash"})
+    assert sorted(complete(COMP_WORDS="taskctl.py se", COMP_CWORD="1").stdout.split()) == ["seed", "settings"]
+    assert complete(COMP_WORDS="taskctl.py mint --t", COMP_CWORD="2").stdout.split() == ["--ttl"]
+
+
+# --- init -----------------------------------------------------------------------------------------------------------
+
+SECRET_LINE = r"BETTER_AUTH_SECRET=([A-Za-z0-9_-]{43,})\n"
+
+
+def test_init_writes_a_fresh_secret_for_its_owner_alone_and_makes_the_database(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
+    answer = taskctl("init", secret="")
+    assert (answer.returncode, answer.stdout) == (0, "")
+    dotenv, database = tmp_path / ".env", tmp_path / "taskd.db"
+    secret = re.fullmatch(SECRET_LINE, dotenv.read_text())
+    assert secret
+    assert secret[1] not in answer.stderr
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (dotenv, database)] == [0o600, 0o600]
+    assert stored(database) == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".env", "taskd.db"]
+    assert re.search(r"^taskctl: .*\.env", answer.stderr, re.MULTILINE)
+    assert re.search(r"^taskctl: .*taskd\.db", answer.stderr, re.MULTILINE)
+
+
+def test_what_init_made_is_all_that_taskd_needs(taskctl: Taskctl, start: Start, tmp_path: Path) -> None:
+    taskctl("init", secret="")
+    server = start(command=["env", "-u", "BETTER_AUTH_SECRET"])
+    minted = taskctl("mint", "alice", secret="").stdout.strip()
+    answer = server.request("GET", "/api/alice/tasks", headers={"Authorization": f"Bearer {minted}"})
+    assert (answer.status_code, answer.json) == (200, [])
+
+
+def test_init_run_again_changes_nothing(taskctl: Taskctl, tmp_path: Path) -> None:
+    taskctl("init", secret="")
+    taskctl("seed", "alice", "--count", "3", secret="")
+    before, tasks = (tmp_path / ".env").read_bytes(), stored(tmp_path / "taskd.db")
+    assert len(tasks) == 3
+    assert taskctl("init", secret="").returncode == 0
+    assert (tmp_path / ".env").read_bytes() == before
+    assert stored(tmp_path / "taskd.db") == tasks
+
+
+def test_no_two_secrets_are_alike(nursery: Nursery, tmp_path: Path) -> None:
+    homes = [tmp_path / name for name in ("one", "two")]
+    for home in homes:
+        home.mkdir()
+        nursery.run(home, "init", secret="")
+    assert len({(home / ".env").read_text() for home in homes}) == 2
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"TASKD_PORT=8001\n", b"TASKD_PORT=8001", b"# caf\xc3\xa9\r\nTASKD_PORT=8001\r\n", b"BETTER_AUTH_SECRET=\n", b""],
+    ids=["a line", "no final newline", "CRLF and UTF-8", "an empty secret", "an empty file"],
+)
+def test_init_adds_to_a_dotenv_file_without_losing_a_byte(taskctl: Taskctl, tmp_path: Path, before: bytes) -> None:
+    (tmp_path / ".env").write_bytes(before)
+    answer = taskctl("init", secret="")
+    assert (answer.returncode, answer.stdout) == (0, "")
+    after = (tmp_path / ".env").read_bytes()
+    assert after.startswith(before)
+    assert re.fullmatch(rb"\n?" + SECRET_LINE.encode(), after.removeprefix(before))
+    assert data(taskctl("settings", "--json", secret=""))["BETTER_AUTH_SECRET"] == "(set)"
+
+
+def test_a_dotenv_file_that_gets_the_secret_is_for_its_owner_alone(taskctl: Taskctl, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TASKD_PORT=8001\n")
+    (tmp_path / ".env").chmod(0o644)
+    taskctl("init", secret="")
+    assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("dotenv", "variables"),
+    [
+        (f"BETTER_AUTH_SECRET={SECRET}\n", {}),
+        (f"BETTER_AUTH_SECRETS=2:{OTHER_SECRET},1:{SECRET}\n", {}),
+        ("TASKD_PORT=8001\n", {"BETTER_AUTH_SECRET": SECRET}),
+        ("TASKD_PORT=8001\n", {"BETTER_AUTH_SECRETS": f"1:{SECRET}"}),
+    ],
+    ids=["in .env", "several in .env", "in the environment", "several in the environment"],
+)
+def test_init_leaves_a_secret_that_is_there(
+    taskctl: Taskctl, tmp_path: Path, dotenv: str, variables: dict[str, str]
+) -> None:
+    (tmp_path / ".env").write_text(dotenv)
+    answer = taskctl("init", secret="", **variables)
+    assert (answer.returncode, answer.stdout) == (0, "")
+    assert (tmp_path / ".env").read_text() == dotenv
+    assert stored(tmp_path / "taskd.db") == {}
+
+
+def test_init_with_an_empty_secret_in_the_environment_does_not_replace_the_one_in_dotenv(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
+    taskctl("init", secret="")
+    before = (tmp_path / ".env").read_text()
+    taskctl("init", secret="", BETTER_AUTH_SECRET="")
+    assert (tmp_path / ".env").read_text() == before
+
+
+def test_init_makes_the_database_that_the_settings_name(taskctl: Taskctl, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    assert taskctl("init", DATABASE_URL="sqlite:///data/other.db").returncode == 0
+    assert stored(tmp_path / "data" / "other.db") == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_init_says_so_when_dotenv_cannot_be_written(taskctl: Taskctl, tmp_path: Path) -> None:
+    (tmp_path / ".env").mkdir()
+    assert ".env" in one_line(taskctl("init", secret=""), 2)
+
+
+# --- mint -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_minted_token_stands_alone_on_stdout_and_names_its_user(taskctl: Taskctl) -> None:
+    before = int(time.time())
+    answer = taskctl("mint", "alice")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", answer.stdout)
+    header, claims = parts(answer.stdout.strip())
+    assert header == {"alg": "HS256", "typ": "JWT"}
+    assert before <= claims["iat"] <= time.time()
+    assert claims == {"sub": "alice", "iat": claims["iat"], "exp": claims["iat"] + 3600}
+
+
+def test_every_option_of_mint_becomes_a_claim_of_its_json_type(taskctl: Taskctl) -> None:
+    given = {
+        "role": ("admin", "admin"), "level": ("3", 3), "ratio": ("0.5", 0.5), "verified": ("true", True),
+        "gone": ("null", None), "groups": ('["a", 1]', ["a", 1]), "org": ('{"id": 7}', {"id": 7}),
+        "quoted": ('"3"', "3"), "sum": ("1+1=2", "1+1=2"), "empty": ("", ""), "word": ("caf\u00e9", "caf\u00e9"),
+    }  # fmt: skip
+    options = [option for name, (text, _) in given.items() for option in ("--claim", f"{name}={text}")]
+    shown = data(taskctl("mint", "alice", "--email", "a@b.example", "--name", "Al Ice", "--json", *options))
+    claims = shown["claims"]
+    assert claims == {
+        "sub": "alice", "email": "a@b.example", "name": "Al Ice", "iat": claims["iat"], "exp": claims["iat"] + 3600,
+        **{name: value for name, (_, value) in given.items()},
+    }  # fmt: skip
+    assert shown == {"token": shown["token"], "claims": claims}
+    assert parts(shown["token"])[1] == claims
+
+
+@pytest.mark.parametrize(
+    ("ttl", "seconds"), [("90", 90), ("90s", 90), ("15m", 900), ("1h", 3600), ("7d", 604_800), ("0", 0), ("-1h", -3600)]
+)
+def test_the_time_to_live_has_units_and_may_have_passed(taskctl: Taskctl, ttl: str, seconds: int) -> None:
+    claims = data(taskctl("mint", "alice", "--ttl", ttl, "--json"))["claims"]
+    assert claims["exp"] - claims["iat"] == seconds
+
+
+def test_a_minted_token_is_accepted_by_a_real_server_and_only_for_its_user(taskctl: Taskctl, server: Process) -> None:
+    sent = {"Authorization": f"Bearer {taskctl('mint', 'alice').stdout.strip()}"}
+    assert server.request("GET", "/api/alice/tasks", headers=sent).status_code == 200
+    assert server.request("GET", "/api/bob/tasks", headers=sent).status_code == 403
+    expired = taskctl("mint", "alice", "--ttl", "-1m").stdout.strip()
+    answer = server.request("GET", "/api/alice/tasks", headers={"Authorization": f"Bearer {expired}"})
+    assert answer.status_code == 401
+
+
+def test_the_first_of_several_secrets_signs(taskctl: Taskctl) -> None:
+    several = f"2:{OTHER_SECRET},1:{SECRET}"
+    minted = taskctl("mint", "alice", BETTER_AUTH_SECRETS=several).stdout.strip()
+    assert minted == sign(*parts_as_sent(minted), secret=OTHER_SECRET)
+    alone = taskctl("mint", "alice").stdout.strip()
+    assert alone == sign(*parts_as_sent(alone), secret=SECRET)
+
+
+def parts_as_sent(text: str) -> list[bytes]:
+    return [base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in text.split(".")[:2]]
+
+
+def test_mint_puts_in_the_issuer_and_audience_that_taskd_asks_for(taskctl: Taskctl) -> None:
+    names = {"TASKD_ISSUER": "https://auth.example", "TASKD_AUDIENCE": "taskd"}
+    shown = data(taskctl("mint", "alice", "--json", **names))
+    assert {name: shown["claims"][name] for name in ("iss", "aud")} == {"iss": "https://auth.example", "aud": "taskd"}
+    assert data(taskctl("verify", shown["token"], "--json", **names))["accepted"] is True
+
+
+# --- verify ---------------------------------------------------------------------------------------------------------
+
+NOW = int(time.time())
+GOOD_TOKENS = {
+    "as Better Auth makes it": token(),
+    "issuer and audience": token(iss="https://auth.example", aud="https://auth.example"),
+    "many audiences": token(aud=["a", "b"]),
+    "no e-mail, no name, no iat": token(email=None, name=None, iat=None),
+    "a user who is a number": token("1"),
+    "a user with a space and an umlaut": token("J\u00f6 1"),
+    "an exp with a fraction": token(exp=NOW + 900.5),
+    "expired within the leeway": token(exp=NOW + 300, nbf=NOW + 5),
+    "claims that nobody knows": token(role="admin", sid=None, nested={"a": [1]}),
+    "no typ": sign({"alg": "HS256"}, {"sub": "alice", "exp": NOW + 900}),
+    "an address of other keys, which is not followed": sign(
+        {"alg": "HS256", "jku": "https://evil.example/jwks"}, {"sub": "alice", "exp": NOW + 900}
+    ),
+}
+BAD_TOKENS = {
+    "expired": (token(exp=NOW - 60), "expired"),
+    "not yet valid": (token(nbf=NOW + 600), "not valid yet"),
+    "issued in the future": (token(iat=NOW + 600), "not valid yet"),
+    "another secret": (token(secret=OTHER_SECRET), "secret"),
+    "changed on the way": (token()[:-4] + "AAAA", "signature"),
+    "no signature": (token().rpartition(".")[0] + ".", "no JWT"),
+    "alg none": (sign({"alg": "none"}, {"sub": "alice", "exp": NOW + 900}), "alg"),
+    "another alg": (sign({"alg": "HS512"}, {"sub": "alice", "exp": NOW + 900}), "alg"),
+    "no alg": (sign({"typ": "JWT"}, {"sub": "alice", "exp": NOW + 900}), "alg"),
+    "Better Auth's own key": (sign({"alg": "EdDSA", "kid": "k"}, {"sub": "alice", "exp": NOW + 900}), "TASKD_JWKS_URL"),
+    "crit": (sign({"alg": "HS256", "crit": ["exp"]}, {"sub": "alice", "exp": NOW + 900}), "crit"),
+    "no exp": (token(exp=None), "exp"),
+    "exp as text": (token(exp=str(NOW + 900)), "exp"),
+    "no sub": (sign({"alg": "HS256"}, {"exp": NOW + 900}), "sub"),
+    "an empty sub": (token(sub=""), "sub"),
+    "a sub that is a number": (token(sub=1), "sub"),
+    "an e-mail-verification link": (sign({"alg": "HS256"}, {"email": "a@b", "userId": "7", "exp": NOW + 9}), "sub"),
+    "a payload that is a list": (sign({"alg": "HS256"}, ["alice"]), "malformed"),
+    "a header that is a list": (sign(["HS256"], {"sub": "alice", "exp": NOW + 900}), "malformed"),
+    "a payload that is no JSON": (sign({"alg": "HS256"}, b"alice"), "malformed"),
+    "a session token": ("Zk3l8fQ0p2.dGhpcyBpcyBubyBqd3Q", "session token"),
+    "four parts": (token() + ".e30", "no JWT"),
+    "padded": (token() + "=", "no JWT"),
+    "a word": ("hello", "no JWT"),
+    "endless": ("a" * 17_000 + ".b.c", "longer"),
+}
+USERS = {"a user who is a number": "1", "a user with a space and an umlaut": "J%C3%B6%201"}
+
+
+def served(server: Process, text: str, user: str = "alice") -> tuple[int, str]:
+    """Return what a real server answers to a token, and why."""
+    answer = server.request("GET", f"/api/{user}/tasks", headers={"Authorization": f"Bearer {text}"})
+    return answer.status_code, "" if answer.status_code == 200 else answer.json["detail"]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A real taskd that is asked about many tokens."""
+    process = Process(tmp_path_factory.mktemp("judge"))
+    yield process
+    assert process.terminate() == 0
+
+
+@pytest.mark.parametrize("name", GOOD_TOKENS)
+def test_verify_accepts_what_a_real_server_accepts(taskctl: Taskctl, judge: Process, name: str) -> None:
+    assert served(judge, GOOD_TOKENS[name], USERS.get(name, "alice")) == (200, "")
+    assert data(taskctl("verify", "--json", GOOD_TOKENS[name]))["accepted"] is True
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_verify_refuses_what_a_real_server_refuses_and_for_the_same_reason(
+    taskctl: Taskctl, judge: Process, name: str
+) -> None:
+    text, why = BAD_TOKENS[name]
+    status, reason = served(judge, text)
+    assert status == 401
+    assert why in reason
+    answer = taskctl("verify", "--json", text)
+    assert (answer.returncode, json.loads(answer.stdout)) == (1, {"accepted": False, "reason": reason})
+    assert re.fullmatch(rf"taskctl: [^\n]*{re.escape(reason)}[^\n]*\n", answer.stderr)
+    assert reason in one_line(taskctl("verify", text), 1)
+
+
+def test_verify_says_as_whom_and_until_when(taskctl: Taskctl) -> None:
+    text = token(exp=4_102_444_800, email="a@b.example", name=None)
+    assert cells(taskctl("verify", text)) == [
+        ["accepted", "yes"],
+        ["user_id", "alice"],
+        ["email", "a@b.example"],
+        ["name", "-"],
+        ["until", "2100-01-01T00:00:00Z"],
+    ]
+    assert data(taskctl("verify", "--json", text)) == {
+        "accepted": True, "user_id": "alice", "email": "a@b.example", "name": None, "until": "2100-01-01T00:00:00Z",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "stdin"),
+    [
+        ("{}", ""),
+        ("-", "{}\n"),
+        ("", "{}"),
+        ("Bearer {}", ""),
+        ("bearer {}", ""),
+        ("-", "Bearer {}\n"),
+        ("-", " {}\n\n"),
+    ],
+    ids=["argument", "dash", "stdin", "scheme", "scheme in small letters", "scheme on stdin", "white space around"],
+)
+def test_a_token_can_be_given_in_every_way_in_which_people_have_it(taskctl: Taskctl, argument: str, stdin: str) -> None:
+    text = token()
+    given = [argument.format(text)] if argument else []
+    assert data(taskctl("verify", "--json", *given, stdin=stdin.format(text)))["user_id"] == "alice"
+
+
+@pytest.mark.parametrize("prefix", ["", "Bearer "])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        (SECRET, f"{SECRET}\n", "line break"),
+        (SECRET, f'"{SECRET}"', "double quotes"),
+        (SECRET, f"'{SECRET}'", "single quotes"),
+        (f"{SECRET} ", SECRET, "white space"),
+        (f'"{SECRET}"', SECRET, "quotes"),
+    ],
+    ids=["line break", "double quotes", "single quotes", "our white space", "our quotes"],
+)
+def test_verify_says_which_small_change_of_the_secret_would_fit(
+    taskctl: Taskctl, ours: str, theirs: str, words: str, prefix: str
+) -> None:
+    said = one_line(taskctl("verify", prefix + token(secret=theirs), secret=ours), 1)
+    assert "the signature does not match" in said
+    assert words in said
+
+
+def test_verify_guesses_nothing_about_a_secret_that_is_quite_another(taskctl: Taskctl) -> None:
+    said = one_line(taskctl("verify", token(secret=OTHER_SECRET)), 1)
+    assert said == (
+        "taskd refuses this token: the signature does not match: the token was changed, or signed with another secret"
+    )
+
+
+def test_a_refusal_is_one_line_with_the_reason(taskctl: Taskctl) -> None:
+    assert "expired" in one_line(taskctl("verify", token(exp=NOW - 60)), 1)
+    assert "no JWT" in one_line(taskctl("verify", "", stdin=""), 1)
+
+
+def test_an_expiry_beyond_the_calendar_is_no_trouble(taskctl: Taskctl) -> None:
+    shown = data(taskctl("verify", "--json", token(exp=10**15)))
+    assert (shown["accepted"], "1000000000000000" in shown["until"]) == (True, True)
+
+
+def test_verify_takes_any_of_several_secrets(taskctl: Taskctl) -> None:
+    several = {"BETTER_AUTH_SECRETS": f"2:{OTHER_SECRET},1:{SECRET}", "secret": ""}
+    answers = [taskctl("verify", token(secret=secret), **several) for secret in (SECRET, OTHER_SECRET)]
+    assert [answer.returncode for answer in answers] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("claims", "status", "why"),
+    [
+        ({"iss": "https://auth.example", "aud": ["other", "taskd"]}, 0, ""),
+        ({"iss": "https://evil.example", "aud": "taskd"}, 1, "TASKD_ISSUER"),
+        ({"iss": "https://auth.example", "aud": "other"}, 1, "TASKD_AUDIENCE"),
+        ({"aud": "taskd"}, 1, "iss"),
+        ({"iss": "https://auth.example"}, 1, "aud"),
+    ],
+    ids=["both right", "another issuer", "another audience", "no issuer", "no audience"],
+)
+def test_verify_checks_issuer_and_audience_where_they_are_set(
+    taskctl: Taskctl, claims: dict[str, object], status: int, why: str
+) -> None:
+    answer = taskctl("verify", token(**claims), TASKD_ISSUER="https://auth.example", TASKD_AUDIENCE="taskd")
+    assert answer.returncode == status
+    assert why in answer.stderr
+
+
+def test_a_key_set_that_cannot_be_had_is_named_as_the_reason(taskctl: Taskctl) -> None:
+    with dead_port() as port:
+        answer = taskctl(
+            "verify", BAD_TOKENS["Better Auth's own key"][0], TASKD_JWKS_URL=f"http://127.0.0.1:{port}/jwks"
+        )
+    said = one_line(answer, 1)
+    assert "key set" in said
+    assert "database" not in said
+
+
+def test_bytes_that_are_no_text_are_no_token(taskctl: Taskctl) -> None:
+    one_line(taskctl("verify", "-", stdin=b"\xff\xfe"), 1)
+
+
+# --- check ----------------------------------------------------------------------------------------------------------
+
+PUBLIC_KEY = {
+    "kty": "OKP", "crv": "Ed25519", "kid": "first", "alg": "EdDSA", "use": "sig",
+    "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo",  # RFC 8037, appendix A.2
+}  # fmt: skip
+
+
+def test_check_finds_nothing_off_after_init(taskctl: Taskctl) -> None:
+    taskctl("init", secret="")
+    findings = data(taskctl("check", "--json", secret=""))
+    assert {finding["result"] for finding in findings} == {"ok"}
+    assert [finding["about"] for finding in findings] == ["secret 1", "sqlite:///taskd.db", "TASKD_JWKS_URL"]
+    table = cells(taskctl("check", secret=""))
+    assert table == [["result", "about", "found"], *([*finding.values()] for finding in findings)]
+
+
+def test_check_names_the_keys_that_it_reached(taskctl: Taskctl, kept: Path) -> None:
+    kept.chmod(0o600)
+    names = {"TASKD_ISSUER": "https://auth.example", "TASKD_AUDIENCE": "taskd"}
+    with answering(http_answer(json.dumps({"keys": [PUBLIC_KEY]}).encode())) as url:
+        findings = data(taskctl("check", "--json", TASKD_JWKS_URL=f"{url}/jwks", **names))
+    assert {finding["result"] for finding in findings} == {"ok"}
+    found = {finding["about"]: finding["found"] for finding in findings}
+    assert "EdDSA first" in found[f"{url}/jwks"]
+    assert {name: found[name] for name in names} == names
+
+
+def test_check_warns_of_what_works_but_should_not_stay(taskctl: Taskctl, kept: Path, tmp_path: Path) -> None:
+    kept.chmod(0o644)
+    (tmp_path / ".env").write_text("TASKD_PORT=8001\n")
+    (tmp_path / ".env").chmod(0o640)
+    with answering(http_answer(json.dumps({"keys": [PUBLIC_KEY]}).encode())) as url:
+        variables = {"BETTER_AUTH_SECRETS": f"3:{'a' * 40},2:'{SECRET}',1:{SECRET}", "TASKD_JWKS_URL": url}
+        findings = data(taskctl("check", "--json", **variables))
+    assert [finding["about"] for finding in findings if finding["result"] == "warning"] == [
+        "secret 1", "secret 2", ".env", "taskd.db", "TASKD_ISSUER", "TASKD_AUDIENCE",
+    ]  # fmt: skip
+    assert [finding["about"] for finding in findings if finding["result"] == "ok"] == [
+        "secret 3", "sqlite:///taskd.db", url,
+    ]  # fmt: skip
+
+
+NO_KEY_SET = {
+    "nobody there": None,
+    "hangs up": b"",
+    "no such path": b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+    "a web page": b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>",
+    "an empty set": b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"keys":[]}',
+}
+
+
+@pytest.mark.parametrize("content", NO_KEY_SET.values(), ids=NO_KEY_SET)
+def test_check_says_that_a_key_set_is_off(taskctl: Taskctl, kept: Path, content: bytes | None) -> None:
+    with contextlib.ExitStack() as stack:
+        url = (
+            f"http://127.0.0.1:{stack.enter_context(dead_port())}"
+            if content is None
+            else stack.enter_context(answering(content))
+        )
+        answer = taskctl("check", "--json", TASKD_JWKS_URL=f"{url}/jwks")
+    assert answer.returncode == 1
+    assert re.fullmatch(r"taskctl: 1 of \d+ [^\n]+\n", answer.stderr)
+    assert [f["about"] for f in json.loads(answer.stdout) if f["result"] == "OFF"] == [f"{url}/jwks"]
+
+
+def test_check_says_that_a_database_is_off_and_leaves_it(taskctl: Taskctl, tmp_path: Path) -> None:
+    (tmp_path / "taskd.db").write_text("Dear diary, today I bought milk. " * 100)
+    answer = taskctl("check")
+    assert (answer.returncode, answer.stderr.count("\n")) == (1, 1)
+    assert "file is not a database" in answer.stdout
+
+
+def test_check_makes_nothing(taskctl: Taskctl, tmp_path: Path) -> None:
+    assert taskctl("check").returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- users, tasks, stats --------------------------------------------------------------------------------------------
+
+
+def test_users_counts_the_tasks_of_each(taskctl: Taskctl, kept: Path) -> None:
+    assert cells(taskctl("users")) == [
+        ["user_id", "tasks", "done", "last_change"],
+        ["alice", "2", "1", "2026-01-05T03:04:05.006Z"],
+        ["bob", "1", "0", "2026-01-04T03:04:05.006Z"],
+    ]
+    assert data(taskctl("users", "--json")) == [
+        {"user_id": "alice", "tasks": 2, "done": 1, "last_change": "2026-01-05T03:04:05.006Z"},
+        {"user_id": "bob", "tasks": 1, "done": 0, "last_change": "2026-01-04T03:04:05.006Z"},
+    ]
+
+
+def test_tasks_shows_one_users_tasks_oldest_first(taskctl: Taskctl, kept: Path) -> None:
+    assert cells(taskctl("tasks", "alice")) == [TASK_KEYS, MILK, DENTIST]
+    assert cells(taskctl("tasks", "bob")) == [TASK_KEYS, LETTER]
+    shown = taskctl("tasks", "alice", "--json")
+    assert data(shown) == [
+        {
+            "id": 1, "user_id": "alice", "title": "Buy milk", "description": "2 litres", "completed": False,
+            "created_at": "2026-01-02T03:04:05.006Z", "updated_at": "2026-01-02T03:04:05.006Z",
+        },
+        {
+            "id": 3, "user_id": "alice", "title": "Call the dentist", "description": None, "completed": True,
+            "created_at": "2026-01-03T03:04:05.006Z", "updated_at": "2026-01-05T03:04:05.006Z",
+        },
+    ]  # fmt: skip
+    assert list(data(shown)[0]) == TASK_KEYS
+
+
+@pytest.mark.parametrize(("option", "ids"), [("--open", [1]), ("--done", [3])])
+def test_tasks_can_be_narrowed(taskctl: Taskctl, kept: Path, option: str, ids: list[int]) -> None:
+    assert [task["id"] for task in data(taskctl("tasks", "alice", option, "--json"))] == ids
+    assert [row[0] for row in cells(taskctl("tasks", "alice", option))] == ["id", *map(str, ids)]
+
+
+@pytest.mark.parametrize("user", ["ALICE", "alice ", "ali%", "ali*", "_lice", "'alice'"])
+def test_a_users_name_is_taken_letter_by_letter(taskctl: Taskctl, kept: Path, user: str) -> None:
+    assert data(taskctl("tasks", user, "--json")) == []
+
+
+def test_stats_counts_everything(taskctl: Taskctl, kept: Path) -> None:
+    expected = {
+        "users": 2, "tasks": 3, "done": 1, "oldest": "2026-01-01T03:04:05.006Z",
+        "last_change": "2026-01-05T03:04:05.006Z", "bytes": kept.stat().st_size,
+    }  # fmt: skip
+    assert data(taskctl("stats", "--json")) == expected
+    assert cells(taskctl("stats")) == [[name, str(value)] for name, value in expected.items()]
+
+
+def test_an_empty_database_is_no_trouble(taskctl: Taskctl, tmp_path: Path) -> None:
+    keep(tmp_path / "taskd.db", [])
+    assert data(taskctl("users", "--json")) == []
+    assert taskctl("users").stdout.strip() == ""
+    stats = data(taskctl("stats", "--json"))
+    assert {name: stats[name] for name in ("users", "tasks", "done", "oldest", "last_change")} == {
+        "users": 0, "tasks": 0, "done": 0, "oldest": None, "last_change": None,
+    }  # fmt: skip
+
+
+HOSTILE = {
+    "[bold]brackets[/bold] [/] [link=x]": "[bold]brackets[/bold] [/] [link=x]",
+    "\x1b[31mred\x1b[0m \x1b]0;title\x07": r"\x1b[31mred\x1b[0m \x1b]0;title\x07",
+    "\x9b2J and \x7f": r"\x9b2J and \x7f",
+    "two\nlines\r\tand a tab": r"two\nlines\r\tand a tab",
+    "\u2028line\u2029paragraph": r"\u2028line\u2029paragraph",
+    "\u202egnihtemos\u202c": r"\u202egnihtemos\u202c",
+    "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd": "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd",
+    "\u8cb7\u3044\u7269 \U0001f6d2": "\u8cb7\u3044\u7269 \U0001f6d2",
+    "a:smile: http://x.example {braces} %s": "a:smile: http://x.example {braces} %s",
+    "x" * 200: "x" * 200,
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), HOSTILE.items(), ids=[f"{text!a:.12}" for text in HOSTILE])
+def test_what_users_wrote_is_shown_whole_and_does_nothing_to_the_terminal(
+    taskctl: Taskctl, tmp_path: Path, text: str, shown: str
+) -> None:
+    keep(tmp_path / "taskd.db", [[1, text, text, text, 0, *MILK[-2:]]])
+    assert cells(taskctl("tasks", text, COLUMNS="20")) == [TASK_KEYS, ["1", shown, shown, shown, "no", *MILK[-2:]]]
+    assert cells(taskctl("users", COLUMNS="20"))[1:] == [[shown, "1", "0", MILK[-1]]]
+    assert [data(taskctl("tasks", text, "--json"))[0][name] for name in ("user_id", "title", "description")] == [
+        text
+    ] * 3
+
+
+def test_the_longest_description_is_shown_whole_on_one_line(taskctl: Taskctl, tmp_path: Path) -> None:
+    description = "word " * 1999 + "end."
+    keep(tmp_path / "taskd.db", [[1, "alice", "Buy milk", description, 0, *MILK[-2:]]])
+    assert cells(taskctl("tasks", "alice"))[1] == ["1", "alice", "Buy milk", description, "no", *MILK[-2:]]
+
+
+def test_what_users_wrote_does_nothing_to_a_real_terminal_either(tmp_path: Path) -> None:
+    keep(tmp_path / "taskd.db", [[n, text, text, None, 0, *MILK[-2:]] for n, text in enumerate(HOSTILE, 1)])
+    _, seen = on_a_terminal(tmp_path, "users", stream="stdout")
+    assert [text for text in ("\x1b[31m", "\x1b]0;", "\x9b", "\u202e", "\u2028") if text in seen] == []
+    assert r"\x1b[31mred" in seen
+
+
+def test_what_a_token_says_does_nothing_to_the_terminal(taskctl: Taskctl) -> None:
+    text = token("\x1b[31mmallory", name="two\nlines", email="[/bold]")
+    assert cells(taskctl("verify", text))[1:4] == [
+        ["user_id", r"\x1b[31mmallory"],
+        ["email", "[/bold]"],
+        ["name", r"two\nlines"],
+    ]
+
+
+@pytest.mark.parametrize("command", ["tasks alice", "settings --json"])
+def test_a_reader_who_stops_reading_causes_no_complaint(tmp_path: Path, command: str) -> None:
+    keep(tmp_path / "taskd.db", [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)])
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        answer = subprocess.run(
+            [*COMMAND, *command.split()], stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE,
+            cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET), text=True, timeout=DEADLINE, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    assert answer.stderr == ""
+
+
+def test_the_first_line_of_a_long_list_can_be_had_alone(tmp_path: Path) -> None:
+    keep(tmp_path / "taskd.db", [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)])
+    answer = subprocess.run(
+        ["bash", "-c", '"$@" | head -1', "bash", *COMMAND, "tasks", "alice"],
+        cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET), capture_output=True, text=True, timeout=DEADLINE,
+        check=True,
+    )  # fmt: skip
+    assert (answer.stdout.split(), answer.stderr) == (TASK_KEYS, "")
+
+
+# --- seed -----------------------------------------------------------------------------------------------------------
+
+
+def test_seed_gives_each_user_so_many_believable_tasks(taskctl: Taskctl, tmp_path: Path) -> None:
+    assert data(taskctl("seed", "alice", "--users", "2", "--count", "400", "--json")) == {"users": 3, "tasks": 1200}
+    made = list(stored(tmp_path / "taskd.db").values())
+    counts = {user: sum(task["user_id"] == user for task in made) for user in {task["user_id"] for task in made}}
+    assert counts == {"alice": 400, "user-1": 400, "user-2": 400}
+    assert all(task["title"].strip() and len(task["title"]) <= 200 for task in made)
+    assert len({task["title"] for task in made}) > 10
+    assert {task["description"] is None for task in made} == {True, False}
+    assert {task["completed"] for task in made} == {0, 1}
+    times = [(task["created_at"], task["updated_at"]) for task in made]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text) for pair in times for text in pair)
+    assert all(datetime.fromisoformat(created) <= datetime.fromisoformat(updated) for created, updated in times)
+
+
+def test_seeded_tasks_are_listed_oldest_first(taskctl: Taskctl) -> None:
+    taskctl("seed", "alice", "--count", "30")
+    created = [task["created_at"] for task in data(taskctl("tasks", "alice", "--json"))]
+    assert created == sorted(created)
+
+
+def test_seed_says_on_stdout_what_it_made(taskctl: Taskctl) -> None:
+    assert cells(taskctl("seed", "alice", "bob", "--count", "3")) == [["users", "2"], ["tasks", "6"]]
+    assert data(taskctl("seed", "carol", "--json")) == {"users": 1, "tasks": 20}
+
+
+def test_the_same_random_seed_makes_the_same_tasks_and_another_others(nursery: Nursery, tmp_path: Path) -> None:
+    def made(home: Path, *options: str) -> dict[int, dict[str, Any]]:
+        home.mkdir()
+        nursery.run(home, "seed", "alice", "--users", "1", *options)
+        return stored(home / "taskd.db")
+
+    tasks = made(tmp_path / "one", "--random-seed", "7")
+    assert len(tasks) == 40
+    assert made(tmp_path / "same", "--random-seed", "7") == tasks
+    others = made(tmp_path / "other", "--random-seed", "8")
+    assert [task["title"] for task in others.values()] != [task["title"] for task in tasks.values()]
+    assert made(tmp_path / "plain") == made(tmp_path / "plain again")
+
+
+def test_seed_adds_and_never_deletes(taskctl: Taskctl, kept: Path) -> None:
+    before = stored(kept)
+    taskctl("seed", "alice", "--count", "5")
+    taskctl("seed", "alice", "--count", "5")
+    after = stored(kept)
+    assert {key: after[key] for key in before} == before
+    assert sorted(after) == list(range(1, 14))
+
+
+def test_seed_works_while_a_server_runs(taskctl: Taskctl, server: Process) -> None:
+    assert server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, bearer()).status_code == 201
+    assert taskctl("seed", "alice", "--count", "5").returncode == 0
+    listed = server.request("GET", "/api/alice/tasks", headers=bearer()).json
+    assert [task["id"] for task in listed] == [1, 2, 3, 4, 5, 6]
+    assert server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, bearer()).json["id"] == 7
+    assert [task["id"] for task in data(taskctl("tasks", "alice", "--json"))] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def on_a_terminal(directory: Path, *arguments: str, stream: str) -> tuple[bytes, str]:
+    """Run taskctl with stdout or stderr on a terminal; return what went to the other one, and what was shown."""
+    shown, terminal = pty.openpty()
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: terminal}
+    variables = {"BETTER_AUTH_SECRET": SECRET, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", "COLUMNS": "300"}
+    with subprocess.Popen(
+        [*COMMAND, *arguments], cwd=directory, env=environment(**variables), stdin=subprocess.DEVNULL, **streams
+    ) as process:
+        os.close(terminal)
+        seen = b""
+        with contextlib.suppress(OSError):  # which is how Linux says that nobody will write any more
+            while chunk := os.read(shown, 65536):
+                seen += chunk
+        os.close(shown)
+        other = process.stderr if stream == "stdout" else process.stdout
+        assert other
+        written = other.read()
+        assert process.wait(DEADLINE) == 0
+    return written, seen.decode()
+
+
+def test_progress_shows_on_a_terminal_and_leaves_stdout_alone(tmp_path: Path) -> None:
+    data_written, seen = on_a_terminal(tmp_path, "seed", "alice", "--json", stream="stderr")
+    assert json.loads(data_written) == {"users": 1, "tasks": 20}
+    assert "seeding" in seen
+    assert "%" in seen
+
+
+def test_no_progress_shows_where_nobody_looks(taskctl: Taskctl) -> None:
+    assert taskctl("seed", "alice", "--count", "2500").stderr == ""
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_settings_shows_every_setting_with_its_default(taskctl: Taskctl) -> None:
+    variables = [field.metadata["variable"] for field in dataclasses.fields(taskd.Settings)]
+    shown = data(taskctl("settings", "--json", secret=""))
+    assert list(shown) == variables
+    assert shown == dict.fromkeys(variables) | {
+        "DATABASE_URL": "sqlite:///taskd.db", "TASKD_HOST": "127.0.0.1", "TASKD_PORT": 8000, "TASKD_LOG": "info",
+        "TASKD_THREADS": next(field.default for field in dataclasses.fields(taskd.Settings) if field.name == "threads"),
+    }  # fmt: skip
+    assert [row[0] for row in cells(taskctl("settings", secret=""))] == variables
+
+
+def test_settings_shows_what_holds_and_masks_the_secrets(taskctl: Taskctl, tmp_path: Path) -> None:
+    dotenv = f"BETTER_AUTH_SECRET='{SECRET}'\nTASKD_PORT=8001\nTASKD_HOST=::1\nTASKD_ISSUER=\n"
+    (tmp_path / ".env").write_text(dotenv)
+    given = {
+        "BETTER_AUTH_SECRETS": f"2:{OTHER_SECRET},1:{SECRET}",
+        "TASKD_PORT": "8002",
+        "TASKD_CORS_ORIGINS": "https://a.example, https://b.example",
+        "TASKD_AUDIENCE": "[red]taskd",
+    }
+    expected = {
+        "BETTER_AUTH_SECRET": "(set)", "BETTER_AUTH_SECRETS": "(set)", "TASKD_PORT": 8002, "TASKD_HOST": "::1",
+        "TASKD_CORS_ORIGINS": "https://a.example,https://b.example", "TASKD_AUDIENCE": "[red]taskd",
+        "TASKD_ISSUER": None,
+    }  # fmt: skip
+    as_json, table = data(taskctl("settings", "--json", secret="", **given)), taskctl("settings", secret="", **given)
+    assert {name: as_json[name] for name in expected} == expected
+    as_text = {None: "-"} | {value: str(value) for value in expected.values() if value}
+    assert {row[0]: row[1] for row in cells(table) if row[0] in expected} == {
+        name: as_text[value] for name, value in expected.items()
+    }
+
+
+# --- smoke ----------------------------------------------------------------------------------------------------------
+
+ROUTES = {
+    ("GET", "/healthz"),
+    ("GET", "/api/{user_id}/tasks"),
+    ("POST", "/api/{user_id}/tasks"),
+    ("GET", "/api/{user_id}/tasks/{id}"),
+    ("PUT", "/api/{user_id}/tasks/{id}"),
+    ("DELETE", "/api/{user_id}/tasks/{id}"),
+    ("PATCH", "/api/{user_id}/tasks/{id}/complete"),
+}
+
+
+@contextlib.contextmanager
+def dead_port() -> Iterator[int]:
+    """Yield a port on which nobody listens, and nobody else can meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@contextlib.contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """Yield the address of a server that sends the same bytes to whoever asks."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # which ends it
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(ConnectionError):
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        pool.submit(serve)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_smoke_tries_every_route_of_a_live_server_and_leaves_nothing_behind(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
+    server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, bearer())
+    before = stored(tmp_path / "taskd.db")
+    url = f"http://127.0.0.1:{server.port}"
+    calls = data(taskctl("smoke", url, "--json"))
+    assert {call["result"] for call in calls} == {"ok"}
+    assert {(call["method"], call["route"]) for call in calls} >= ROUTES
+    assert {call["status"] for call in calls} >= {200, 201, 401, 403, 404, 422}
+    assert all(call["status"] == call["expected"] for call in calls)
+    assert all(0 < call["ms"] < 10_000 for call in calls)
+    table = cells(taskctl("smoke", f"{url}/"))
+    assert table[0] == ["result", "method", "route", "status", "expected", "ms"]
+    assert [row[:4] for row in table[1:]] == [
+        [call["result"], call["method"], call["route"], str(call["status"])] for call in calls
+    ]
+    assert stored(tmp_path / "taskd.db") == before
+
+
+def test_smoke_by_itself_tries_the_server_of_the_settings(taskctl: Taskctl, server: Process) -> None:
+    assert taskctl("smoke", TASKD_PORT=str(server.port)).returncode == 0
+    assert "smoke-" in server.log
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"TASKD_ISSUER": "https://auth.example", "TASKD_AUDIENCE": "taskd"},
+        {"TASKD_HOST": "::1"},
+        {"BETTER_AUTH_SECRETS": f"2:{OTHER_SECRET},1:{SECRET}"},
+    ],
+    ids=["issuer and audience", "IPv6", "several secrets"],
+)
+def test_smoke_fits_the_settings_of_the_server(taskctl: Taskctl, start: Start, variables: dict[str, str]) -> None:
+    server = start(**variables)
+    answer = taskctl("smoke", **(variables | {"TASKD_PORT": str(server.port)}))
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
+def test_smoke_with_a_wrong_secret_says_what_is_off(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
+    answer = taskctl("smoke", f"http://127.0.0.1:{server.port}", "--json", secret=OTHER_SECRET)
+    assert answer.returncode == 1
+    assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
+    calls = json.loads(answer.stdout)
+    off = [call for call in calls if call["result"] != "ok"]
+    assert {call["status"] for call in off} == {401}
+    assert f"{len(off)} of {len(calls)}" in answer.stderr
+    assert stored(tmp_path / "taskd.db") == {}
+
+
+BROKEN_SERVER = """
+import sys, time
+from wsgiref.simple_server import make_server
+sys.path.insert(0, sys.argv[1])
+import taskd
+settings = taskd.Settings.load()
+app = taskd.create_app(settings)
+def broken(environ, start_response):
+    {sabotage}
+    return app(environ, start_response)
+server = make_server("127.0.0.1", 0, broken)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+SABOTAGE = {
+    "deletes nothing": ("if environ['REQUEST_METHOD'] == 'DELETE': environ['REQUEST_METHOD'] = 'GET'", "GET"),
+    "completes nothing": (
+        "if environ['REQUEST_METHOD'] == 'PATCH':"
+        " environ.update(REQUEST_METHOD='GET', PATH_INFO=environ['PATH_INFO'].removesuffix('/complete'))",
+        "PATCH",
+    ),
+    "changes nothing": ("if environ['REQUEST_METHOD'] == 'PUT': environ['REQUEST_METHOD'] = 'GET'", "PUT"),
+    "lets everybody in": (
+        "if environ['PATH_INFO'].startswith('/api'): environ['HTTP_AUTHORIZATION'] = 'Bearer ' + taskd.Tokens("
+        "settings).mint({'sub': environ['PATH_INFO'].split('/')[2], 'exp': int(time.time()) + 60})",
+        "GET",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SABOTAGE)
+def test_smoke_notices_a_server_that(taskctl: Taskctl, tmp_path: Path, fault: str) -> None:
+    sabotage, method = SABOTAGE[fault]
+    with subprocess.Popen(
+        [sys.executable, "-c", BROKEN_SERVER.format(sabotage=sabotage), str(ROOT)],
+        cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:  # fmt: skip
+        try:
+            assert server.stdout
+            port = server.stdout.readline().strip()
+            answer = taskctl("smoke", f"http://127.0.0.1:{port}", "--json")
+        finally:
+            server.kill()
+    assert answer.returncode == 1
+    assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
+    assert method in {call["method"] for call in json.loads(answer.stdout) if call["result"] != "ok"}
+
+
+def http_answer(content: bytes, status: str = "200 OK") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
+
+
+NO_TASKD = {
+    "hangs up": b"",
+    "speaks another protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "tries to paint the terminal": b"\x1b[31mred\x1b[0m\r\n",
+    "has a web page": http_answer(b"<!doctype html><title>It works</title>"),
+    "has no such path": http_answer(b"Not found", "404 Not Found"),
+    "redirects": http_answer(b"", "302 Found"),
+    "answers a list": http_answer(b"[]"),
+    "answers a list of numbers": http_answer(b"[1, 2]"),
+    "answers an empty object": http_answer(b"{}"),
+    "answers a number": http_answer(b"5"),
+    "answers null": http_answer(b"null"),
+    "is well but has no ids": http_answer(b'{"status": "ok", "title": "Try every route"}', "201 Created"),
+    "answers no UTF-8": http_answer(b"\xff\xfe"),
+    "answers without a bottom": http_answer(b"[" * 200_000),
+    "breaks off": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("content", NO_TASKD.values(), ids=NO_TASKD)
+def test_smoke_against_what_is_no_taskd_is_one_line(taskctl: Taskctl, content: bytes) -> None:
+    with answering(content) as url:
+        answer = taskctl("smoke", url, "--json")
+    assert answer.returncode == 1
+    assert isinstance(json.loads(answer.stdout), list)
+    assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
+    assert "\x1b" not in answer.stderr
+
+
+def test_smoke_against_a_dead_port_is_one_line_that_names_it(taskctl: Taskctl) -> None:
+    with dead_port() as port:
+        answer = taskctl("smoke", f"http://127.0.0.1:{port}")
+    assert answer.returncode == 1
+    assert answer.stdout.strip() == ""
+    assert re.fullmatch(rf"taskctl: [^\n]*http://127\.0\.0\.1:{port}[^\n]*\n", answer.stderr)
+
+
+# --- Trouble --------------------------------------------------------------------------------------------------------
+
+UNUSABLE = {
+    "no secret": ({}, ["mint", "alice"], "BETTER_AUTH_SECRET is missing"),
+    "no secret to verify with": ({}, ["verify", "x"], "BETTER_AUTH_SECRET is missing"),
+    "no secret for smoke": ({}, ["smoke"], "BETTER_AUTH_SECRET is missing"),
+    "a short secret": ({"BETTER_AUTH_SECRET": "hunter2"}, ["mint", "alice"], "BETTER_AUTH_SECRET must be at least 32"),
+    "a short secret for init": ({"BETTER_AUTH_SECRET": "hunter2"}, ["init"], "BETTER_AUTH_SECRET must be at least 32"),
+    "a short secret among several": ({"BETTER_AUTH_SECRETS": "1:hunter2"}, ["settings"], "BETTER_AUTH_SECRETS must"),
+    "secrets without a number": ({"BETTER_AUTH_SECRETS": "hunter2" * 9}, ["users"], "BETTER_AUTH_SECRETS must"),
+    "a port": ({"TASKD_PORT": "hunter2"}, ["settings"], "TASKD_PORT must"),
+    "another database": ({"DATABASE_URL": "mysql://x/hunter"}, ["stats"], "DATABASE_URL must"),
+    "a database in memory": ({"DATABASE_URL": "sqlite:///:memory:"}, ["users"], "DATABASE_URL must"),
+    "no directory": ({"DATABASE_URL": "sqlite:///no/such/taskd.db"}, ["seed", "alice"], "no/such/taskd.db cannot be"),
+    "no secret to check": ({}, ["check"], "BETTER_AUTH_SECRET is missing"),
+    "a key set over plain http": ({"TASKD_JWKS_URL": "http://a.example/"}, ["check"], "TASKD_JWKS_URL must"),
+}
+
+
+@pytest.mark.parametrize(("variables", "arguments", "why"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_settings_are_one_line_with_status_2_and_nothing_is_touched(
+    taskctl: Taskctl, tmp_path: Path, variables: dict[str, str], arguments: list[str], why: str
+) -> None:
+    said = one_line(taskctl(*arguments, secret="", **variables), 2)
+    assert said.startswith(why)
+    assert "hunter2" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["users", "tasks alice", "stats", "stats --json"])
+def test_a_missing_database_is_not_made_by_looking_at_it(taskctl: Taskctl, tmp_path: Path, command: str) -> None:
+    said = one_line(taskctl(*command.split()), 1)
+    assert said == "there is no database taskd.db; make it with: python taskctl.py init"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["users", "tasks alice", "stats", "seed alice", "init"])
+def test_a_file_that_is_no_database_stays_as_it_is(taskctl: Taskctl, tmp_path: Path, command: str) -> None:
+    content = b"Dear diary, today I bought milk. " * 100
+    (tmp_path / "taskd.db").write_bytes(content)
+    answer = taskctl(*command.split())
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.splitlines()[-1] == "taskctl: taskd.db cannot be opened: file is not a database"
+    assert (tmp_path / "taskd.db").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["taskd.db"]
+
+
+def test_a_schema_that_does_not_fit_is_named(taskctl: Taskctl, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "taskd.db")) as connection:
+        connection.execute("CREATE TABLE task (id INTEGER PRIMARY KEY, title TEXT)")
+    said = one_line(taskctl("users"), 2)
+    assert "does not fit schema.sql" in said
+    assert "user_id" in said
+
+
+def test_a_damaged_database_is_one_line(taskctl: Taskctl, kept: Path) -> None:
+    taskctl("seed", "alice", "--count", "500")
+    size, first_page = kept.stat().st_size, kept.read_bytes()[:4096]
+    kept.write_bytes(first_page + hashlib.sha256(b"damage").digest() * ((size - 4096) // 32))
+    answer = taskctl("tasks", "alice")
+    assert answer.returncode in (1, 2)
+    assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
+
+
+def test_a_database_that_another_process_has_locked_can_be_read_but_not_written(taskctl: Taskctl, kept: Path) -> None:
+    taskctl("stats")  # which turns on the write-ahead log, as any use by taskd does
+    with locked(kept):
+        assert [row["tasks"] for row in data(taskctl("users", "--json"))] == [2, 1]
+        assert [task["id"] for task in data(taskctl("tasks", "alice", "--json"))] == [1, 3]
+        assert "locked" in one_line(taskctl("seed", "alice"), 1)
+    assert sorted(stored(kept)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("command", ["tasks", "seed"])
+def test_a_name_that_is_no_text_is_a_usage_error(taskctl: Taskctl, kept: Path, command: str) -> None:
+    answer = taskctl(command, "\udcff")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert sorted(stored(kept)) == [1, 2, 3]
