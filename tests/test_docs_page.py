@@ -1,0 +1,358 @@
+"""The page at /docs, in a real Chromium, against a real server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from support import DEADLINE, ROOT, Process, environment, stored, token, until
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+HOSTILE = "<img src=x onerror=document.title='gone'> </pre><b>\u202e \U0001f4a9 ' \" \\ & ${x} `y` é"
+ODD_USER = '<i>o\'hara $HOME `id` "é" 100% \\'
+FIVE_HOURS = 5 * 60 * 60 + 30 * 60  # seconds, and half an hour
+OPERATIONS = 20  # of the document
+QUIET = ["background-networking", "component-update", "sync", "gpu", "extensions", "default-apps"]
+LIGHT_AND_DARK = pytest.mark.parametrize("scheme", ["light", "dark"])
+# The contrast (WCAG 2.2, 1.4.3) of each text that is shown with what is behind it, the lowest first.
+CONTRASTS = """
+const channels = (color) => color.match(/[0-9.]+/g).map(Number);
+const luminance = (color) => channels(color).slice(0, 3).map((value) => value / 255)
+  .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, value, at) => sum + value * [0.2126, 0.7152, 0.0722][at], 0);
+const behind = (one) => {
+  for (let at = one; at; at = at.parentElement) {
+    const color = getComputedStyle(at).backgroundColor;
+    if (channels(color)[3] !== 0) return color;
+  }
+};
+return [...document.querySelectorAll("body *")]
+  .filter((one) => [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) && one.checkVisibility())
+  .filter((one) => !["SCRIPT", "STYLE", "NOSCRIPT"].includes(one.tagName))
+  .map((one) => {
+    const [light, dark] = [getComputedStyle(one).color, behind(one)].map(luminance).sort((a, b) => b - a);
+    return [(light + 0.05) / (dark + 0.05), one.className, one.textContent.slice(0, 40)];
+  }).sort((a, b) => a[0] - b[0]);
+"""
+# Form fields and buttons of which a screen reader would not say what they are.
+NAMELESS = """
+return [...document.querySelectorAll("input, textarea, select, button, summary, a, [role=region], nav, form")]
+  .filter((one) => !((one.labels && one.labels.length) || one.getAttribute("aria-label") || one.textContent.trim()))
+  .map((one) => one.outerHTML);
+"""
+HOSTS = """
+const kinds = ["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind));
+return [kinds.length, [...new Set(kinds.map((entry) => new URL(entry.name).origin))]];
+"""
+
+
+class Page:
+    """The page, as someone at a keyboard uses it."""
+
+    def __init__(self, browser: webdriver.Chrome, server: Process, directory: Path) -> None:
+        self.browser, self.server, self.database = browser, server, directory / "taskd.db"
+        self.origin = f"http://127.0.0.1:{server.port}"
+
+    def open(self, path: str = "/docs") -> Page:
+        self.browser.get(self.origin + path)
+        self.wait_until_ready()
+        return self
+
+    def wait_until_ready(self) -> None:
+        until(lambda: self.run("return document.documentElement.dataset.ready"), "the page shows the document")
+
+    def run(self, script: str, *arguments: object) -> Any:
+        return self.browser.execute_script(script, *arguments)
+
+    def emulate(self, command: str, **options: object) -> None:
+        self.browser.execute_cdp_cmd(f"Emulation.{command}", options)
+
+    def find(self, selector: str) -> WebElement:
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def paste(self, selector: str, text: str) -> None:
+        """Put a text in a field in one go, as pasting does; typing would leave out what no keyboard has."""
+        self.run("arguments[0].focus(); arguments[0].select()", self.find(selector))
+        self.browser.execute_cdp_cmd("Input.insertText", {"text": text})
+
+    def log_in(self, user: str) -> str:
+        text = token(user, exp=int(time.time()) + FIVE_HOURS)
+        self.paste("#token", text)
+        return text
+
+    def send(self, operation: str) -> tuple[str, str]:
+        """Send a call by pressing Enter on its button, and return the status and the body that the page shows."""
+        form = f"#try-{operation}"
+        self.run("document.querySelector(arguments[0] + ' ~ .result').replaceChildren()", form)
+        self.find(f"{form} button[type=submit]").send_keys(Keys.ENTER)
+        until(
+            lambda: self.run("return document.querySelector(arguments[0] + ' ~ .result .outcome')", form), "an answer"
+        )
+        body = self.browser.find_elements(By.CSS_SELECTOR, f"{form} ~ .result pre")
+        return self.find(f"{form} ~ .result .status").text, body[0].get_property("textContent") if body else ""
+
+    def open_everything(self) -> None:
+        self.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        until(lambda: self.run("return document.querySelectorAll('form').length") == OPERATIONS, "all calls are open")
+
+    def headers(self, operation: str) -> dict[str, str]:
+        names, values = (
+            [one.text for one in self.browser.find_elements(By.CSS_SELECTOR, f"#try-{operation} ~ .result {tag}")]
+            for tag in ("dt", "dd")
+        )
+        return dict(zip(names, values, strict=True))
+
+    def curl(self, operation: str) -> str:
+        return str(self.find(f"#try-{operation} ~ .part pre").get_property("textContent"))
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """Return what Chromium wrote on its console since it was last asked."""
+        return list(self.browser.get_log("browser"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("the page is not tried: Chromium is not installed, or its chromedriver is not")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    profile = tmp_path_factory.mktemp("chromium")
+    for argument in ["headless=new", "hide-scrollbars", "no-first-run", "no-proxy-server", f"user-data-dir={profile}"]:
+        options.add_argument(f"--{argument}")
+    for feature in QUIET:
+        options.add_argument(f"--disable-{feature}")
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")  # Chromium's sandbox does not work for root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser: webdriver.Chrome, server: Process, tmp_path: Path) -> Page:
+    browser.get("about:blank")
+    found = Page(browser, server, tmp_path)
+    found.complaints()  # those of the test before
+    found.open()
+    assert found.complaints() == []
+    return found
+
+
+def test_a_person_can_paste_a_token_create_a_task_and_list_it(page):
+    page.log_in("alice")
+    assert page.find("#token-state").text.startswith("For alice, good for another 5 hours")
+    page.paste("#try-createTask-body", json.dumps({"title": "Buy oat milk", "description": "2 litres"}))
+    status, body = page.send("createTask")
+    (task,) = stored(page.database).values()
+    assert status == "201 Created"
+    assert json.loads(body) == task | {"completed": False}
+    assert (task["user_id"], task["title"], task["description"]) == ("alice", "Buy oat milk", "2 litres")
+    assert page.headers("createTask")["location"] == f"/api/alice/tasks/{task['id']}"
+    assert page.find("#try-createTask ~ .result .time").text.endswith(" ms")
+    status, body = page.send("listTasks")
+    assert (status, json.loads(body)) == ("200 OK", [task | {"completed": False}])
+    assert page.complaints() == []
+    assert page.run(HOSTS) == [4, [page.origin]]  # the page, the document and two calls
+
+
+def test_every_call_of_the_document_can_be_tried(page):
+    page.log_in("alice")
+    document = json.loads((ROOT / "openapi.json").read_text())
+    names = [operation["operationId"] for item in document["paths"].values()
+             for method, operation in item.items() if method != "parameters"]  # fmt: skip
+    page.open_everything()
+    names.sort(key=["createTask", *(set(names) - {"createTask", "deleteTask"}), "deleteTask"].index)
+    for name in names:
+        status, _ = page.send(name)
+        assert status == ("201 Created" if name == "createTask" else "200 OK"), name
+        assert "x-request-id" in page.headers(name)
+    assert len(names) == OPERATIONS
+    assert stored(page.database) == {}
+    assert page.complaints() == []
+
+
+def test_what_users_write_is_shown_as_text(page):
+    page.log_in(ODD_USER)
+    page.paste("#try-createTask-body", json.dumps({"title": HOSTILE}, ensure_ascii=False))
+    status, body = page.send("createTask")
+    (task,) = stored(page.database).values()
+    assert status == "201 Created"
+    assert (task["title"], task["user_id"]) == (HOSTILE, ODD_USER)
+    assert json.loads(body)["title"] == HOSTILE
+    assert json.loads(page.send("listTasks")[1])[0]["user_id"] == ODD_USER
+    assert page.find("#token-state").text.startswith(f"For {ODD_USER}, good")
+    assert page.run("return document.querySelectorAll('main img, main i, main b').length") == 0
+    assert page.browser.title == "taskd: the API"
+    assert page.complaints() == []
+
+
+def test_the_curl_command_makes_the_same_request(page):
+    secret = page.log_in(ODD_USER)
+    page.paste("#try-createTask-body", json.dumps({"title": HOSTILE}, ensure_ascii=False))
+    page.paste("#try-createTask-X-Request-ID", "from-curl")
+    command = page.curl("createTask")
+    assert secret not in command
+    words = ["sh", "-c", command.replace("curl", "curl --silent --include", 1)]
+    finished = subprocess.run(words, env=environment(TOKEN=secret), capture_output=True, text=True, timeout=DEADLINE)
+    head, _, body = finished.stdout.replace("\r\n", "\n").partition("\n\n")
+    (task,) = stored(page.database).values()
+    assert (task["title"], task["user_id"]) == (HOSTILE, ODD_USER)
+    assert head.startswith("HTTP/1.1 201 ")
+    assert "x-request-id: from-curl" in head.lower()
+    assert json.loads(body) == task | {"completed": False}
+
+
+def test_without_a_token_the_page_shows_the_refusal(page):
+    page.paste("#try-listTasks-user_id", "alice")
+    status, body = page.send("listTasks")
+    assert status == "401 Unauthorized"
+    assert json.loads(body)["status"] == 401
+    assert page.headers("listTasks")["www-authenticate"] == 'Bearer realm="taskd"'
+    assert "Authorization" not in page.curl("listTasks")
+    assert [one["message"].rpartition(" - ")[2][:57] for one in page.complaints()] == [
+        "Failed to load resource: the server responded with a stat"
+    ]
+
+
+def test_the_page_says_what_it_thinks_of_a_token(page):
+    good, later = "good for another 5 hours", int(time.time()) + FIVE_HOURS
+    for pasted, said in [
+        ("nonsense", "This does not look like a JWT"),
+        ("a.b.c", "This does not look like a JWT"),
+        (token("alice", sub=None), "This token has no sub"),
+        (token("alice", exp=None), "For alice, but it has no expiry"),
+        (token("alice", exp=1), "For alice, but it has expired"),
+        (f'  "{token("é💩", exp=later)}"\n', f"For é💩, {good}"),
+        (f"Authorization: Bearer {token('alice', exp=later)}", f"For alice, {good}"),
+    ]:
+        page.paste("#token", pasted)
+        assert page.find("#token-state").text.startswith(said), pasted
+    page.find(".login button").click()
+    assert page.find("#token-state").text.startswith("No token")
+    assert page.complaints() == []
+
+
+def test_the_token_is_kept_nowhere(page):
+    secret = page.log_in("alice")
+    page.send("listTasks")
+    assert page.run("return [localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    assert secret not in page.run("return document.documentElement.outerHTML")
+    assert secret not in page.browser.current_url
+    page.browser.refresh()
+    page.wait_until_ready()
+    assert page.find("#token").get_property("value") == ""
+    assert page.find("#try-listTasks-user_id").get_property("value") == ""
+
+
+def test_what_cannot_be_sent_is_said(page):
+    for user, said in [("", "Fill in user_id."), ("..", "A browser cannot ask for this path")]:
+        page.run("document.querySelector('#try-listTasks-user_id').value = ''")
+        page.paste("#try-listTasks-user_id", user)
+        assert page.send("listTasks")[0] == "Not sent"
+        assert said in page.find("#try-listTasks ~ .result").text
+    assert page.run(HOSTS)[0] == 2, "nothing was sent"
+    page.paste("#try-listTasks-user_id", "alice")
+    page.server.kill()
+    assert page.send("listTasks")[0] == "Not sent"
+    assert "The server could not be reached." in page.find("#try-listTasks ~ .result").text
+
+
+def test_numbers_are_shown_as_they_came(page):
+    sent = '{"id": 9223372036854775807, "a": [], "b": {"c": [1, -2.50e3, "x\\"y"]}}'
+    shown = page.run("return codeBlock(arguments[0], 'x').textContent", sent)
+    assert shown == (
+        '{\n  "id": 9223372036854775807,\n  "a": [],\n  "b": {\n    "c": [\n      1,\n      -2.50e3,\n'
+        '      "x\\"y"\n    ]\n  }\n}'
+    )
+
+
+def test_a_very_long_answer_is_cut_and_says_so(page):
+    shown = page.run("return codeBlock(JSON.stringify(Array(100000).fill('é')), 'x').textContent")
+    assert len(shown) < 101_000
+    assert shown.endswith("… and 300,001 more characters")
+
+
+def test_the_page_works_with_a_trailing_slash(page):
+    page.open("/docs/")
+    page.log_in("alice")
+    assert page.send("listTasks")[0] == "200 OK"
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("name", ["deleteTask", "optionsTask"])
+def test_an_address_with_a_name_leads_to_that_call(page, name):
+    page.browser.get("about:blank")
+    page.open(f"/docs#{name}")
+    until(lambda: page.run("return document.getElementById(`try-${arguments[0]}`)", name), "the call is open")
+    until(lambda: 0 <= page.run("return document.getElementById(arguments[0]).getBoundingClientRect().top", name) < 100,
+          "the call is in view")  # fmt: skip
+    assert page.find(f"#try-{name} button").is_displayed()
+
+
+@LIGHT_AND_DARK
+def test_every_text_can_be_read(page, scheme):
+    page.emulate("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.log_in("alice")
+    page.send("createTask")
+    page.send("listTasks")
+    page.open_everything()
+    contrasts = page.run(CONTRASTS)
+    dark = page.run("return matchMedia('(prefers-color-scheme: dark)').matches")
+    page.emulate("setEmulatedMedia", features=[])
+    assert dark == (scheme == "dark")
+    assert len(contrasts) > 300
+    assert [one for one in contrasts if one[0] < 4.5] == []
+
+
+def test_nothing_is_wider_than_the_window(page):
+    page.log_in("alice")
+    page.paste("#try-createTask-body", json.dumps({"title": "W" * 200, "description": "W" * 5000}))
+    page.send("createTask")
+    page.send("listTasks")
+    page.open_everything()
+    for width in [320, 360, 600, 1000, 1400, 2560]:
+        page.emulate("setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+        page.open_everything()  # the contents open and close with the width
+        assert page.run("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    page.emulate("clearDeviceMetricsOverride")
+
+
+def test_everything_that_can_be_used_has_a_name(page):
+    page.open_everything()
+    assert page.run(NAMELESS) == []
+    ids = page.run("return [...document.querySelectorAll('[id]')].map((one) => one.id)")
+    assert len(ids) == len(set(ids))
+    levels = page.run("return [...document.querySelectorAll('main :is(h1, h2, h3, h4)')].map((one) => +one.tagName[1])")
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_the_page_says_so_when_the_document_cannot_be_read(browser, start, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "docs", copy / "docs")
+    for name in ("taskd.py", "schema.sql"):
+        shutil.copy(ROOT / name, copy)
+    (copy / "openapi.json").write_text("{")
+    started = time.monotonic()
+    server = Process(copy, command=["sh", "-c", 'exec "$0" ./taskd.py'])
+    browser.get(f"http://127.0.0.1:{server.port}/docs")
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, "[role=alert]"), "the page says so")
+    text = browser.find_element(By.CSS_SELECTOR, "[role=alert]").text
+    server.kill()
+    assert text.startswith("The document at /openapi.json cannot be read: ")
+    assert time.monotonic() - started < DEADLINE

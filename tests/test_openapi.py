@@ -1,0 +1,467 @@
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import falcon.inspect
+import jsonschema_rs
+import msgspec
+import pytest
+from schemathesis.specs.openapi.definitions import OPENAPI_31  # the official schema of OpenAPI documents
+from support import ROOT, TASK_KEYS, bearer
+
+import taskd
+
+DOCUMENT: dict[str, Any] = json.loads((ROOT / "openapi.json").read_text())
+SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
+METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
+BODY_TYPES = {"NewTask": taskd.NewTask, "TaskChanges": taskd.TaskChanges, "Completion": taskd.Completion}
+OWNED = {"id", "user_id", "created_at", "updated_at"}
+ON_EVERY_ANSWER = {"X-Request-ID"}
+ON_EVERY_API_ANSWER = ON_EVERY_ANSWER | {"Cache-Control", "X-Content-Type-Options"}
+KEPT = ["localStorage", "sessionStorage", "document.cookie", "indexedDB"]
+MARKUP = ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", ".style.cssText"]
+LOADED = ["@import", "url(", "<link", "<img", "src="]
+PAGES = [("/openapi.json", "application/json"), ("/docs", "text/html; charset=utf-8")]
+
+
+def resolve(node: dict[str, Any]) -> dict[str, Any]:
+    """Follow a reference into the document; a reference that leads nowhere is a KeyError."""
+    while "$ref" in node:
+        found: Any = DOCUMENT
+        for key in node["$ref"].removeprefix("#/").split("/"):
+            found = found[key]
+        node = found
+    return node
+
+
+def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, item in DOCUMENT["paths"].items():
+        for method in METHODS & item.keys():
+            yield path, method, item[method]
+
+
+def parameters(path: str, operation: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    listed = [*DOCUMENT["paths"][path].get("parameters", []), *operation.get("parameters", [])]
+    return {(one["in"], one["name"]): one for one in map(resolve, listed)}
+
+
+def responses(operation: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    return {int(status): resolve(response) for status, response in operation["responses"].items()}
+
+
+def walk(node: object) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else []:
+        yield from walk(child)
+
+
+def validator(schema: dict[str, Any]) -> Any:
+    """Return what checks a value against a schema of the document, formats included."""
+    return jsonschema_rs.Draft202012Validator(schema | {"components": DOCUMENT["components"]}, validate_formats=True)
+
+
+ALL = [
+    pytest.param(*case, id=f"{case[1].upper()} {case[0]}") for case in sorted(operations(), key=lambda case: case[:2])
+]
+PRIVATE = [case for case in ALL if "/api/" in case.id and "OPTIONS" not in case.id]
+
+
+# --- The document and OpenAPI ---
+
+
+def test_the_document_is_openapi_3_1_in_structure():
+    assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
+    official = jsonschema_rs.validator_for(OPENAPI_31)
+    assert [error.message for error in official.iter_errors(DOCUMENT)] == []
+    assert not official.is_valid(DOCUMENT | {"paths": {"/": {"get": {"responses": {"two hundred": {}}}}}})
+
+
+def test_the_document_has_the_version_of_the_code():
+    assert DOCUMENT["info"]["version"] == taskd.__version__
+
+
+def test_every_reference_leads_somewhere_and_every_component_is_used():
+    text = json.dumps(DOCUMENT)
+    used = set(re.findall(r'"\$ref": "#/components/([^"]+)"', text))
+    for node in walk(DOCUMENT):
+        if "$ref" in node:
+            assert set(node) == {"$ref"}
+            assert isinstance(resolve(node), dict)
+    kinds = ("parameters", "headers", "schemas", "responses")
+    there = {f"{kind}/{name}" for kind in kinds for name in DOCUMENT["components"][kind]}
+    # 405 is the answer to the methods that are not in the document, so no operation can refer to it.
+    assert there - used == {"responses/MethodNotAllowed"}
+
+
+def test_every_schema_is_a_json_schema():
+    schemas = [node["schema"] for node in walk(DOCUMENT) if isinstance(node.get("schema"), dict)]
+    assert len(schemas) > 30
+    for schema in [*SCHEMAS.values(), *schemas]:
+        jsonschema_rs.meta.validate({"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema)
+
+
+def test_operation_ids_are_unique_and_each_operation_has_a_declared_tag_and_a_summary():
+    ids = [operation["operationId"] for _, _, operation in operations()]
+    assert len(ids) == len(set(ids))
+    tags = {tag["name"] for tag in DOCUMENT["tags"]}
+    for _, _, operation in operations():
+        assert set(operation["tags"]) <= tags
+        assert len(operation["tags"]) == 1
+        assert operation["summary"]
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), ALL)
+def test_each_field_of_a_path_is_a_required_parameter_and_the_reverse(path, method, operation):
+    declared = parameters(path, operation)
+    in_path = {name for place, name in declared if place == "path"}
+    assert in_path == set(re.findall(r"\{(\w+)\}", path))
+    assert all(declared["path", name]["required"] for name in in_path)
+    assert ("header", "X-Request-ID") in declared
+
+
+def test_every_link_leads_to_an_operation_and_names_its_parameters():
+    by_id = {operation["operationId"]: (path, operation) for path, _, operation in operations()}
+    links = [link for _, _, operation in operations() for response in responses(operation).values()
+             for link in response.get("links", {}).values()]  # fmt: skip
+    assert len(links) >= 10
+    for link in links:
+        names = {name for _, name in parameters(*by_id[link["operationId"]])}
+        assert set(link["parameters"]) <= names
+
+
+# --- The document and the router ---
+
+
+def routed(app: taskd.App) -> set[tuple[str, str]]:
+    return {
+        (route.path, method.method.lower())
+        for route in falcon.inspect.inspect_routes(app)
+        for method in route.methods
+        if method.method in falcon.HTTP_METHODS and method.function_name != "method_not_allowed"
+    }
+
+
+def test_the_document_has_every_path_and_method_of_the_router_and_no_other(app):
+    assert {(path, method) for path, method, _ in operations()} == routed(app)
+
+
+def test_every_method_of_the_document_is_known_to_its_path_and_every_other_is_405(app, client):
+    for path, item in DOCUMENT["paths"].items():
+        url = path.replace("{user_id}", "alice").replace("{task_id}", "1")
+        allowed = client.simulate_options(url).headers["allow"].split(", ")
+        assert {method.upper() for method in METHODS & item.keys()} - {"OPTIONS"} == set(allowed) - {"OPTIONS"}
+        for method in METHODS - item.keys():
+            assert client.simulate_request(method.upper(), url, headers=bearer()).status_code == 405
+
+
+def test_what_the_document_calls_private_is_what_asks_for_a_token(client):
+    for path, method, operation in operations():
+        url = path.replace("{user_id}", "alice").replace("{task_id}", "1")
+        private = operation.get("security", DOCUMENT["security"]) != []
+        assert (client.simulate_request(method.upper(), url).status_code == 401) == private, (method, path)
+        assert (401 in responses(operation)) == private, (method, path)
+    scheme = DOCUMENT["components"]["securitySchemes"]["token"]
+    assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
+    assert DOCUMENT["security"] == [{"token": []}]
+
+
+# --- Answers ---
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), ALL)
+def test_the_statuses_of_an_operation_are_those_of_the_contract(path, method, operation):
+    expected = {201 if method == "post" else 200}
+    if path.startswith("/api/") and method != "options":
+        expected |= {401, 403, 500, 503}
+        expected |= {404} if "{task_id}" in path else set()
+        expected |= {400, 413, 415, 422} if method in ("post", "put", "patch") else set()
+    assert set(responses(operation)) == expected
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), ALL)
+def test_every_answer_declares_the_headers_that_it_carries(path, method, operation):
+    for status, response in responses(operation).items():
+        expected = ON_EVERY_API_ANSWER if path.startswith("/api/") else ON_EVERY_ANSWER
+        expected = expected | ({"Location"} if status == 201 else set())
+        expected = expected | ({"WWW-Authenticate"} if status == 401 else set())
+        expected = expected | ({"Retry-After"} if status == 503 else set())
+        expected = expected | ({"Allow"} if method == "options" else set())
+        expected = expected | ({"Content-Security-Policy"} if path in dict(PAGES) and method != "options" else set())
+        assert set(response["headers"]) == expected, status
+        assert all(resolve(header)["required"] for header in response["headers"].values())
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), ALL)
+def test_every_error_is_a_problem_and_every_other_answer_says_its_type(path, method, operation):
+    for status, response in responses(operation).items():
+        if method in ("head", "options"):
+            assert "content" not in response
+        elif status >= 400:
+            (media,) = response["content"].items()
+            name = "ValidationProblem" if status == 422 else "Problem"
+            assert media[0] == "application/problem+json"
+            assert media[1]["schema"] == {"$ref": f"#/components/schemas/{name}"}
+        else:
+            assert set(response["content"]) == {dict(PAGES).get(path, "application/json")}
+
+
+def test_a_405_is_a_problem_with_allow():
+    response = DOCUMENT["components"]["responses"]["MethodNotAllowed"]
+    assert set(response["headers"]) == ON_EVERY_API_ANSWER | {"Allow"}
+    assert set(response["content"]) == {"application/problem+json"}
+
+
+# --- Examples ---
+
+
+def examples() -> Iterator[tuple[str, Any, Any]]:
+    holders = [(f"{method} {path}", operation.get("requestBody", {})) for path, method, operation in operations()]
+    holders += [(f"{method} {path} {status}", response) for path, method, operation in operations()
+                for status, response in responses(operation).items()]  # fmt: skip
+    holders += list(DOCUMENT["components"]["responses"].items())
+    for where, holder in holders:
+        for media in holder.get("content", {}).values():
+            for name, example in media["examples"].items():
+                yield f"{where}: {name}", media["schema"], example["value"]
+    for kind in ("parameters", "headers"):
+        for name, one in DOCUMENT["components"][kind].items():
+            yield f"{kind}: {name}", one["schema"], one["example"]
+
+
+def test_every_example_fits_its_schema():
+    checked = list(examples())
+    assert len(checked) > 80
+    for where, schema, value in checked:
+        assert validator(schema).is_valid(value), where
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), ALL)
+def test_every_body_has_an_example(path, method, operation):
+    bodies = [*responses(operation).values(), *([operation["requestBody"]] if "requestBody" in operation else [])]
+    for body in bodies:
+        assert all(media["examples"] for media in body.get("content", {}).values())
+
+
+def test_the_examples_of_errors_name_their_status():
+    for path, method, operation in operations():
+        for status, response in responses(operation).items():
+            media = response.get("content", {}).get("application/problem+json", {"examples": {}})
+            for example in media["examples"].values():
+                assert example["value"]["status"] == status, (method, path)
+                assert example["value"]["title"] == json.loads(taskd.problem(status, None))["title"]
+
+
+def test_every_example_of_a_body_is_taken_by_the_server(alice):
+    for path, method, operation in operations():
+        for example in (
+            operation.get("requestBody", {})
+            .get("content", {})
+            .get("application/json", {"examples": {}})["examples"]
+            .values()
+        ):
+            task = alice.add()
+            url = path.replace("{user_id}", "alice").replace("{task_id}", str(task["id"]))
+            response = alice.call(method.upper(), url, json=example["value"])
+            assert response.status_code in (200, 201), (method, path, example, response.text)
+
+
+# --- Bodies ---
+
+
+def limits(schema: dict[str, Any]) -> dict[str, Any]:
+    return {name: schema[name] for name in ("minLength", "maxLength") if name in schema}
+
+
+def types(schema: dict[str, Any]) -> set[str]:
+    """Return the JSON types that a schema allows, whether it says so in a list or with anyOf."""
+    if "anyOf" in schema:
+        return {name for choice in schema["anyOf"] for name in types(choice)}
+    return set(schema["type"]) if isinstance(schema["type"], list) else {schema["type"]}
+
+
+def string_limits(schema: dict[str, Any]) -> dict[str, Any]:
+    choices = schema.get("anyOf", [schema])
+    return {name: value for choice in choices for name, value in limits(choice).items()}
+
+
+def schema_of(body_type: type) -> dict[str, Any]:
+    return dict(msgspec.json.schema(body_type)["$defs"][body_type.__name__])
+
+
+@pytest.mark.parametrize("name", BODY_TYPES)
+def test_a_body_has_the_members_of_its_type_and_no_other(name):
+    fields = {field.name: field for field in msgspec.structs.fields(BODY_TYPES[name])}
+    assert set(SCHEMAS[name]["properties"]) == set(fields)
+    assert set(SCHEMAS[name].get("required", [])) == {field.name for field in fields.values() if field.required}
+    assert SCHEMAS[name]["additionalProperties"] is False
+    assert schema_of(BODY_TYPES[name])["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("name", BODY_TYPES)
+def test_a_body_has_the_types_limits_and_defaults_of_its_type(name):
+    ours, theirs = SCHEMAS[name]["properties"], schema_of(BODY_TYPES[name])["properties"]
+    for field in msgspec.structs.fields(BODY_TYPES[name]):
+        if field.name in OWNED:
+            continue
+        mine, other = ours[field.name], theirs[field.name]
+        assert types(mine) == types(other), field.name
+        assert limits(mine) == string_limits(other), field.name
+        default = field.default if field.default not in (msgspec.NODEFAULT, msgspec.UNSET) else "none"
+        assert mine.get("default", "none") == default, field.name
+
+
+@pytest.mark.parametrize("name", BODY_TYPES)
+def test_what_the_server_owns_is_accepted_whatever_it_is(name):
+    for member in OWNED:
+        schema = SCHEMAS[name]["properties"][member]
+        assert set(schema) == {"description"}, "any value is valid"
+        assert "readOnly" not in schema
+
+
+def test_a_task_has_the_members_of_its_type_in_the_same_order():
+    fields = msgspec.structs.fields(taskd.TaskView)
+    names = [field.name for field in fields]
+    assert list(SCHEMAS["Task"]["properties"]) == SCHEMAS["Task"]["required"] == names == TASK_KEYS
+    theirs = schema_of(taskd.TaskView)["properties"]
+    for name in names:
+        assert types(SCHEMAS["Task"]["properties"][name]) == types(theirs[name]), name
+
+
+def test_a_task_shows_what_a_body_may_set():
+    for name in ("title", "description", "completed"):
+        task, new = SCHEMAS["Task"]["properties"][name], SCHEMAS["NewTask"]["properties"][name]
+        changes = SCHEMAS["TaskChanges"]["properties"][name]
+        for keyword in ("type", "minLength", "maxLength", "pattern"):
+            assert task.get(keyword) == new.get(keyword) == changes.get(keyword), (name, keyword)
+
+
+# Every character up to the end of those that anything takes for white space, and those elsewhere that look like it.
+CHARACTERS = [chr(code) for code in [*range(0x3100), 0xFEFF, 0xFFFC, 0xFFFF, 0x1F4A9, sys.maxunicode]]
+
+
+def test_no_white_space_is_beyond_the_characters_that_are_tried():
+    assert {chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()} <= set(CHARACTERS)
+
+
+@pytest.mark.parametrize("member", ["title", "description"])
+def test_document_and_server_agree_for_each_character_whether_it_makes_a_text(member, alice):
+    schema = SCHEMAS["NewTask"]["properties"][member]
+    declared, taken = validator(schema).is_valid, msgspec.json.Decoder(taskd.RULES[member][0]).decode
+    for character in CHARACTERS:
+        try:
+            accepted = taken(msgspec.json.encode(character)) != "\0"
+        except msgspec.ValidationError:
+            accepted = False
+        assert declared(character) == accepted == bool(re.search(schema["pattern"], character)), ascii(character)
+        if character.isspace() or not accepted:
+            response = alice.call("POST", json={"title": "a title"} | {member: character})
+            assert (response.status_code == 201) == accepted, ascii(character)
+
+
+# --- Answers of the server, against the document ---
+
+
+def checked(response: Any, method: str, path: str) -> None:
+    """Check that an answer is one of those that the document has for its operation: status, headers, body."""
+    described = responses(DOCUMENT["paths"][path][method])[response.status_code]
+    for name, header in described["headers"].items():
+        given: Any = response.headers[name.lower()]
+        schema = resolve(header)["schema"]
+        assert validator(schema).is_valid(int(given) if schema["type"] == "integer" else given), (name, given)
+    if "content" in described:
+        media = described["content"][response.headers["content-type"]]
+        assert validator(media["schema"]).is_valid(json.loads(response.text)), response.text
+    else:
+        assert response.text == ""
+
+
+LIST, ONE, DONE = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}", "/api/{user_id}/tasks/{task_id}/complete"
+ANSWERS: list[tuple[str, str, dict[str, Any], int]] = [
+    ("get", LIST, {}, 200),
+    ("head", LIST, {}, 200),
+    ("options", LIST, {}, 200),
+    ("post", LIST, {"json": {"title": "é"}}, 201),
+    ("post", LIST, {"body": b"{", "headers": {"Content-Type": "application/json"}}, 400),
+    ("post", LIST, {"body": b" " * 65537, "headers": {"Content-Type": "application/json"}}, 413),
+    ("post", LIST, {"body": b"a=b", "headers": {"Content-Type": "text/plain"}}, 415),
+    ("post", LIST, {"json": {"titel": 1}}, 422),
+    ("get", ONE, {}, 200),
+    ("head", ONE, {}, 200),
+    ("options", ONE, {}, 200),
+    ("put", ONE, {"json": {"description": "x"}}, 200),
+    ("put", ONE, {"json": []}, 422),
+    ("patch", DONE, {}, 200),
+    ("patch", DONE, {"json": {"completed": None}}, 422),
+    ("options", DONE, {}, 200),
+    ("delete", ONE, {}, 200),
+    ("get", ONE, {}, 404),
+    ("head", ONE, {}, 404),
+    ("put", ONE, {"json": {}}, 404),
+    ("patch", DONE, {}, 404),
+    ("delete", ONE, {}, 404),
+]
+
+
+def test_the_servers_answers_are_those_of_the_document(alice):
+    task = alice.add()
+    for method, path, options, status in ANSWERS:
+        url = path.replace("{user_id}", "alice").replace("{task_id}", str(task["id"]))
+        response = alice.call(method.upper(), url, **options)
+        assert response.status_code == status, (method, path, options)
+        checked(response, method, path)
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), PRIVATE)
+def test_refusals_are_those_of_the_document(path, method, operation, client, bob):
+    url = path.replace("{user_id}", "alice").replace("{task_id}", "1")
+    for headers in ({}, {"Authorization": "Bearer a.b.c"}, bearer("alice", exp=1)):
+        response = client.simulate_request(method.upper(), url, headers=headers)
+        assert response.status_code == 401
+        checked(response, method, path)
+    response = bob.call(method.upper(), url)
+    assert response.status_code == 403
+    checked(response, method, path)
+
+
+# --- The document and its page, as they are served ---
+
+
+@pytest.mark.parametrize(("path", "content_type"), PAGES)
+def test_the_document_and_its_page_are_served_without_a_token(client, path, content_type):
+    response = client.simulate_get(path)
+    file = ROOT / {"/openapi.json": "openapi.json", "/docs": "docs/api.html"}[path]
+    assert response.status_code == 200
+    assert response.headers["content-type"] == content_type
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.content == file.read_bytes()
+    head = client.simulate_head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == content_type
+
+
+@pytest.mark.parametrize(("path", "content_type"), PAGES)
+def test_the_document_and_its_page_may_load_and_call_nothing_but_this_server(client, path, content_type):
+    policy = dict(
+        directive.strip().partition(" ")[::2]
+        for directive in client.simulate_get(path).headers["content-security-policy"].split(";")
+    )
+    assert policy.pop("default-src") == "'none'"
+    assert policy.pop("connect-src") == "'self'"
+    assert policy.pop("script-src") == policy.pop("style-src") == "'unsafe-inline'"
+    assert set(policy.values()) <= {"'none'", "data:"}
+
+
+def test_the_page_names_no_other_host_and_keeps_nothing():
+    page = (ROOT / "docs" / "api.html").read_text()
+    assert re.findall(r"https?://[^\s\"'<)]+", page) == []
+    for word in KEPT + MARKUP + LOADED:
+        assert word not in page, word
+
+
+def test_the_document_names_no_other_host():
+    assert re.findall(r"https?://[^\s\"]+", json.dumps(DOCUMENT)) == []
