@@ -10,7 +10,7 @@ run: .venv/run
 	@exec $(BIN)/python taskd.py
 
 test: lint
-	$(BIN)/pytest --cov
+	$(BIN)/pytest -n 4 --dist worksteal --cov
 
 lint: .venv/test
 	$(BIN)/ruff format --check .
