@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+
 from common import BENCH, HOST, ROOT, Answer, Request, Server, free_port, require
 
 SECRET = secrets.token_urlsafe(32)

@@ -22,8 +22,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Answer, Process, assert_problem, environment, until
 
+from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Answer, Process, assert_problem, environment, until
 from taskd import Settings
 
 HERE = Path(__file__).parent / "better_auth"

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import pytest
-from conftest import Person
 from falcon import testing
-from support import DEADLINE, SECRET, TASK_KEYS, assert_problem, bearer, token
 
 import taskd
+from conftest import Person
+from support import DEADLINE, SECRET, TASK_KEYS, assert_problem, bearer, token
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 JSON = {"Content-Type": "application/json"}

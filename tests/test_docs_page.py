@@ -17,6 +17,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+
 from support import DEADLINE, ROOT, Process, environment, stored, token, until
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

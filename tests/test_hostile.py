@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from support import DEADLINE, ROOT, Process, Wire, WireAnswer, assert_problem, bearer, stored, token, until, written
 
 TASKS = "/api/alice/tasks"

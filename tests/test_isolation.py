@@ -15,13 +15,13 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import Person
 from falcon import testing
 from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
-from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer
 
 import taskd
+from conftest import Person
+from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer
 
 # Ids that a careless comparison would take for one another: by case, by composition (NFC, NFD), by white space, by a
 # wild card, by quotes, as a number.

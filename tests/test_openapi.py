@@ -11,9 +11,9 @@ import jsonschema_rs
 import msgspec
 import pytest
 from schemathesis.specs.openapi.definitions import OPENAPI_31  # the official schema of OpenAPI documents
-from support import ROOT, TASK_KEYS, bearer
 
 import taskd
+from support import ROOT, TASK_KEYS, bearer
 
 DOCUMENT: dict[str, Any] = json.loads((ROOT / "openapi.json").read_text())
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]

@@ -22,11 +22,11 @@ import falcon.inspect
 import pytest
 import typer.main
 import waitress.utilities
-from conftest import Person
-from support import DEADLINE, ROOT, TASK_KEYS, environment, until
 
 import taskctl
 import taskd
+from conftest import Person
+from support import DEADLINE, ROOT, TASK_KEYS, environment, until
 
 README = (ROOT / "README.md").read_text()
 HEADINGS = [

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from support import ROOT, Process, environment, token
 
 EXAMPLES = os.environ.get("TASKD_FUZZ_EXAMPLES", "")

@@ -7,9 +7,9 @@ import statistics
 import time
 
 import pytest
-from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer, sign, token
 
 import taskd
+from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer, sign, token
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 ROUTES = [  # method, path, body

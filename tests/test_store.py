@@ -11,11 +11,11 @@ from contextlib import closing, contextmanager
 
 import peewee
 import pytest
-from conftest import Person
 from falcon import testing
-from support import DEADLINE, ROOT, SECRET, assert_problem, bearer
 
 import taskd
+from conftest import Person
+from support import DEADLINE, ROOT, SECRET, assert_problem, bearer
 
 SCHEMA = (ROOT / "schema.sql").read_text()
 GOOD_TABLE = """CREATE TABLE task (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, title TEXT NOT NULL,

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import support
-from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Process, bearer, locked, sign, stored, token
 
+import support
 import taskd
+from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Process, bearer, locked, sign, stored, token
 
 Answer = subprocess.CompletedProcess[str]
 Taskctl = Callable[..., Answer]

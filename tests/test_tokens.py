@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 import pytest
 from falcon import testing
-from support import DEADLINE, OTHER_SECRET, SECRET, assert_problem, base64url, bearer, sign, token
 
 import taskd
+from support import DEADLINE, OTHER_SECRET, SECRET, assert_problem, base64url, bearer, sign, token
 
 NOW = int(time.time())
 DAY = 24 * 3600  # these tables are made long before the last test runs
