@@ -846,7 +846,10 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
 
 TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
-DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+DOCS_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 
 Found = TypeVar("Found")
 
@@ -1156,9 +1159,10 @@ class Server(waitress.server.TcpWSGIServer):
             super().pull_trigger()
 
     def stop(self, *_: object) -> None:
-        """Ask the server to stop; safe to call from a signal handler."""
-        self.stopping = True
-        self.trigger.pull_trigger()
+        """Ask the server to stop; safe to call from a signal handler, and more than once."""
+        if not self.stopping:
+            self.stopping = True
+            self.trigger.pull_trigger()
 
     def run(self) -> None:
         """Serve until `stop`, then answer every request that was sent."""
