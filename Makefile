@@ -17,15 +17,21 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/mypy taskd.py taskctl.py
 
-fuzz: .venv/test  ## schemathesis and Hypothesis for minutes instead of seconds
-	TASKD_FUZZ_EXAMPLES=1000 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py
+fuzz: .venv/test
+	TASKD_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py
+
+# The chapters for tokens, bodies, store and middleware.
+MUTATED_FUNCTIONS := _user _json_object _each_once download_keys read content _decode _faults _reason connect \
+	prepare_database schema_differences _schema _first timestamp _now _unauthorized
+MUTATED := Tokens KeySet StrictJWT Unprocessable TaskStore AuthMiddleware Envelope Cors
 
 mutants: .venv/test
-	$(BIN)/python tests/mutants.py
+	$(BIN)/mutmut run $(foreach name,$(MUTATED),'taskd.xǁ$(name)ǁ*') $(foreach name,$(MUTATED_FUNCTIONS),'taskd.x_$(name)__mutmut*')
+	$(BIN)/mutmut results
 
 audit: .venv/test
 	$(BIN)/pip-audit --requirement requirements.txt
-	$(BIN)/deptry taskd.py taskctl.py --requirements-files requirements.txt
+	$(BIN)/deptry . --exclude 'tests|bench|\.venv.*' --requirements-files requirements.txt
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python bench/run.py
@@ -33,7 +39,7 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python bench/latency.py
 
 clean:
-	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/better_auth/node_modules
+	rm -rf .venv .venv-bench mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/better_auth/node_modules
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
