@@ -231,13 +231,10 @@ class KeySet:
 
     def find(self, kid: str) -> jwt.PyJWK | None:
         """Return the key of this name, or None if the set has none. Raises Unavailable if the set cannot be had."""
-        key = self._keys.get(kid)
-        finished = self._refresh(KEYS_AGE if key else KEYS_PAUSE)
-        if key or (finished.is_set() and not self._failure):
-            return key
-        if not finished.is_set():
+        finished = self._refresh(KEYS_AGE if kid in self._keys else KEYS_PAUSE)
+        if kid not in self._keys and not finished.is_set():
             self._wait(finished)
-        if self._failure and kid not in self._keys:
+        if kid not in self._keys and self._failure:
             raise Unavailable("the key set", self._failure)
         return self._keys.get(kid)
 
