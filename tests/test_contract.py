@@ -1129,3 +1129,27 @@ def test_a_preflight_does_nothing(make_app):
             response = preflight(alice.client, path, method)
             assert response.content == b""
     assert alice.call("GET").json == [task]
+
+
+@pytest.mark.parametrize(
+    ("body", "faults"),
+    [
+        ({}, [("title", "is missing")]),
+        ({"title": ""}, [("title", "must not be blank")]),
+        ({"title": "x" * 201}, [("title", "must be a string of 1 to 200 characters")]),
+        ({"title": 5}, [("title", "must be a string of 1 to 200 characters")]),
+        ({"title": "a\0b"}, [("title", "must not contain U+0000")]),
+        (
+            {"title": "x", "description": " " * 10_001},
+            [("description", "must be a string of at most 10,000 characters, or null")],
+        ),
+        ({"title": "x", "description": "\0"}, [("description", "must not contain U+0000")]),
+        ({"title": "x", "completed": "yes"}, [("completed", "must be true or false")]),
+        ({"title": "x", "titel": "y"}, [("titel", "is not a field that can be set here")]),
+        ([], [("body", "must be a JSON object")]),
+    ],
+)
+def test_each_fault_is_told_in_these_words(alice, body, faults):
+    problem = assert_problem(alice.call("POST", json=body), 422)
+    assert problem["errors"] == [{"field": field, "message": message} for field, message in faults]
+    assert problem["detail"] == "; ".join(f"{field} {message}" for field, message in faults)

@@ -376,3 +376,54 @@ def test_a_remembered_token_still_expires(monkeypatch):
     assert tokens.verify(text).id == "alice"
     monkeypatch.setattr(taskd.time, "time", lambda: now + 900 + taskd.LEEWAY + 1)
     assert tokens._verified[text].expires <= taskd.time.time() - taskd.LEEWAY
+
+
+def test_a_failure_says_what_cannot_be_had_and_why(auth_server):
+    auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
+    with pytest.raises(taskd.Unavailable) as caught:
+        taskd.KeySet(auth_server.url, waiting=1).find("ES256")
+    what, why = caught.value.args
+    assert what == "the key set"
+    assert why.startswith("PyJWKClientConnectionError: ")
+    assert "500" in why
+
+
+def test_the_answer_says_that_it_is_the_key_set_that_cannot_be_had(call, auth_server):
+    auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
+    refused = assert_problem(call(signed(PRIVATE["ES256"], "ES256", "ES256")), 503)
+    assert refused["detail"] == "the key set cannot be used right now; try again"
+
+
+def test_a_set_that_comes_byte_by_byte_is_waited_for_no_longer_than_the_wait(auth_server, monkeypatch):
+    def drip(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        while not auth_server.free.wait(0.05):
+            request.wfile.write(b" ")
+
+    monkeypatch.setattr(taskd, "KEYS_WAIT", 0.4)
+    auth_server.answer = drip
+    keys = taskd.KeySet(auth_server.url, waiting=1)
+    with pytest.raises(taskd.Unavailable) as caught:
+        keys.find("ES256")
+    assert caught.value.args == ("the key set", "no answer within 0.4 s")
+    assert not keys._finished.is_set(), "the fetch goes on, and no second one beside it"
+    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+
+
+def test_a_fetch_that_nobody_answers_gives_up_by_itself(auth_server, monkeypatch):
+    monkeypatch.setattr(taskd, "KEYS_WAIT", 0.2)
+    auth_server.answer = auth_server.late
+    keys = taskd.KeySet(auth_server.url, waiting=1)
+    with pytest.raises(taskd.Unavailable):
+        keys.find("ES256")
+    assert keys._finished.wait(5)
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_known_key_is_not_fetched_again_while_the_set_is_young(auth_server):
+    keys = taskd.KeySet(auth_server.url, waiting=1)
+    for _ in range(5):
+        assert keys.find("ES256") is not None
+        assert keys.find("EdDSA") is not None
+    assert auth_server.asked == 1

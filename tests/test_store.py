@@ -524,3 +524,62 @@ def test_a_store_can_be_closed_twice_and_used_again(app, alice):
     app.store.close()
     assert len(alice.call("GET").json) == 1
     assert SECRET not in repr(app.store)
+
+
+# --- The thread that serves the sockets -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Let this thread be the one that serves the sockets, and must not wait."""
+    monkeypatch.setattr(taskd.this_thread, "hurried", True)
+
+
+def new_task(title: str = "Buy milk") -> taskd.NewTask:
+    return taskd.NewTask(title=title)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_the_thread_of_the_sockets_writes_by_itself_while_nothing_is_in_its_way(app, monkeypatch):
+    monkeypatch.setattr(taskd, "SLOW", 99)
+    for number in range(1, 4):
+        assert app.store.add("alice", new_task()).id == number
+
+
+@pytest.mark.usefixtures("hurried")
+def test_it_leaves_a_write_to_another_thread_while_one_is_under_way(app, monkeypatch):
+    monkeypatch.setattr(taskd, "SLOW", 99)
+    with app.store._turn, pytest.raises(taskd.Blocked):
+        app.store.add("alice", new_task())
+    assert app.store.list("alice") == []
+    assert app.store.add("alice", new_task()).id == 1
+
+
+def test_it_leaves_writes_to_other_threads_while_the_disk_is_slow(app, monkeypatch):
+    monkeypatch.setattr(taskd, "SLOW", -1)
+    app.store.add("alice", new_task())
+    monkeypatch.setattr(taskd.this_thread, "hurried", True)
+    monkeypatch.setattr(taskd, "SLOW", 99)
+    with pytest.raises(taskd.Blocked):
+        app.store.add("alice", new_task())
+    assert len(app.store.list("alice")) == 1
+    monkeypatch.setattr(taskd.this_thread, "hurried", False)
+    app.store.add("alice", new_task())
+    monkeypatch.setattr(taskd.this_thread, "hurried", True)
+    assert app.store.add("alice", new_task()).id == 3
+
+
+@pytest.mark.usefixtures("hurried")
+def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
+    monkeypatch.setattr(taskd, "SLOW", 99)
+    app.store.add("alice", new_task())
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    started = time.monotonic()
+    with pytest.raises(taskd.Blocked):
+        app.store.add("alice", new_task())
+    assert time.monotonic() - started < taskd.BUSY / 2
+    assert len(app.store.list("alice")) == 1, "reads go on"
+    other.execute("ROLLBACK")
+    other.close()
+    assert app.store.add("alice", new_task()).id == 2
