@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -810,8 +810,6 @@ class Envelope:
         resp.set_headers({
             "X-Request-ID": req.context.id, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
         })  # fmt: skip
-        if req.method not in falcon.HTTP_METHODS:
-            req.method = "TRACE"  # Falcon answers 400 to a method that it never heard of, and 405 to this one
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
         """Log the request: never its token, its query or its body."""
@@ -983,10 +981,19 @@ def crash(req: falcon.Request, resp: falcon.Response, ex: Exception, params: obj
 # --- App ------------------------------------------------------------------------------------------------------------
 
 
+METHODS = frozenset(falcon.HTTP_METHODS)
+
+
 class App(falcon.App):  # type: ignore[type-arg]
     """The WSGI application, and the store that it answers from."""
 
     store: TaskStore
+
+    def __call__(self, env: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Answer a request. Falcon has 400 for a method that it never heard of, even before routing; TRACE is 405."""
+        if env["REQUEST_METHOD"] not in METHODS:
+            env["REQUEST_METHOD"] = "TRACE"
+        return super().__call__(env, start_response)
 
 
 def create_app(settings: Settings) -> App:

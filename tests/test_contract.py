@@ -1153,3 +1153,13 @@ def test_each_fault_is_told_in_these_words(alice, body, faults):
     problem = assert_problem(alice.call("POST", json=body), 422)
     assert problem["errors"] == [{"field": field, "message": message} for field, message in faults]
     assert problem["detail"] == "; ".join(f"{field} {message}" for field, message in faults)
+
+
+@pytest.mark.parametrize("method", ["WEBSOCKET", "BREW", "PROPFIND", "TRACE", "CONNECT"])
+def test_a_method_that_nobody_knows_is_401_404_or_405_and_nothing_else(client, alice, method):
+    assert_problem(client.simulate_request(method, "/api/alice/tasks"), 401)
+    refused = alice.call(method)
+    assert_problem(refused, 405)
+    assert refused.headers["Allow"] == "GET, HEAD, POST, OPTIONS"
+    assert refused.headers["X-Request-ID"]
+    assert_problem(client.simulate_request(method, "/nowhere"), 404)
