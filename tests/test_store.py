@@ -583,3 +583,36 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
     other.execute("ROLLBACK")
     other.close()
     assert app.store.add("alice", new_task()).id == 2
+
+
+# --- Waiting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):
+    monkeypatch.setattr(taskd, "QUEUE", 0.05)
+    for _ in range(3):  # each gives back its leave to wait
+        with app.store._turn, pytest.raises(taskd.Unavailable) as caught:
+            app.store.add("alice", new_task())
+        assert caught.value.args == ("the database", "the writes before this one took too long")
+    assert app.store.add("alice", new_task()).id == 1
+
+
+def test_only_so_many_writes_wait(path, monkeypatch):
+    monkeypatch.setattr(taskd, "QUEUE", DEADLINE)
+    monkeypatch.setattr(taskd, "SLOT", 0.05)
+    store = taskd.TaskStore(str(path), waiting=1)
+    with ThreadPoolExecutor(1) as another:
+        store._turn.acquire()
+        waiting = another.submit(lambda: (store.add("alice", new_task()), store.close()))
+        deadline = time.monotonic() + DEADLINE
+        while store._slots._value and time.monotonic() < deadline:
+            time.sleep(0.001)
+        started = time.monotonic()
+        with pytest.raises(taskd.Unavailable) as caught:
+            store.add("alice", new_task())
+        assert time.monotonic() - started < DEADLINE / 2
+        assert caught.value.args == ("the database", "too many writes are waiting")
+        store._turn.release()
+        assert waiting.result(DEADLINE)[0].id == 1
+    assert store.add("alice", new_task()).id == 2
+    store.close()
