@@ -1163,3 +1163,22 @@ def test_a_method_that_nobody_knows_is_401_404_or_405_and_nothing_else(client, a
     assert refused.headers["Allow"] == "GET, HEAD, POST, OPTIONS"
     assert refused.headers["X-Request-ID"]
     assert_problem(client.simulate_request(method, "/nowhere"), 404)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "detail"),
+    [
+        (b"", {"Content-Type": "application/json"}, 400, "send a JSON object as the body"),
+        (b"{}", {}, 415, "send plain JSON in UTF-8, with the header Content-Type: application/json"),
+        (
+            b"{}",
+            {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+            415,
+            "send plain JSON in UTF-8, with the header Content-Type: application/json",
+        ),
+        (b" " * 65_537, {"Content-Type": "application/json"}, 413, "send a body of at most 65536 bytes"),
+    ],
+)
+def test_a_body_that_is_refused_says_what_to_send(alice, body, headers, status, detail):
+    for method, path in (("POST", ""), ("PUT", "/1")):
+        assert assert_problem(alice.call(method, path, body=body, headers=headers), status)["detail"] == detail

@@ -616,3 +616,26 @@ def test_only_so_many_writes_wait(path, monkeypatch):
         assert waiting.result(DEADLINE)[0].id == 1
     assert store.add("alice", new_task()).id == 2
     store.close()
+
+
+def pragma(database: peewee.SqliteDatabase, name: str) -> object:
+    return database.execute_sql(f"PRAGMA {name}").fetchone()[0]
+
+
+def test_the_connection_of_the_sockets_keeps_more_pages_and_waits_for_no_lock(app):
+    hurried, patient = app.store._hurried, app.store._patient
+    assert (pragma(hurried, "cache_size"), pragma(hurried, "busy_timeout")) == (-16000, 0)
+    assert (pragma(patient, "cache_size"), pragma(patient, "busy_timeout")) == (-2000, taskd.BUSY * 1000)
+    for database in (hurried, patient):
+        assert (pragma(database, "journal_mode"), pragma(database, "synchronous")) == ("wal", 2)
+
+
+def test_comments_and_layout_are_no_difference_and_several_differences_are_told_apart(path):
+    plain = re.sub(r"--.*", "", (ROOT / "schema.sql").read_text())
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(re.sub(r"\s+", " ", plain))
+    taskd.prepare_database(str(path))
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript("ALTER TABLE task ADD COLUMN a TEXT; ALTER TABLE task ADD COLUMN b TEXT;")
+    with pytest.raises(taskd.DatabaseError, match=r"does not fit schema\.sql: it has a TEXT; it has b TEXT$"):
+        taskd.prepare_database(str(path))
