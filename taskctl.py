@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import msgspec
 import peewee
 import typer
 from peewee import fn
@@ -316,21 +317,38 @@ def users(as_json: AsJson = False) -> None:
     show_all(rows(query.group_by(Task.user_id).order_by(Task.user_id), "user_id", *counts), as_json)
 
 
+def fits(context: typer.CallbackParam, value: str | int | None) -> str | int | None:
+    """Return the value of an option that the service knows as a parameter, or refuse what the service would."""
+    pattern, rule = taskd.PARAMETERS[context.name or ""]
+    if value is not None and not re.fullmatch(pattern, str(value)):
+        raise typer.BadParameter(rule)
+    return value
+
+
 @app.command()
 def tasks(
     user: UserId,
     only_open: Annotated[bool, typer.Option("--open", help="Only those that are not completed.")] = False,
     only_done: Annotated[bool, typer.Option("--done", help="Only those that are completed.")] = False,
+    q: Annotated[str, typer.Option("--search", "-q", help="Only those with this text in them.", callback=fits)] = "",
+    sort: Annotated[
+        str, typer.Option(help="id, created_at, updated_at or title; with - before it descending.", callback=fits)
+    ] = "id",
+    limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
 ) -> None:
     """List a user's tasks, oldest first."""
     if only_open and only_done:
         raise typer.BadParameter("--open and --done exclude each other")
-    database()
-    query = Task.select().where(Task.user_id == user).order_by(Task.id)
-    if only_open or only_done:
-        query = query.where(Task.completed == only_done)
-    show_all(rows(query, *taskd.TaskView.__struct_fields__), as_json)
+    settings = database()
+    store = taskd.TaskStore(taskd.Database(settings.database, waiting=1))
+    rest: taskd.Listing | None = taskd.Listing(only_done if only_open or only_done else None, q, sort, limit)
+    found: list[taskd.TaskView] = []
+    while rest and len(found) != limit:
+        page, rest = store.page(user, rest)
+        found += page
+    store.close()
+    show_all([msgspec.structs.asdict(task) for task in found], as_json)
 
 
 @app.command()
@@ -398,10 +416,13 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
             created = EPOCH + timedelta(seconds=second)
             done = chance.random() < 0.4
             updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
+            title = f"{verb} {chance.choice(VERBS[verb])}"
+            note = chance.choice(NOTES) if chance.random() < 0.5 else None
             yield {
                 "user_id": name,
-                "title": f"{verb} {chance.choice(VERBS[verb])}",
-                "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
+                "title": title,
+                "description": note,
+                **taskd.folded(title, note),
                 "completed": done,
                 "created_at": taskd.timestamp(created),
                 "updated_at": taskd.timestamp(updated),
