@@ -341,7 +341,7 @@ def tasks(
     if only_open and only_done:
         raise typer.BadParameter("--open and --done exclude each other")
     settings = database()
-    store = taskd.TaskStore(taskd.Database(settings.database, waiting=1))
+    store = taskd.TaskStore(taskd.open_database(settings))
     rest: taskd.Listing | None = taskd.Listing(only_done if only_open or only_done else None, q, sort, limit)
     found: list[taskd.TaskView] = []
     while rest and len(found) != limit:

@@ -117,7 +117,10 @@ class Settings:
         "BETTER_AUTH_SECRETS", (), 'rotation: "2:new,1:old"; all verify, the first signs', parse=_secrets, secret=True
     )
     database_url: str = _setting(
-        "DATABASE_URL", "sqlite:///taskd.db", "sqlite:/// and the path of a file", r"sqlite:///(?!:memory:)[^?#\0]+"
+        "DATABASE_URL",
+        "sqlite:///taskd.db",
+        "sqlite:/// and the path of a file, or postgresql://user:password@host/name",
+        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://[^\s\0]+",
     )
     host: str = _setting("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
     port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port)
@@ -148,8 +151,8 @@ class Settings:
 
     @property
     def database(self) -> str:
-        """The path of the database file."""
-        return self.database_url.removeprefix("sqlite:///")
+        """The path of SQLite's file, or what else can be told of where the data is: no password."""
+        return re.sub(r"//[^/]*@", "//…@", self.database_url).removeprefix("sqlite:///")
 
 
 def _parse(text: str, *, variable: str, about: str, pattern: str, parse: Callable[[str], Any], secret: bool) -> Any:
@@ -892,7 +895,22 @@ class DatabaseError(Exception):
     """The database cannot be opened or does not fit schema.sql; the message says which file and why."""
 
 
-class Database:
+def open_database(settings: Settings) -> Database:
+    """Return the database of the settings, made or brought up to date if need be. Raises DatabaseError."""
+    if settings.database_url.startswith("postgresql:"):
+        return Postgres(settings)
+    return Sqlite(settings.database, settings.threads // 2)
+
+
+def compiled(query: peewee.Query, database: peewee.Database) -> str:
+    """Return the SQL of a query all of whose values are parameters."""
+    sql, values = database.get_sql_context().sql(query).query()
+    if values:
+        raise AssertionError(f"every request would use the same values: {values}")
+    return str(sql)
+
+
+class Sqlite:
     """SQLite: a connection in each thread, and one write at a time."""
 
     def __init__(self, path: str, waiting: int) -> None:
@@ -909,10 +927,7 @@ class Database:
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
-        sql, values = self._patient.get_sql_context().sql(query).query()
-        if values:
-            raise AssertionError(f"every request would use the same values: {values}")
-        return str(sql)
+        return compiled(query, self._patient)
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows. Raises Unavailable, and Blocked where it must not wait."""
@@ -977,6 +992,89 @@ class Database:
         self._patient.close()
 
 
+class Postgres:
+    """PostgreSQL: a pool of connections, and any number of taskd processes beside each other."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
+        try:
+            import psycopg  # noqa: F401  # only those who have a server pay for its driver
+            from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+        except ImportError:
+            raise SettingsError("DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt") from None
+        self._pool = PooledPostgresqlDatabase(
+            settings.database_url,
+            max_connections=settings.threads,
+            timeout=QUEUE,
+            prefer_psycopg3=True,
+            connect_timeout=3,
+            tcp_user_timeout=5000,
+            options=f"-c statement_timeout={2 * BUSY:.0f}s -c lock_timeout={BUSY:.0f}s",
+        )
+        failures = (peewee.OperationalError, peewee.InterfaceError, peewee.InternalError, peewee.DataError)
+        self._unusable = (*failures, MaxConnectionsExceeded)
+        try:
+            self._prepare(settings.database)
+        except (peewee.PeeweeException, ValueError) as ex:
+            raise DatabaseError(f"{settings.database} cannot be opened: {_first_line(ex)}") from None
+
+    def compile(self, query: peewee.Query) -> str:
+        """Return the SQL of a query all of whose values are parameters."""
+        return re.sub(r":([a-z_]+)", r"%(\1)s", compiled(query, self._pool).replace("%", "%%"))
+
+    def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement and return its rows. Raises Unavailable, and Blocked where it must not wait."""
+        with self._connected():
+            cursor = self._pool.execute_sql(sql, values)
+            return cursor.fetchall() if cursor.description else []
+
+    write = run  # the server keeps writers apart
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run several statements together; all of them are on disk when this ends, or none."""
+        with self._connected(), self._pool.atomic():
+            yield
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Take a connection from the pool, or go on with the one of the transaction that is under way."""
+        if this_thread.hurried:
+            raise Blocked
+        try:
+            with self._pool.connection_context() if self._pool.is_closed() else contextlib.nullcontext():
+                yield
+        except self._unusable as ex:
+            self._pool.close_idle()  # the server was perhaps away; then none of them is good any more
+            raise Unavailable("the database", _first_line(ex)) from ex
+
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        self._pool.close_idle()
+
+    def _prepare(self, name: str) -> None:
+        with self._pool.connection_context(), self._pool.atomic():
+            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (int.from_bytes(b"taskd"),))
+            if not schema_version(self._pool):
+                for statement in statements(SCHEMA.read_text()):
+                    self._pool.execute_sql(respelled(statement))
+                self._pool.execute_sql("INSERT INTO about VALUES (%s, %s)", (VERSION, os.urandom(32).hex()))
+            check_schema(self._pool, name, columns_and_indexes)
+
+
+def respelled(statement: str) -> str:
+    """Return a statement of schema.sql as PostgreSQL has it, where text is to be sorted by code point as in SQLite."""
+    key = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
+    return statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace(" TEXT", ' TEXT COLLATE "C"')
+
+
+def _first_line(ex: Exception) -> str:
+    return (str(ex).splitlines() or [type(ex).__name__])[0]
+
+
+Database = Sqlite | Postgres
+
+
 def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
     """Return a database that opens a connection in each thread that uses it.
 
@@ -999,22 +1097,22 @@ def prepare_database(path: str) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if schema_version(database) < VERSION:
             _bring_up_to_date(database, path)
-        check_schema(database, path)
+        check_schema(database, path, statements_kept)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
         raise DatabaseError(f"{path} cannot be opened: {ex}") from None
     finally:
         database.close()
 
 
-def check_schema(database: peewee.SqliteDatabase, path: str) -> None:
+def check_schema(database: peewee.Database, name: str, describe: Callable[[Any], set[str]]) -> None:
     """Raise DatabaseError if the database is not of this version or does not fit schema.sql."""
     if (version := schema_version(database)) > VERSION:
-        raise DatabaseError(f"{path} was made by a newer taskd: its schema is {version}, not {VERSION}; update taskd")
-    if differences := schema_differences(database):
-        raise DatabaseError(f"{path} does not fit schema.sql: {differences}")
+        raise DatabaseError(f"{name} was made by a newer taskd: its schema is {version}, not {VERSION}; update taskd")
+    if differences := schema_differences(database, describe):
+        raise DatabaseError(f"{name} does not fit schema.sql: {differences}")
 
 
-def schema_version(database: peewee.SqliteDatabase) -> int:
+def schema_version(database: peewee.Database) -> int:
     """Return the version of the schema that a database has; 0 for none.
 
     Version 1 did not say so. A task table that nobody knows counts as today's, and will not fit.
@@ -1038,7 +1136,7 @@ def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
         for statement in itertools.chain(*(statements(script.read_text()) for script in scripts)):
             database.execute_sql(statement)
         database.execute_sql("INSERT INTO about VALUES (?, ?)", (VERSION, os.urandom(32).hex()))
-        check_schema(database, path)
+        check_schema(database, path, statements_kept)
         undo.pop_all()
 
 
@@ -1060,17 +1158,17 @@ def statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-def schema_differences(database: peewee.SqliteDatabase) -> str:
+def schema_differences(database: peewee.Database, describe: Callable[[Any], set[str]]) -> str:
     """Return in words what the tables have otherwise than schema.sql; other tables are no concern of ours."""
     model = peewee.SqliteDatabase(":memory:")
     model.connection().executescript(SCHEMA.read_text())
-    wanted, found = _schema(model), _schema(database)
+    wanted, found = describe(model), describe(database)
     model.close()
     lacking = [f"it lacks {part}" for part in sorted(wanted - found)]
     return "; ".join(lacking + [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")])
 
 
-def _schema(database: peewee.SqliteDatabase) -> set[str]:
+def statements_kept(database: peewee.SqliteDatabase) -> set[str]:
     """Return the columns and indexes of taskd's tables as SQLite keeps them, without comments and layout."""
     rows = database.execute_sql("SELECT tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL")
     parts = set()
@@ -1080,6 +1178,18 @@ def _schema(database: peewee.SqliteDatabase) -> set[str]:
             parts |= {f"{name.split()[2]}.{part.strip(' )')}" for part in columns.split(",")}
         else:
             parts.add(f"{name.removeprefix('CREATE ').replace('INDEX', 'index')}({columns}")
+    return parts
+
+
+def columns_and_indexes(database: peewee.Database) -> set[str]:
+    """Return the columns and indexes of taskd's tables as any database tells them."""
+    parts = set()
+    for table in TABLES:
+        for column in database.get_columns(table):
+            kind = column.data_type.upper().replace("BIGINT", "INTEGER")
+            required = "" if column.null or column.primary_key else " NOT NULL"
+            parts.add(f"{table}.{column.name} {kind}{required}")
+        parts |= {f"index on {table} ({', '.join(index.columns)})" for index in database.get_indexes(table)}
     return parts
 
 
@@ -1389,7 +1499,7 @@ class App(falcon.App):  # type: ignore[type-arg]
 def create_app(settings: Settings) -> App:
     """Return the WSGI application: the only place where its parts meet. Raises SettingsError and DatabaseError."""
     tokens = Tokens(settings)
-    store = TaskStore(Database(settings.database, settings.threads // 2))
+    store = TaskStore(open_database(settings))
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
     app = App(middleware=[Envelope(), *cors, AuthMiddleware(tokens)])
     app.store = store
