@@ -35,7 +35,7 @@ audit: .venv/test
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python bench/run.py
-	.venv-bench/bin/python bench/growth.py
+	PYTHONPATH=. .venv-bench/bin/python bench/growth.py
 	.venv-bench/bin/python bench/latency.py
 
 clean:
@@ -51,7 +51,8 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.venv-bench/ready: bench/requirements.txt requirements.txt
+.venv-bench/ready: bench/requirements.txt requirements.txt requirements-postgresql.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check --target .venv-bench/postgresql -r requirements-postgresql.txt
 	@touch $@

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -211,16 +212,23 @@ class Run(NamedTuple):
 class Load:
     """Requests that are sent in turn over a number of connections, each as soon as the last was answered."""
 
-    port: int
+    ports: list[int]  # each gets its share of the connections
     script: Path
     connections: int
     refused: bool = False  # True when every answer is to be a refusal
 
     def run(self, seconds: int) -> Run:
-        """Keep it up that long; return what happened."""
-        command = ["wrk", "--threads=1", f"--connections={self.connections}", f"--duration={seconds}s"]
+        """Keep it up that long; return what happened, the slowest of several latencies."""
+        ports = self.ports[: self.connections]
+        with ThreadPoolExecutor(len(ports)) as pool:
+            runs = list(pool.map(lambda port: self._run(port, self.connections // len(ports), seconds), ports))
+        rates, halves, tails, longest, unexpected = zip(*runs, strict=True)
+        return Run(sum(rates), max(halves), max(tails), max(longest), sum(unexpected))
+
+    def _run(self, port: int, connections: int, seconds: int) -> Run:
+        command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s"]
         output = subprocess.run(
-            [*command, "--timeout=10s", f"--script={self.script}", f"http://{HOST}:{self.port}/"],
+            [*command, "--timeout=10s", f"--script={self.script}", f"http://{HOST}:{port}/"],
             capture_output=True,
             text=True,
             timeout=seconds + DEADLINE,

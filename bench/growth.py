@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import report
+import taskd
 from common import (
-    ROOT,
     Load,
     Request,
     Run,
@@ -37,11 +37,13 @@ from peers import READS, TASKS, WRITES, Taskd, operations, sign
 ORDINARY = 50  # users whose requests are timed, the same number in each case, with 20 tasks each
 GIANT = "giant"  # one user with very many tasks
 BATCH = 10_000  # rows
+PAGE = 50  # tasks
 STARTS = 5
 LONG_CONNECTIONS, MIXED = 16, 500  # requests of each kind
 GROWN, START = 1.2, 0.7  # at most so many times; seconds
 IDLE, LOADED = 60, 100  # megabytes
-INSERT = "INSERT INTO task (user_id, title, description, completed, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)"
+COLUMNS = ("user_id", "title", "description", "completed", "created_at", "updated_at", *taskd.folded("", None))
+INSERT = f"INSERT INTO task ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 
 class Case(NamedTuple):
@@ -73,14 +75,16 @@ def rows(case: Case) -> Iterator[tuple[Any, ...]]:
     for number in range(case.tasks + case.giant):
         user = f"user-{number % case.users}" if number < case.tasks else GIANT
         description = "Every second day, in the evening, with rain water." if number % 2 else None
-        yield user, f"Task {number}: water the plants", description, number % 3 == 0, now, now
+        title = f"Task {number}: water the plants"
+        yield user, title, description, number % 3 == 0, now, now, *taskd.folded(title, description).values()
 
 
 def seed(path: Path, case: Case) -> float:
-    """Make the database from schema.sql; return the seconds that it took."""
+    """Make the database as taskd makes it; return the seconds that it took."""
     started = time.perf_counter()
+    taskd.prepare_database(str(path))
     database = sqlite3.connect(path)
-    database.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF; {(ROOT / 'schema.sql').read_text()}")
+    database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF;")
     tasks, total = rows(case), case.tasks + case.giant
     with progress() as bar:
         task = bar.add_task(f"seeding {case.title}", total=total)
@@ -161,7 +165,7 @@ class Grown:
 
     def _load(self, name: str, asked: list[Request], connections: int) -> Load:
         script = write_script(self.path.parent / f"{name}.lua", self.peer.port, asked)
-        return Load(self.peer.port, script, connections)
+        return Load(self.peer.ports, script, connections)
 
     def result(self, runs: dict[tuple[str, str], list[Run]]) -> dict[str, Any]:
         found = {name: medians(runs[self.case.title, name]) for name in READS + WRITES}
@@ -189,6 +193,32 @@ def list_giant(grown: Grown) -> str:
         f"One list of {grown.case.giant:,} tasks: {seconds:.2f} s, {len(answer.body) / 1e6:.0f} MB; "
         f"memory afterwards {grown.server.memory():.0f} MB.\n"
     )
+
+
+def pages(grown: Grown) -> dict[str, str]:
+    """Return queries for pages of the giant's list, by what they ask."""
+    with sqlite3.connect(grown.path) as database:
+        [key] = database.execute("SELECT cursor_key FROM about").fetchone()
+        middle = "SELECT id FROM task WHERE user_id = ? ORDER BY id LIMIT 1 OFFSET ?"
+        [last] = database.execute(middle, (GIANT, grown.case.giant // 2 - 1)).fetchone()
+    cursor = taskd.Cursors(key).write((last, last), GIANT, "id")
+    return {
+        "the first": "",
+        f"number {grown.case.giant // 2 // PAGE + 1:,}": f"&after={cursor}",
+        "the first of the open ones": "&completed=false",
+        "by title, from the end": "&sort=-title",
+        "the done ones by their last change": "&completed=true&sort=updated_at",
+        "a search that finds one": f"&q=task%20{last - 1}:",
+    }
+
+
+def page_loads(grown: Grown) -> dict[str, Load]:
+    """Return a load of each page, over one connection."""
+    path, token = f"/api/{GIANT}/tasks?limit={PAGE}", grown.peer.tokens[GIANT]
+    asked = {name: Request("GET", path + query, token) for name, query in pages(grown).items()}
+    for name, request in asked.items():
+        require(grown.peer.tasks(request.send(grown.peer.port)), f"the giant's page: {name}")
+    return {name: grown._load(f"page-{number}", [asked[name]], 1) for number, name in enumerate(asked)}
 
 
 def compare(cases: list[dict[str, Any]], runs: dict[tuple[str, str], list[Run]]) -> None:
@@ -227,8 +257,10 @@ def measure(arguments: Namespace) -> dict[str, Any]:
         run_interleaved({f"long load, {grown.case.title}": grown.long_load() for grown in all_grown}, 1, arguments.long)
         cases = [grown.result(runs) for grown in all_grown]
         giant = list_giant(all_grown[-1])
+        paged = run_interleaved(page_loads(all_grown[-1]), arguments.rounds, 1)
     compare(cases, runs)
-    return {**circumstances, "long_load_s": arguments.long, "cases": cases, "giant": giant, "targets": reach(cases)}
+    found = {"cases": cases, "giant": giant, "pages": {name: medians(of)["p50_ms"] for name, of in paged.items()}}
+    return {**circumstances, "long_load_s": arguments.long, **found, "targets": reach(cases)}
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def main() -> None:
             for number, (name, asked) in enumerate(requests(peer).items())
         }
         loads = {
-            (name, count): Load(peer.port, script, count, refused=name in REFUSALS)
+            (name, count): Load(peer.ports, script, count, refused=name in REFUSALS)
             for count in arguments.connections
             for name, script in scripts.items()
         }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from typing import Any
 
 import jwt
 
-from common import BENCH, HOST, ROOT, Answer, Request, Server, free_port, require
+from common import BENCH, HOST, ROOT, Answer, Request, Server, environment, free_port, require
 
 SECRET = secrets.token_urlsafe(32)
 TASKS = 20  # of each user who reads
@@ -56,6 +58,14 @@ class Peer:
         self.port = free_port()
         self.ids: dict[str, list[Any]] = {}
         self.tokens: dict[str, str] = {}
+
+    @property
+    def ports(self) -> list[int]:
+        """Where requests go; each connection stays with one of them."""
+        return [self.port]
+
+    def prepare(self, running: ExitStack) -> None:
+        """Start what the server needs besides; `running` stops it."""
 
     def start(self) -> Server:
         return Server(self.command(), self.directory, self.port, **self.variables())
@@ -151,6 +161,82 @@ class Granian(Peer):
         options = ["--interface", "wsgi", "--factory", "--workers", "1", "--host", HOST, "--port", str(self.port)]
         threads = ["--blocking-threads", str(self.threads)]
         return [sys.executable, "-m", "granian", *options, *threads, "taskd:wsgi"]
+
+
+class Postgres(Taskd):
+    """taskd on a PostgreSQL server of its own, with that server's defaults."""
+
+    name = "postgresql"
+    title = "taskd, PostgreSQL"
+    runs_as = "python taskd.py, its defaults, with DATABASE_URL=postgresql://…"
+    durability = "every commit (PostgreSQL, synchronous_commit=on, its default)"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.database_port = free_port()
+
+    def prepare(self, running: ExitStack) -> None:
+        # PostgreSQL does not run as root, and whoever it runs as must get to its directory.
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
+        data = self.directory / "data"
+        data.mkdir()
+        if as_user:
+            shutil.chown(data, "postgres")
+            for place in (self.directory, self.directory.parent):
+                place.chmod(0o755)
+        options = ["-A", "trust", "-U", "taskd", "-E", "UTF8", "--locale=C.UTF-8", "-D", str(data)]
+        subprocess.run([*as_user, postgresql("initdb"), *options], cwd="/", check=True, capture_output=True)
+        where = ["-p", str(self.database_port), "-c", "unix_socket_directories=", "-D", str(data)]
+        server = Server([*as_user, postgresql("postgres"), *where], Path("/"), self.database_port)
+        running.callback(server.stop)
+        subprocess.run([sys.executable, "-c", UNTIL_IT_ANSWERS], check=True, env=environment(self.variables()))
+
+    def variables(self) -> dict[str, str]:
+        url = f"postgresql://taskd@{HOST}:{self.database_port}/postgres"
+        path = f"{ROOT}{os.pathsep}{DRIVER}"
+        return super().variables() | {"DATABASE_URL": url, "PYTHONPATH": path}
+
+
+class PostgresPair(Postgres):
+    """Two taskd processes beside each other, each with half of the connections."""
+
+    name = "postgresql-2"
+    title = "two taskd, PostgreSQL"
+    runs_as = "the same, two processes"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.second_port = free_port()
+
+    @property
+    def ports(self) -> list[int]:
+        return [self.port, self.second_port]
+
+    def prepare(self, running: ExitStack) -> None:
+        super().prepare(running)
+        variables = self.variables() | {"TASKD_PORT": str(self.second_port)}
+        second = Server(self.command(), self.directory, self.second_port, **variables)
+        running.callback(second.stop)
+        second.wait(self.health)
+
+
+# psycopg is kept apart, because Peewee imports it wherever it is, and would so make taskd on SQLite larger.
+DRIVER = Path(sys.prefix) / "postgresql"
+UNTIL_IT_ANSWERS = """
+import os, psycopg, time
+while True:
+    try:
+        psycopg.connect(os.environ["DATABASE_URL"]).close()
+        break
+    except psycopg.OperationalError:
+        time.sleep(0.1)
+"""
+
+
+def postgresql(program: str) -> str:
+    """Return the path of one of PostgreSQL's programs, which Debian keeps out of PATH, or an empty text."""
+    installed = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))
+    return shutil.which(program) or (str(installed[-1]) if installed else "")
 
 
 class FastAPI(Peer):
@@ -251,10 +337,13 @@ class PocketBase(Peer):
 
 
 PEERS: list[type[Peer]] = [Bare, Taskd, Granian, FastAPI, PocketBase]
+if postgresql("initdb"):
+    PEERS += [Postgres, PostgresPair]
 
 
 def start(peer: Peer, running: ExitStack) -> Server:
     """Start the peer, fill it and see that it does the job; `running` stops it."""
+    peer.prepare(running)
     server = peer.start()
     running.callback(server.stop)
     server.wait(peer.health)

@@ -116,7 +116,9 @@ def growth(section: Section) -> str:
         for name in cases[0]["p50_ms"]
     ]
     heading = ["", *(case["title"] for case in cases)]
-    return "\n".join(["## Growth\n", circumstances(section), table(heading, rows), section["giant"], targets(section)])
+    paged = table(["a page of that list", "p50 ms"], [(name, f"{p50:.2f}") for name, p50 in section["pages"].items()])
+    parts = ["## Growth\n", circumstances(section), table(heading, rows), section["giant"], paged, targets(section)]
+    return "\n".join(parts)
 
 
 def latency(section: Section) -> str:
@@ -138,7 +140,15 @@ SECTIONS = {"speed": speed, "growth": growth, "latency": latency}
 # --- The chart ------------------------------------------------------------------------------------------------------
 
 INK = "#7d8590"  # reads on white and on black
-COLORS = {"bare": "#8b949e", "taskd": "#2f81f7", "granian": "#3fb0c9", "fastapi": "#c98a1b", "pocketbase": "#a371f7"}
+COLORS = {
+    "bare": "#8b949e",
+    "taskd": "#2f81f7",
+    "granian": "#3fb0c9",
+    "fastapi": "#c98a1b",
+    "pocketbase": "#a371f7",
+    "postgresql": "#3f9142",
+    "postgresql-2": "#6cc070",
+}
 CHARTED = ["list", "get", "create", "toggle", "401"]
 LABELS, PANEL, NUMBERS, GAP = 150, 270, 60, 30  # widths: of the names, of the bars, of the numbers after them
 BAR, HEADING, TOP = 17, 30, 34  # heights: of a bar with its gap, above a group of bars, above all

@@ -40,7 +40,7 @@ def make_loads(peers: list[Peer], directory: Path, connections: list[int], chose
     }
     return {
         (peer.name, name, count): Load(
-            peer.port, scripts[peer.name, name], count, refused=name in REFUSALS and peer.name != "bare"
+            peer.ports, scripts[peer.name, name], count, refused=name in REFUSALS and peer.name != "bare"
         )
         for count in connections
         for name in chosen
