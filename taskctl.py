@@ -443,6 +443,7 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
 
 # --- Backup and restore ---------------------------------------------------------------------------------------------
 
+LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = ?"
 PAGES = 256  # copied between two looks of the progress bar: 1 MB
 
 
@@ -478,9 +479,11 @@ def restore(file: Annotated[Path, typer.Argument(help="A backup, or any other da
         copy_database(file, copy)
         if fault := unfit(copy):
             raise Refused(f"{file} cannot be restored: {fault}")
+        replaced = database.exists() and database.stat().st_size
         with contextlib.closing(sqlite3.connect(copy)) as new, contextlib.closing(alone(database)) as live:
-            if kept := keep(live, database):
-                say(f"the old database is kept as {kept}")
+            if replaced:
+                say(f"the old database is kept as {keep(live, database)}")
+                use_no_id_again(live, new)
             copy_pages(new, live, "restoring")  # in one transaction: SQLite undoes half of one at the next start
     sync(database.parent)
     say(f"restored {database} from {file}")
@@ -529,8 +532,11 @@ def connected(path: Path) -> sqlite3.Connection:
 def copy_database(path: Path, copy: Path) -> None:
     """Copy a database as it is now, with what its log holds, into one file without a log."""
     with contextlib.closing(connected(path)) as source, contextlib.closing(connected(copy)) as target:
-        copy_pages(source, target, f"reading {path}")
-        target.execute("PRAGMA journal_mode = DELETE")
+        try:
+            copy_pages(source, target, f"reading {path}")
+            target.execute("PRAGMA journal_mode = DELETE")
+        except sqlite3.DatabaseError as ex:
+            raise Refused(f"{path} cannot be copied: {ex}") from None
 
 
 def copy_pages(source: sqlite3.Connection, target: sqlite3.Connection, what: str) -> None:
@@ -571,16 +577,23 @@ def alone(path: Path) -> sqlite3.Connection:
     return live
 
 
-def keep(live: sqlite3.Connection, path: Path) -> Path | None:
-    """Copy the database as it is to a file beside it, and return its path; an empty one is not worth it."""
-    if not path.stat().st_size:
-        return None
+def keep(live: sqlite3.Connection, path: Path) -> Path:
+    """Copy the database as it is to a file beside it, and return its path."""
     kept = path.with_name(f"{path.name}.before-restore-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     with unfinished(kept) as copy:
         with contextlib.closing(connected(copy)) as target:
             copy_pages(live, target, "keeping the old one")
         publish(copy, kept)
     return kept
+
+
+def use_no_id_again(live: sqlite3.Connection, new: sqlite3.Connection) -> None:
+    """Let a backup count ids on from where the database is: someone may still know a task made since, by its id."""
+    with contextlib.suppress(sqlite3.DatabaseError), new:  # a damaged one may not tell
+        for table, last in live.execute("SELECT name, seq FROM sqlite_sequence"):
+            first = max([last, *(seq for (seq,) in new.execute(LAST_ID, [table]))])
+            new.execute("DELETE FROM sqlite_sequence WHERE name = ?", [table])
+            new.execute("INSERT INTO sqlite_sequence VALUES (?, ?)", [table, first])
 
 
 def unchanged(path: str) -> peewee.SqliteDatabase:
@@ -594,7 +607,7 @@ def damage(database: peewee.SqliteDatabase) -> str | None:
     """Return in words why a database is not taskd's, or not whole; None if it is both."""
     [[found]] = database.execute_sql("PRAGMA integrity_check(1)").fetchall()
     if found != "ok":
-        return f"it is damaged: {found}"
+        return f"it is damaged: {' '.join(found.split())}"
     return None if database.table_exists(Task) else "it has no tasks: it is not a database of taskd's"
 
 
@@ -715,6 +728,8 @@ def fault_of(ex: Exception) -> str:
     """Return in words what is wrong with a line, naming the field."""
     if isinstance(ex, taskd.Unprocessable):
         return str(ex.description)
+    if isinstance(ex, ArithmeticError):
+        return f"created_at or updated_at {OWNED_RULES['created_at']}"
     field = re.search(r"`(?:\$\.)?(\w+)`$", str(ex))  # the way in which msgspec names it
     return f"{field[1]} {OWNED_RULES[field[1]]}" if field else f"it must be JSON in UTF-8: {ex}"
 
@@ -758,11 +773,17 @@ def purge(user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not 
         raise Refused(f"{printable(user)} has no tasks")
     if not yes and not sys.stdin.isatty():
         raise Refused(f"{printable(user)} has {found} tasks; without a terminal to ask on, --yes must say so")
-    if not yes and not typer.confirm(f"Delete all {found} tasks of {printable(user)}?", err=True):
+    if not yes and not confirmed(f"Delete all {found} tasks of {printable(user)}?"):
         raise Refused("nothing was deleted")
     with Task._meta.database.atomic("IMMEDIATE"):
         deleted = {table: delete_all(table, user) for table in tables_of_users()}
     say(f"deleted {deleted[Task._meta.table_name]} tasks of {printable(user)}")
+
+
+def confirmed(question: str) -> bool:
+    """Ask on stderr, and say whether the answer is yes."""
+    print(question, end=" [y/N] ", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def tables_of_users() -> list[str]:
