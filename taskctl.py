@@ -589,11 +589,11 @@ def keep(live: sqlite3.Connection, path: Path) -> Path:
 
 def use_no_id_again(live: sqlite3.Connection, new: sqlite3.Connection) -> None:
     """Let a backup count ids on from where the database is: someone may still know a task made since, by its id."""
+    table = Task._meta.table_name
     with contextlib.suppress(sqlite3.DatabaseError), new:  # a damaged one may not tell
-        for table, last in live.execute("SELECT name, seq FROM sqlite_sequence"):
-            first = max([last, *(seq for (seq,) in new.execute(LAST_ID, [table]))])
-            new.execute("DELETE FROM sqlite_sequence WHERE name = ?", [table])
-            new.execute("INSERT INTO sqlite_sequence VALUES (?, ?)", [table, first])
+        last = max(database.execute(LAST_ID, [table]).fetchone() or (0,) for database in (live, new))
+        new.execute("DELETE FROM sqlite_sequence WHERE name = ?", [table])
+        new.execute("INSERT INTO sqlite_sequence VALUES (?, ?)", [table, *last])
 
 
 def unchanged(path: str) -> peewee.SqliteDatabase:
