@@ -30,8 +30,8 @@ mutants: .venv/test
 	$(BIN)/mutmut results
 
 audit: .venv/test
-	$(BIN)/pip-audit --requirement requirements.txt
-	$(BIN)/deptry . --exclude 'tests|bench|\.venv.*' --requirements-files requirements.txt
+	$(BIN)/pip-audit --requirement requirements-postgresql.txt
+	$(BIN)/deptry . --exclude 'tests|bench|\.venv.*' --requirements-files requirements-postgresql.txt
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python bench/run.py
@@ -47,7 +47,7 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/test: requirements-dev.txt .venv/run
+.venv/test: requirements-dev.txt requirements-postgresql.txt .venv/run
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

@@ -46,7 +46,6 @@ app = typer.Typer(
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DOTENV = Path(".env")
-MEMBERS = taskd.TaskView.__struct_fields__  # of a task, as the API shows it
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
@@ -267,18 +266,27 @@ def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
 
 def check_database(settings: Settings) -> Iterator[tuple[str, str, str]]:
     """Yield whether the database is whole and fits schema.sql."""
-    if not Path(settings.database).exists():
+    if is_elsewhere(settings):
+        yield "warning", settings.database, "not looked into: it is not a file of SQLite's"
+    elif not Path(settings.database).exists():
         yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
-        return
-    database = unchanged(settings.database)
+    else:
+        with contextlib.closing(unchanged(settings.database)) as database:
+            result, found = look_into(database, settings.database)
+        yield result, settings.database_url, found
+
+
+def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
+    """Return how good a database is, and in words what to do about it."""
     try:
-        fault = damage(database) or taskd.schema_differences(database)
-    except peewee.DatabaseError as ex:
-        fault = str(ex)
-    finally:
-        database.close()
-    found = f"{fault}; taskctl restore puts a backup in its place" if fault else "whole, and fits schema.sql"
-    yield "OFF" if fault else "ok", settings.database_url, found
+        if fault := damage(database):
+            return "OFF", f"{fault}; taskctl restore puts a backup in its place"
+        if taskd.schema_version(database) < taskd.VERSION:
+            return "warning", "whole, and of an earlier version; taskd brings it up to date at its next start"
+        taskd.check_schema(database, path, taskd.statements_kept)
+        return "ok", "whole, and fits schema.sql"
+    except (peewee.DatabaseError, taskd.DatabaseError) as ex:
+        return "OFF", str(ex)
 
 
 def check_modes(settings: Settings) -> Iterator[tuple[str, str, str]]:
@@ -323,6 +331,18 @@ def database(create: bool = False) -> Settings:
     return settings
 
 
+def is_elsewhere(settings: Settings) -> bool:
+    """Say whether the database is not a file of SQLite's."""
+    return "://" in settings.database
+
+
+def file_of(settings: Settings) -> Path:
+    """Return the path of the database, which must be a file."""
+    if is_elsewhere(settings):
+        raise Refused(f"{settings.database} is not a file; keep it safe with its server's own tools, such as pg_dump")
+    return Path(settings.database)
+
+
 def existing(settings: Settings) -> Path:
     """Return the path of the database, which must be there."""
     if not Path(settings.database).exists():
@@ -332,7 +352,7 @@ def existing(settings: Settings) -> Path:
 
 def row(task: dict[str, Any]) -> dict[str, Any]:
     """Return what the database keeps of a task with these members: the one place where taskctl makes a row."""
-    return dict(task)
+    return {**task, **taskd.folded(task["title"], task["description"]), "version": 1}
 
 
 def rows(query: Any, *names: str) -> list[dict[str, Any]]:
@@ -349,21 +369,38 @@ def users(as_json: AsJson = False) -> None:
     show_all(rows(query.group_by(Task.user_id).order_by(Task.user_id), "user_id", *counts), as_json)
 
 
+def fits(context: typer.CallbackParam, value: str | int | None) -> str | int | None:
+    """Return the value of an option that the service knows as a parameter, or refuse what the service would."""
+    pattern, rule = taskd.PARAMETERS[context.name or ""]
+    if value is not None and not re.fullmatch(pattern, str(value)):
+        raise typer.BadParameter(rule)
+    return value
+
+
 @app.command()
 def tasks(
     user: UserId,
     only_open: Annotated[bool, typer.Option("--open", help="Only those that are not completed.")] = False,
     only_done: Annotated[bool, typer.Option("--done", help="Only those that are completed.")] = False,
+    q: Annotated[str, typer.Option("--search", "-q", help="Only those with this text in them.", callback=fits)] = "",
+    sort: Annotated[
+        str, typer.Option(help="id, created_at, updated_at or title; with - before it descending.", callback=fits)
+    ] = "id",
+    limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
 ) -> None:
     """List a user's tasks, oldest first."""
     if only_open and only_done:
         raise typer.BadParameter("--open and --done exclude each other")
-    database()
-    query = Task.select().where(Task.user_id == user).order_by(Task.id)
-    if only_open or only_done:
-        query = query.where(Task.completed == only_done)
-    show_all(rows(query, *MEMBERS), as_json)
+    settings = database()
+    store = taskd.TaskStore(taskd.open_database(settings))
+    rest: taskd.Listing | None = taskd.Listing(only_done if only_open or only_done else None, q, sort, limit)
+    found: list[taskd.TaskView] = []
+    while rest and len(found) != limit:
+        page, rest = store.page(user, rest)
+        found += page
+    store.close()
+    show_all([msgspec.structs.asdict(task) for task in found], as_json)
 
 
 @app.command()
@@ -450,7 +487,9 @@ PAGES = 256  # copied between two looks of the progress bar: 1 MB
 @app.command()
 def backup(file: Annotated[str, typer.Argument(help="The new file; - writes it to stdout.")]) -> None:
     """Copy the database into a new file, also while taskd serves. A file that is there is never overwritten."""
-    database = existing(Settings.load())
+    settings = Settings.load()
+    file_of(settings)
+    database = existing(settings)
     if file == "-" and sys.stdout.isatty():
         raise Refused("a database is nothing for a terminal; send stdout to a file or a program")
     if file != "-" and os.path.lexists(file):
@@ -474,7 +513,7 @@ def restore(file: Annotated[Path, typer.Argument(help="A backup, or any other da
 
     The backup is checked first. The old database is kept beside the new one, as <name>.before-restore-<time>.
     """
-    database = Path(Settings.load().database)
+    database = file_of(Settings.load())
     with unfinished(database) as copy:
         copy_database(file, copy)
         if fault := unfit(copy):
@@ -665,7 +704,7 @@ def export(
 ) -> None:
     """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
     database()
-    query = Task.select(*(getattr(Task, name) for name in MEMBERS)).order_by(Task.id)
+    query = Task.select(*taskd.SHOWN).order_by(Task.id)
     query = query.where(Task.user_id == user) if user else query
     total = query.count()
     if user and not total:
@@ -760,7 +799,7 @@ def merge() -> None:
     lines = Incoming.select(*(getattr(Incoming, column.name) for column in columns)).where(peewee.SQL("TRUE"))
     Task.insert_from(lines, columns).on_conflict(
         conflict_target=[Task.id],
-        update={column: getattr(peewee.EXCLUDED, column.name) for column in columns},
+        update={column: getattr(peewee.EXCLUDED, column.name) for column in columns} | {Task.version: Task.version + 1},
         where=peewee.EXCLUDED.updated_at > Task.updated_at,
     ).execute()
 

@@ -7,7 +7,12 @@ errors, app, server. Importing this module does nothing; `create_app` builds eve
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
+import hashlib
+import hmac
+import itertools
 import json
 import logging
 import math
@@ -21,11 +26,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
+from urllib.parse import urlencode
 
 import falcon
 import jwt
@@ -111,7 +117,10 @@ class Settings:
         "BETTER_AUTH_SECRETS", (), 'rotation: "2:new,1:old"; all verify, the first signs', parse=_secrets, secret=True
     )
     database_url: str = _setting(
-        "DATABASE_URL", "sqlite:///taskd.db", "sqlite:/// and the path of a file", r"sqlite:///(?!:memory:)[^?#\0]+"
+        "DATABASE_URL",
+        "sqlite:///taskd.db",
+        "sqlite:/// and the path of a file, or postgresql://user:password@host/name",
+        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://[^\s\0]+",
     )
     host: str = _setting("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
     port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port)
@@ -142,8 +151,8 @@ class Settings:
 
     @property
     def database(self) -> str:
-        """The path of the database file."""
-        return self.database_url.removeprefix("sqlite:///")
+        """The path of SQLite's file, or what else can be told of where the data is: no password."""
+        return re.sub(r"//[^/]*@", "//…@", self.database_url).removeprefix("sqlite:///")
 
 
 def _parse(text: str, *, variable: str, about: str, pattern: str, parse: Callable[[str], Any], secret: bool) -> Any:
@@ -462,6 +471,30 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
 Body = TypeVar("Body", bound=_Body)
 to_json = msgspec.json.Encoder().encode
 
+POSITION = tuple[str | int, int]  # where a page ended: the value by which its last task was sorted, and its id
+SEAL = 16  # bytes
+PARAMETERS = {
+    "completed": ("true|false", "must be true or false"),
+    "q": (r"[^\0]{0,1000}", "must be at most 1,000 characters, without U+0000"),
+    "sort": ("-?(id|created_at|updated_at|title)", "must be id, created_at, updated_at or title, or one with - before"),
+    "limit": ("[1-9][0-9]{0,2}|1000", "must be a whole number from 1 to 1000"),
+    "after": ("[A-Za-z0-9_-]+", 'must come from the link rel="next" of a page of your tasks in the same order'),
+}
+ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'  # RFC 9110, section 8.8.3
+ENTITY_TAGS = rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*"
+TAG = r'"[0-9]+-[0-9T:.-]+Z"'  # taskd's own: the version and updated_at
+IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
+
+
+class Listing(Struct, frozen=True):
+    """Which of a user's tasks, in which order, from where on; without a limit all of them."""
+
+    completed: bool | None = None
+    q: str = ""
+    sort: str = "id"
+    limit: int | None = None
+    after: POSITION | None = None
+
 
 def read(req: falcon.Request, kind: type[Body], body: bytes | None = None) -> Body:
     """Return the request's body as a `kind`, or raise 400, 413, 415 or 422."""
@@ -525,17 +558,88 @@ def _reason(name: str, value: msgspec.Raw) -> str | None:
     return "must not contain U+0000" if isinstance(given, str) and "\0" in given else None
 
 
+def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
+    """Return what the query asks for, or raise 422 for a wrong value of a known parameter."""
+    given = {name: text for name, text in req.params.items() if name in PARAMETERS and isinstance(text, str)}
+    wrong = [name for name, text in given.items() if not re.fullmatch(PARAMETERS[name][0], text)]
+    wrong += [name for name in PARAMETERS if isinstance(req.params.get(name), list)]  # given more than once
+    sort, after = given.get("sort", "id"), None
+    if "after" in given and not wrong:
+        after = cursors.read(given["after"], req.context.user.id, sort)
+        wrong = [] if after else ["after"]
+    if wrong:
+        raise Unprocessable([Fault(name, PARAMETERS[name][1]) for name in wrong])
+    completed = {"true": True, "false": False}.get(given.get("completed", ""))
+    return Listing(completed, given.get("q", ""), sort, int(given.get("limit", 0)) or None, after)
+
+
+class Cursors:
+    """Say where a page ended, in a form that only the same user can use, and only for the same order."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key.encode()
+
+    def write(self, after: POSITION, user_id: str, sort: str) -> str:
+        """Return the cursor of a position."""
+        position = to_json(after)
+        seal = hmac.digest(self._key, to_json([user_id, sort]) + position, "sha256")[:SEAL]
+        return base64.urlsafe_b64encode(seal + position).decode().rstrip("=")
+
+    def read(self, cursor: str, user_id: str, sort: str) -> POSITION | None:
+        """Return the position, or None if this is not its cursor, to the letter, for this user and order."""
+        try:
+            position = jwt.utils.base64url_decode(cursor)[SEAL:]
+            after = msgspec.json.decode(position, type=POSITION)
+        except (ValueError, msgspec.DecodeError):
+            return None
+        return after if hmac.compare_digest(cursor, self.write(after, user_id, sort)) else None
+
+
+def read_tags(req: falcon.Request, name: str) -> list[str] | None:
+    """Return the entity tags of If-Match or If-None-Match, perhaps "*", or None; raise 400 (RFC 9110, section 13.1)."""
+    value = req.get_header(name)
+    if value is None:
+        return None
+    if value.strip() == "*":
+        return ["*"]
+    if not re.fullmatch(ENTITY_TAGS, value):
+        raise falcon.HTTPBadRequest(
+            description=f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
+        )
+    return re.findall(ENTITY_TAG, value)
+
+
+def read_expected(req: falcon.Request) -> str | None:
+    """Return the entity tags of which the task must have one to be changed, or None if any will do.
+
+    The comparison is strong: a weak tag, and one that taskd did not make, never fits (RFC 9110, section 8.8.3.2).
+    """
+    tags = read_tags(req, "If-Match")
+    return None if tags in (None, ["*"]) else " ".join(tag for tag in tags or () if re.fullmatch(TAG, tag))
+
+
+def read_key(req: falcon.Request) -> str | None:
+    """Return the Idempotency-Key, or None; raise 400 if it is malformed."""
+    key = req.get_header("Idempotency-Key")
+    if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
+        raise falcon.HTTPBadRequest(description="Idempotency-Key must be 1 to 255 visible ASCII characters")
+    return key
+
+
 # --- Store ----------------------------------------------------------------------------------------------------------
 
-SCHEMA = Path(__file__).with_name("schema.sql")
-BUSY = 4.0  # seconds that a write waits for another process which holds the database's write lock
-QUEUE = 4.0  # seconds that it waits before that for the writes of this process
-SLOT = 0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
-SLOW = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
+PIECE = 200  # tasks of a list that are read and sent at once
+REPEATABLE = timedelta(hours=24)  # how long a create can be repeated with its Idempotency-Key
+CONTAINS = r"(title_folded LIKE :q ESCAPE '\' OR description_folded LIKE :q ESCAPE '\')"
+AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
 
 
-class DatabaseError(Exception):
-    """The database cannot be opened or does not fit schema.sql; the message says which file and why."""
+class Changed(Exception):
+    """The task is not what the caller expected; `tag` is its entity tag now."""
+
+    def __init__(self, tag: str) -> None:
+        super().__init__(tag)
+        self.tag = tag
 
 
 class Task(peewee.Model):
@@ -548,19 +652,266 @@ class Task(peewee.Model):
     completed = peewee.BooleanField(default=False)
     created_at = peewee.TextField()
     updated_at = peewee.TextField()
+    version = peewee.IntegerField()
+    title_folded = peewee.TextField()
+    description_folded = peewee.TextField(null=True)
 
     class Meta:
         """Where schema.sql keeps it."""
 
         table_name = "task"
-        indexes = ((("user_id", "id"), False),)
+
+
+class IdempotencyKey(peewee.Model):
+    """A create that can be repeated: its key, the digest of what was asked for, and what was answered."""
+
+    id = peewee.AutoField()
+    user_id = peewee.TextField()
+    name = peewee.TextField()
+    body = peewee.TextField()
+    answer = peewee.TextField()
+    created_at = peewee.TextField()
+
+    class Meta:
+        """Where schema.sql keeps it."""
+
+        table_name = "idempotency_key"
+
+
+class About(peewee.Model):
+    """The schema's version, and the key that signs cursors."""
+
+    version = peewee.IntegerField()
+    cursor_key = peewee.TextField()
+
+    class Meta:
+        """Where schema.sql keeps it."""
+
+        table_name = "about"
+        primary_key = False
+
+
+SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
+
+
+class Stored(Struct, frozen=True):
+    """A task with its entity tag; `replayed` if a create with the same Idempotency-Key made it before."""
+
+    task: TaskView
+    tag: str
+    replayed: bool = False
+
+
+def folded(title: str, description: str | None) -> dict[str, str | None]:
+    """Return the columns in which `q` is searched: the texts as they are when upper and lower case do not count."""
+    return {"title_folded": title.casefold(), "description_folded": description and description.casefold()}
+
+
+def parameter(name: str) -> peewee.SQL:
+    """Return the place of a value in a statement that is compiled once."""
+    return peewee.SQL(f":{name}")
+
+
+def mine(model: type[Task | IdempotencyKey]) -> peewee.Expression:
+    """Whose row is this? The one predicate of ownership."""
+    return model.user_id == parameter("user_id")
 
 
 class TaskStore:
     """One user's tasks at a time; None means that this user has no such task, and Unavailable that the database is.
 
-    Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is therefore atomic.
+    Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is therefore atomic; only a
+    create that can be repeated takes several, in one transaction. `expected` is entity tags of which the task must
+    have one, else Changed is raised.
     """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
+        self._lists: dict[tuple[object, ...], str] = {}
+        this = mine(Task) & (Task.id == parameter("id"))
+        as_expected = this & peewee.SQL(AS_EXPECTED)
+        touched = {"updated_at": parameter("now"), "version": peewee.SQL("version + 1")}
+        new = {name: parameter(name) for name in ("user_id", *RULES, *folded("", None))}
+        changed: dict[str, Any] = {
+            name: peewee.fn.COALESCE(parameter(name), getattr(Task, name)) for name in new if name != "user_id"
+        }
+        for name in ("description", "description_folded"):
+            changed[name] = peewee.Case(None, [(parameter("described"), parameter(name))], getattr(Task, name))
+        toggled = peewee.fn.COALESCE(parameter("completed"), ~Task.completed)
+        self._get = database.compile(Task.select(*SHOWN, Task.version).where(this))
+        self._add = self._compile(Task.insert(created_at=parameter("now"), updated_at=parameter("now"), **new))
+        self._change = self._compile(Task.update(**changed, **touched).where(as_expected))
+        self._complete = self._compile(Task.update(completed=toggled, **touched).where(as_expected))
+        self._remove = self._compile(Task.delete().where(as_expected))
+        key = mine(IdempotencyKey) & (IdempotencyKey.name == parameter("name"))
+        oldest = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id).limit(peewee.SQL("2"))
+        expired = (key | IdempotencyKey.id.in_(oldest)) & (IdempotencyKey.created_at < parameter("before"))
+        claim = {name: parameter(name) for name in ("user_id", "name", "body")}
+        claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=parameter("now"), **claim)
+        self._expire = database.compile(IdempotencyKey.delete().where(expired))
+        self._claim = database.compile(claimed.on_conflict_ignore().returning(IdempotencyKey.id))
+        self._answer = database.compile(IdempotencyKey.update(answer=parameter("answer")).where(key))
+        self._replay = database.compile(IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key))
+
+    def _compile(self, query: Any) -> str:
+        return self._database.compile(query.returning(*SHOWN, Task.version))
+
+    def page(self, user_id: str, listing: Listing) -> tuple[list[TaskView], Listing | None]:
+        """Return the user's tasks, as many as the listing's limit or a piece; and the listing of those that follow."""
+        if listing.q and this_thread.hurried:
+            raise Blocked  # it looks at each task of the user
+        size, (value, last) = listing.limit or PIECE, listing.after or (None, None)
+        text = re.sub(r"([%_\\])", r"\\\1", listing.q.casefold())
+        shape = listing.completed is None, not text, listing.sort, last is None
+        sql = self._lists.get(shape) or self._lists.setdefault(shape, self._select(*shape))
+        values = {"completed": listing.completed, "q": f"%{text}%", "value": value, "last": last, "limit": size + 1}
+        tasks = [_view(row) for row in self._database.run(sql, user_id=user_id, **values)]
+        if len(tasks) <= size:
+            return tasks, None
+        after = getattr(tasks[size - 1], listing.sort.lstrip("-")), tasks[size - 1].id
+        return tasks[:size], msgspec.structs.replace(listing, after=after)
+
+    def _select(self, both: bool, everything: bool, sort: str, first: bool) -> str:
+        """Return the statement of a page: from its first task on, along an index, and never with OFFSET."""
+        keys = list(dict.fromkeys([sort.lstrip("-"), "id"]))
+        place = peewee.Tuple(*(getattr(Task, key) for key in keys))
+        before = peewee.Tuple(*(parameter(name) for name in ("value", "last")[-len(keys) :]))
+        query: Any = Task.select(*SHOWN).where(mine(Task))
+        if not everything:
+            query = query.where(peewee.SQL(CONTAINS))
+        if not first:
+            query = query.where(place < before if sort.startswith("-") else place > before)
+        if not both:
+            query = query.where(Task.completed == parameter("completed"))
+        elif len(keys) > 1:  # the indexes of these orders tell open from done tasks; both are merged
+            open_tasks, done_tasks = (query.where(Task.completed == peewee.SQL(done)) for done in ("FALSE", "TRUE"))
+            query = open_tasks + done_tasks
+        direction = " DESC" if sort.startswith("-") else ""
+        query = query.order_by(*(peewee.SQL(f"{key}{direction}") for key in keys))
+        return self._database.compile(query.limit(parameter("limit")))
+
+    def get(self, user_id: str, task_id: int) -> Stored | None:
+        """Return one task."""
+        return _first(self._database.run(self._get, user_id=user_id, id=task_id))
+
+    def add(self, user_id: str, task: NewTask, key: str | None = None) -> Stored | None:
+        """Create a task; it is on disk when this returns. None if the key was used for another one.
+
+        With a key, a create that was done within 24 hours is not done again, but answered as it was then.
+        """
+        now = datetime.now(UTC)
+        new = {"title": task.title, "description": task.description, "completed": task.completed}
+        values = {**new, **folded(task.title, task.description), "user_id": user_id, "now": timestamp(now)}
+        if key is None:
+            return _first(self._database.write(self._add, **values))
+        body = hashlib.sha256(to_json(new)).hexdigest()
+        values |= {"name": key, "body": body, "before": timestamp(now - REPEATABLE)}
+        with self._database.transaction():
+            self._database.run(self._expire, **values)
+            if self._database.run(self._claim, **values):
+                [row] = self._database.run(self._add, **values)
+                self._database.run(self._answer, **values, answer=to_json(_view(row)).decode())
+                return _stored(row)
+            [(known, answer)] = self._database.run(self._replay, **values)
+        return _replayed(answer) if known == body else None
+
+    def change(self, user_id: str, task_id: int, changes: TaskChanges, expected: str | None = None) -> Stored | None:
+        """Change the fields that are given, and return the task as it is now."""
+        given = {name: value for name in RULES if (value := getattr(changes, name)) is not UNSET}
+        if not given:
+            stored = self.get(user_id, task_id)
+            if stored and expected is not None and stored.tag not in expected:
+                raise Changed(stored.tag)
+            return stored
+        values = {"title": None, "description": None, "completed": None, "described": "description" in given, **given}
+        values |= folded(given.get("title") or "", given.get("description"))
+        return self._write(self._change, expected, user_id=user_id, id=task_id, now=_now(), **values)
+
+    def complete(
+        self, user_id: str, task_id: int, completed: bool | None, expected: str | None = None
+    ) -> Stored | None:
+        """Set whether the task is completed, or toggle it with None, and return the task as it is now."""
+        return self._write(self._complete, expected, user_id=user_id, id=task_id, now=_now(), completed=completed)
+
+    def remove(self, user_id: str, task_id: int, expected: str | None = None) -> Stored | None:
+        """Delete the task, and return it as it was."""
+        return self._write(self._remove, expected, user_id=user_id, id=task_id)
+
+    def close(self) -> None:
+        """Close this thread's connections."""
+        self._database.close()
+
+    def _write(self, sql: str, expected: str | None, **values: Any) -> Stored | None:
+        stored = _first(self._database.write(sql, expected=expected, **values))
+        if not stored and expected is not None and (other := self.get(values["user_id"], values["id"])):
+            raise Changed(other.tag)
+        return stored
+
+
+Row = tuple[Any, ...]
+
+
+def _view(row: Row) -> TaskView:
+    key, user, title, description, done, created, updated, *_ = row
+    return TaskView(key, user, title, description, done == 1, created, updated)
+
+
+def _stored(row: Row) -> Stored:
+    return Stored(_view(row), f'"{row[7]}-{row[6]}"')
+
+
+def _first(rows: list[Row]) -> Stored | None:
+    return _stored(rows[0]) if rows else None
+
+
+def _replayed(answer: str) -> Stored:
+    task = msgspec.json.decode(answer, type=TaskView)
+    return Stored(task, f'"1-{task.updated_at}"', replayed=True)
+
+
+def timestamp(when: datetime) -> str:
+    """Return a time in UTC as tasks show it (RFC 3339, milliseconds)."""
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _now() -> str:
+    return timestamp(datetime.now(UTC))
+
+
+# --- Database -------------------------------------------------------------------------------------------------------
+
+SCHEMA = Path(__file__).with_name("schema.sql")
+MIGRATIONS = Path(__file__).with_name("migrations")
+VERSION = 2  # of the schema; migrations/2.sql makes it from version 1
+TABLES = ("task", "idempotency_key", "about")
+BUSY = 4.0  # seconds that a write waits for another process which holds the database's write lock
+QUEUE = 4.0  # seconds that it waits before that for the writes of this process
+SLOT = 0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
+SLOW = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
+
+
+class DatabaseError(Exception):
+    """The database cannot be opened or does not fit schema.sql; the message says which file and why."""
+
+
+def open_database(settings: Settings) -> Database:
+    """Return the database of the settings, made or brought up to date if need be. Raises DatabaseError."""
+    if settings.database_url.startswith("postgresql:"):
+        return Postgres(settings)
+    return Sqlite(settings.database, settings.threads // 2)
+
+
+def compiled(query: peewee.Query, database: peewee.Database) -> str:
+    """Return the SQL of a query all of whose values are parameters."""
+    sql, values = database.get_sql_context().sql(query).query()
+    if values:
+        raise AssertionError(f"every request would use the same values: {values}")
+    return str(sql)
+
+
+class Sqlite:
+    """SQLite: a connection in each thread, and one write at a time."""
 
     def __init__(self, path: str, waiting: int) -> None:
         """Open the database, creating it if need be; at most `waiting` writes wait at once. Raises DatabaseError."""
@@ -573,75 +924,17 @@ class TaskStore:
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
         self._slow = False
-        task = {name: peewee.SQL(f":{name}") for name in ("id", "title", "description", "completed")}
-        this, now = self._mine() & (Task.id == task["id"]), peewee.SQL(":now")
-        described = peewee.Case(None, [(peewee.SQL(":described"), task["description"])], Task.description)
-        new = {"title": task["title"], "description": task["description"], "completed": task["completed"]}
-        changed = {
-            "title": peewee.fn.COALESCE(task["title"], Task.title),
-            "description": described,
-            "completed": peewee.fn.COALESCE(task["completed"], Task.completed),
-        }
-        toggled = peewee.fn.COALESCE(task["completed"], ~Task.completed)
-        self._list = self._compile(Task.select().where(self._mine()).order_by(Task.id))
-        self._get = self._compile(Task.select().where(this))
-        self._add = self._compile(Task.insert(user_id=peewee.SQL(":user_id"), created_at=now, updated_at=now, **new))
-        self._change = self._compile(Task.update(updated_at=now, **changed).where(this))
-        self._complete = self._compile(Task.update(updated_at=now, completed=toggled).where(this))
-        self._remove = self._compile(Task.delete().where(this))
 
-    @staticmethod
-    def _mine() -> peewee.Expression:
-        """Whose task is this? The one predicate of ownership."""
-        return Task.user_id == peewee.SQL(":user_id")
+    def compile(self, query: peewee.Query) -> str:
+        """Return the SQL of a query all of whose values are parameters."""
+        return compiled(query, self._patient)
 
-    def _compile(self, query: peewee.Query) -> str:
-        if isinstance(query, peewee.ModelInsert | peewee.ModelUpdate | peewee.ModelDelete):
-            query = query.returning(Task)
-        sql, values = self._patient.get_sql_context().sql(query).query()
-        if values:
-            raise AssertionError(f"every request would use the same values: {values}")
-        return str(sql)
-
-    def list(self, user_id: str) -> TaskList:
-        """Return all the user's tasks, oldest first."""
-        return self._read(self._list, user_id=user_id)
-
-    def get(self, user_id: str, task_id: int) -> TaskView | None:
-        """Return one task."""
-        return _first(self._read(self._get, user_id=user_id, id=task_id))
-
-    def add(self, user_id: str, task: NewTask) -> TaskView:
-        """Create a task; it is on disk when this returns."""
-        new = {"title": task.title, "description": task.description, "completed": task.completed}
-        return self._write(self._add, user_id=user_id, now=_now(), **new)[0]
-
-    def change(self, user_id: str, task_id: int, changes: TaskChanges) -> TaskView | None:
-        """Change the fields that are given, and return the task as it is now."""
-        given = {name: value for name in RULES if (value := getattr(changes, name)) is not UNSET}
-        if not given:
-            return self.get(user_id, task_id)
-        values = {"title": None, "description": None, "completed": None, "described": "description" in given, **given}
-        return _first(self._write(self._change, user_id=user_id, id=task_id, now=_now(), **values))
-
-    def complete(self, user_id: str, task_id: int, completed: bool | None) -> TaskView | None:
-        """Set whether the task is completed, or toggle it with None, and return the task as it is now."""
-        return _first(self._write(self._complete, user_id=user_id, id=task_id, now=_now(), completed=completed))
-
-    def remove(self, user_id: str, task_id: int) -> TaskView | None:
-        """Delete the task, and return it as it was."""
-        return _first(self._write(self._remove, user_id=user_id, id=task_id))
-
-    def close(self) -> None:
-        """Close this thread's connections; the last one of all folds SQLite's log into the database."""
-        self._hurried.close()
-        self._patient.close()
-
-    def _read(self, sql: str, **values: Any) -> TaskList:
-        database = self._hurried if this_thread.hurried else self._patient
+    def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement and return its rows. Raises Unavailable, and Blocked where it must not wait."""
+        database = self._here()
         try:
             with peewee.__exception_wrapper__:  # type: ignore[attr-defined]  # the last fetch commits, and can fail
-                rows = database.execute_sql(sql, values).fetchall()
+                return database.execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
         except peewee.DatabaseError as ex:
             if this_thread.hurried and "locked" in str(ex):
                 raise Blocked from None
@@ -649,22 +942,40 @@ class TaskStore:
             if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
                 raise
             raise Unavailable("the database", str(ex)) from ex
-        return [
-            TaskView(key, user, title, text, done == 1, new, now) for key, user, title, text, done, new, now in rows
-        ]
 
-    def _write(self, sql: str, **values: Any) -> TaskList:
-        """Run a statement alone. Writes queue here, because in SQLite's own waiting they back off and starve."""
+    def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement that changes something, alone; it is on disk when this returns."""
+        with self._alone():
+            return self.run(sql, **values)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run several statements alone; all of them are on disk when this ends, or none."""
+        with self._alone():
+            self.run("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.run("COMMIT")
+            except BaseException:
+                self._here().close()  # and with the connection goes what it had begun
+                raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for this thread's turn. Writes queue here, because in SQLite's own waiting they back off and starve."""
         if not this_thread.hurried:
             self._queue_up()
         elif self._slow or not self._turn.acquire(blocking=False):
             raise Blocked
         started = time.monotonic()
         try:
-            return self._read(sql, **values)
+            yield
         finally:
             self._slow = time.monotonic() - started > SLOW
             self._turn.release()
+
+    def _here(self) -> peewee.SqliteDatabase:
+        return self._hurried if this_thread.hurried else self._patient
 
     def _queue_up(self) -> None:
         if not self._slots.acquire(timeout=SLOT):
@@ -675,21 +986,93 @@ class TaskStore:
         finally:
             self._slots.release()
 
-
-TaskList = list[TaskView]
-
-
-def _first(tasks: TaskList) -> TaskView | None:
-    return tasks[0] if tasks else None
+    def close(self) -> None:
+        """Close this thread's connections; the last one of all folds SQLite's log into the database."""
+        self._hurried.close()
+        self._patient.close()
 
 
-def timestamp(when: datetime) -> str:
-    """Return a time in UTC as tasks show it (RFC 3339, milliseconds)."""
-    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+class Postgres:
+    """PostgreSQL: a pool of connections, and any number of taskd processes beside each other."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
+        try:
+            import psycopg  # noqa: F401  # only those who have a server pay for its driver
+            from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+        except ImportError:
+            raise SettingsError("DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt") from None
+        self._pool = PooledPostgresqlDatabase(
+            settings.database_url,
+            max_connections=settings.threads,
+            timeout=QUEUE,
+            prefer_psycopg3=True,
+            connect_timeout=3,
+            tcp_user_timeout=5000,
+            options=f"-c statement_timeout={2 * BUSY:.0f}s -c lock_timeout={BUSY:.0f}s",
+        )
+        failures = (peewee.OperationalError, peewee.InterfaceError, peewee.InternalError, peewee.DataError)
+        self._unusable = (*failures, MaxConnectionsExceeded)
+        try:
+            self._prepare(settings.database)
+        except (peewee.PeeweeException, ValueError) as ex:
+            raise DatabaseError(f"{settings.database} cannot be opened: {_first_line(ex)}") from None
+
+    def compile(self, query: peewee.Query) -> str:
+        """Return the SQL of a query all of whose values are parameters."""
+        return re.sub(r":([a-z_]+)", r"%(\1)s", compiled(query, self._pool).replace("%", "%%"))
+
+    def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement and return its rows. Raises Unavailable, and Blocked where it must not wait."""
+        with self._connected():
+            cursor = self._pool.execute_sql(sql, values)
+            return cursor.fetchall() if cursor.description else []
+
+    write = run  # the server keeps writers apart
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run several statements together; all of them are on disk when this ends, or none."""
+        with self._connected(), self._pool.atomic():
+            yield
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Take a connection from the pool, or go on with the one of the transaction that is under way."""
+        if this_thread.hurried:
+            raise Blocked
+        try:
+            with self._pool.connection_context() if self._pool.is_closed() else contextlib.nullcontext():
+                yield
+        except self._unusable as ex:
+            self._pool.close_idle()  # the server was perhaps away; then none of them is good any more
+            raise Unavailable("the database", _first_line(ex)) from ex
+
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        self._pool.close_idle()
+
+    def _prepare(self, name: str) -> None:
+        with self._pool.connection_context(), self._pool.atomic():
+            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (int.from_bytes(b"taskd"),))
+            if not schema_version(self._pool):
+                for statement in statements(SCHEMA.read_text()):
+                    self._pool.execute_sql(respelled(statement))
+                self._pool.execute_sql("INSERT INTO about VALUES (%s, %s)", (VERSION, os.urandom(32).hex()))
+            check_schema(self._pool, name, columns_and_indexes)
 
 
-def _now() -> str:
-    return timestamp(datetime.now(UTC))
+def respelled(statement: str) -> str:
+    """Return a statement of schema.sql as PostgreSQL has it, where text is to be sorted by code point as in SQLite."""
+    key = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
+    return statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace(" TEXT", ' TEXT COLLATE "C"')
+
+
+def _first_line(ex: Exception) -> str:
+    return (str(ex).splitlines() or [type(ex).__name__])[0]
+
+
+Database = Sqlite | Postgres
 
 
 def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
@@ -706,44 +1089,107 @@ def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
 def prepare_database(path: str) -> None:
     """Make a new file fit schema.sql, readable by its owner alone, or check that an old one does.
 
-    Raises DatabaseError for a file that cannot be opened or does not fit, and leaves it as it was.
+    One of an earlier version is brought up to date; beside it stays a copy of what it was. Raises DatabaseError for a
+    file that cannot be opened or does not fit, and leaves it as it was.
     """
     database = peewee.SqliteDatabase(path, timeout=BUSY)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        if not database.table_exists("task"):
-            database.connection().executescript(f"BEGIN IMMEDIATE; {SCHEMA.read_text()} COMMIT;")
-        differences = schema_differences(database)
+        if schema_version(database) < VERSION:
+            _bring_up_to_date(database, path)
+        check_schema(database, path, statements_kept)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
         raise DatabaseError(f"{path} cannot be opened: {ex}") from None
     finally:
         database.close()
-    if differences:
-        raise DatabaseError(f"{path} does not fit schema.sql: {differences}")
 
 
-def schema_differences(database: peewee.SqliteDatabase) -> str:
-    """Return in words what the task table has otherwise than schema.sql; other tables are no concern of ours."""
+def check_schema(database: peewee.Database, name: str, describe: Callable[[Any], set[str]]) -> None:
+    """Raise DatabaseError if the database is not of this version or does not fit schema.sql."""
+    if (version := schema_version(database)) > VERSION:
+        raise DatabaseError(f"{name} was made by a newer taskd: its schema is {version}, not {VERSION}; update taskd")
+    if differences := schema_differences(database, describe):
+        raise DatabaseError(f"{name} does not fit schema.sql: {differences}")
+
+
+def schema_version(database: peewee.Database) -> int:
+    """Return the version of the schema that a database has; 0 for none.
+
+    Version 1 did not say so. A task table that nobody knows counts as today's, and will not fit.
+    """
+    if database.table_exists("about"):
+        [version] = database.execute_sql("SELECT MAX(version) FROM about").fetchone()
+        return version or 0
+    columns = [column.name for column in database.get_columns("task")]
+    return 0 if not columns else 1 if columns == list(TaskView.__struct_fields__) else VERSION
+
+
+def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
+    database.register_function(lambda text: text and text.casefold(), "casefold", 1)
+    with database.atomic("IMMEDIATE"), contextlib.ExitStack() as undo:
+        version = schema_version(database)  # another process may have been here first
+        if version >= VERSION:
+            return
+        if version:
+            undo.callback(os.unlink, _keep_copy(path, version))
+        scripts = [MIGRATIONS / f"{number}.sql" for number in range(version + 1, VERSION + 1)] if version else [SCHEMA]
+        for statement in itertools.chain(*(statements(script.read_text()) for script in scripts)):
+            database.execute_sql(statement)
+        database.execute_sql("INSERT INTO about VALUES (?, ?)", (VERSION, os.urandom(32).hex()))
+        check_schema(database, path, statements_kept)
+        undo.pop_all()
+
+
+def _keep_copy(path: str, version: int) -> str:
+    copy = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with contextlib.closing(sqlite3.connect(path)) as now, contextlib.closing(sqlite3.connect(copy)) as kept:
+        now.backup(kept)
+    return copy
+
+
+def statements(script: str) -> Iterator[str]:
+    """Yield the statements of an SQL script one by one; sqlite3's own `executescript` would commit before them."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def schema_differences(database: peewee.Database, describe: Callable[[Any], set[str]]) -> str:
+    """Return in words what the tables have otherwise than schema.sql; other tables are no concern of ours."""
     model = peewee.SqliteDatabase(":memory:")
     model.connection().executescript(SCHEMA.read_text())
-    wanted, found = _schema(model), _schema(database)
+    wanted, found = describe(model), describe(database)
     model.close()
     lacking = [f"it lacks {part}" for part in sorted(wanted - found)]
     return "; ".join(lacking + [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")])
 
 
-def _schema(database: peewee.SqliteDatabase) -> set[str]:
-    """Return the columns and indexes of the task table as SQLite keeps them, without comments and layout."""
-    statements = database.execute_sql("SELECT sql FROM sqlite_master WHERE tbl_name = 'task' AND sql IS NOT NULL")
+def statements_kept(database: peewee.SqliteDatabase) -> set[str]:
+    """Return the columns and indexes of taskd's tables as SQLite keeps them, without comments and layout."""
+    rows = database.execute_sql("SELECT tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL")
     parts = set()
-    for (sql,) in statements.fetchall():
-        plain = " ".join(re.sub("--.*", "", sql).split())
-        table = plain.startswith("CREATE TABLE")
-        parts |= (
-            {part.strip(" )") for part in plain.partition("(")[2].split(",")}
-            if table
-            else {plain.replace("CREATE INDEX", "index")}
-        )
+    for sql in [sql for table, sql in rows.fetchall() if table in TABLES]:
+        name, _, columns = " ".join(re.sub("--.*", "", sql).split()).partition("(")
+        if name.startswith("CREATE TABLE"):
+            parts |= {f"{name.split()[2]}.{part.strip(' )')}" for part in columns.split(",")}
+        else:
+            parts.add(f"{name.removeprefix('CREATE ').replace('INDEX', 'index')}({columns}")
+    return parts
+
+
+def columns_and_indexes(database: peewee.Database) -> set[str]:
+    """Return the columns and indexes of taskd's tables as any database tells them."""
+    parts = set()
+    for table in TABLES:
+        for column in database.get_columns(table):
+            kind = column.data_type.upper().replace("BIGINT", "INTEGER")
+            required = "" if column.null or column.primary_key else " NOT NULL"
+            parts.add(f"{table}.{column.name} {kind}{required}")
+        parts |= {f"index on {table} ({', '.join(index.columns)})" for index in database.get_indexes(table)}
     return parts
 
 
@@ -841,43 +1287,60 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
 
 TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
+NO_TASK = "you have no task with this id"
 DOCS_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-
-Found = TypeVar("Found")
 
 
 class TaskResource:
     """A user's tasks, and one of them."""
 
     def __init__(self, store: TaskStore) -> None:
-        self._store = store
+        self._store, self._cursors = store, Cursors(store.cursor_key)
 
     def on_get_collection(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """List the user's tasks."""
-        resp.data = to_json(self._store.list(req.context.user.id))
+        """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
+        user_id = req.context.user.id
+        listing = read_listing(req, self._cursors) if req.query_string else Listing()
+        tasks, rest = self._store.page(user_id, listing)
+        if not rest or listing.limit:
+            resp.data = to_json(tasks)
+        else:
+            resp.stream = LongList(self._store, user_id, tasks, rest)
+        if rest and rest.after and listing.limit:
+            cursor = self._cursors.write(rest.after, user_id, rest.sort)
+            query = urlencode({**req.params, "after": cursor}, doseq=True)
+            resp.set_header("Link", f'<{tasks_path(req)}?{query}>; rel="next"')
 
     def on_post_collection(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Create a task."""
-        task = self._store.add(req.context.user.id, read(req, NewTask))
+        """Create a task, or answer again a create that is repeated with its Idempotency-Key."""
+        key = read_key(req)
+        stored = self._store.add(req.context.user.id, read(req, NewTask), key)
+        if stored is None:
+            raise Unprocessable([Fault("Idempotency-Key", "was used for another task; send a new one with a new task")])
         resp.status = falcon.HTTP_201
-        resp.location = f"{req.root_path}/api/{falcon.uri.encode_value(task.user_id)}/tasks/{task.id}"
-        resp.data = to_json(task)
+        resp.location = f"{tasks_path(req)}/{stored.task.id}"
+        if stored.replayed:
+            resp.set_header("Idempotency-Replayed", "true")
+        show(resp, stored)
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
-        """Show a task."""
-        resp.data = to_json(found(self._store.get(req.context.user.id, number(task_id))))
+        """Show a task, unless the caller has it as it is."""
+        task, tags = number(task_id), read_tags(req, "If-None-Match")
+        show(resp, self._store.get(req.context.user.id, task))
+        if tags and (tags == ["*"] or resp.get_header("ETag") in [tag.removeprefix("W/") for tag in tags]):
+            resp.status, resp.data = falcon.HTTP_304, None
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Change the fields that the body names."""
-        task = number(task_id)
-        resp.data = to_json(found(self._store.change(req.context.user.id, task, read(req, TaskChanges))))
+        task, expected = number(task_id), read_expected(req)
+        show(resp, self._store.change(req.context.user.id, task, read(req, TaskChanges), expected))
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Delete a task, and show it as it was."""
-        resp.data = to_json(found(self._store.remove(req.context.user.id, number(task_id))))
+        show(resp, self._store.remove(req.context.user.id, number(task_id), read_expected(req)))
 
     on_head_collection = on_get_collection
     on_head = on_get
@@ -891,9 +1354,34 @@ class TaskCompleteResource:
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Toggle completion, or set it to what the body says."""
-        task, body = number(task_id), content(req)
+        task, expected, body = number(task_id), read_expected(req), content(req)
         completed = read(req, Completion, body).completed if body else None
-        resp.data = to_json(found(self._store.complete(req.context.user.id, task, completed)))
+        show(resp, self._store.complete(req.context.user.id, task, completed, expected))
+
+
+class LongList:
+    """The JSON array of a list too long for memory: an iterator over its pieces, each read when it is its turn."""
+
+    def __init__(self, store: TaskStore, user_id: str, tasks: list[TaskView], rest: Listing) -> None:
+        """Take the first tasks, and the listing of the rest."""
+        self._store, self._user_id = store, user_id
+        self._first = to_json(tasks)[:-1]
+        self._rest: Listing | None = rest
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> bytes:
+        """Return a piece. After Blocked it can be asked for again."""
+        if self._first:
+            first, self._first = self._first, b""
+            return first
+        if self._rest is None:
+            raise StopIteration
+        tasks, self._rest = self._store.page(self._user_id, self._rest)
+        piece = b"," + to_json(tasks)[1:-1] if tasks else b""
+        return piece if self._rest else piece + b"]"
 
 
 class HealthResource:
@@ -914,11 +1402,11 @@ class FileResource:
     public = True
 
     def __init__(self, name: str, content_type: str) -> None:
-        self._path, self._content_type = Path(__file__).parent / name, content_type
+        self._content, self._content_type = (Path(__file__).parent / name).read_bytes(), content_type
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Show it; it may load and call nothing but this server."""
-        resp.content_type, resp.data = self._content_type, self._path.read_bytes()
+        resp.content_type, resp.data = self._content_type, self._content
         resp.set_header("Content-Security-Policy", DOCS_POLICY)
 
     on_head = on_get
@@ -926,16 +1414,22 @@ class FileResource:
 
 def number(text: str) -> int:
     """Return a task's id from the URL, or raise the 404 of a task that does not exist."""
-    if TASK_NUMBER.fullmatch(text) and (task_id := int(text)) <= MAX_TASK_NUMBER:
-        return task_id
-    return found(None)
+    if not TASK_NUMBER.fullmatch(text) or int(text) > MAX_TASK_NUMBER:
+        raise falcon.HTTPNotFound(description=NO_TASK)
+    return int(text)
 
 
-def found(task: Found | None) -> Found:
-    """Return the task; raise the same 404 for one that is not there and for one that is another user's."""
-    if task is None:
-        raise falcon.HTTPNotFound(description="you have no task with this id")
-    return task
+def tasks_path(req: falcon.Request) -> str:
+    """Return the path of the user's tasks as the client sees it."""
+    return f"{req.root_path}/api/{falcon.uri.encode_value(req.context.user.id)}/tasks"
+
+
+def show(resp: falcon.Response, stored: Stored | None) -> None:
+    """Answer with a task; raise the same 404 for one that is not there and for one that is another user's."""
+    if stored is None:
+        raise falcon.HTTPNotFound(description=NO_TASK)
+    resp.data = to_json(stored.task)
+    resp.set_header("ETag", stored.tag)
 
 
 # --- Errors ---------------------------------------------------------------------------------------------------------
@@ -972,6 +1466,12 @@ def unavailable(req: falcon.Request, resp: falcon.Response, ex: Unavailable, par
     )
 
 
+def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: object) -> NoReturn:
+    """Answer 412 when the task is not the one that If-Match names, with the entity tag that it has."""
+    detail = "the task was changed in between; read it again, and send the ETag that it has now"
+    raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
+
+
 def crash(req: falcon.Request, resp: falcon.Response, ex: Exception, params: object) -> NoReturn:
     """Answer 500 to a fault of ours: the log gets the traceback, the caller the request id to quote."""
     log.error("unhandled exception id=%s", req.context.id, exc_info=ex)
@@ -998,7 +1498,8 @@ class App(falcon.App):  # type: ignore[type-arg]
 
 def create_app(settings: Settings) -> App:
     """Return the WSGI application: the only place where its parts meet. Raises SettingsError and DatabaseError."""
-    tokens, store = Tokens(settings), TaskStore(settings.database, settings.threads // 2)
+    tokens = Tokens(settings)
+    store = TaskStore(open_database(settings))
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
     app = App(middleware=[Envelope(), *cors, AuthMiddleware(tokens)])
     app.store = store
@@ -1006,6 +1507,7 @@ def create_app(settings: Settings) -> App:
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, crash)
     app.add_error_handler(Unavailable, unavailable)
+    app.add_error_handler(Changed, changed)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
@@ -1045,15 +1547,50 @@ QUIET = 5  # looks at the sockets, 20 ms apart, that must find nothing to do bef
 
 
 class ServerTask(waitress.task.WSGITask):
-    """A request, perhaps one that starts again in a worker thread."""
+    """A request, perhaps one that starts again in a worker thread, or the rest of its answer."""
 
     wrote_header: bool
+    error = None  # it stands in the channel's queue of requests as long as there is a rest
+    rest: LongList | None = None
 
     def get_environment(self) -> dict[str, Any]:
         """Return the WSGI environment, with the body to be read from its beginning."""
         environ: dict[str, Any] = super().get_environment()
         environ["wsgi.input"].seek(0)
+        environ["taskd.task"] = self
         return environ
+
+    def execute(self) -> None:
+        """Call the application, or send the next piece of a long list."""
+        try:
+            if self.rest is None:
+                super().execute()
+            elif (piece := next(self.rest, None)) is not None:
+                self.write(piece)
+            else:
+                self.rest = None
+        except Unavailable as ex:
+            log.error("%s cannot be used: %s; a list ends in the middle", *ex.args)
+            self.rest, self.chunked_response = None, False
+
+    def finish(self) -> None:
+        """End the answer, or see to its rest when the client has taken what there is, and others had their turn."""
+        if self.rest:
+            self.close_on_finish = False
+            self.channel.requests.insert(1, self)
+            return
+        self.close_on_finish = self.close_on_finish or self.chunked_response
+        self.chunked_response = self.chunked_response and self.request.command != "HEAD"
+        super().finish()
+
+    def close(self) -> None:
+        """Let go of nothing: the request itself was closed when the answer began."""
+
+    def set_close_on_finish(self) -> None:
+        """Close the connection at the end; waitress would also after a 304, because it has no Content-Length."""
+        asked = self.request.headers.get("CONNECTION", "").lower() == "close" or self.channel.server.stopping
+        if self.has_body or self.version == "1.0" or asked:
+            super().set_close_on_finish()
 
     def build_response_header(self) -> bytes:
         """Return the head of the answer; once the server is stopping it closes the connection (RFC 9112, 9.6)."""
@@ -1103,10 +1640,14 @@ class ServerParser(waitress.parser.HTTPRequestParser):
 class ServerChannel(waitress.channel.HTTPChannel):
     """A client's connection. Its next request waits until the client has taken the last answer."""
 
-    task_class = ServerTask
     error_task_class = ServerErrorTask
     parser_class = ServerParser
     stalled = False
+
+    @staticmethod
+    def task_class(channel: ServerChannel, request: ServerParser | ServerTask) -> ServerTask:
+        """Return the task of a request; one that has a rest to send is its own."""
+        return request if isinstance(request, ServerTask) else ServerTask(channel, request)
 
     def has_unread(self) -> bool:
         """Say whether the client has sent more than was read."""
@@ -1142,9 +1683,18 @@ class Server(waitress.server.TcpWSGIServer):
     channel_class = ServerChannel
 
     def __init__(self, app: App, **adjustments: Any) -> None:
+        self._app = app
         self._ready: deque[ServerChannel] = deque()
         self.stopping = False
-        super().__init__(app, **adjustments)
+        super().__init__(self._begin, **adjustments)
+
+    def _begin(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Call the application; of a long list take the first piece, and leave the rest to the task."""
+        body = self._app(environ, start_response)
+        if not isinstance(body, LongList):
+            return body
+        environ["taskd.task"].rest = body
+        return itertools.islice(body, 1)
 
     def add_task(self, channel: ServerChannel) -> None:
         """Take note that a connection has a request to answer."""
@@ -1156,6 +1706,13 @@ class Server(waitress.server.TcpWSGIServer):
         while connections < len(self._map) < last:
             connections = len(self._map)
             super().handle_accept()
+
+    def maintenance(self, now: float) -> None:
+        """Close idle connections, also those of clients that do not take the rest of their answer."""
+        super().maintenance(now)
+        for channel in self.active_channels.values():
+            if channel.stalled and channel.last_activity < now - self.adj.channel_timeout:
+                channel.will_close = True
 
     def pull_trigger(self) -> None:
         """Wake the thread that serves the sockets, unless this is the one."""
@@ -1243,7 +1800,6 @@ def main() -> int:
     """Serve with the environment's settings, and return the exit status: 2 when they cannot be used."""
     try:
         settings = Settings.load()
-        Tokens(settings)  # before anything is touched
         listener = listen(settings.host, settings.port)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:

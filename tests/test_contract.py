@@ -911,7 +911,7 @@ def answer(make_app, tmp_path, monkeypatch):
         alice = Person(testing.TestClient(app), "alice")
         alice.add()
         if name == "broken":
-            monkeypatch.setattr(app.store, "list", broken)
+            monkeypatch.setattr(app.store, "page", broken)
         if name == "unavailable":
             app.store.close()
             (tmp_path / "taskd.db").rename(tmp_path / "away.db")
@@ -924,7 +924,7 @@ def answer(make_app, tmp_path, monkeypatch):
     return answer
 
 
-def broken(user_id):
+def broken(user_id, listing):
     raise RuntimeError(f"the innermost secret of {user_id}")
 
 

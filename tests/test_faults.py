@@ -361,7 +361,7 @@ def recovers(server: Process, made: list[int]) -> None:
 
 def few_tasks(server: Process) -> list[int]:
     made = []
-    for _ in range(40):
+    for _ in range(20):
         answer = server.request("POST", TASKS, {"title": "Buy milk", "description": "x" * 10_000}, bearer())
         made.append(answer.json["id"])
     return made

@@ -232,8 +232,8 @@ TestIsolation.settings = settings(
 
 # --- From the inside: each statement that runs ---
 
-COLUMNS = ", ".join(f'"{{}}"."{name}"' for name in TASK_KEYS)
-SHOWN, RETURNED = COLUMNS.format(*["t1"] * 7), COLUMNS.format(*["task"] * 7)
+COLUMNS = ", ".join(f'"{{0}}"."{name}"' for name in TASK_KEYS)
+SHOWN, RETURNED = COLUMNS.format("t1"), COLUMNS.format("task") + ', "task"."version"'
 # Beside those that name the owner: what opens a connection.
 HARMLESS = re.compile(r"PRAGMA (journal_mode|synchronous) ?= ?\w+|BEGIN( IMMEDIATE)?|COMMIT|ROLLBACK")
 
@@ -286,26 +286,65 @@ def literal(text: str) -> str:
 
 def bound_to(user: str) -> re.Pattern[str]:
     """Return what a statement looks like that can touch this user's tasks and nobody else's: the whole of it."""
-    name, value = re.escape(literal(user)), r"(?:'(?:[^']|'')*'|\d+|NULL)"
-    one = rf'WHERE \(\("{{table}}"\."user_id" = {name}\) AND \("{{table}}"\."id" = \d+\)\)'
+    text = r"'(?:[^']|'')*'"
+    name, value = re.escape(literal(user)), rf"(?:{text}|\d+|NULL)"
+    columns, key_name = r'\([a-z_", ]+\)', rf'"idempotency_key"\."name" = {text}'
+
+    def mine(table: str) -> str:
+        return rf'\("{table}"\."user_id" = {name}\)'
+
+    def this(table: str) -> str:
+        return rf'\({mine(table)} AND \("{table}"\."id" = \d+\)\)'
+
+    expected = (
+        rf"""\(CAST\({value} AS TEXT\) IS NULL OR {value} LIKE '%"' \|\| version \|\| '-' \|\| updated_at \|\| '"%'\)"""
+    )
+    contains = rf"\(title_folded LIKE {text} ESCAPE '\\' OR description_folded LIKE {text} ESCAPE '\\'\)"
+    key = rf"\({mine('idempotency_key')} AND \({key_name}\)\)"
+    number = '"idempotency_key"."id"'
+    oldest = re.escape(f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2')
+
+    def half(table: str) -> str:
+        """Return a page's tasks, or those of them that are open or done; what else it asks can only make them fewer."""
+        more = [
+            contains,
+            rf'\((?:"{table}"\."[a-z_]+"(?:, )?|[(), <>]|{value})+\)',
+            rf'\("{table}"\."completed" = \w+\)',
+        ]
+        conditions = rf"\(*{mine(table)}(?: AND (?:{'|'.join(more)})\)?)*"
+        return rf'SELECT {re.escape(COLUMNS.format(table))} FROM "task" AS "{table}" WHERE {conditions}'
+
     shown, returned = re.escape(SHOWN), re.escape(RETURNED)
-    mine, this = rf'WHERE \("t1"\."user_id" = {name}\)', one.format(table="task")
+    settings = rf"(?:(?!WHERE|user_id|').|{text})+"
     return re.compile(
-        rf'SELECT {shown} FROM "task" AS "t1" {mine} ORDER BY "t1"\."id"'
-        rf'|SELECT {shown} FROM "task" AS "t1" {one.format(table="t1")}'
-        rf'|INSERT INTO "task" \("user_id", [a-z_", ]+\) VALUES \({name}(?:, {value})+\) RETURNING {returned}'
-        rf"|UPDATE \"task\" SET (?:(?!WHERE|user_id|').|'(?:[^']|'')*')+ {this} RETURNING {returned}"
-        rf'|DELETE FROM "task" {this} RETURNING {returned}',
+        rf"{half('t1')}(?: UNION ALL {half('t2')})? ORDER BY [a-z_, DESC]+ LIMIT \d+"
+        rf'|SELECT {shown}, "t1"\."version" FROM "task" AS "t1" WHERE {this("t1")}'
+        rf'|INSERT INTO "task" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\) RETURNING {returned}'
+        rf'|UPDATE "task" SET {settings} WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
+        rf'|DELETE FROM "task" WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
+        # A key is its user's too; but whoever creates a task throws away the oldest keys that are too old.
+        rf'|DELETE FROM "idempotency_key" WHERE \(\({key} OR \("idempotency_key"\."id" IN \({oldest}\)\)\)'
+        rf' AND \("idempotency_key"\."created_at" < {text}\)\)'
+        rf'|INSERT OR IGNORE INTO "idempotency_key" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
+        rf' RETURNING "idempotency_key"\."id"'
+        rf'|UPDATE "idempotency_key" SET "answer" = {text} WHERE {key}'
+        rf'|SELECT "t1"\."body", "t1"\."answer" FROM "idempotency_key" AS "t1"'
+        rf" WHERE {key.replace('idempotency_key', 't1')}",
         re.DOTALL,
     )
 
 
+LISTINGS = ["completed=true", "q='", "sort=-title", "sort=updated_at&q=%25'&completed=false&limit=1", "sort=title&q=m"]
 ROUTES: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "", {}),
     ("HEAD", "", {}),
     ("POST", "", {"json": {"title": "it's", "description": "' OR 1=1 --", "completed": True}}),
+    ("POST", "", {"json": {"title": "it's"}, "headers": {"Idempotency-Key": "it's"}}),
+    *(("GET", "", {"query_string": query}) for query in LISTINGS),
     *((method, f"/{{id}}{path}", options) for method, path, options in ON_ONE_TASK if method != "DELETE"),
     ("PUT", "/{id}", {"json": {"title": "a", "description": None, "completed": False}}),
+    ("PUT", "/{id}", {"json": {"title": "x"}, "headers": {"If-Match": '"1-2026-11-21T00:00:00.000Z"'}}),
+    ("DELETE", "/{id}", {"headers": {"If-Match": '"it\'s"'}}),
     ("DELETE", "/{id}", {}),
 ]
 
@@ -348,8 +387,8 @@ def test_every_statement_that_runs_for_a_user_is_bound_to_that_user(
     recorder.start()
     statuses = everything_by(person, [*mine, *theirs, 2**63 - 1], call)
     ran = recorder.finish()
-    assert set(statuses) == {200, 201, 404}
-    assert len(ran) == len(statuses)
+    assert set(statuses) == {200, 201, 404, 412}
+    assert len(ran) >= len(statuses)
     assert {statement.split(" ", 1)[0] for statement in ran} == {"SELECT", "INSERT", "UPDATE", "DELETE"}
     bound = bound_to(name)
     assert [statement for statement in ran if not bound.fullmatch(statement)] == []
@@ -368,7 +407,7 @@ def test_no_statement_runs_for_whom_the_token_does_not_let_pass(
         url = tasks_of("alice") + path.format(id=task["id"])
         assert call(bob, method, url, **options).status_code == 403
         for headers in ({"Authorization": ""}, bearer("alice", secret=OTHER_SECRET), bearer("alice", exp=1)):
-            assert call(alice, method, url, headers=headers, **options).status_code == 401
+            assert call(alice, method, url, **{**options, "headers": headers}).status_code == 401
     assert recorder.finish() == []
     assert call(alice, "GET", tasks_of("alice")).json == [task]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import resource
 import sqlite3
@@ -18,9 +19,13 @@ from conftest import Person
 from support import DEADLINE, ROOT, SECRET, assert_problem, bearer
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-GOOD_TABLE = """CREATE TABLE task (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, title TEXT NOT NULL,
-    description TEXT, completed BOOLEAN NOT NULL DEFAULT FALSE, created_at TEXT NOT NULL, updated_at TEXT NOT NULL);"""
-GOOD_INDEX = "CREATE INDEX task_user_id_id ON task (user_id, id);"
+GOOD = " ".join(re.sub("--.*", "", SCHEMA).split()) + " INSERT INTO about VALUES (2, 'secret');"
+
+
+def altered(old: str, new: str) -> str:
+    """Return the statements that make a database in which one thing is different."""
+    assert old in GOOD
+    return GOOD.replace(old, new, 1)
 
 
 @pytest.fixture
@@ -48,25 +53,18 @@ def make_database(path, statements, journal="DELETE"):
         connection.executescript(statements)
 
 
-def columns(path):
-    """Return name, type, NOT NULL and primary key of the task table's columns, as SQLite tells them."""
+def columns(path, table="task"):
+    """Return name, type, NOT NULL and primary key of a table's columns, as SQLite tells them."""
     with connected(path) as connection:
         return [
             (name, kind, bool(required), bool(key))
-            for _, name, kind, required, _, key in connection.execute("PRAGMA table_info(task)")
+            for _, name, kind, required, _, key in connection.execute(f"PRAGMA table_info({table})")
         ]
-
-
-def indexes(path):
-    """Return the columns of every index of the task table."""
-    with connected(path) as connection:
-        names = [row[1] for row in connection.execute("PRAGMA index_list(task)")]
-        return {name: [row[2] for row in connection.execute(f"PRAGMA index_info({name})")] for name in names}
 
 
 def databases(store):
     """Return the databases that the store uses, on which this thread has its connections."""
-    return [value for value in vars(store).values() if isinstance(value, peewee.Database)]
+    return [value for value in vars(store._database).values() if isinstance(value, peewee.Database)]
 
 
 def assert_unavailable(response):
@@ -91,20 +89,21 @@ def every_write(person, number):
 # --- The schema ---
 
 
-def test_the_peewee_model_and_schema_sql_are_the_same_table(tmp_path):
+@pytest.mark.parametrize("model", [taskd.Task, taskd.IdempotencyKey, taskd.About])
+def test_the_peewee_models_and_schema_sql_are_the_same_tables(tmp_path, model):
     make_database(tmp_path / "schema.db", SCHEMA)
     database = peewee.SqliteDatabase(tmp_path / "model.db")
-    with database.bind_ctx([taskd.Task]):
-        database.create_tables([taskd.Task])
+    with database.bind_ctx([model]):
+        database.create_tables([model])
     database.close()
-    of_schema, of_model = columns(tmp_path / "schema.db"), columns(tmp_path / "model.db")
+    table = model._meta.table_name
+    of_schema, of_model = columns(tmp_path / "schema.db", table), columns(tmp_path / "model.db", table)
     assert [row[0] for row in of_schema] == [row[0] for row in of_model]
     for (name, kind, required, key), (_, *of_model_column) in zip(of_schema, of_model, strict=True):
         model_kind, model_required, model_key = of_model_column
         assert (name, key) == (name, model_key)
         assert key or required == model_required
         assert model_kind == {"BOOLEAN": "INTEGER"}.get(kind, kind)  # Peewee's word for it on SQLite
-    assert indexes(tmp_path / "schema.db") == indexes(tmp_path / "model.db") == {"task_user_id_id": ["user_id", "id"]}
 
 
 def test_a_new_database_has_the_schema_of_schema_sql(app, path, tmp_path):
@@ -120,6 +119,9 @@ def test_a_new_database_has_the_schema_of_schema_sql(app, path, tmp_path):
         ("completed", "BOOLEAN", True, False),
         ("created_at", "TEXT", True, False),
         ("updated_at", "TEXT", True, False),
+        ("version", "INTEGER", True, False),
+        ("title_folded", "TEXT", True, False),
+        ("description_folded", "TEXT", False, False),
     ]
 
 
@@ -137,7 +139,7 @@ def test_a_new_database_is_readable_by_its_owner_alone(app, alice, path):
 
 
 def test_the_mode_of_an_old_database_is_left_alone(make_app, path):
-    make_database(path, SCHEMA)
+    make_database(path, GOOD)
     path.chmod(0o640)
     make_app()
     assert path.stat().st_mode & 0o777 == 0o640
@@ -162,51 +164,41 @@ def test_every_connection_writes_ahead_and_syncs_fully(app, alice, path):
 
 DIFFERENT = {  # what a database has, and what the message must name
     "another table": ("CREATE TABLE task (x INTEGER);", ["user_id", "title"]),
-    "no description": (GOOD_TABLE.replace("description TEXT,", "") + GOOD_INDEX, ["description"]),
-    "no completed": (GOOD_TABLE.replace("completed BOOLEAN NOT NULL DEFAULT FALSE,", "") + GOOD_INDEX, ["completed"]),
-    "an extra column": (GOOD_TABLE.replace("title TEXT", "priority INTEGER, title TEXT") + GOOD_INDEX, ["priority"]),
-    "an extra column that is required": (
-        GOOD_TABLE.replace("title TEXT", "priority INTEGER NOT NULL, title TEXT") + GOOD_INDEX,
-        ["priority"],
+    "no description": (altered("description TEXT,", ""), ["description"]),
+    "no completed": (
+        re.sub("CREATE INDEX task_completed.*?;", "", altered("completed BOOLEAN NOT NULL DEFAULT FALSE,", "")),
+        ["task.completed"],
     ),
-    "a column of another type": (GOOD_TABLE.replace("title TEXT", "title BLOB") + GOOD_INDEX, ["title", "BLOB"]),
-    "a time that is a number": (GOOD_TABLE.replace("created_at TEXT", "created_at REAL") + GOOD_INDEX, ["created_at"]),
-    "an owner that is a number": (GOOD_TABLE.replace("user_id TEXT", "user_id INTEGER") + GOOD_INDEX, ["user_id"]),
-    "an owner that may be null": (
-        GOOD_TABLE.replace("user_id TEXT NOT NULL", "user_id TEXT") + GOOD_INDEX,
-        ["user_id"],
+    "no version": (altered("version INTEGER NOT NULL DEFAULT 1,", ""), ["task.version"]),
+    "an extra column": (altered("title TEXT", "priority INTEGER, title TEXT"), ["priority"]),
+    "an extra column that is required": (altered("title TEXT", "priority INTEGER NOT NULL, title TEXT"), ["priority"]),
+    "a column of another type": (altered("title TEXT", "title BLOB"), ["title", "BLOB"]),
+    "a time that is a number": (altered("created_at TEXT", "created_at REAL"), ["created_at"]),
+    "an owner that is a number": (altered("user_id TEXT", "user_id INTEGER"), ["user_id"]),
+    "an owner that may be null": (altered("user_id TEXT NOT NULL", "user_id TEXT"), ["user_id"]),
+    "a description that may not": (altered("description TEXT", "description TEXT NOT NULL"), ["description"]),
+    "an owner without case": (altered("user_id TEXT NOT NULL", "user_id TEXT NOT NULL COLLATE NOCASE"), ["user_id"]),
+    "a column of another name": (
+        altered("completed BOOLEAN", "done BOOLEAN").replace(", completed", ", done"),
+        ["done"],
     ),
-    "a description that may not": (
-        GOOD_TABLE.replace("description TEXT", "description TEXT NOT NULL") + GOOD_INDEX,
-        ["description"],
-    ),
-    "an owner without case": (
-        GOOD_TABLE.replace("user_id TEXT NOT NULL", "user_id TEXT NOT NULL COLLATE NOCASE") + GOOD_INDEX,
-        ["user_id"],
-    ),
-    "a column of another name": (GOOD_TABLE.replace("completed", "done") + GOOD_INDEX, ["completed", "done"]),
-    "no index": (GOOD_TABLE, ["index", "task_user_id_id"]),
+    "no index": (altered("CREATE INDEX task_id ON task (user_id, id);", ""), ["index", "task_id"]),
     "an index on another column": (
-        GOOD_TABLE + "CREATE INDEX task_user_id_id ON task (title);",
-        ["index", "task_user_id_id"],
+        altered("task_id ON task (user_id, id)", "task_id ON task (title)"),
+        ["index task_id"],
     ),
-    "an index the other way round": (
-        GOOD_TABLE + "CREATE INDEX task_user_id_id ON task (id, user_id);",
-        ["index", "task_user_id_id"],
-    ),
-    "ids that are used again": (GOOD_TABLE.replace(" AUTOINCREMENT", "") + GOOD_INDEX, [""]),
+    "an index the other way round": (altered("ON task (user_id, id)", "ON task (id, user_id)"), ["index task_id"]),
+    "ids that are used again": (altered(" AUTOINCREMENT", ""), ["task.id"]),
     "ids that are used again, beside others that are not": (
-        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);"
-        + GOOD_TABLE.replace(" AUTOINCREMENT", "")
-        + GOOD_INDEX,
+        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);" + altered(" AUTOINCREMENT", ""),
         ["id"],
     ),
     "ids that are no key": (
-        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);"
-        + GOOD_TABLE.replace(" PRIMARY KEY AUTOINCREMENT", "")
-        + GOOD_INDEX,
+        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);" + altered(" PRIMARY KEY AUTOINCREMENT", ""),
         ["id"],
     ),
+    "keys that are not their user's": (altered("UNIQUE (user_id, name)", "UNIQUE (name)"), ["idempotency_key"]),
+    "a cursor key that may be null": (altered("cursor_key TEXT NOT NULL", "cursor_key TEXT"), ["about.cursor_key"]),
 }
 
 
@@ -264,7 +256,7 @@ def test_tables_and_indexes_of_others_are_left_alone(make_app, path):
     make_database(
         path,
         "CREATE TABLE note (id INTEGER PRIMARY KEY, text); INSERT INTO note (text) VALUES ('keep');"
-        + SCHEMA
+        + GOOD
         + "CREATE INDEX mine ON task (title); CREATE VIEW open_tasks AS SELECT * FROM task WHERE NOT completed;",
     )
     assert Person(testing.TestClient(make_app()), "alice").add()["id"] == 1
@@ -275,7 +267,7 @@ def test_tables_and_indexes_of_others_are_left_alone(make_app, path):
 
 
 def test_an_old_database_is_opened_with_its_tasks(make_app, path):
-    make_database(path, SCHEMA)
+    make_database(path, GOOD)
     with connected(path) as connection:
         connection.execute(
             "INSERT INTO task (id, user_id, title, completed, created_at, updated_at)"
@@ -305,31 +297,47 @@ def statements(store):
     return {name: value for name, value in vars(store).items() if isinstance(value, str) and verbs.match(value)}
 
 
+def lists(store):
+    """Return every statement of a page that the store can compile, by its shape."""
+    sorts = [f"{sign}{name}" for sign in ("", "-") for name in ("id", "created_at", "updated_at", "title")]
+    shapes = itertools.product([True, False], [True, False], sorts, [True, False])
+    return {shape: store._select(*shape) for shape in shapes}
+
+
 def test_every_statement_of_the_store_names_the_owner(app):
-    found = statements(app.store)
-    assert len(found) >= 6
+    found = statements(app.store) | lists(app.store)
+    assert len(found) >= 40
     for name, statement in found.items():
         if statement.startswith("INSERT"):
-            assert re.match(r'INSERT INTO "task" \("user_id",.*\) VALUES \(:user_id,', statement), (name, statement)
-        else:
-            where = statement.partition(" WHERE ")[2]
-            assert '"user_id" = :user_id' in where, (name, statement)
-            assert " OR " not in where.upper(), (name, statement)
+            assert re.match(r'INSERT (OR IGNORE )?INTO "\w+" \("user_id",.*\) VALUES \(:user_id,', statement), name
+        elif name != "_expire":  # it looks at the oldest keys of all, and only at how old they are
+            for half in statement.split(" UNION ALL "):
+                assert re.match(
+                    r'\(*"\w+"."user_id" = :user_id\) AND |[^ ]* = :user_id\) ORDER', half.partition(" WHERE ")[2]
+                )
 
 
-def test_every_statement_finds_its_rows_by_the_index_or_the_key(app, path):
-    values = dict.fromkeys(["user_id", "id", "title", "description", "completed", "described", "now"], 1)
+def test_every_statement_finds_its_rows_by_an_index_in_their_order(app, path):
+    names = ["user_id", "id", "title", "description", "completed", "described", "now", "expected", "name", "body"]
+    names += ["before", "answer", "title_folded", "description_folded", "limit", "value", "last", "q"]
     with connected(path) as connection:
-        for name, statement in statements(app.store).items():
-            plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values))
-            assert statement.startswith("INSERT") or "USING" in plan, (name, plan)
-            assert "TEMP B-TREE" not in plan, (name, plan)
+        for name, statement in (statements(app.store) | lists(app.store)).items():
+            rows = connection.execute(f"EXPLAIN QUERY PLAN {statement}", dict.fromkeys(names, 1))
+            plan = [row[3] for row in rows]
+            assert statement.startswith("INSERT") or any("USING" in step for step in plan), (name, plan)
+            assert not any("TEMP B-TREE" in step or step == "SCAN task" for step in plan), (name, plan)
+            for step in plan if isinstance(name, tuple) else ():
+                assert re.match(
+                    r"SEARCH t[12] USING INDEX task_\w+ \(user_id=\?|MERGE \(UNION ALL\)|LEFT|RIGHT", step
+                ), plan
+                if not name[3] and step.startswith("SEARCH"):  # a later page begins where the one before ended
+                    assert re.search(r"[<>]", step), (name, plan)
 
 
 def test_no_method_of_the_store_reaches_anothers_task(app, alice):
     task = alice.add()
     store, number = app.store, task["id"]
-    assert store.list("bob") == []
+    assert store.page("bob", taskd.Listing()) == ([], None)
     assert store.get("bob", number) is None
     assert store.change("bob", number, taskd.TaskChanges(title="Bob's")) is None
     assert store.change("bob", number, taskd.TaskChanges()) is None
@@ -535,6 +543,10 @@ def hurried(monkeypatch):
     monkeypatch.setattr(taskd.this_thread, "hurried", True)
 
 
+def titles(store: taskd.TaskStore) -> list[str]:
+    return [task.title for task in store.page("alice", taskd.Listing())[0]]
+
+
 def new_task(title: str = "Buy milk") -> taskd.NewTask:
     return taskd.NewTask(title=title)
 
@@ -543,16 +555,16 @@ def new_task(title: str = "Buy milk") -> taskd.NewTask:
 def test_the_thread_of_the_sockets_writes_by_itself_while_nothing_is_in_its_way(app, monkeypatch):
     monkeypatch.setattr(taskd, "SLOW", 99)
     for number in range(1, 4):
-        assert app.store.add("alice", new_task()).id == number
+        assert app.store.add("alice", new_task()).task.id == number
 
 
 @pytest.mark.usefixtures("hurried")
 def test_it_leaves_a_write_to_another_thread_while_one_is_under_way(app, monkeypatch):
     monkeypatch.setattr(taskd, "SLOW", 99)
-    with app.store._turn, pytest.raises(taskd.Blocked):
+    with app.store._database._turn, pytest.raises(taskd.Blocked):
         app.store.add("alice", new_task())
-    assert app.store.list("alice") == []
-    assert app.store.add("alice", new_task()).id == 1
+    assert titles(app.store) == []
+    assert app.store.add("alice", new_task()).task.id == 1
 
 
 def test_it_leaves_writes_to_other_threads_while_the_disk_is_slow(app, monkeypatch):
@@ -562,11 +574,11 @@ def test_it_leaves_writes_to_other_threads_while_the_disk_is_slow(app, monkeypat
     monkeypatch.setattr(taskd, "SLOW", 99)
     with pytest.raises(taskd.Blocked):
         app.store.add("alice", new_task())
-    assert len(app.store.list("alice")) == 1
+    assert len(titles(app.store)) == 1
     monkeypatch.setattr(taskd.this_thread, "hurried", False)
     app.store.add("alice", new_task())
     monkeypatch.setattr(taskd.this_thread, "hurried", True)
-    assert app.store.add("alice", new_task()).id == 3
+    assert app.store.add("alice", new_task()).task.id == 3
 
 
 @pytest.mark.usefixtures("hurried")
@@ -579,10 +591,10 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
     with pytest.raises(taskd.Blocked):
         app.store.add("alice", new_task())
     assert time.monotonic() - started < taskd.BUSY / 2
-    assert len(app.store.list("alice")) == 1, "reads go on"
+    assert len(titles(app.store)) == 1, "reads go on"
     other.execute("ROLLBACK")
     other.close()
-    assert app.store.add("alice", new_task()).id == 2
+    assert app.store.add("alice", new_task()).task.id == 2
 
 
 # --- Waiting --------------------------------------------------------------------------------------------------------
@@ -591,30 +603,31 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
 def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):
     monkeypatch.setattr(taskd, "QUEUE", 0.05)
     for _ in range(3):  # each gives back its leave to wait
-        with app.store._turn, pytest.raises(taskd.Unavailable) as caught:
+        with app.store._database._turn, pytest.raises(taskd.Unavailable) as caught:
             app.store.add("alice", new_task())
         assert caught.value.args == ("the database", "the writes before this one took too long")
-    assert app.store.add("alice", new_task()).id == 1
+    assert app.store.add("alice", new_task()).task.id == 1
 
 
 def test_only_so_many_writes_wait(path, monkeypatch):
     monkeypatch.setattr(taskd, "QUEUE", DEADLINE)
     monkeypatch.setattr(taskd, "SLOT", 0.05)
-    store = taskd.TaskStore(str(path), waiting=1)
+    database = taskd.Sqlite(str(path), waiting=1)
+    store = taskd.TaskStore(database)
     with ThreadPoolExecutor(1) as another:
-        store._turn.acquire()
+        database._turn.acquire()
         waiting = another.submit(lambda: (store.add("alice", new_task()), store.close()))
         deadline = time.monotonic() + DEADLINE
-        while store._slots._value and time.monotonic() < deadline:
+        while database._slots._value and time.monotonic() < deadline:
             time.sleep(0.001)
         started = time.monotonic()
         with pytest.raises(taskd.Unavailable) as caught:
             store.add("alice", new_task())
         assert time.monotonic() - started < DEADLINE / 2
         assert caught.value.args == ("the database", "too many writes are waiting")
-        store._turn.release()
-        assert waiting.result(DEADLINE)[0].id == 1
-    assert store.add("alice", new_task()).id == 2
+        database._turn.release()
+        assert waiting.result(DEADLINE)[0].task.id == 1
+    assert store.add("alice", new_task()).task.id == 2
     store.close()
 
 
@@ -623,7 +636,7 @@ def pragma(database: peewee.SqliteDatabase, name: str) -> object:
 
 
 def test_the_connection_of_the_sockets_keeps_more_pages_and_waits_for_no_lock(app):
-    hurried, patient = app.store._hurried, app.store._patient
+    hurried, patient = app.store._database._hurried, app.store._database._patient
     assert (pragma(hurried, "cache_size"), pragma(hurried, "busy_timeout")) == (-16000, 0)
     assert (pragma(patient, "cache_size"), pragma(patient, "busy_timeout")) == (-2000, taskd.BUSY * 1000)
     for database in (hurried, patient):
@@ -631,11 +644,12 @@ def test_the_connection_of_the_sockets_keeps_more_pages_and_waits_for_no_lock(ap
 
 
 def test_comments_and_layout_are_no_difference_and_several_differences_are_told_apart(path):
-    plain = re.sub(r"--.*", "", (ROOT / "schema.sql").read_text())
     with closing(sqlite3.connect(path)) as database:
-        database.executescript(re.sub(r"\s+", " ", plain))
+        database.executescript(GOOD)
     taskd.prepare_database(str(path))
     with closing(sqlite3.connect(path)) as database:
         database.executescript("ALTER TABLE task ADD COLUMN a TEXT; ALTER TABLE task ADD COLUMN b TEXT;")
-    with pytest.raises(taskd.DatabaseError, match=r"does not fit schema\.sql: it has a TEXT; it has b TEXT$"):
+    with pytest.raises(
+        taskd.DatabaseError, match=r"does not fit schema\.sql: it has task\.a TEXT; it has task\.b TEXT$"
+    ):
         taskd.prepare_database(str(path))

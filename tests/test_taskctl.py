@@ -47,7 +47,7 @@ OPTIONS = {
     "settings": ["--json"],
     "smoke": ["--json"],
     "stats": ["--json"],
-    "tasks": ["--done", "--json", "--open"],
+    "tasks": ["--done", "--json", "--limit", "--open", "--search", "--sort"],
     "users": ["--json"],
     "verify": ["--json"],
 }
@@ -174,7 +174,9 @@ def keep(path: Path, rows: list[list[Any]]) -> None:
     """Make a database with these tasks, without taskd's own code."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript((ROOT / "schema.sql").read_text())
-        connection.executemany("INSERT INTO task VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.execute("INSERT INTO about VALUES (2, 'cursors are signed with it')")
+        columns = "id, user_id, title, description, completed, created_at, updated_at"
+        connection.executemany(f"INSERT INTO task ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         connection.commit()
 
 
