@@ -484,6 +484,63 @@ def test_what_is_no_good_database_of_taskds_is_not_restored(
     assert (names(tmp_path), (tmp_path / "taskd.db").read_bytes()) == (before, database)
 
 
+VERSION_1 = [
+    """CREATE TABLE task (
+        id          INTEGER PRIMARY KEY AUTOINCREMENT,  -- the schema of taskd's first days
+        user_id     TEXT NOT NULL,
+        title       TEXT NOT NULL,
+        description TEXT,
+        completed   BOOLEAN NOT NULL DEFAULT FALSE,
+        created_at  TEXT NOT NULL,
+        updated_at  TEXT NOT NULL
+    )""",
+    "CREATE INDEX task_user_id_id ON task (user_id, id)",
+    """INSERT INTO task VALUES
+        (7, 'alice', 'Buy milk', '2 litres', 0, '2026-11-20T21:00:00.000Z', '2026-11-20T21:00:00.000Z')""",
+]
+
+
+def test_a_backup_from_before_an_upgrade_is_restored_and_brought_up_to_date(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
+    other_database(tmp_path / "taskd.db", *VERSION_1)
+    before = dump(tmp_path / "taskd.db")
+    said(taskctl("backup", "copy.db"))
+    assert dump(tmp_path / "taskd.db") == dump(tmp_path / "copy.db") == before, "a backup upgrades nothing"
+    (tmp_path / "taskd.db").unlink()
+    taskctl("seed", "bob", "--count", "3")
+    said(taskctl("restore", "copy.db"))
+    assert dump(tmp_path / "copy.db") == before
+    server = start()
+    assert (listed(server, "alice"), listed(server, "bob")) == ([MILK], [])
+
+
+def test_check_says_that_a_database_awaits_its_upgrade_and_leaves_it(taskctl: Taskctl, tmp_path: Path) -> None:
+    other_database(tmp_path / "taskd.db", *VERSION_1)
+    (tmp_path / "taskd.db").chmod(0o600)
+    before = state(tmp_path)
+    answer = taskctl("check", "--json")
+    assert (answer.returncode, findings(answer)["sqlite:///taskd.db"]) == (0, "warning")
+    assert "of an earlier version" in answer.stdout
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["backup copy.db", "backup -", "restore copy.db"])
+def test_a_database_that_is_no_file_is_left_to_its_own_tools(taskctl: Taskctl, tmp_path: Path, command: str) -> None:
+    (tmp_path / "copy.db").touch()
+    message = one_line(taskctl(*command.split(), DATABASE_URL="postgresql://taskd:hunter2@localhost/tasks"), 1)
+    assert "pg_dump" in message
+    assert "hunter2" not in message
+    assert names(tmp_path) == ["copy.db"]
+
+
+def test_check_does_not_show_the_password_of_a_database_elsewhere(taskctl: Taskctl) -> None:
+    answer = taskctl("check", "--json", DATABASE_URL="postgresql://taskd:hunter2@localhost/tasks")
+    assert answer.returncode == 0
+    assert findings(answer)["postgresql://…@localhost/tasks"] == "warning"
+    assert "hunter2" not in answer.stdout + answer.stderr
+
+
 def test_a_restore_makes_a_database_that_is_not_there(taskctl: Taskctl, tmp_path: Path) -> None:
     taskctl("seed", "alice", "--count", "3")
     taskctl("backup", "copy.db")
@@ -741,6 +798,8 @@ def test_what_was_exported_can_be_imported_into_another_database_and_answers_the
     assert said(imported) == "taskctl: 6 imported, 0 already there, 0 updated\n"
     other = start(directory=tmp_path / "new")
     assert answers(other) == before
+    found = other.request("GET", f"{path_of('bob')}?q=2%20LITRES", headers=bearer("bob")).json
+    assert found == [task for task in before["bob"] if "litres" in task["description"]]
     assert add(other)["id"] == max(task["id"] for tasks in before.values() for task in tasks) + 1
     assert nursery.run(tmp_path / "new", "export", "bob").stdout == taskctl("export", "bob").stdout
 
