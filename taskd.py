@@ -762,11 +762,10 @@ class TaskStore:
         if listing.q and this_thread.hurried:
             raise Blocked  # it looks at each task of the user
         size, (value, last) = listing.limit or PIECE, listing.after or (None, None)
-        text = re.sub(r"([%_\\])", r"\\\1", listing.q.casefold())
-        shape = listing.completed is None, not text, listing.sort, last is None
+        shape = listing.completed is None, not listing.q, listing.sort, last is None
         sql = self._lists.get(shape) or self._lists.setdefault(shape, self._select(*shape))
-        values = {"completed": listing.completed, "q": f"%{text}%", "value": value, "last": last, "limit": size + 1}
-        tasks = [_view(row) for row in self._database.run(sql, user_id=user_id, **values)]
+        values = {"completed": listing.completed, "q": _pattern(listing.q), "value": value, "last": last}
+        tasks = _views(self._database.run(sql, user_id=user_id, limit=size + 1, **values))
         if len(tasks) <= size:
             return tasks, None
         after = getattr(tasks[size - 1], listing.sort.lstrip("-")), tasks[size - 1].id
@@ -811,8 +810,9 @@ class TaskStore:
             self._database.run(self._expire, **values)
             if self._database.run(self._claim, **values):
                 [row] = self._database.run(self._add, **values)
-                self._database.run(self._answer, **values, answer=to_json(_view(row)).decode())
-                return _stored(row)
+                stored = _stored(row)
+                self._database.run(self._answer, **values, answer=to_json(stored.task).decode())
+                return stored
             [(known, answer)] = self._database.run(self._replay, **values)
         return _replayed(answer) if known == body else None
 
@@ -852,17 +852,21 @@ class TaskStore:
 Row = tuple[Any, ...]
 
 
-def _view(row: Row) -> TaskView:
-    key, user, title, description, done, created, updated, *_ = row
-    return TaskView(key, user, title, description, done == 1, created, updated)
+def _views(rows: list[Row]) -> list[TaskView]:
+    return [TaskView(key, user, title, text, done == 1, new, now) for key, user, title, text, done, new, now in rows]
 
 
 def _stored(row: Row) -> Stored:
-    return Stored(_view(row), f'"{row[7]}-{row[6]}"')
+    key, user, title, text, done, new, now, version = row
+    return Stored(TaskView(key, user, title, text, done == 1, new, now), f'"{version}-{now}"')
 
 
 def _first(rows: list[Row]) -> Stored | None:
     return _stored(rows[0]) if rows else None
+
+
+def _pattern(text: str) -> str:
+    return "%" + re.sub(r"([%_\\])", r"\\\1", text.casefold()) + "%" if text else "%"
 
 
 def _replayed(answer: str) -> Stored:
@@ -1557,7 +1561,6 @@ class ServerTask(waitress.task.WSGITask):
         """Return the WSGI environment, with the body to be read from its beginning."""
         environ: dict[str, Any] = super().get_environment()
         environ["wsgi.input"].seek(0)
-        environ["taskd.task"] = self
         return environ
 
     def execute(self) -> None:
@@ -1565,6 +1568,7 @@ class ServerTask(waitress.task.WSGITask):
         try:
             if self.rest is None:
                 super().execute()
+                self.rest = self.environ.get("taskd.rest")
             elif (piece := next(self.rest, None)) is not None:
                 self.write(piece)
             else:
@@ -1693,7 +1697,7 @@ class Server(waitress.server.TcpWSGIServer):
         body = self._app(environ, start_response)
         if not isinstance(body, LongList):
             return body
-        environ["taskd.task"].rest = body
+        environ["taskd.rest"] = body
         return itertools.islice(body, 1)
 
     def add_task(self, channel: ServerChannel) -> None:
