@@ -11,15 +11,20 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import os
 import random
 import re
 import secrets
+import shutil
+import signal
+import sqlite3
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 from urllib.parse import urlsplit
 
 import msgspec
@@ -35,7 +40,7 @@ import taskd
 from taskd import Settings, Task, Tokens
 
 app = typer.Typer(
-    help="Mint and verify tokens, inspect and seed tasks, and try a live server.",
+    help="Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -85,10 +90,10 @@ def printable(value: object) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
-def progress() -> Progress:
+def progress(hidden: bool = False) -> Progress:
     """Return a progress bar on stderr, which shows only where somebody looks at it."""
     console = Console(stderr=True)
-    return Progress(console=console, disable=not console.is_terminal, transient=True)
+    return Progress(console=console, disable=hidden or not console.is_terminal, transient=True)
 
 
 # --- Set up ---------------------------------------------------------------------------------------------------------
@@ -239,10 +244,13 @@ def until(user: taskd.User) -> str:
 
 @app.command()
 def check(as_json: AsJson = False) -> None:
-    """Look at the settings, the database and the key set, and say what is there, line by line."""
+    """Look at the settings, the database, who can read them, and the key set. Nothing is changed.
+
+    Each line says ok, warning (it works, but should not stay) or OFF, and what to do about it.
+    """
     settings = Settings.load()
     Tokens(settings)
-    findings = [*check_secrets(settings), *check_files(settings), *check_key_set(settings)]
+    findings = [*check_secrets(settings), *check_database(settings), *check_modes(settings), *check_key_set(settings)]
     show_all([{"result": result, "about": about, "found": found} for result, about, found in findings], as_json)
     if off := sum(result == "OFF" for result, _, _ in findings):
         raise Refused(f"{off} of {len(findings)} things are off")
@@ -256,19 +264,39 @@ def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
         yield "warning" if odd else "ok", f"secret {number}", f"{len(secret.encode())} bytes, {found}"
 
 
-def check_files(settings: Settings) -> Iterator[tuple[str, str, str]]:
-    """Yield whether the files are there, fit, and are their owner's alone to read."""
+def check_database(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Yield whether the database is whole and fits schema.sql."""
+    if is_elsewhere(settings):
+        yield "warning", settings.database, "not looked into: it is not a file of SQLite's"
+    elif not Path(settings.database).exists():
+        yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
+    else:
+        with contextlib.closing(unchanged(settings.database)) as database:
+            result, found = look_into(database, settings.database)
+        yield result, settings.database_url, found
+
+
+def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
+    """Return how good a database is, and in words what to do about it."""
     try:
-        if Path(settings.database).exists():
-            taskd.prepare_database(settings.database)
-            yield "ok", settings.database_url, "fits schema.sql"
-        else:
-            yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
-    except taskd.DatabaseError as ex:
-        yield "OFF", settings.database_url, str(ex)
-    for path in (DOTENV, Path(settings.database)):
-        if path.exists() and (mode := path.stat().st_mode & 0o777) & 0o077:
-            yield "warning", str(path), f"others can read it: mode {mode:o}, better 600"
+        if fault := damage(database):
+            return "OFF", f"{fault}; taskctl restore puts a backup in its place"
+        if taskd.schema_version(database) < taskd.VERSION:
+            return "warning", "whole, and of an earlier version; taskd brings it up to date at its next start"
+        taskd.check_schema(database, path, taskd.statements_kept)
+        return "ok", "whole, and fits schema.sql"
+    except (peewee.DatabaseError, taskd.DatabaseError) as ex:
+        return "OFF", str(ex)
+
+
+def check_modes(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Yield whether the files with secrets and tasks are their owner's alone to read."""
+    for path in (DOTENV, *(Path(settings.database + suffix) for suffix in ("", "-wal", "-shm"))):
+        if path.exists():
+            mode = path.stat().st_mode & 0o777
+            result = "OFF" if mode & 0o007 else "warning" if mode & 0o070 else "ok"
+            whose = "only its owner can read it" if result == "ok" else f"others can: chmod 600 {path}"
+            yield result, str(path), f"mode {mode:o}: {whose}"
 
 
 def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
@@ -296,11 +324,35 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
 def database(create: bool = False) -> Settings:
     """Return the settings, with `Task` ready to be asked about the database that they name."""
     settings = Settings.load()
-    if not create and not Path(settings.database).exists():
-        raise Refused(f"there is no database {settings.database}; make it with: python taskctl.py init")
+    if not create:
+        existing(settings)
     taskd.prepare_database(settings.database)
     Task.bind(taskd.connect(settings.database, taskd.BUSY))
     return settings
+
+
+def is_elsewhere(settings: Settings) -> bool:
+    """Say whether the database is not a file of SQLite's."""
+    return "://" in settings.database
+
+
+def file_of(settings: Settings) -> Path:
+    """Return the path of the database, which must be a file."""
+    if is_elsewhere(settings):
+        raise Refused(f"{settings.database} is not a file; keep it safe with its server's own tools, such as pg_dump")
+    return Path(settings.database)
+
+
+def existing(settings: Settings) -> Path:
+    """Return the path of the database, which must be there."""
+    if not Path(settings.database).exists():
+        raise Refused(f"there is no database {settings.database}; make it with: python taskctl.py init")
+    return Path(settings.database)
+
+
+def row(task: dict[str, Any]) -> dict[str, Any]:
+    """Return what the database keeps of a task with these members: the one place where taskctl makes a row."""
+    return {**task, **taskd.folded(task["title"], task["description"]), "version": 1}
 
 
 def rows(query: Any, *names: str) -> list[dict[str, Any]]:
@@ -402,31 +454,390 @@ def seed(
     made = believable(names, count, random.Random(random_seed))  # noqa: S311  nothing secret is drawn from it
     with progress() as bar:
         job = bar.add_task("seeding", total=len(names) * count)
-        for rows in peewee.chunked(made, BATCH):
-            Task.insert_many(rows).execute()  # one statement, so all of them or none
-            bar.advance(job, len(rows))
+        for tasks in peewee.chunked(made, BATCH):
+            Task.insert_many(map(row, tasks)).execute()  # one statement, so all of them or none
+            bar.advance(job, len(tasks))
     show({"users": len(names), "tasks": len(names) * count}, as_json)
 
 
 def believable(names: list[str], count: int, chance: random.Random) -> Iterator[dict[str, Any]]:
-    """Yield rows of tasks, the same for the same source of chance."""
+    """Yield tasks, the same for the same source of chance."""
     for name in names:
         for second in sorted(chance.randrange(300 * 86400) for _ in range(count)):
             verb = chance.choice(list(VERBS))
             created = EPOCH + timedelta(seconds=second)
             done = chance.random() < 0.4
             updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
-            title = f"{verb} {chance.choice(VERBS[verb])}"
-            note = chance.choice(NOTES) if chance.random() < 0.5 else None
             yield {
                 "user_id": name,
-                "title": title,
-                "description": note,
-                **taskd.folded(title, note),
+                "title": f"{verb} {chance.choice(VERBS[verb])}",
+                "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
                 "completed": done,
                 "created_at": taskd.timestamp(created),
                 "updated_at": taskd.timestamp(updated),
             }
+
+
+# --- Backup and restore ---------------------------------------------------------------------------------------------
+
+LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = ?"
+PAGES = 256  # copied between two looks of the progress bar: 1 MB
+
+
+@app.command()
+def backup(file: Annotated[str, typer.Argument(help="The new file; - writes it to stdout.")]) -> None:
+    """Copy the database into a new file, also while taskd serves. A file that is there is never overwritten."""
+    settings = Settings.load()
+    file_of(settings)
+    database = existing(settings)
+    if file == "-" and sys.stdout.isatty():
+        raise Refused("a database is nothing for a terminal; send stdout to a file or a program")
+    if file != "-" and os.path.lexists(file):
+        raise Refused(f"{file} is there already, and never overwritten")
+    with unfinished(Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)) as copy:
+        copy_database(database, copy)
+        with contextlib.closing(peewee.SqliteDatabase(str(copy))) as made:
+            if fault := damage(made):
+                raise Refused(f"{database} cannot be backed up: {fault}")
+        if file == "-":
+            with copy.open("rb") as whole:
+                shutil.copyfileobj(whole, sys.stdout.buffer)
+        else:
+            publish(copy, Path(file))
+            say(f"backed up {database} to {file}, {Path(file).stat().st_size} bytes")
+
+
+@app.command()
+def restore(file: Annotated[Path, typer.Argument(help="A backup, or any other database of taskd's.")]) -> None:
+    """Put a backup in the database's place, while no server runs.
+
+    The backup is checked first. The old database is kept beside the new one, as <name>.before-restore-<time>.
+    """
+    database = file_of(Settings.load())
+    with unfinished(database) as copy:
+        copy_database(file, copy)
+        if fault := unfit(copy):
+            raise Refused(f"{file} cannot be restored: {fault}")
+        replaced = database.exists() and database.stat().st_size
+        with contextlib.closing(sqlite3.connect(copy)) as new, contextlib.closing(alone(database)) as live:
+            if replaced:
+                say(f"the old database is kept as {keep(live, database)}")
+                use_no_id_again(live, new)
+            copy_pages(new, live, "restoring")  # in one transaction: SQLite undoes half of one at the next start
+    sync(database.parent)
+    say(f"restored {database} from {file}")
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Give an empty file to write, its owner's alone, in a directory beside `path` that goes with all that is left."""
+    if not path.parent.is_dir():
+        raise Refused(f"there is no directory {path.parent}")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+        file = Path(directory, path.name)
+        file.touch(mode=0o600)
+        yield file
+
+
+def publish(file: Path, path: Path) -> None:
+    """Give a file that is whole its name, unless something has it already, and see both to the disk."""
+    sync(file)
+    try:
+        path.hardlink_to(file)
+    except FileExistsError:
+        raise Refused(f"{path} is there already, and never overwritten") from None
+    except OSError:  # a file system without links, as sticks have
+        file.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def connected(path: Path) -> sqlite3.Connection:
+    """Return a connection to a database that is there, with nothing done behind its back."""
+    if not path.is_file():
+        raise Refused(f"there is no file {path}")
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    return sqlite3.connect(uri, uri=True, timeout=taskd.BUSY, isolation_level=None)
+
+
+def copy_database(path: Path, copy: Path) -> None:
+    """Copy a database as it is now, with what its log holds, into one file without a log."""
+    with contextlib.closing(connected(path)) as source, contextlib.closing(connected(copy)) as target:
+        try:
+            copy_pages(source, target, f"reading {path}")
+            target.execute("PRAGMA journal_mode = DELETE")
+        except sqlite3.DatabaseError as ex:
+            raise Refused(f"{path} cannot be copied: {ex}") from None
+
+
+def copy_pages(source: sqlite3.Connection, target: sqlite3.Connection, what: str) -> None:
+    """Copy all pages of a database in one transaction of both sides.
+
+    Without one SQLite's backup starts again at every change of the source, and never ends on a busy server.
+    """
+    with progress() as bar:
+        job = bar.add_task(what, total=None)
+        source.execute("BEGIN")
+        source.execute("SELECT 1 FROM sqlite_master").fetchone()
+        source.backup(
+            target, pages=PAGES, progress=lambda _, left, total: bar.update(job, total=total, completed=total - left)
+        )
+        source.execute("COMMIT")
+
+
+def alone(path: Path) -> sqlite3.Connection:
+    """Return a connection that keeps everybody out, to a database that nobody else has open; a new one if need be.
+
+    A server keeps its database open in WAL mode, which cannot be left as long as anybody has it open.
+    """
+    if (not path.exists() or not path.stat().st_size) and Path(f"{path}-wal").exists():
+        raise Refused(f"{path}-wal lies there without its database; move it away first")
+    with contextlib.suppress(FileExistsError):
+        path.touch(mode=0o600, exist_ok=False)
+    live = connected(path)
+    try:
+        live.execute("PRAGMA busy_timeout = 0")
+        live.execute("PRAGMA journal_mode = DELETE")
+        live.execute("PRAGMA locking_mode = EXCLUSIVE")
+        live.executescript("PRAGMA synchronous = EXTRA; BEGIN EXCLUSIVE; COMMIT")  # the lock stays until it is closed
+    except sqlite3.DatabaseError as ex:
+        live.close()
+        if ex.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise Refused(f"{path} is open elsewhere: stop the server first") from None
+        raise Refused(f"{path}: {ex}; stop the server, move all {path}* away, and restore again") from None
+    return live
+
+
+def keep(live: sqlite3.Connection, path: Path) -> Path:
+    """Copy the database as it is to a file beside it, and return its path."""
+    kept = path.with_name(f"{path.name}.before-restore-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    with unfinished(kept) as copy:
+        with contextlib.closing(connected(copy)) as target:
+            copy_pages(live, target, "keeping the old one")
+        publish(copy, kept)
+    return kept
+
+
+def use_no_id_again(live: sqlite3.Connection, new: sqlite3.Connection) -> None:
+    """Let a backup count ids on from where the database is: someone may still know a task made since, by its id."""
+    table = Task._meta.table_name
+    with contextlib.suppress(sqlite3.DatabaseError), new:  # a damaged one may not tell
+        last = max(database.execute(LAST_ID, [table]).fetchone() or (0,) for database in (live, new))
+        new.execute("DELETE FROM sqlite_sequence WHERE name = ?", [table])
+        new.execute("INSERT INTO sqlite_sequence VALUES (?, ?)", [table, *last])
+
+
+def unchanged(path: str) -> peewee.SqliteDatabase:
+    """Return a database that nothing is written to, not even the empty log that a mere look would leave."""
+    logged = any(Path(path + suffix).exists() for suffix in ("-wal", "-journal"))
+    uri = f"{Path(path).absolute().as_uri()}?{'mode=ro' if logged else 'immutable=1'}"
+    return peewee.SqliteDatabase(uri, uri=True, timeout=taskd.BUSY)
+
+
+def damage(database: peewee.SqliteDatabase) -> str | None:
+    """Return in words why a database is not taskd's, or not whole; None if it is both."""
+    [[found]] = database.execute_sql("PRAGMA integrity_check(1)").fetchall()
+    if found != "ok":
+        return f"it is damaged: {' '.join(found.split())}"
+    return None if database.table_exists(Task) else "it has no tasks: it is not a database of taskd's"
+
+
+def unfit(copy: Path) -> str | None:
+    """Return in words why taskd would not start with this copy of a database; None if it would."""
+    try:
+        with contextlib.closing(peewee.SqliteDatabase(str(copy))) as database:
+            fault = damage(database)
+        if not fault:
+            taskd.prepare_database(str(copy))
+        return fault
+    except taskd.DatabaseError as ex:
+        return str(ex).removeprefix(f"{copy} ")
+
+
+# --- Export, import, purge ------------------------------------------------------------------------------------------
+
+MAX_LINE = 1024 * 1024  # bytes; the largest possible task has 130,000, all escaped
+MAX_ID = 2**53 - 1  # which JavaScript still reads exactly, and leaves room for new tasks
+OWNED_RULES = {
+    "id": f"must be a whole number from 1 to {MAX_ID}",
+    "user_id": "must be a string that is not empty",
+    "created_at": "must be a time with its offset from UTC, such as 2026-11-20T21:00:00.000Z",
+    "updated_at": "must be a time with its offset from UTC, such as 2026-11-20T21:00:00.000Z",
+}
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
+class Owned(msgspec.Struct):
+    """What a line of an import says beside what the API takes (`taskd.NewTask`): the members that the server owns."""
+
+    id: Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)]
+    user_id: Annotated[str, msgspec.Meta(min_length=1)]
+    created_at: Time
+    updated_at: Time
+
+
+class Incoming(Task):
+    """The tasks of an import, in a table of this connection's own until all are known to be good."""
+
+    line = peewee.AutoField()
+    id = peewee.BigIntegerField()
+
+    class Meta:
+        """SQLite keeps a temporary table out of the database, and waits for no lock to write it."""
+
+        table_name = "incoming"
+        temporary = True
+        indexes = ((("id",), False),)
+
+
+@app.command()
+def export(
+    user: Annotated[str | None, typer.Argument(help="Only this user's tasks.", callback=some_text)] = None,
+) -> None:
+    """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
+    database()
+    query = Task.select(*taskd.SHOWN).order_by(Task.id)
+    query = query.where(Task.user_id == user) if user else query
+    total = query.count()
+    if user and not total:
+        raise Refused(f"{printable(user)} has no tasks")
+    stdout = sys.stdout.buffer
+    with progress(hidden=sys.stdout.isatty()) as bar:
+        for task in bar.track(query.tuples().iterator(), total=total, description="exporting"):
+            stdout.write(taskd.to_json(taskd.TaskView(*task)) + b"\n")
+
+
+@app.command("import")
+def import_tasks(file: Annotated[str, typer.Argument(help="JSON lines as export prints them; - reads stdin.")]) -> None:
+    """Add tasks from JSON lines: all of them, or none if one is wrong. Ids are kept.
+
+    Run again, it adds nothing twice: a line with the id, user_id and created_at of a task that is there is that task.
+    Of the two the one with the newer updated_at stays. An id that another task has is refused.
+    """
+    database()
+    Incoming.bind(Task._meta.database)
+    Incoming.create_table()
+    with sys.stdin.buffer if file == "-" else Path(file).open("rb") as lines:
+        take_in(lines)
+    with Task._meta.database.atomic("IMMEDIATE"):
+        refuse_mixed_up()
+        imported, there, updated, older = compared()
+        merge()
+    left = f", {older} left as they were changed here later" if older else ""
+    say(f"{imported} imported, {there} already there, {updated} updated{left}")
+
+
+def take_in(lines: BinaryIO) -> None:
+    """Read the lines of an import into the table beside the database."""
+    size = os.fstat(lines.fileno()).st_size if lines.seekable() else None
+    with progress() as bar:
+        job = bar.add_task("reading", total=size)
+        for batch in peewee.chunked(parsed(lines), BATCH):
+            Incoming.insert_many(batch).execute()
+            bar.update(job, completed=lines.tell() if lines.seekable() else None)
+
+
+def parsed(lines: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Yield a row for each line that is not empty, or refuse the first that is no task."""
+    for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 1):
+        if line.strip():
+            try:
+                yield {"line": number, **row(parse_task(line.decode()))}
+            except (taskd.Unprocessable, ValueError, ArithmeticError, RecursionError) as ex:
+                raise Refused(f"line {number}: {fault_of(ex)}; nothing was imported") from None
+
+
+def parse_task(text: str) -> dict[str, Any]:
+    """Return the members of a task, checked by the rules of the API."""
+    task, owned = taskd._decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
+    times = {name: taskd.timestamp(getattr(owned, name).astimezone(UTC)) for name in ("created_at", "updated_at")}
+    given = {name: getattr(task, name) for name in taskd.RULES}
+    return {"id": owned.id, "user_id": owned.user_id, **given, **times}
+
+
+def fault_of(ex: Exception) -> str:
+    """Return in words what is wrong with a line, naming the field."""
+    if isinstance(ex, taskd.Unprocessable):
+        return str(ex.description)
+    if isinstance(ex, ArithmeticError):
+        return f"created_at or updated_at {OWNED_RULES['created_at']}"
+    field = re.search(r"`(?:\$\.)?(\w+)`$", str(ex))  # the way in which msgspec names it
+    return f"{field[1]} {OWNED_RULES[field[1]]}" if field else f"it must be JSON in UTF-8: {ex}"
+
+
+def refuse_mixed_up() -> None:
+    """Refuse an import in which an id stands twice, or is that of another task in the database."""
+    first, again = fn.MIN(Incoming.line), fn.MAX(Incoming.line)
+    twice: Any = Incoming.select(Incoming.id, first, again).group_by(Incoming.id).having(first < again).order_by(again)
+    for key, line, other in twice.tuples().limit(1):
+        raise Refused(f"line {other}: id {key} is on line {line} already; nothing was imported")
+    another = (Task.user_id != Incoming.user_id) | (Task.created_at != Incoming.created_at)
+    taken: Any = Incoming.select(Incoming.line, Incoming.id).join(Task, on=Task.id == Incoming.id).where(another)
+    for line, key in taken.order_by(Incoming.line).tuples().limit(1):
+        raise Refused(f"line {line}: id {key} is that of another task here; nothing was imported")
+
+
+def compared() -> tuple[int, int, int, int]:
+    """Return how many lines are new, like the task that is there, newer than it, and older."""
+    sums = (Task.id.is_null(), Incoming.updated_at > Task.updated_at, Incoming.updated_at < Task.updated_at)
+    query: Any = Incoming.select(fn.COUNT(Incoming.line), *(fn.COALESCE(fn.SUM(found), 0) for found in sums))
+    [(lines, new, newer, older)] = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id).tuples()
+    return new, lines - new - newer - older, newer, older
+
+
+def merge() -> None:
+    """Write what is new, and what is newer than the task that is there."""
+    columns = Task._meta.sorted_fields
+    lines = Incoming.select(*(getattr(Incoming, column.name) for column in columns)).where(peewee.SQL("TRUE"))
+    Task.insert_from(lines, columns).on_conflict(
+        conflict_target=[Task.id],
+        update={column: getattr(peewee.EXCLUDED, column.name) for column in columns} | {Task.version: Task.version + 1},
+        where=peewee.EXCLUDED.updated_at > Task.updated_at,
+    ).execute()
+
+
+@app.command()
+def purge(user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Delete all of a user's tasks, and whatever else is kept of this user. It asks before it does."""
+    database()
+    if not (found := Task.select().where(Task.user_id == user).count()):
+        raise Refused(f"{printable(user)} has no tasks")
+    if not yes and not sys.stdin.isatty():
+        raise Refused(f"{printable(user)} has {found} tasks; without a terminal to ask on, --yes must say so")
+    if not yes and not confirmed(f"Delete all {found} tasks of {printable(user)}?"):
+        raise Refused("nothing was deleted")
+    with Task._meta.database.atomic("IMMEDIATE"):
+        deleted = {table: delete_all(table, user) for table in tables_of_users()}
+    say(f"deleted {deleted[Task._meta.table_name]} tasks of {printable(user)}")
+
+
+def confirmed(question: str) -> bool:
+    """Ask on stderr, and say whether the answer is yes."""
+    print(question, end=" [y/N] ", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def tables_of_users() -> list[str]:
+    """Return the tables of schema.sql that say whose a row is."""
+    model = peewee.SqliteDatabase(":memory:")
+    model.connection().executescript(taskd.SCHEMA.read_text())
+    found = [table for table in model.get_tables() if "user_id" in {column.name for column in model.get_columns(table)}]
+    model.close()
+    return found
+
+
+def delete_all(table: str, user: str) -> int:
+    """Delete a user's rows from a table, and return how many there were."""
+    rows = peewee.Table(table).bind(Task._meta.database)
+    return int(rows.delete().where(rows.c.user_id == user).execute())
 
 
 # --- Smoke test -----------------------------------------------------------------------------------------------------
@@ -522,6 +933,7 @@ def smoke(
 
 def main() -> None:
     """Run a command; what it cannot do is one line on stderr."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is unfinished is cleared away
     try:
         app()
     except Refused as ex:
@@ -530,8 +942,11 @@ def main() -> None:
     except taskd.Unavailable as ex:
         say("{} cannot be used: {}".format(*ex.args))
         sys.exit(1)
-    except peewee.DatabaseError as ex:
+    except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
         say(f"the database cannot be used: {ex}")
+        sys.exit(1)
+    except OSError as ex:
+        say(f"{ex.filename or 'the output'}: {ex.strerror}")
         sys.exit(1)
     except (taskd.SettingsError, taskd.DatabaseError) as ex:
         say(str(ex))

@@ -36,8 +36,13 @@ Start = Callable[..., Process]
 COMMAND = [sys.executable, str(ROOT / "taskctl.py")]
 OPTIONS = {
     "init": [],
+    "backup": [],
     "check": ["--json"],
+    "export": [],
+    "import": [],
     "mint": ["--claim", "--email", "--json", "--name", "--ttl"],
+    "purge": ["--yes"],
+    "restore": [],
     "seed": ["--count", "--json", "--random-seed", "--users"],
     "settings": ["--json"],
     "smoke": ["--json"],
@@ -643,7 +648,9 @@ def test_check_finds_nothing_off_after_init(taskctl: Taskctl) -> None:
     taskctl("init", secret="")
     findings = data(taskctl("check", "--json", secret=""))
     assert {finding["result"] for finding in findings} == {"ok"}
-    assert [finding["about"] for finding in findings] == ["secret 1", "sqlite:///taskd.db", "TASKD_JWKS_URL"]
+    assert [finding["about"] for finding in findings] == [
+        "secret 1", "sqlite:///taskd.db", ".env", "taskd.db", "TASKD_JWKS_URL",
+    ]  # fmt: skip
     table = cells(taskctl("check", secret=""))
     assert table == [["result", "about", "found"], *([*finding.values()] for finding in findings)]
 
@@ -660,7 +667,7 @@ def test_check_names_the_keys_that_it_reached(taskctl: Taskctl, kept: Path) -> N
 
 
 def test_check_warns_of_what_works_but_should_not_stay(taskctl: Taskctl, kept: Path, tmp_path: Path) -> None:
-    kept.chmod(0o644)
+    kept.chmod(0o640)
     (tmp_path / ".env").write_text("TASKD_PORT=8001\n")
     (tmp_path / ".env").chmod(0o640)
     with answering(http_answer(json.dumps({"keys": [PUBLIC_KEY]}).encode())) as url:
@@ -685,6 +692,7 @@ NO_KEY_SET = {
 
 @pytest.mark.parametrize("content", NO_KEY_SET.values(), ids=NO_KEY_SET)
 def test_check_says_that_a_key_set_is_off(taskctl: Taskctl, kept: Path, content: bytes | None) -> None:
+    kept.chmod(0o600)
     with contextlib.ExitStack() as stack:
         url = (
             f"http://127.0.0.1:{stack.enter_context(dead_port())}"
@@ -904,7 +912,7 @@ def test_seed_works_while_a_server_runs(taskctl: Taskctl, server: Process) -> No
     assert [task["id"] for task in data(taskctl("tasks", "alice", "--json"))] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def on_a_terminal(directory: Path, *arguments: str, stream: str) -> tuple[bytes, str]:
+def on_a_terminal(directory: Path, *arguments: str, stream: str, status: int = 0) -> tuple[bytes, str]:
     """Run taskctl with stdout or stderr on a terminal; return what went to the other one, and what was shown."""
     shown, terminal = pty.openpty()
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: terminal}
@@ -921,7 +929,7 @@ def on_a_terminal(directory: Path, *arguments: str, stream: str) -> tuple[bytes,
         other = process.stderr if stream == "stdout" else process.stdout
         assert other
         written = other.read()
-        assert process.wait(DEADLINE) == 0
+        assert process.wait(DEADLINE) == status
     return written, seen.decode()
 
 
