@@ -58,9 +58,9 @@ def taskctl(nursery: Nursery, tmp_path: Path) -> Taskctl:
 
 @pytest.fixture(scope="module")
 def large(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of 30,000 tasks of 100 users, some MB; tests take a copy."""
+    """A database of 15,000 tasks of 100 users, some MB; tests take a copy."""
     home = tmp_path_factory.mktemp("large")
-    data(nursery.run(home, "seed", "--users", "100", "--count", "300", "--json"))
+    data(nursery.run(home, "seed", "--users", "100", "--count", "150", "--json"))
     return home / "taskd.db"
 
 
@@ -737,11 +737,11 @@ def test_an_export_is_of_one_moment(taskctl: Taskctl, large: Path, start: Start,
         assert export.stderr
         first = export.stdout.readline()  # the pipe is full: it waits for a reader now
         add(server, "carol")
-        assert server.request("DELETE", path_of("user-100", 30_000), headers=bearer("user-100")).status_code == 200
+        assert server.request("DELETE", path_of("user-100", 15_000), headers=bearer("user-100")).status_code == 200
         rest, messages = export.stdout.read(), export.stderr.read()
     assert (export.returncode, messages) == (0, "")
     tasks = [json.loads(line) for line in (first + rest).splitlines()]
-    assert [task["id"] for task in tasks] == list(range(1, 30_001))
+    assert [task["id"] for task in tasks] == list(range(1, 15_001))
 
 
 MEASURED = """
