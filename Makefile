@@ -21,7 +21,7 @@ fuzz: .venv/test
 	TASKD_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py
 
 # The chapters for tokens, bodies, store and middleware.
-MUTATED_FUNCTIONS := _user _json_object _each_once download_keys read content _decode _faults _reason connect \
+MUTATED_FUNCTIONS := _user _json_object _each_once download_keys read content decode _faults _reason connect \
 	prepare_database schema_differences _schema _first timestamp _now _unauthorized
 MUTATED := Tokens KeySet StrictJWT Unprocessable TaskStore AuthMiddleware Envelope Cors
 

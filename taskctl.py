@@ -757,7 +757,7 @@ def parsed(lines: BinaryIO) -> Iterator[dict[str, Any]]:
 
 def parse_task(text: str) -> dict[str, Any]:
     """Return the members of a task, checked by the rules of the API."""
-    task, owned = taskd._decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
+    task, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
     times = {name: taskd.timestamp(getattr(owned, name).astimezone(UTC)) for name in ("created_at", "updated_at")}
     given = {name: getattr(task, name) for name in taskd.RULES}
     return {"id": owned.id, "user_id": owned.user_id, **given, **times}

@@ -506,7 +506,7 @@ def read(req: falcon.Request, kind: type[Body], body: bytes | None = None) -> Bo
             description="send plain JSON in UTF-8, with the header Content-Type: application/json"
         )
     try:
-        return _decode(body.decode(), kind)
+        return decode(body.decode(), kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as ex:
         raise falcon.HTTPBadRequest(description=f"the body must be JSON in UTF-8: {ex}") from None
 
@@ -520,7 +520,8 @@ def content(req: falcon.Request) -> bytes:
     return body
 
 
-def _decode(text: str, kind: type[Body]) -> Body:
+def decode(text: str, kind: type[Body]) -> Body:
+    """Return JSON as a `kind`; raise 422 with all that is wrong, or msgspec.DecodeError for what is no JSON."""
     try:
         if r"\u0000" not in text:
             return msgspec.json.decode(text, type=kind)

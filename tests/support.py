@@ -240,7 +240,7 @@ def stored(database: Path) -> dict[int, dict[str, Any]]:
     """Return the tasks that are in the database file, read by another process than taskd, by their ids."""
     with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE)) as connection:
         connection.row_factory = sqlite3.Row
-        return {row["id"]: dict(row) for row in connection.execute("SELECT * FROM task")}
+        return {row["id"]: dict(row) for row in connection.execute(f"SELECT {', '.join(TASK_KEYS)} FROM task")}
 
 
 def until(condition: Callable[[], object], why: str, seconds: float = DEADLINE) -> None:
