@@ -23,14 +23,16 @@ import signal
 import socket
 import sqlite3
 import sys
+import textwrap
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 from urllib.parse import urlencode
 
 import falcon
@@ -137,7 +139,15 @@ class Settings:
     )
     issuer: str | None = _setting("TASKD_ISSUER", None, "the iss claim that a token must have")
     audience: str | None = _setting("TASKD_AUDIENCE", None, "the aud claim that a token must have")
+    metrics: bool | None = _setting("TASKD_METRICS", None, "1 to show /metrics, else 0", "[01]", "1".__eq__)
+    trusted_proxy: str | None = _setting(
+        "TASKD_TRUSTED_PROXY",
+        None,
+        "the address of the proxy before taskd, or * for any: its X-Forwarded-For and -Prefix are believed",
+        r"\*|[0-9]+(\.[0-9]+){3}|[0-9A-Fa-f:]+",
+    )
     log_level: str = _setting("TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error")
+    log_format: str | None = _setting("TASKD_LOG_FORMAT", None, "text (as without it) or json", "text|json")
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ, dotenv: Path = Path(".env")) -> Settings:
@@ -839,6 +849,10 @@ class TaskStore:
         """Delete the task, and return it as it was."""
         return self._write(self._remove, expected, user_id=user_id, id=task_id)
 
+    def check(self) -> None:
+        """Raise Unavailable unless the database answers and fits schema.sql."""
+        self._database.check()
+
     def close(self) -> None:
         """Close this thread's connections."""
         self._database.close()
@@ -991,6 +1005,13 @@ class Sqlite:
         finally:
             self._slots.release()
 
+    def check(self) -> None:
+        """Raise Unavailable unless the database answers and fits schema.sql."""
+        if this_thread.hurried:
+            raise Blocked
+        self.run("SELECT 1 FROM task LIMIT 1")
+        _check_fit(self._patient, statements_kept)
+
     def close(self) -> None:
         """Close this thread's connections; the last one of all folds SQLite's log into the database."""
         self._hurried.close()
@@ -1053,6 +1074,11 @@ class Postgres:
             self._pool.close_idle()  # the server was perhaps away; then none of them is good any more
             raise Unavailable("the database", _first_line(ex)) from ex
 
+    def check(self) -> None:
+        """Raise Unavailable unless the database answers and fits schema.sql."""
+        with self._connected():
+            _check_fit(self._pool, columns_and_indexes)
+
     def close(self) -> None:
         """Close the connections that nobody uses."""
         self._pool.close_idle()
@@ -1065,6 +1091,13 @@ class Postgres:
                     self._pool.execute_sql(respelled(statement))
                 self._pool.execute_sql("INSERT INTO about VALUES (%s, %s)", (VERSION, os.urandom(32).hex()))
             check_schema(self._pool, name, columns_and_indexes)
+
+
+def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
+    try:
+        check_schema(database, "it", describe)
+    except (DatabaseError, peewee.DatabaseError) as ex:
+        raise Unavailable("the schema of the database", str(ex)) from None
 
 
 def respelled(statement: str) -> str:
@@ -1201,6 +1234,11 @@ def columns_and_indexes(database: peewee.Database) -> set[str]:
 # --- Middleware -----------------------------------------------------------------------------------------------------
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REQUEST_LINE = "%(method)s %(route)s %(status)s %(ms).1fms id=%(id)s user=%(user)s"
+ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\]")
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
+CHANGES = {"POST": "created", "PUT": "changed", "PATCH": "changed", "DELETE": "deleted"}
 CORS_ALLOWED = "Authorization, Content-Type, If-Match, Idempotency-Key"
 CORS_EXPOSED = "Location, Link, ETag, X-Request-ID"
 
@@ -1250,8 +1288,22 @@ def _unauthorized(detail: str, why: str = "") -> falcon.HTTPUnauthorized:
     return falcon.HTTPUnauthorized(description=detail, challenges=[f'Bearer realm="taskd"{why}'])
 
 
+class Name(str):
+    """Text that a user chose: quoted in a line of the log, so that it can forge none."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Return it in quotes, without line breaks."""
+        return self.__repr__()
+
+
 class Envelope:
     """Give every answer the headers that all have, and every request its id and its line in the log."""
+
+    def __init__(self, trusted_proxy: str | None) -> None:
+        self._proxy = trusted_proxy
+        self._line = REQUEST_LINE + (" client=%(client)s" if trusted_proxy else "")
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Take the client's request id if it can stand in a log, else make one, and start the clock."""
@@ -1261,14 +1313,27 @@ class Envelope:
         resp.set_headers({
             "X-Request-ID": req.context.id, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
         })  # fmt: skip
+        if self._proxy:
+            req.context.client = self._client(req)
+
+    def _client(self, req: falcon.Request) -> str:
+        """Return the client's address as the trusted proxy tells it, and believe it where it has put taskd."""
+        if self._proxy not in ("*", req.remote_addr):
+            return str(req.remote_addr)
+        prefix = req.get_header("X-Forwarded-Prefix") or ""
+        if PREFIX.fullmatch(prefix):
+            req.env["SCRIPT_NAME"] = prefix
+        forwarded = (req.get_header("X-Forwarded-For") or "").rpartition(",")[2].strip()
+        return forwarded if ADDRESS.fullmatch(forwarded) else str(req.remote_addr)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
         """Log the request: never its token, its query or its body."""
         context = req.context
-        milliseconds = (time.perf_counter() - context.started) * 1000
-        user = repr(context.user.id) if "user" in context else "-"
-        route = req.uri_template or "-"
-        log.info("%s %s %s %.1fms id=%s user=%s", req.method, route, resp.status_code, milliseconds, context.id, user)
+        milliseconds = round((time.perf_counter() - context.started) * 1000, 1)
+        user = Name(context.user.id) if "user" in context else "-"
+        fields = {"method": req.method, "route": req.uri_template or "-", "status": resp.status_code}
+        fields |= {"ms": milliseconds, "id": context.id, "user": user}
+        log.info(self._line, fields | {"client": context.client} if self._proxy else fields)
 
 
 class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
@@ -1286,6 +1351,65 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
             resp.set_header("Access-Control-Allow-Headers", CORS_ALLOWED)
         if allow:
             resp.set_header("Allow", allow)
+
+
+class Metrics:
+    """Count and time what is done, for Prometheus: by route templates and statements, never by user."""
+
+    public = True
+
+    def __init__(self) -> None:
+        import prometheus_client as prometheus  # only where it is asked for
+
+        self._registry = registry = prometheus.CollectorRegistry()
+        self._show, self._content_type = prometheus.generate_latest, prometheus.CONTENT_TYPE_LATEST
+        what, seconds = ("route", "method"), partial(prometheus.Histogram, registry=registry, buckets=BUCKETS)
+        self._requests = prometheus.Counter("taskd_requests", "Requests.", (*what, "status"), registry=registry)
+        self._seconds = seconds("taskd_request_seconds", "Time to answer.", what)
+        self._written = prometheus.Counter("taskd_tasks_written", "Tasks.", ("change",), registry=registry)
+        waited = "Time of a statement, with the wait for its turn."
+        self._database_seconds = seconds("taskd_database_seconds", waited, ("statement",))
+        prometheus.Info("taskd_build", "What runs.", registry=registry).info({"version": __version__})
+        prometheus.ProcessCollector(registry=registry)
+
+    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
+        """Count and time a request."""
+        what = req.uri_template or "-", req.method
+        self._requests.labels(*what, resp.status_code).inc()
+        self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
+        if req.method in CHANGES and resp.status_code in (200, 201) and not resp.get_header("Idempotency-Replayed"):
+            self._written.labels(CHANGES[req.method]).inc()
+
+    def timed(self, database: Database) -> Database:
+        """Return the database, the time of whose statements is taken."""
+        return cast(Database, TimedDatabase(database, self._database_seconds))
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Show them in Prometheus' text format."""
+        resp.content_type, resp.data = self._content_type, self._show(self._registry)
+
+    on_head = on_get
+
+
+class TimedDatabase:
+    """A database that notes how long each statement takes."""
+
+    def __init__(self, database: Database, seconds: Any) -> None:
+        self._database, self._seconds = database, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        """Leave all else to the database itself."""
+        return getattr(self._database, name)
+
+    def run(self, sql: str, **values: Any) -> list[Row]:
+        """Run a statement."""
+        with self._seconds.labels(sql.partition(" ")[0].lower()).time():
+            return self._database.run(sql, **values)
+
+    def write(self, sql: str, **values: Any) -> list[Row]:
+        """Run a statement that changes something."""
+        with self._seconds.labels(sql.partition(" ")[0].lower()).time():
+            return self._database.write(sql, **values)
 
 
 # --- Resources ------------------------------------------------------------------------------------------------------
@@ -1401,6 +1525,22 @@ class HealthResource:
     on_head = on_get
 
 
+class ReadyResource:
+    """Whether the database answers, and fits."""
+
+    public = True
+
+    def __init__(self, store: TaskStore) -> None:
+        self._store = store
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Say so, or 503."""
+        self._store.check()
+        resp.data = b'{"status": "ok"}'
+
+    on_head = on_get
+
+
 class FileResource:
     """A file of this repository that everybody may read."""
 
@@ -1503,10 +1643,11 @@ class App(falcon.App):  # type: ignore[type-arg]
 
 def create_app(settings: Settings) -> App:
     """Return the WSGI application: the only place where its parts meet. Raises SettingsError and DatabaseError."""
-    tokens = Tokens(settings)
-    store = TaskStore(open_database(settings))
+    tokens, database = Tokens(settings), open_database(settings)
+    metrics = [Metrics()] if settings.metrics else []
+    store = TaskStore(metrics[0].timed(database) if metrics else database)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
-    app = App(middleware=[Envelope(), *cors, AuthMiddleware(tokens)])
+    app = App(middleware=[Envelope(settings.trusted_proxy), *metrics, *cors, AuthMiddleware(tokens)])
     app.store = store
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_error)
@@ -1518,6 +1659,9 @@ def create_app(settings: Settings) -> App:
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
     app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
     app.add_route("/healthz", HealthResource())
+    app.add_route("/readyz", ReadyResource(store))
+    if metrics:
+        app.add_route("/metrics", *metrics)
     app.add_route("/openapi.json", FileResource("openapi.json", falcon.MEDIA_JSON))
     app.add_route("/docs", FileResource("docs/api.html", falcon.MEDIA_HTML))
     return app
@@ -1526,21 +1670,41 @@ def create_app(settings: Settings) -> App:
 def wsgi() -> App:
     """Return the application with the environment's settings, for other WSGI servers: `gunicorn 'taskd:wsgi()'`."""
     settings = Settings.load()
-    configure_log(settings.log_level)
+    configure_log(settings)
     return create_app(settings)
 
 
-def configure_log(level: str) -> None:
+class TextLines(logging.Formatter):
+    """Log lines for people; what belongs to a line is indented below it, so that it can be taken for no other."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        self.converter = time.gmtime
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Return a traceback, indented."""
+        return textwrap.indent(super().formatException(ei), "    ", lambda line: True)
+
+
+class JsonLines(TextLines):
+    """Log lines for programs: each a JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line with a request's fields, or with a message and perhaps a traceback."""
+        line = {"time": f"{self.formatTime(record, self.datefmt)}.{record.msecs:03.0f}Z", "level": record.levelname}
+        line |= record.args if isinstance(record.args, dict) else {"message": record.getMessage()}
+        return json.dumps(line | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
+
+
+def configure_log(settings: Settings) -> None:
     """Send taskd's and waitress' log lines to stderr, without looking up what no line shows."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # as the logging HOWTO's "Optimization" says
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
     handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     for logger in (log, logging.getLogger("waitress")):
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level.upper())
+        logger.setLevel(settings.log_level.upper())
     logging.getLogger("waitress.queue").setLevel("ERROR")  # it warns of every request that waits for a thread
 
 
@@ -1621,7 +1785,8 @@ class ServerErrorTask(waitress.task.ErrorTask):
         error = self.request.error
         status = 400 if error.code == 501 else error.code
         body, request_id = problem(status, error.body), os.urandom(8).hex()
-        log.info("- - %s id=%s user=-", status, request_id)
+        fields = {"method": "-", "route": "-", "status": status, "ms": 0, "id": request_id, "user": "-"}
+        log.info(REQUEST_LINE, fields)
         self.status = f"{status} {HTTPStatus(status).phrase}"
         self.response_headers += [("Content-Type", "application/problem+json"), ("X-Request-ID", request_id)]
         self.set_close_on_finish()
@@ -1810,7 +1975,7 @@ def main() -> int:
     except (SettingsError, DatabaseError) as ex:
         print("taskd:", *str(ex).splitlines(), file=sys.stderr)  # one line, whatever a path may hold
         return 2
-    configure_log(settings.log_level)
+    configure_log(settings)
     if settings.jwks_url and not (settings.issuer and settings.audience):
         log.warning("TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE takes tokens meant for other services")
     serve(app, listener, settings.threads)

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 HOSTILE = "<img src=x onerror=document.title='gone'> </pre><b>\u202e \U0001f4a9 ' \" \\ & ${x} `y` é"
 ODD_USER = '<i>o\'hara $HOME `id` "é" 100% \\'
 FIVE_HOURS = 5 * 60 * 60 + 30 * 60  # seconds, and half an hour
-OPERATIONS = 20  # of the document
+OPERATIONS = 26  # of the document
 QUIET = ["background-networking", "component-update", "sync", "gpu", "extensions", "default-apps"]
 LIGHT_AND_DARK = pytest.mark.parametrize("scheme", ["light", "dark"])
 # The contrast (WCAG 2.2, 1.4.3) of each text that is shown with what is behind it, the lowest first.
@@ -142,6 +142,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
         driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def server(start: Callable[..., Process]) -> Process:
+    return start(TASKD_METRICS="1")
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ ON_EVERY_API_ANSWER = ON_EVERY_ANSWER | {"Cache-Control", "X-Content-Type-Option
 KEPT = ["localStorage", "sessionStorage", "document.cookie", "indexedDB"]
 MARKUP = ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", ".style.cssText"]
 LOADED = ["@import", "url(", "<link", "<img", "src="]
+LIST, ONE, DONE = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}", "/api/{user_id}/tasks/{task_id}/complete"
 PAGES = [("/openapi.json", "application/json"), ("/docs", "text/html; charset=utf-8")]
+TYPES = {**dict(PAGES), "/metrics": "text/plain"}
 
 
 def resolve(node: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +139,11 @@ def test_every_link_leads_to_an_operation_and_names_its_parameters():
 # --- The document and the router ---
 
 
+@pytest.fixture
+def app(make_app):
+    return make_app(metrics=True)
+
+
 def routed(app: taskd.App) -> set[tuple[str, str]]:
     return {
         (route.path, method.method.lower())
@@ -159,6 +166,38 @@ def test_every_method_of_the_document_is_known_to_its_path_and_every_other_is_40
             assert client.simulate_request(method.upper(), url, headers=bearer()).status_code == 405
 
 
+def test_the_query_parameters_are_those_that_the_server_knows_and_take_the_same():
+    """Each with values that the one and the other must both take, or both refuse."""
+    named = {one["name"]: one for one in map(resolve, DOCUMENT["paths"][LIST]["get"]["parameters"])}
+    assert list(named) == list(taskd.PARAMETERS)
+    values = ["true", "false", "1", "0", "1000", "1001", "-1", "id", "-id", "title", "-updated_at", "Id", "a" * 1000]
+    values += ["a" * 1001, "a\0b", "Az09_-", "a=", "é", " ", "%", "1.5"]
+    for name, one in named.items():
+        schema = one["schema"]
+        for value in values:
+            given: Any = value
+            if schema["type"] == "boolean":
+                given = {"true": True, "false": False}.get(value, value)
+            elif schema["type"] == "integer":
+                given = int(value) if value.lstrip("-").isdigit() else value
+            taken = re.fullmatch(taskd.PARAMETERS[name][0], value) is not None
+            assert validator(schema).is_valid(given) == taken, (name, value)
+
+
+def test_the_conditional_headers_take_the_same_as_the_server():
+    parameters = DOCUMENT["components"]["parameters"]
+    for value in ['"a"', 'W/"a"', '"a", "b"', '"a", W/"b,c"', '""']:
+        for name in ("If-Match", "If-None-Match"):
+            assert validator(parameters[name]["schema"]).is_valid(value), value
+        assert re.fullmatch(taskd.ENTITY_TAGS, value), value
+    for value in ["", "a", '"a', '"a" "b"', 'w/"a"', '*, "a"', '"a"b"', '"a b"']:
+        assert not validator(parameters["If-Match"]["schema"]).is_valid(value), value
+        assert not re.fullmatch(taskd.ENTITY_TAGS, value), value
+    key = parameters["Idempotency-Key"]["schema"]
+    for value in ["a", "~" * 255, '"a"', "", "a" * 256, "a b", "é", "a\t"]:
+        assert validator(key).is_valid(value) == bool(re.fullmatch(taskd.IDEMPOTENCY_KEY, value)), value
+
+
 def test_what_the_document_calls_private_is_what_asks_for_a_token(client):
     for path, method, operation in operations():
         url = path.replace("{user_id}", "alice").replace("{task_id}", "1")
@@ -178,8 +217,11 @@ def test_the_statuses_of_an_operation_are_those_of_the_contract(path, method, op
     expected = {201 if method == "post" else 200}
     if path.startswith("/api/") and method != "options":
         expected |= {401, 403, 500, 503}
-        expected |= {404} if "{task_id}" in path else set()
+        expected |= {404, 400} if "{task_id}" in path else {422}
         expected |= {400, 413, 415, 422} if method in ("post", "put", "patch") else set()
+        expected |= {412} if "{task_id}" in path and method in ("put", "patch", "delete") else set()
+        expected |= {304} if "{task_id}" in path and method in ("get", "head") else set()
+    expected |= {"/readyz": {503}, "/metrics": {404}}.get(path, set()) if method != "options" else set()
     assert set(responses(operation)) == expected
 
 
@@ -187,19 +229,23 @@ def test_the_statuses_of_an_operation_are_those_of_the_contract(path, method, op
 def test_every_answer_declares_the_headers_that_it_carries(path, method, operation):
     for status, response in responses(operation).items():
         expected = ON_EVERY_API_ANSWER if path.startswith("/api/") else ON_EVERY_ANSWER
-        expected = expected | ({"Location"} if status == 201 else set())
+        on_a_task = "{task_id}" in path and method != "options" and status in (200, 304, 412)
+        expected = expected | ({"ETag"} if on_a_task or status == 201 else set())
+        expected = expected | ({"Location", "Idempotency-Replayed"} if status == 201 else set())
+        expected = expected | ({"Link"} if method in ("get", "head") and path == LIST and status == 200 else set())
         expected = expected | ({"WWW-Authenticate"} if status == 401 else set())
         expected = expected | ({"Retry-After"} if status == 503 else set())
         expected = expected | ({"Allow"} if method == "options" else set())
         expected = expected | ({"Content-Security-Policy"} if path in dict(PAGES) and method != "options" else set())
         assert set(response["headers"]) == expected, status
-        assert all(resolve(header)["required"] for header in response["headers"].values())
+        for name, header in response["headers"].items():
+            assert resolve(header)["required"] == (name not in ("Link", "Idempotency-Replayed"))
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), ALL)
 def test_every_error_is_a_problem_and_every_other_answer_says_its_type(path, method, operation):
     for status, response in responses(operation).items():
-        if method in ("head", "options"):
+        if method in ("head", "options") or status == 304:
             assert "content" not in response
         elif status >= 400:
             (media,) = response["content"].items()
@@ -207,7 +253,7 @@ def test_every_error_is_a_problem_and_every_other_answer_says_its_type(path, met
             assert media[0] == "application/problem+json"
             assert media[1]["schema"] == {"$ref": f"#/components/schemas/{name}"}
         else:
-            assert set(response["content"]) == {dict(PAGES).get(path, "application/json")}
+            assert set(response["content"]) == {TYPES.get(path, "application/json")}
 
 
 def test_a_405_is_a_problem_with_allow():
@@ -370,7 +416,9 @@ def checked(response: Any, method: str, path: str) -> None:
     """Check that an answer is one of those that the document has for its operation: status, headers, body."""
     described = responses(DOCUMENT["paths"][path][method])[response.status_code]
     for name, header in described["headers"].items():
-        given: Any = response.headers[name.lower()]
+        given: Any = response.headers.get(name.lower())
+        if given is None and not resolve(header)["required"]:
+            continue
         schema = resolve(header)["schema"]
         assert validator(schema).is_valid(int(given) if schema["type"] == "integer" else given), (name, given)
     if "content" in described:
@@ -380,12 +428,18 @@ def checked(response: Any, method: str, path: str) -> None:
         assert response.text == ""
 
 
-LIST, ONE, DONE = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}", "/api/{user_id}/tasks/{task_id}/complete"
 ANSWERS: list[tuple[str, str, dict[str, Any], int]] = [
     ("get", LIST, {}, 200),
     ("head", LIST, {}, 200),
     ("options", LIST, {}, 200),
+    ("get", LIST, {"query_string": "limit=1&sort=-title&completed=false&q=milk"}, 200),
+    ("get", LIST, {"query_string": "limit=0"}, 422),
+    ("head", LIST, {"query_string": "sort=x"}, 422),
     ("post", LIST, {"json": {"title": "é"}}, 201),
+    ("post", LIST, {"json": {"title": "é"}, "headers": {"Idempotency-Key": "a"}}, 201),
+    ("post", LIST, {"json": {"title": "é"}, "headers": {"Idempotency-Key": "a"}}, 201),
+    ("post", LIST, {"json": {"title": "è"}, "headers": {"Idempotency-Key": "a"}}, 422),
+    ("get", LIST, {"query_string": "limit=1"}, 200),
     ("post", LIST, {"body": b"{", "headers": {"Content-Type": "application/json"}}, 400),
     ("post", LIST, {"body": b" " * 65537, "headers": {"Content-Type": "application/json"}}, 413),
     ("post", LIST, {"body": b"a=b", "headers": {"Content-Type": "text/plain"}}, 415),
@@ -393,6 +447,14 @@ ANSWERS: list[tuple[str, str, dict[str, Any], int]] = [
     ("get", ONE, {}, 200),
     ("head", ONE, {}, 200),
     ("options", ONE, {}, 200),
+    ("get", ONE, {"headers": {"If-None-Match": "*"}}, 304),
+    ("head", ONE, {"headers": {"If-None-Match": "*"}}, 304),
+    ("get", ONE, {"headers": {"If-None-Match": "a"}}, 400),
+    ("head", ONE, {"headers": {"If-None-Match": "a"}}, 400),
+    ("put", ONE, {"json": {}, "headers": {"If-Match": '"a"'}}, 412),
+    ("delete", ONE, {"headers": {"If-Match": '"a"'}}, 412),
+    ("delete", ONE, {"headers": {"If-Match": "a"}}, 400),
+    ("patch", DONE, {"headers": {"If-Match": '"a"'}}, 412),
     ("put", ONE, {"json": {"description": "x"}}, 200),
     ("put", ONE, {"json": []}, 422),
     ("patch", DONE, {}, 200),

@@ -89,6 +89,12 @@ def test_the_sections_come_in_the_order_in_which_a_newcomer_needs_them() -> None
     assert [heading for heading in headings if heading in HEADINGS] == HEADINGS
 
 
+@pytest.fixture
+def app(make_app: Any) -> taskd.App:
+    app: taskd.App = make_app(metrics=True)
+    return app
+
+
 def test_the_endpoints_are_the_routes_and_methods_of_the_router(app: taskd.App) -> None:
     routes = {
         (method.method, route.path)
