@@ -923,7 +923,7 @@ class Database:
         except peewee.DatabaseError as ex:
             if this_thread.hurried and "locked" in str(ex):
                 raise Blocked from None
-            database.close()  # whatever state the connection is in, the next request starts with a fresh one
+            self._drop()  # whatever state the connection is in, the next request starts with a fresh one
             if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
                 raise
             raise Unavailable("the database", str(ex)) from ex
@@ -942,7 +942,7 @@ class Database:
                 yield
                 self.run("COMMIT")
             except BaseException:
-                self._here().close()  # and with the connection goes what it had begun
+                self._drop()
                 raise
 
     @contextlib.contextmanager
@@ -958,6 +958,13 @@ class Database:
         finally:
             self._slow = time.monotonic() - started > SLOW
             self._turn.release()
+
+    def _drop(self) -> None:
+        """Undo what this thread's connection has begun, and close it; closed alone, it may keep its lock for a while."""
+        if not (database := self._here()).is_closed():
+            with contextlib.suppress(sqlite3.Error):
+                database.connection().rollback()
+            database.close()
 
     def _here(self) -> peewee.SqliteDatabase:
         return self._hurried if this_thread.hurried else self._patient
