@@ -597,7 +597,7 @@ def read_tags(req: falcon.Request, name: str) -> list[str] | None:
     value = req.get_header(name)
     if value is None:
         return None
-    if value.strip() == "*":
+    if value.strip(" \t") == "*":
         return ["*"]
     if not re.fullmatch(ENTITY_TAGS, value):
         raise falcon.HTTPBadRequest(
@@ -744,11 +744,9 @@ class TaskStore:
         key = mine(IdempotencyKey) & (IdempotencyKey.name == parameter("name"))
         oldest = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id).limit(peewee.SQL("2"))
         expired = (key | IdempotencyKey.id.in_(oldest)) & (IdempotencyKey.created_at < parameter("before"))
-        claim = {name: parameter(name) for name in ("user_id", "name", "body")}
-        claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=parameter("now"), **claim)
+        done = {name: parameter(name) for name in ("user_id", "name", "body", "answer")}
         self._expire = database.compile(IdempotencyKey.delete().where(expired))
-        self._claim = database.compile(claimed.on_conflict_ignore().returning(IdempotencyKey.id))
-        self._answer = database.compile(IdempotencyKey.update(answer=parameter("answer")).where(key))
+        self._keep = database.compile(IdempotencyKey.insert(created_at=parameter("now"), **done))
         self._replay = database.compile(IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key))
 
     def _compile(self, query: Any) -> str:
@@ -806,12 +804,11 @@ class TaskStore:
         values |= {"name": key, "body": body, "before": timestamp(now - REPEATABLE)}
         with self._database.transaction():
             self._database.run(self._expire, **values)
-            if self._database.run(self._claim, **values):
-                [row] = self._database.run(self._add, **values)
-                self._database.run(self._answer, **values, answer=to_json(_view(row)).decode())
-                return _stored(row)
-            [(known, answer)] = self._database.run(self._replay, **values)
-        return _replayed(answer) if known == body else None
+            for known, answer in self._database.run(self._replay, **values):
+                return _replayed(answer) if known == body else None
+            [row] = self._database.run(self._add, **values)
+            self._database.run(self._keep, **values, answer=to_json(_view(row)).decode())
+        return _stored(row)
 
     def change(self, user_id: str, task_id: int, changes: TaskChanges, expected: str | None = None) -> Stored | None:
         """Change the fields that are given, and return the task as it is now."""
@@ -960,7 +957,7 @@ class Database:
             self._turn.release()
 
     def _drop(self) -> None:
-        """Undo what this thread's connection has begun, and close it; closed alone, it may keep its lock for a while."""
+        """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
         if not (database := self._here()).is_closed():
             with contextlib.suppress(sqlite3.Error):
                 database.connection().rollback()

@@ -325,9 +325,7 @@ def bound_to(user: str) -> re.Pattern[str]:
         # A key is its user's too; but whoever creates a task throws away the oldest keys that are too old.
         rf'|DELETE FROM "idempotency_key" WHERE \(\({key} OR \("idempotency_key"\."id" IN \({oldest}\)\)\)'
         rf' AND \("idempotency_key"\."created_at" < {text}\)\)'
-        rf'|INSERT OR IGNORE INTO "idempotency_key" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
-        rf' RETURNING "idempotency_key"\."id"'
-        rf'|UPDATE "idempotency_key" SET "answer" = {text} WHERE {key}'
+        rf'|INSERT INTO "idempotency_key" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
         rf'|SELECT "t1"\."body", "t1"\."answer" FROM "idempotency_key" AS "t1"'
         rf" WHERE {key.replace('idempotency_key', 't1')}",
         re.DOTALL,
