@@ -611,7 +611,7 @@ def read_tags(req: falcon.Request, name: str) -> list[str] | None:
     value = req.get_header(name)
     if value is None:
         return None
-    if value.strip() == "*":
+    if value.strip(" \t") == "*":
         return ["*"]
     if not re.fullmatch(ENTITY_TAGS, value):
         raise falcon.HTTPBadRequest(
@@ -819,12 +819,13 @@ class TaskStore:
         values |= {"name": key, "body": body, "before": timestamp(now - REPEATABLE)}
         with self._database.transaction():
             self._database.run(self._expire, **values)
-            if self._database.run(self._claim, **values):
+            found = self._database.run(self._replay, **values)
+            if not found and self._database.run(self._claim, **values):
                 [row] = self._database.run(self._add, **values)
                 stored = _stored(row)
                 self._database.run(self._answer, **values, answer=to_json(stored.task).decode())
                 return stored
-            [(known, answer)] = self._database.run(self._replay, **values)
+            [(known, answer)] = found or self._database.run(self._replay, **values)  # another process was faster
         return _replayed(answer) if known == body else None
 
     def change(self, user_id: str, task_id: int, changes: TaskChanges, expected: str | None = None) -> Stored | None:
@@ -957,7 +958,7 @@ class Sqlite:
         except peewee.DatabaseError as ex:
             if this_thread.hurried and "locked" in str(ex):
                 raise Blocked from None
-            database.close()  # whatever state the connection is in, the next request starts with a fresh one
+            self._drop()  # whatever state the connection is in, the next request starts with a fresh one
             if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
                 raise
             raise Unavailable("the database", str(ex)) from ex
@@ -976,7 +977,7 @@ class Sqlite:
                 yield
                 self.run("COMMIT")
             except BaseException:
-                self._here().close()  # and with the connection goes what it had begun
+                self._drop()
                 raise
 
     @contextlib.contextmanager
@@ -992,6 +993,13 @@ class Sqlite:
         finally:
             self._slow = time.monotonic() - started > SLOW
             self._turn.release()
+
+    def _drop(self) -> None:
+        """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
+        if not (database := self._here()).is_closed():
+            with contextlib.suppress(sqlite3.Error):
+                database.connection().rollback()
+            database.close()
 
     def _here(self) -> peewee.SqliteDatabase:
         return self._hurried if this_thread.hurried else self._patient
