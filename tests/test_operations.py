@@ -1,0 +1,373 @@
+"""What an operator sees of a running taskd: readiness, metrics, log lines, and the client behind a proxy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as families
+
+import taskd
+from support import Process, assert_problem, bearer, locked, until
+
+Start = Callable[..., Process]
+TASKS = "/api/alice/tasks"
+NASTY = [  # what Better Auth would not call anybody
+    "alice\n2026-11-21T00:00:00.000Z INFO DELETE /api/{user_id}/tasks/{task_id} 200 0.1ms id=forged user='bob'",
+    "alice\r\nERROR the database is gone",
+    "alice user='bob' client=10.0.0.1",
+    "alice' id=forged",
+    'alice", "status": 200, "user": "bob',
+    "alice\x1b[2K\x07\x7f",
+    "alice\u2028INFO\u2029INFO\x85INFO",
+    "\u202eecila",
+    "\0",
+]
+
+
+def path_of(user: str) -> str:
+    return f"/api/{quote(user, safe='')}/tasks"
+
+
+# --- Is it ready? ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_server_whose_database_answers_is_ready_without_a_token(server: Process, method: str) -> None:
+    answer = server.request(method, "/readyz")
+    assert answer.status_code == 200
+    assert answer.text == ('{"status": "ok"}' if method == "GET" else "")
+
+
+UNREADY = {
+    "a column is gone": "ALTER TABLE task DROP COLUMN description",
+    "a column has another name": "ALTER TABLE task RENAME COLUMN title TO name",
+    "a column has come": "ALTER TABLE task ADD COLUMN priority INTEGER",
+    "an index is gone": "DROP INDEX task_id",
+    "the tasks are gone": "DROP TABLE task",
+    "the keys are gone": "DROP TABLE idempotency_key",
+}
+
+
+@pytest.mark.parametrize("change", UNREADY.values(), ids=UNREADY)
+def test_a_database_that_no_longer_fits_is_not_ready_and_the_log_says_why(
+    server: Process, tmp_path: Path, change: str
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "taskd.db")) as database:
+        database.execute(change)
+    answer = server.request("GET", "/readyz")
+    problem = assert_problem(answer, 503)
+    assert int(answer.headers["retry-after"]) > 0
+    assert "database" in problem["detail"]
+    assert not re.search(r"taskd\.db|/|SELECT|no such", problem["detail"])
+    assert server.request("GET", "/healthz").status_code == 200
+    until(lambda: re.search("ERROR the (schema of the )?database cannot be used: ", server.log), "a line in the log")
+
+
+def test_it_is_ready_again_when_the_database_fits_again(server: Process, tmp_path: Path) -> None:
+    for change, status in (("title TO name", 503), ("name TO title", 200)):
+        with closing(sqlite3.connect(tmp_path / "taskd.db")) as database:
+            database.execute(f"ALTER TABLE task RENAME COLUMN {change}")
+        assert server.request("GET", "/readyz").status_code == status
+
+
+def test_another_process_that_writes_does_not_make_it_unready(server: Process, tmp_path: Path) -> None:
+    with locked(tmp_path / "taskd.db"):
+        assert server.request("GET", "/readyz").status_code == 200
+
+
+def test_a_damaged_database_is_not_ready(server: Process, tmp_path: Path) -> None:
+    for user in range(40):
+        body = {"title": "x", "description": "y" * 2000}
+        assert server.request("POST", path_of(f"u{user}"), body, bearer(f"u{user}")).status_code == 201
+    assert server.terminate() == 0
+    file = tmp_path / "taskd.db"
+    whole = file.read_bytes()
+    again = Process(tmp_path)
+    try:
+        file.write_bytes(whole[:100] + b"\xff" * (len(whole) - 100))
+        assert_problem(again.request("GET", "/readyz"), 503)
+        assert "Traceback" not in again.log
+    finally:
+        again.kill()
+
+
+# --- Metrics --------------------------------------------------------------------------------------------------------
+
+
+def samples(server: Process) -> dict[tuple[str, ...], float]:
+    """Return what /metrics shows: name and sorted label values, and the number."""
+    answer = server.request("GET", "/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return {
+        (sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items()))): sample.value
+        for family in families(answer.text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("setting", [{}, {"TASKD_METRICS": "0"}, {"TASKD_METRICS": ""}])
+def test_without_the_setting_there_are_no_metrics(start: Start, setting: dict[str, str]) -> None:
+    answer = start(**setting).request("GET", "/metrics")
+    assert_problem(answer, 404)
+
+
+def test_without_the_setting_the_library_is_not_even_loaded(start: Start, tmp_path: Path) -> None:
+    server = start()
+    maps = Path(f"/proc/{server.popen.pid}/maps").read_text()
+    assert "prometheus" not in maps
+    loaded = {name for name in vars(taskd) if "prometheus" in name}
+    assert loaded == set()
+
+
+def test_requests_are_counted_by_route_method_and_status(start: Start) -> None:
+    server = start(TASKD_METRICS="1")
+    made = [server.request("POST", TASKS, {"title": "x"}, bearer()).json["id"] for _ in range(3)]
+    server.request("POST", TASKS, {"title": "y"}, bearer() | {"Idempotency-Key": "k"})
+    server.request("POST", TASKS, {"title": "y"}, bearer() | {"Idempotency-Key": "k"})
+    server.request("POST", TASKS, {"title": ""}, bearer())
+    server.request("GET", f"{TASKS}/{made[0]}", headers=bearer())
+    server.request("PUT", f"{TASKS}/{made[0]}", {"title": "z"}, bearer())
+    server.request("PUT", f"{TASKS}/999", {"title": "z"}, bearer())
+    server.request("PATCH", f"{TASKS}/{made[0]}/complete", headers=bearer())
+    server.request("DELETE", f"{TASKS}/{made[0]}", headers=bearer())
+    for path in ("/nowhere", "/nowhere/else", "/api/alice"):
+        server.request("GET", path)
+    for method in ("BREW", "MAKE"):
+        server.request(method, TASKS, headers=bearer())
+    server.request("GET", TASKS)
+    found = samples(server)
+    everything, one = "route=/api/{user_id}/tasks", "route=/api/{user_id}/tasks/{task_id}"
+    expected = {
+        ("method=POST", everything, "status=201"): 5,
+        ("method=POST", everything, "status=422"): 1,
+        ("method=GET", everything, "status=401"): 1,
+        ("method=GET", one, "status=200"): 1,
+        ("method=PUT", one, "status=200"): 1,
+        ("method=PUT", one, "status=404"): 1,
+        ("method=PATCH", f"{one}/complete", "status=200"): 1,
+        ("method=DELETE", one, "status=200"): 1,
+        ("method=GET", "route=-", "status=404"): 3,
+        ("method=TRACE", everything, "status=405"): 2,
+    }
+    assert {key[1:]: count for key, count in found.items() if key[0] == "taskd_requests_total"} == expected
+    for (method, route, _), _ in expected.items():
+        assert found["taskd_request_seconds_count", method, route] >= 1
+        assert found["taskd_request_seconds_sum", method, route] > 0
+    written = {name: found["taskd_tasks_written_total", f"change={name}"] for name in ("created", "changed", "deleted")}
+    assert written == {"created": 4, "changed": 2, "deleted": 1}
+    for statement, least in (("insert", 4), ("update", 2), ("delete", 1), ("select", 1)):
+        assert found["taskd_database_seconds_count", f"statement={statement}"] >= least
+    assert found["taskd_build_info", f"version={taskd.__version__}"] == 1
+
+
+def test_no_metric_tells_anything_about_a_user_or_a_task(start: Start) -> None:
+    server = start(TASKD_METRICS="1")
+    for user in ("alice-in-wonderland", *NASTY):
+        answer = server.request("POST", path_of(user), {"title": "the white rabbit"}, bearer(user))
+        assert answer.status_code == 201
+        server.request("GET", f"{path_of(user)}/{answer.json['id']}?q=rabbit", headers=bearer(user))
+    shown = server.request("GET", "/metrics").text
+    for hidden in ("wonderland", "rabbit", "forged", "bob"):
+        assert hidden not in shown
+    assert set(re.findall(r'route="([^"]*)"', shown)) <= {"-", "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}"}
+
+
+def test_a_database_that_cannot_be_used_is_counted_as_503(start: Start, tmp_path: Path) -> None:
+    server = start(TASKD_METRICS="1")
+    with closing(sqlite3.connect(tmp_path / "taskd.db")) as database:
+        database.execute("DROP TABLE task")
+    assert_problem(server.request("GET", TASKS, headers=bearer()), 503)
+    assert samples(server)["taskd_requests_total", "method=GET", "route=/api/{user_id}/tasks", "status=503"] == 1
+
+
+# --- Log lines ------------------------------------------------------------------------------------------------------
+
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO (?P<method>[A-Z-]+) (?P<route>\S+) (?P<status>\d{3}) \d+\.\dms"
+    r" id=(?P<id>[A-Za-z0-9._-]{1,64}) user=(?P<user>-|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
+    r"( client=(?P<client>\S+))?"
+)
+
+
+def lines(server: Process) -> list[str]:
+    """Return what was logged after the start, line by line, for whatever ends a line somewhere."""
+    return server.log.splitlines()[1:]
+
+
+def fields(server: Process) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines(server)]
+
+
+@pytest.mark.parametrize("user", NASTY)
+def test_no_user_can_forge_a_line_of_text(server: Process, user: str) -> None:
+    assert server.request("GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"}).status_code == 200
+    until(lambda: lines(server), "a line in the log")
+    [line] = lines(server)
+    assert (found := LINE.fullmatch(line))
+    assert (found["method"], found["status"], found["id"]) == ("GET", "200", "mine")
+    assert found["user"] == repr(user)
+
+
+@pytest.mark.parametrize("user", NASTY)
+def test_no_user_can_forge_a_line_of_json(start: Start, user: str) -> None:
+    server = start(TASKD_LOG_FORMAT="json")
+    assert server.request("GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"}).status_code == 200
+    until(lambda: lines(server), "a line in the log")
+    [line] = fields(server)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert 0 <= line.pop("ms") < 5000
+    expected = {"level": "INFO", "method": "GET", "route": "/api/{user_id}/tasks", "status": 200, "id": "mine"}
+    assert line == expected | {"user": user}
+
+
+def test_each_request_has_its_line_whatever_became_of_it(start: Start) -> None:
+    server = start(TASKD_LOG_FORMAT="json")
+    server.request("POST", TASKS, {"title": "x"}, bearer())
+    server.request("GET", f"{TASKS}?q=x", headers=bearer())
+    server.request("GET", TASKS)
+    server.request("GET", "/nowhere?token=secret")
+    server.request("POST", TASKS, b"x" * (1024 * 1024 + 1), bearer())
+    until(lambda: len(lines(server)) == 5, "five lines in the log")
+    found = [(line["method"], line["route"], line["status"], line["user"]) for line in fields(server)]
+    route = "/api/{user_id}/tasks"
+    assert found[:4] == [
+        ("POST", route, 201, "alice"), ("GET", route, 200, "alice"), ("GET", route, 401, "-"), ("GET", "-", 404, "-")
+    ]  # fmt: skip
+    assert found[4][2:] == (413, "-")
+    assert "secret" not in server.log
+
+
+def test_a_fault_is_one_line_of_json_with_its_message(start: Start, tmp_path: Path) -> None:
+    server = start(TASKD_LOG_FORMAT="json")
+    with closing(sqlite3.connect(tmp_path / "taskd.db")) as database:
+        database.execute("DROP TABLE task")
+    server.request("GET", TASKS, headers=bearer())
+    until(lambda: len(lines(server)) == 2, "two lines in the log")
+    first, second = fields(server)
+    assert (first["level"], second["status"]) == ("ERROR", 503)
+    assert "no such table" in first["message"]
+
+
+def raised(text: str) -> Any:
+    try:
+        raise RuntimeError(text)
+    except RuntimeError as ex:
+        return type(ex), ex, ex.__traceback__
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_traceback_forges_no_line_either(text: str) -> None:
+    record = logging.LogRecord("taskd", logging.ERROR, "", 0, "unhandled exception id=%s", ("mine",), raised(text))
+    line = taskd.JsonLines().format(record)
+    assert len(line.splitlines()) == 1
+    assert (found := json.loads(line))["message"] == "unhandled exception id=mine"
+    assert "RuntimeError" in found["traceback"]
+    first, *rest = taskd.TextLines().format(logging.makeLogRecord(record.__dict__ | {"exc_text": None})).split("\n")
+    assert first.endswith("ERROR unhandled exception id=mine")
+    assert rest
+    assert all(line.startswith("    ") for line in rest)
+
+
+def test_the_level_leaves_out_the_line_of_a_request(start: Start) -> None:
+    server = start(TASKD_LOG="warning", TASKD_LOG_FORMAT="json")
+    assert server.request("GET", "/healthz").status_code == 200
+    assert server.terminate() == 0
+    assert lines(server) == []
+
+
+# --- Behind a proxy -------------------------------------------------------------------------------------------------
+
+FORWARDED = [  # what the proxy sends, and which client it tells
+    ("10.1.2.3", "10.1.2.3"),
+    ("6.6.6.6, 10.1.2.3", "10.1.2.3"),  # only the last was added by the proxy
+    ("10.1.2.3,2001:db8::7", "2001:db8::7"),
+    ("[2001:db8::7]", "[2001:db8::7]"),
+    ("", "127.0.0.1"),
+    ("10.1.2.3, nonsense", "127.0.0.1"),
+    ("10.1.2.3\tuser='bob'", "127.0.0.1"),
+    ("<script>", "127.0.0.1"),
+    ("x" * 1000, "127.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("proxy", ["127.0.0.1", "*"])
+def test_a_trusted_proxy_tells_the_client(start: Start, proxy: str) -> None:
+    server = start(TASKD_TRUSTED_PROXY=proxy)
+    for forwarded, _ in FORWARDED:
+        assert server.request("GET", "/healthz", headers={"X-Forwarded-For": forwarded}).status_code == 200
+    until(lambda: len(lines(server)) == len(FORWARDED), "a line for each")
+    found = [match["client"] for line in lines(server) if (match := LINE.fullmatch(line))]
+    assert found == [client for _, client in FORWARDED]
+
+
+def test_the_client_is_in_the_json_too(start: Start) -> None:
+    server = start(TASKD_TRUSTED_PROXY="127.0.0.1", TASKD_LOG_FORMAT="json")
+    server.request("GET", "/healthz", headers={"X-Forwarded-For": "10.1.2.3"})
+    until(lambda: lines(server), "a line in the log")
+    assert fields(server)[0]["client"] == "10.1.2.3"
+
+
+@pytest.mark.parametrize("settings", [{}, {"TASKD_TRUSTED_PROXY": "10.0.0.1"}])
+def test_nobody_else_is_believed(start: Start, settings: dict[str, str]) -> None:
+    server = start(**settings)
+    headers = bearer() | {"X-Forwarded-For": "10.1.2.3", "X-Forwarded-Prefix": "/todo", "Forwarded": "for=10.1.2.3"}
+    answer = server.request(
+        "POST", TASKS, {"title": "x"}, headers | {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil"}
+    )
+    assert answer.headers["location"] == f"{TASKS}/{answer.json['id']}"
+    until(lambda: lines(server), "a line in the log")
+    assert "10.1.2.3" not in server.log
+    if settings:
+        assert LINE.fullmatch(lines(server)[0])["client"] == "127.0.0.1"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "shown"),
+    [
+        ("/todo", "/todo"),
+        ("/a/b", "/a/b"),
+        ("", ""),
+        ("todo", ""),
+        ("/", ""),
+        ("//evil.example", ""),
+        ("/a b", ""),
+        ("https://evil.example", ""),
+        ('/"><x', ""),
+    ],
+)
+def test_a_trusted_proxy_tells_where_it_has_put_taskd(start: Start, prefix: str, shown: str) -> None:
+    server = start(TASKD_TRUSTED_PROXY="127.0.0.1")
+    user = "a/ä"
+    headers = bearer(user) | {"X-Forwarded-Prefix": prefix}
+    for _ in range(2):
+        answer = server.request("POST", path_of(user), {"title": "x"}, headers)
+        assert answer.headers["location"] == f"{shown}{path_of(user)}/{answer.json['id']}"
+    link = server.request("GET", f"{path_of(user)}?limit=1", headers=headers).headers["link"]
+    assert link.startswith(f"<{shown}{path_of(user)}?limit=1&after=")
+
+
+UNUSABLE = [
+    ("TASKD_METRICS", "yes"),
+    ("TASKD_METRICS", "2"),
+    ("TASKD_LOG_FORMAT", "xml"),
+    ("TASKD_LOG_FORMAT", "JSON"),
+    ("TASKD_TRUSTED_PROXY", "proxy.example"),
+    ("TASKD_TRUSTED_PROXY", "10.0.0.1, 10.0.0.2"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value"), UNUSABLE)
+def test_a_setting_that_cannot_be_used_stops_the_start(tmp_path: Path, variable: str, value: str) -> None:
+    process = Process(tmp_path, wait=False, **{variable: value})
+    assert process.terminate(0) == 2
+    assert re.fullmatch(rf"taskd: {variable} must be [^\n]+\n", process.log)
