@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import taskd
 from support import SECRET, Process, bearer
 
+Pair = tuple[list[Process], Path]
+
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Give every row of a table an id that can be typed, and is the same in every process: no times in it."""
@@ -95,3 +97,19 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 @pytest.fixture
 def server(start: Callable[..., Process]) -> Process:
     return start()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two servers on one database file, and the file; each test has its own users in it."""
+    directory = tmp_path_factory.mktemp("pair")
+    servers = [Process(directory, TASKD_THREADS="80") for _ in range(2)]
+    yield servers, directory / "taskd.db"
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(params=["in_a_worker_thread", "in_the_thread_of_the_sockets"])
+def either_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskd.this_thread, "hurried", request.param == "in_the_thread_of_the_sockets")
+    monkeypatch.setattr(taskd, "SLOW", 99)  # however slow the disk, it stays in this thread

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import hmac
 import http.client
+import itertools
 import json
 import os
 import re
@@ -249,3 +250,20 @@ def until(condition: Callable[[], object], why: str, seconds: float = DEADLINE) 
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {why}"
         time.sleep(0.01)
+
+
+def at_once(servers: list[Process], requests: list[bytes], database: Path | None = None) -> list[WireAnswer]:
+    """Send the requests on connections of their own, in turn to these servers, and return the answers.
+
+    With a database, its lock is held until all have been sent, so that they meet in the worker threads.
+    """
+    with contextlib.ExitStack() as stack:
+        wires = [
+            stack.enter_context(Wire(server)) for server, _ in zip(itertools.cycle(servers), requests, strict=False)
+        ]
+        with locked(database) if database else contextlib.nullcontext():
+            for wire, request in zip(wires, requests, strict=True):
+                wire.send(request)
+            for server in servers * 2:  # when this is answered, those before it have been looked at
+                assert server.request("GET", "/healthz").status_code == 200
+        return [wire.answer() for wire in wires]

@@ -25,7 +25,7 @@ import pytest
 from falcon import testing
 
 import taskd
-from conftest import Person
+from conftest import Pair, Person
 from support import (
     DEADLINE,
     OTHER_SECRET,
@@ -34,6 +34,7 @@ from support import (
     Wire,
     WireAnswer,
     assert_problem,
+    at_once,
     bearer,
     locked,
     stored,
@@ -53,12 +54,6 @@ Start = Callable[..., Process]
 def path(tmp_path: Path) -> Path:
     """Where the applications and servers of these tests have their database."""
     return tmp_path / "taskd.db"
-
-
-@pytest.fixture(params=["in_a_worker_thread", "in_the_thread_of_the_sockets"])
-def either_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taskd.this_thread, "hurried", request.param == "in_the_thread_of_the_sockets")
-    monkeypatch.setattr(taskd, "SLOW", 99)  # however slow the disk, it stays in this thread
 
 
 def create(person: Person, key: str, task: object = None, **options: Any) -> testing.Result:
@@ -471,38 +466,8 @@ def keyed(key: str, title: str = "Buy milk", user: str = "alice") -> bytes:
     return written("POST", f"/api/{user}/tasks", {"title": title}, f"Idempotency-Key: {key}", user=user)
 
 
-def at_once(servers: list[Process], requests: list[bytes], database: Path | None = None) -> list[WireAnswer]:
-    """Send the requests on connections of their own, in turn to these servers, and return the answers.
-
-    With a database, its lock is held until all have been sent, so that they meet in the worker threads.
-    """
-    with contextlib.ExitStack() as stack:
-        wires = [
-            stack.enter_context(Wire(server)) for server, _ in zip(itertools.cycle(servers), requests, strict=False)
-        ]
-        with locked(database) if database else contextlib.nullcontext():
-            for wire, request in zip(wires, requests, strict=True):
-                wire.send(request)
-            for server in servers * 2:  # when this is answered, those before it have been looked at
-                assert server.request("GET", "/healthz").status_code == 200
-        return [wire.answer() for wire in wires]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Process], Path]]:
-    """Two servers on one database file, and the file; each test has its own users in it."""
-    directory = tmp_path_factory.mktemp("pair")
-    servers = [Process(directory, TASKD_THREADS="80") for _ in range(2)]
-    yield servers, directory / "taskd.db"
-    for server in servers:
-        server.kill()
-
-
 def titles(path: Path, user: str) -> Counter[str]:
     return Counter(task["title"] for task in stored(path).values() if task["user_id"] == user)
-
-
-Pair = tuple[list[Process], Path]
 
 
 @pytest.mark.parametrize("meeting", ["as they come", "in the worker threads"])
