@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import resource
@@ -29,7 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import partial, reduce
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
@@ -783,23 +784,27 @@ class TaskStore:
         return tasks[:size], msgspec.structs.replace(listing, after=after)
 
     def _select(self, both: bool, everything: bool, sort: str, first: bool) -> str:
-        """Return the statement of a page: from its first task on, along an index, and never with OFFSET."""
-        keys = list(dict.fromkeys([sort.lstrip("-"), "id"]))
-        place = peewee.Tuple(*(getattr(Task, key) for key in keys))
-        before = peewee.Tuple(*(parameter(name) for name in ("value", "last")[-len(keys) :]))
-        query: Any = Task.select(*SHOWN).where(mine(Task))
-        if not everything:
-            query = query.where(peewee.SQL(CONTAINS))
-        if not first:
-            query = query.where(place < before if sort.startswith("-") else place > before)
+        """Return the statement of a page: from its first task on, along an index, and never with OFFSET.
+
+        It is put together from parts that each are a piece of an index in its order: open and done tasks, those equal
+        to the last one before and those after them. SQLite would read all that are equal if it were asked at once.
+        """
+        column, descending = getattr(Task, sort.lstrip("-")), sort.startswith("-")
+        value, last = parameter("value"), parameter("last")
+        halves, places = [], []
         if not both:
-            query = query.where(Task.completed == parameter("completed"))
-        elif len(keys) > 1:  # the indexes of these orders tell open from done tasks; both are merged
-            open_tasks, done_tasks = (query.where(Task.completed == peewee.SQL(done)) for done in ("FALSE", "TRUE"))
-            query = open_tasks + done_tasks
-        direction = " DESC" if sort.startswith("-") else ""
-        query = query.order_by(*(peewee.SQL(f"{key}{direction}") for key in keys))
-        return self._database.compile(query.limit(parameter("limit")))
+            halves = [Task.completed == parameter("completed")]
+        elif column is not Task.id:
+            halves = [Task.completed == peewee.SQL("FALSE"), Task.completed == peewee.SQL("TRUE")]
+        if not first:
+            places = [Task.id < last if descending else Task.id > last]
+        if not first and column is not Task.id:
+            places = [(column == value) & places[0], column < value if descending else column > value]
+        query = Task.select(*SHOWN).where(mine(Task), *([] if everything else [peewee.SQL(CONTAINS)]))
+        parts: list[Any] = [query.where(*part) for part in itertools.product(*filter(None, (halves, places)))]
+        direction = " DESC" if descending else ""
+        order = (peewee.SQL(f"{key}{direction}") for key in dict.fromkeys([column.name, "id"]))
+        return self._database.compile(reduce(operator.add, parts).order_by(*order).limit(parameter("limit")))
 
     def get(self, user_id: str, task_id: int) -> Stored | None:
         """Return one task."""
@@ -1729,6 +1734,7 @@ class ServerTask(waitress.task.WSGITask):
     wrote_header: bool
     error = None  # it stands in the channel's queue of requests as long as there is a rest
     rest: LongList | None = None
+    long = False
 
     def get_environment(self) -> dict[str, Any]:
         """Return the WSGI environment, with the body to be read from its beginning."""
@@ -1753,11 +1759,13 @@ class ServerTask(waitress.task.WSGITask):
     def finish(self) -> None:
         """End the answer, or see to its rest when the client has taken what there is, and others had their turn."""
         if self.rest:
-            self.close_on_finish = False
+            self.close_on_finish, self.long = False, True
             self.channel.requests.insert(1, self)
             return
-        self.close_on_finish = self.close_on_finish or self.chunked_response
+        if not self.wrote_header:
+            self.write(b"")
         self.chunked_response = self.chunked_response and self.request.command != "HEAD"
+        self.close_on_finish = self.close_on_finish or self.long  # as its header said
         super().finish()
 
     def close(self) -> None:
