@@ -1192,10 +1192,14 @@ def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
 
 
 def _keep_copy(path: str, version: int) -> str:
-    copy = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with contextlib.closing(sqlite3.connect(path)) as now, contextlib.closing(sqlite3.connect(copy)) as kept:
+    """Copy the database beside itself, under its name only when it is whole, and return that name."""
+    copy, part = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"{path}.part"
+    for left in (part, f"{part}-journal"):  # by a start that was killed
+        Path(left).unlink(missing_ok=True)
+    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with contextlib.closing(sqlite3.connect(path)) as now, contextlib.closing(sqlite3.connect(part)) as kept:
         now.backup(kept)
+    Path(part).rename(copy)
     return copy
 
 
