@@ -855,27 +855,38 @@ class Visitor:
             raise typer.BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}") from None
         self.id = f"smoke-{secrets.token_hex(8)}"
         self.headers: dict[str, str] = {}
+        self.tag = ""  # of the task that was last shown
         self._prefix = parts.path.rstrip("/")
         self._tasks = f"/api/{self.id}/tasks"
         self._token = Tokens(settings).mint(login(settings, self.id, ttl=300))
         self.results: list[dict[str, Any]] = []
 
     def call(
-        self, method: str, path: str, expected: int, *, body: object = None, shows: dict[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        expected: int,
+        *,
+        body: object = None,
+        headers: dict[str, str] | None = None,
+        shows: dict[str, Any] | None = None,
+        carries: str = "X-Request-ID",
     ) -> Any:
         """Make a call, note whether it answered as expected, and return the answer's JSON.
 
-        `shows` holds members that the answer must have.
+        `shows` holds members that the answer must have, and `carries` names a header.
         """
         content = None if body is None else json.dumps(body)
         started = time.perf_counter()
-        self._connection.request(method, self._prefix + path, content, self.headers)
+        self._connection.request(method, self._prefix + path, content, self.headers | (headers or {}))
         answer = self._connection.getresponse()
         shown = json.loads(answer.read() or "null")
         milliseconds = round((time.perf_counter() - started) * 1000, 1)
         members = shown if isinstance(shown, dict) else {}
         fits = answer.status == expected and all(members.get(name) == value for name, value in (shows or {}).items())
-        route = re.sub("[0-9]+(?=/|$)", "{id}", path.replace(self.id, "{user_id}"))
+        fits = fits and carries in answer.headers
+        self.tag = answer.headers.get("ETag", self.tag)
+        route = re.sub("(?<=/)[0-9]+(?=/|$)", "{id}", path.replace(self.id, "{user_id}"))
         row = {"result": "ok" if fits else "OFF", "method": method, "route": route, "status": answer.status}
         self.results.append({**row, "expected": expected, "ms": milliseconds})
         return shown if fits else None
@@ -890,16 +901,24 @@ class Visitor:
         self.call("POST", self._tasks, 422, body={"title": " "})
         self.call("GET", self._tasks, 200)
         new = {"title": "Try every route", "description": "with taskctl smoke"}
-        if task := self.call("POST", self._tasks, 201, body=new, shows={**new, "completed": False}):
+        key = {"Idempotency-Key": self.id}
+        if task := self.call("POST", self._tasks, 201, body=new, headers=key, shows={**new, "completed": False}):
             path = f"{self._tasks}/{task.get('id')}"
-            self.call("GET", path, 200, shows=task)
-            self.call("PUT", path, 200, body={"title": "Tried"}, shows={"title": "Tried", "id": task["id"]})
-            self.call("PATCH", f"{path}/complete", 200, shows={"completed": True})
+            self.call("POST", self._tasks, 201, body=new, headers=key, shows=task, carries="Idempotency-Replayed")
+            self.call("GET", path, 200, shows=task, carries="ETag")
+            self.call("GET", path, 304, headers={"If-None-Match": self.tag}, carries="ETag")
+            known = {"If-Match": self.tag}
+            tried = {"title": "Tried", "id": task["id"]}
+            self.call("PUT", path, 200, body={"title": "Tried"}, headers=known, shows=tried, carries="ETag")
+            self.call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
+            self.call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
+            self.call("POST", self._tasks, 201, body=new)
+            self.call("GET", f"{self._tasks}?limit=1", 200, carries="Link")
             self.call("DELETE", path, 200, shows={"title": "Tried", "completed": True})
             self.call("GET", path, 404)
 
     def clean_up(self) -> None:
-        """Delete what a call that went wrong may have left."""
+        """Delete what is left, also by a call that went wrong."""
         left = self.call("GET", self._tasks, 200)
         for task in left if isinstance(left, list) else ():
             if isinstance(task, dict) and "id" in task:

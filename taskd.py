@@ -47,7 +47,7 @@ import waitress.task
 from msgspec import UNSET, Meta, Struct, UnsetType
 from waitress import wasyncore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 log = logging.getLogger("taskd")
 
