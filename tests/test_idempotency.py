@@ -659,8 +659,7 @@ class Customer:
                 self.found += is_replayed(self._create(wire, self.waiting))
             for key in self.chance.sample(sorted(self.answers), min(5, len(self.answers))):
                 assert is_replayed(self._create(wire, key))
-            wire.send(written("GET", f"/api/{self.user}/tasks", user=self.user))
-            tasks = wire.answer().json
+        tasks = server.request("GET", f"/api/{self.user}/tasks", headers=bearer(self.user)).json
         assert Counter(task["title"] for task in tasks) == {f"{self.user} {key}": 1 for key in self.answers}
         assert sorted(task["id"] for task in tasks) == sorted(
             json.loads(str(content, "utf-8"))["id"] for _, content, *_ in self.answers.values()
