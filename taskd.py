@@ -946,6 +946,7 @@ class Sqlite:
             self._patient.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        self.peewee = self._patient  # for queries of taskctl's own
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
         self._slow = False
@@ -1041,7 +1042,7 @@ class Postgres:
             from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
         except ImportError:
             raise SettingsError("DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt") from None
-        self._pool = PooledPostgresqlDatabase(
+        self._pool = self.peewee = PooledPostgresqlDatabase(
             settings.database_url,
             max_connections=settings.threads,
             timeout=QUEUE,
