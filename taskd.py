@@ -946,6 +946,7 @@ class Sqlite:
             self._patient.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        self._path, self._opened = Path(path), Path(path).stat()
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
         self._slow = False
@@ -1019,11 +1020,20 @@ class Sqlite:
             self._slots.release()
 
     def check(self) -> None:
-        """Raise Unavailable unless the database answers and fits schema.sql."""
+        """Raise Unavailable unless the database answers, fits schema.sql, and is still what lies at its path.
+
+        SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
+        """
         if this_thread.hurried:
             raise Blocked
         self.run("SELECT 1 FROM task LIMIT 1")
-        _check_fit(self._patient, statements_kept)
+        try:
+            replaced = not os.path.samestat(self._path.stat(), self._opened)
+            _check_fit(self._patient, statements_kept)
+        except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
+            raise Unavailable("the database", str(ex)) from ex
+        if replaced:
+            raise Unavailable("the database, whose file was replaced,", "restart taskd to serve what lies there now")
 
     def close(self) -> None:
         """Close this thread's connections; the last one of all folds SQLite's log into the database."""
@@ -1109,8 +1119,8 @@ class Postgres:
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
     try:
         check_schema(database, "it", describe)
-    except (DatabaseError, peewee.DatabaseError) as ex:
-        raise Unavailable("the schema of the database", str(ex)) from None
+    except (DatabaseError, peewee.ProgrammingError) as ex:
+        raise Unavailable("the database, whose schema does not fit,", _first_line(ex)) from None
 
 
 def respelled(statement: str) -> str:
