@@ -24,7 +24,6 @@ import signal
 import socket
 import sqlite3
 import sys
-import textwrap
 import threading
 import time
 from collections import deque
@@ -947,6 +946,7 @@ class Sqlite:
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._patient  # for queries of taskctl's own
+        self._path, self._opened = Path(path), Path(path).stat()
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
         self._slow = False
@@ -1020,11 +1020,20 @@ class Sqlite:
             self._slots.release()
 
     def check(self) -> None:
-        """Raise Unavailable unless the database answers and fits schema.sql."""
+        """Raise Unavailable unless the database answers, fits schema.sql, and is still what lies at its path.
+
+        SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
+        """
         if this_thread.hurried:
             raise Blocked
         self.run("SELECT 1 FROM task LIMIT 1")
-        _check_fit(self._patient, statements_kept)
+        try:
+            replaced = not os.path.samestat(self._path.stat(), self._opened)
+            _check_fit(self._patient, statements_kept)
+        except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
+            raise Unavailable("the database", str(ex)) from ex
+        if replaced:
+            raise Unavailable("the database, whose file was replaced,", "restart taskd to serve what lies there now")
 
     def close(self) -> None:
         """Close this thread's connections; the last one of all folds SQLite's log into the database."""
@@ -1110,8 +1119,8 @@ class Postgres:
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
     try:
         check_schema(database, "it", describe)
-    except (DatabaseError, peewee.DatabaseError) as ex:
-        raise Unavailable("the schema of the database", str(ex)) from None
+    except (DatabaseError, peewee.ProgrammingError) as ex:
+        raise Unavailable("the database, whose schema does not fit,", _first_line(ex)) from None
 
 
 def respelled(statement: str) -> str:
@@ -1252,7 +1261,7 @@ def columns_and_indexes(database: peewee.Database) -> set[str]:
 # --- Middleware -----------------------------------------------------------------------------------------------------
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-REQUEST_LINE = "%(method)s %(route)s %(status)s %(ms).1fms id=%(id)s user=%(user)s"
+PLAIN_RECORD = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", None, None).__dict__
 ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\]")
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
@@ -1306,14 +1315,23 @@ def _unauthorized(detail: str, why: str = "") -> falcon.HTTPUnauthorized:
     return falcon.HTTPUnauthorized(description=detail, challenges=[f'Bearer realm="taskd"{why}'])
 
 
-class Name(str):
-    """Text that a user chose: quoted in a line of the log, so that it can forge none."""
+class RequestLine(logging.LogRecord):
+    """A request's line in the log, without all that logging looks up elsewhere and no line of ours shows."""
 
-    __slots__ = ()
+    fields: dict[str, Any]
 
-    def __str__(self) -> str:
-        """Return it in quotes, without line breaks."""
-        return self.__repr__()
+    def __init__(self, fields: dict[str, Any]) -> None:
+        """Take the fields in the order in which JSON shows them; the user is None where nobody is known."""
+        now = time.time()
+        self.__dict__ = {**PLAIN_RECORD, "created": now, "msecs": now % 1 * 1000, "fields": fields}
+
+    def getMessage(self) -> str:  # noqa: N802
+        """Return it as text. The user is percent-encoded as in a URL: no field and no line can be forged with it."""
+        field, user = self.fields, self.fields["user"]
+        user = "-" if user is None else f"'{falcon.uri.encode_value(user)}'"
+        client = f" client={field['client']}" if "client" in field else ""
+        what = f"{field['method']} {field['route']} {field['status']} {field['ms']:.1f}ms"
+        return f"{what} id={field['id']} user={user}{client}"
 
 
 class Envelope:
@@ -1321,7 +1339,6 @@ class Envelope:
 
     def __init__(self, trusted_proxy: str | None) -> None:
         self._proxy = trusted_proxy
-        self._line = REQUEST_LINE + (" client=%(client)s" if trusted_proxy else "")
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Take the client's request id if it can stand in a log, else make one, and start the clock."""
@@ -1346,12 +1363,17 @@ class Envelope:
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
         """Log the request: never its token, its query or its body."""
+        if not log.isEnabledFor(logging.INFO):
+            return
         context = req.context
         milliseconds = round((time.perf_counter() - context.started) * 1000, 1)
-        user = Name(context.user.id) if "user" in context else "-"
-        fields = {"method": req.method, "route": req.uri_template or "-", "status": resp.status_code}
-        fields |= {"ms": milliseconds, "id": context.id, "user": user}
-        log.info(self._line, fields | {"client": context.client} if self._proxy else fields)
+        fields = {"method": req.method, "route": req.uri_template or "-", "status": resp.status_code,
+                  "ms": milliseconds, "id": context.id, "user": None}  # fmt: skip
+        if "user" in context:
+            fields["user"] = context.user.id
+        if self._proxy:
+            fields["client"] = context.client
+        log.handle(RequestLine(fields))
 
 
 class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
@@ -1693,15 +1715,23 @@ def wsgi() -> App:
 
 
 class TextLines(logging.Formatter):
-    """Log lines for people; what belongs to a line is indented below it, so that it can be taken for no other."""
+    """Log lines for people. A traceback is indented, so that none of its lines can be taken for one of the log."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-        self.converter = time.gmtime
+    _second, _clock = 0, ""
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Return a traceback, indented."""
-        return textwrap.indent(super().formatException(ei), "    ", lambda line: True)
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Return the time in UTC, of which only the milliseconds are made anew each time."""
+        if self._second != int(record.created):
+            self._second = int(record.created)
+            self._clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
+        return f"{self._clock}.{int(record.msecs):03}Z"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line, and perhaps a traceback below it."""
+        line = f"{self.formatTime(record)} {record.levelname} {printable(record.getMessage())}"
+        if not record.exc_info:
+            return line
+        return "\n    ".join([line, *map(printable, self.formatException(record.exc_info).splitlines())])
 
 
 class JsonLines(TextLines):
@@ -1709,9 +1739,16 @@ class JsonLines(TextLines):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line with a request's fields, or with a message and perhaps a traceback."""
-        line = {"time": f"{self.formatTime(record, self.datefmt)}.{record.msecs:03.0f}Z", "level": record.levelname}
-        line |= record.args if isinstance(record.args, dict) else {"message": record.getMessage()}
+        line = {"time": self.formatTime(record), "level": record.levelname}
+        line |= record.fields if isinstance(record, RequestLine) else {"message": record.getMessage()}
         return json.dumps(line | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
+
+
+def printable(text: str) -> str:
+    """Return a text with everything escaped that breaks a line or moves a cursor."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def configure_log(settings: Settings) -> None:
@@ -1806,8 +1843,9 @@ class ServerErrorTask(waitress.task.ErrorTask):
         error = self.request.error
         status = 400 if error.code == 501 else error.code
         body, request_id = problem(status, error.body), os.urandom(8).hex()
-        fields = {"method": "-", "route": "-", "status": status, "ms": 0, "id": request_id, "user": "-"}
-        log.info(REQUEST_LINE, fields)
+        if log.isEnabledFor(logging.INFO):
+            fields = {"method": "-", "route": "-", "status": status, "ms": 0, "id": request_id, "user": None}
+            log.handle(RequestLine(fields))
         self.status = f"{status} {HTTPStatus(status).phrase}"
         self.response_headers += [("Content-Type", "application/problem+json"), ("X-Request-ID", request_id)]
         self.set_close_on_finish()
@@ -1962,14 +2000,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise SettingsError(f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {ex}") from None
 
 
-def serve(app: App, listener: socket.socket, threads: int) -> None:
+def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     """Serve the application on waitress until SIGTERM or SIGINT."""
     server = Server(
         app,
         _sock=listener,
         bind_socket=False,
         sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
-        threads=threads,
+        threads=settings.threads,
         ident=None,  # no Server header
         connection_limit=max(100, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100),  # idle ones shut nobody out
         max_request_body_size=1024 * 1024,
@@ -1981,7 +2019,10 @@ def serve(app: App, listener: socket.socket, threads: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
-    print(f"taskd: listening on http://{host}:{server.effective_port}", file=sys.stderr, flush=True)
+    line = f"taskd: listening on http://{host}:{server.effective_port}"  # told at every level of the log
+    if settings.log_format == "json":
+        line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))
+    print(line, file=sys.stderr, flush=True)
     server.run()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -1999,7 +2040,7 @@ def main() -> int:
     configure_log(settings)
     if settings.jwks_url and not (settings.issuer and settings.audience):
         log.warning("TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE takes tokens meant for other services")
-    serve(app, listener, settings.threads)
+    serve(app, listener, settings)
     app.store.close()
     return 0
 
