@@ -299,7 +299,8 @@ def bound_to(user: str) -> re.Pattern[str]:
     expected = (
         rf"""\(CAST\({value} AS TEXT\) IS NULL OR {value} LIKE '%"' \|\| version \|\| '-' \|\| updated_at \|\| '"%'\)"""
     )
-    contains = rf"\(title_folded LIKE {text} ESCAPE '\\' OR description_folded LIKE {text} ESCAPE '\\'\)"
+    contains = rf"\(REPLACE\(title_folded, {text}, ''\) <> title_folded OR"
+    contains += rf" REPLACE\(description_folded, {text}, ''\) <> description_folded\)"
     key = rf"\({mine('idempotency_key')} AND \({key_name}\)\)"
     number = '"idempotency_key"."id"'
     oldest = re.escape(f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2')
