@@ -1,8 +1,8 @@
 """taskd: a JWT-protected task API for many users, in one file.
 
 Better Auth logs people in; taskd verifies the token that it hands out and serves that user's tasks, nobody else's.
-A request goes through the chapters from top to bottom: settings, tokens, bodies, store, middleware, resources,
-errors, app, server. Importing this module does nothing; `create_app` builds everything.
+The chapters, from top to bottom: settings, tokens, bodies, store, database, middleware, resources, errors, app,
+server. Importing this module does nothing; `create_app` builds everything.
 """
 
 from __future__ import annotations
