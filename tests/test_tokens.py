@@ -1053,7 +1053,7 @@ def test_the_application_does_not_start_without_a_usable_secret_and_touches_noth
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["\0", "alice\0", "alice\0bob", "x" * 5000])
+@pytest.mark.parametrize("name", ["\0", "alice\0", "alice\0bob", "x" * 2000])
 def test_a_user_whose_id_sqlite_can_keep_is_served(client, name):
     """PostgreSQL can keep neither U+0000 nor what is too long for an index, and answers 503."""
     path = f"/api/{quote(name, safe='')}/tasks"
