@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import resource
@@ -23,13 +24,12 @@ import signal
 import socket
 import sqlite3
 import sys
-import textwrap
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import partial, reduce
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
@@ -46,7 +46,7 @@ import waitress.task
 from msgspec import UNSET, Meta, Struct, UnsetType
 from waitress import wasyncore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 log = logging.getLogger("taskd")
 
@@ -122,7 +122,7 @@ class Settings:
         "DATABASE_URL",
         "sqlite:///taskd.db",
         "sqlite:/// and the path of a file, or postgresql://user:password@host/name",
-        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://[^\s\0]+",
+        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?",
     )
     host: str = _setting("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
     port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port)
@@ -162,7 +162,9 @@ class Settings:
     @property
     def database(self) -> str:
         """The path of SQLite's file, or what else can be told of where the data is: no password."""
-        return re.sub(r"//[^/]*@", "//…@", self.database_url).removeprefix("sqlite:///")
+        if self.database_url.startswith("sqlite:"):
+            return self.database_url.removeprefix("sqlite:///")
+        return re.sub("//.*@", "//…@", self.database_url.partition("?")[0])
 
 
 def _parse(text: str, *, variable: str, about: str, pattern: str, parse: Callable[[str], Any], secret: bool) -> Any:
@@ -576,9 +578,9 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
     wrong = [name for name, text in given.items() if not re.fullmatch(PARAMETERS[name][0], text)]
     wrong += [name for name in PARAMETERS if isinstance(req.params.get(name), list)]  # given more than once
     sort, after = given.get("sort", "id"), None
-    if "after" in given and not wrong:
+    if "after" in given and not {"after", "sort"}.intersection(wrong):
         after = cursors.read(given["after"], req.context.user.id, sort)
-        wrong = [] if after else ["after"]
+        wrong += [] if after else ["after"]
     if wrong:
         raise Unprocessable([Fault(name, PARAMETERS[name][1]) for name in wrong])
     completed = {"true": True, "false": False}.get(given.get("completed", ""))
@@ -642,7 +644,7 @@ def read_key(req: falcon.Request) -> str | None:
 
 PIECE = 200  # tasks of a list that are read and sent at once
 REPEATABLE = timedelta(hours=24)  # how long a create can be repeated with its Idempotency-Key
-CONTAINS = r"(title_folded LIKE :q ESCAPE '\' OR description_folded LIKE :q ESCAPE '\')"
+CONTAINS = " OR ".join(f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded"))
 AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
 
 
@@ -714,9 +716,9 @@ class Stored(Struct, frozen=True):
     replayed: bool = False
 
 
-def folded(title: str, description: str | None) -> dict[str, str | None]:
+def folded(title: str | None, description: str | None) -> dict[str, str | None]:
     """Return the columns in which `q` is searched: the texts as they are when upper and lower case do not count."""
-    return {"title_folded": title.casefold(), "description_folded": description and description.casefold()}
+    return {"title_folded": title and title.casefold(), "description_folded": description and description.casefold()}
 
 
 def parameter(name: str) -> peewee.SQL:
@@ -744,7 +746,7 @@ class TaskStore:
         this = mine(Task) & (Task.id == parameter("id"))
         as_expected = this & peewee.SQL(AS_EXPECTED)
         touched = {"updated_at": parameter("now"), "version": peewee.SQL("version + 1")}
-        new = {name: parameter(name) for name in ("user_id", *RULES, *folded("", None))}
+        new = {name: parameter(name) for name in ("user_id", *RULES, *folded(None, None))}
         changed: dict[str, Any] = {
             name: peewee.fn.COALESCE(parameter(name), getattr(Task, name)) for name in new if name != "user_id"
         }
@@ -776,7 +778,7 @@ class TaskStore:
         size, (value, last) = listing.limit or PIECE, listing.after or (None, None)
         shape = listing.completed is None, not listing.q, listing.sort, last is None
         sql = self._lists.get(shape) or self._lists.setdefault(shape, self._select(*shape))
-        values = {"completed": listing.completed, "q": _pattern(listing.q), "value": value, "last": last}
+        values = {"completed": listing.completed, "q": listing.q.casefold(), "value": value, "last": last}
         tasks = _views(self._database.run(sql, user_id=user_id, limit=size + 1, **values))
         if len(tasks) <= size:
             return tasks, None
@@ -784,23 +786,27 @@ class TaskStore:
         return tasks[:size], msgspec.structs.replace(listing, after=after)
 
     def _select(self, both: bool, everything: bool, sort: str, first: bool) -> str:
-        """Return the statement of a page: from its first task on, along an index, and never with OFFSET."""
-        keys = list(dict.fromkeys([sort.lstrip("-"), "id"]))
-        place = peewee.Tuple(*(getattr(Task, key) for key in keys))
-        before = peewee.Tuple(*(parameter(name) for name in ("value", "last")[-len(keys) :]))
-        query: Any = Task.select(*SHOWN).where(mine(Task))
-        if not everything:
-            query = query.where(peewee.SQL(CONTAINS))
-        if not first:
-            query = query.where(place < before if sort.startswith("-") else place > before)
+        """Return the statement of a page: from its first task on, along an index, and never with OFFSET.
+
+        It is put together from parts that each are a piece of an index in its order: open and done tasks, those equal
+        to the last one before and those after them. SQLite would read all that are equal if it were asked at once.
+        """
+        column, descending = getattr(Task, sort.lstrip("-")), sort.startswith("-")
+        value, last = parameter("value"), parameter("last")
+        halves, places = [], []
         if not both:
-            query = query.where(Task.completed == parameter("completed"))
-        elif len(keys) > 1:  # the indexes of these orders tell open from done tasks; both are merged
-            open_tasks, done_tasks = (query.where(Task.completed == peewee.SQL(done)) for done in ("FALSE", "TRUE"))
-            query = open_tasks + done_tasks
-        direction = " DESC" if sort.startswith("-") else ""
-        query = query.order_by(*(peewee.SQL(f"{key}{direction}") for key in keys))
-        return self._database.compile(query.limit(parameter("limit")))
+            halves = [Task.completed == parameter("completed")]
+        elif column is not Task.id:
+            halves = [Task.completed == peewee.SQL("FALSE"), Task.completed == peewee.SQL("TRUE")]
+        if not first:
+            places = [Task.id < last if descending else Task.id > last]
+        if not first and column is not Task.id:
+            places = [(column == value) & places[0], column < value if descending else column > value]
+        query = Task.select(*SHOWN).where(mine(Task), *([] if everything else [peewee.SQL(f"({CONTAINS})")]))
+        parts: list[Any] = [query.where(*part) for part in itertools.product(*filter(None, (halves, places)))]
+        direction = " DESC" if descending else ""
+        order = (peewee.SQL(f"{key}{direction}") for key in dict.fromkeys([column.name, "id"]))
+        return self._database.compile(reduce(operator.add, parts).order_by(*order).limit(parameter("limit")))
 
     def get(self, user_id: str, task_id: int) -> Stored | None:
         """Return one task."""
@@ -838,7 +844,7 @@ class TaskStore:
                 raise Changed(stored.tag)
             return stored
         values = {"title": None, "description": None, "completed": None, "described": "description" in given, **given}
-        values |= folded(given.get("title") or "", given.get("description"))
+        values |= folded(given.get("title"), given.get("description"))
         return self._write(self._change, expected, user_id=user_id, id=task_id, now=_now(), **values)
 
     def complete(
@@ -880,10 +886,6 @@ def _stored(row: Row) -> Stored:
 
 def _first(rows: list[Row]) -> Stored | None:
     return _stored(rows[0]) if rows else None
-
-
-def _pattern(text: str) -> str:
-    return "%" + re.sub(r"([%_\\])", r"\\\1", text.casefold()) + "%" if text else "%"
 
 
 def _replayed(answer: str) -> Stored:
@@ -942,6 +944,8 @@ class Sqlite:
             self._patient.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        self.peewee = self._patient  # for queries of taskctl's own
+        self._path, self._opened = Path(path), Path(path).stat()
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
         self._slow = False
@@ -1015,11 +1019,20 @@ class Sqlite:
             self._slots.release()
 
     def check(self) -> None:
-        """Raise Unavailable unless the database answers and fits schema.sql."""
+        """Raise Unavailable unless the database answers, fits schema.sql, and is still what lies at its path.
+
+        SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
+        """
         if this_thread.hurried:
             raise Blocked
         self.run("SELECT 1 FROM task LIMIT 1")
-        _check_fit(self._patient, statements_kept)
+        try:
+            replaced = not os.path.samestat(self._path.stat(), self._opened)
+            _check_fit(self._patient, statements_kept)
+        except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
+            raise Unavailable("the database", str(ex)) from ex
+        if replaced:
+            raise Unavailable("the database, whose file was replaced,", "restart taskd to serve what lies there now")
 
     def close(self) -> None:
         """Close this thread's connections; the last one of all folds SQLite's log into the database."""
@@ -1033,11 +1046,15 @@ class Postgres:
     def __init__(self, settings: Settings) -> None:
         """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
         try:
-            import psycopg  # noqa: F401  # only those who have a server pay for its driver
+            import psycopg  # only those who have a server pay for its driver
             from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+
+            psycopg.conninfo.conninfo_to_dict(settings.database_url)
         except ImportError:
             raise SettingsError("DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt") from None
-        self._pool = PooledPostgresqlDatabase(
+        except psycopg.ProgrammingError:  # what it says of a password with a % may have the password in it
+            raise SettingsError("DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)") from None
+        self._pool = self.peewee = PooledPostgresqlDatabase(
             settings.database_url,
             max_connections=settings.threads,
             timeout=QUEUE,
@@ -1046,12 +1063,13 @@ class Postgres:
             tcp_user_timeout=5000,
             options=f"-c statement_timeout={2 * BUSY:.0f}s -c lock_timeout={BUSY:.0f}s",
         )
-        failures = (peewee.OperationalError, peewee.InterfaceError, peewee.InternalError, peewee.DataError)
-        self._unusable = (*failures, peewee.ProgrammingError, MaxConnectionsExceeded)  # such as that a table is away
+        self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
         except (peewee.PeeweeException, ValueError) as ex:
             raise DatabaseError(f"{settings.database} cannot be opened: {_first_line(ex)}") from None
+        finally:
+            self.close()
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -1105,8 +1123,8 @@ class Postgres:
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
     try:
         check_schema(database, "it", describe)
-    except (DatabaseError, peewee.DatabaseError) as ex:
-        raise Unavailable("the schema of the database", str(ex)) from None
+    except (DatabaseError, peewee.ProgrammingError) as ex:
+        raise Unavailable("the database, whose schema does not fit,", _first_line(ex)) from None
 
 
 def respelled(statement: str) -> str:
@@ -1188,10 +1206,14 @@ def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
 
 
 def _keep_copy(path: str, version: int) -> str:
-    copy = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with contextlib.closing(sqlite3.connect(path)) as now, contextlib.closing(sqlite3.connect(copy)) as kept:
+    """Copy the database beside itself, under its name only when it is whole, and return that name."""
+    copy, part = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"{path}.part"
+    for left in (part, f"{part}-journal"):  # by a start that was killed
+        Path(left).unlink(missing_ok=True)
+    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with contextlib.closing(sqlite3.connect(path)) as now, contextlib.closing(sqlite3.connect(part)) as kept:
         now.backup(kept)
+    Path(part).rename(copy)
     return copy
 
 
@@ -1243,7 +1265,7 @@ def columns_and_indexes(database: peewee.Database) -> set[str]:
 # --- Middleware -----------------------------------------------------------------------------------------------------
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-REQUEST_LINE = "%(method)s %(route)s %(status)s %(ms).1fms id=%(id)s user=%(user)s"
+PLAIN_RECORD = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", None, None).__dict__
 ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\]")
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
@@ -1297,14 +1319,23 @@ def _unauthorized(detail: str, why: str = "") -> falcon.HTTPUnauthorized:
     return falcon.HTTPUnauthorized(description=detail, challenges=[f'Bearer realm="taskd"{why}'])
 
 
-class Name(str):
-    """Text that a user chose: quoted in a line of the log, so that it can forge none."""
+class RequestLine(logging.LogRecord):
+    """A request's line in the log, without all that logging looks up elsewhere and no line of ours shows."""
 
-    __slots__ = ()
+    fields: dict[str, Any]
 
-    def __str__(self) -> str:
-        """Return it in quotes, without line breaks."""
-        return self.__repr__()
+    def __init__(self, fields: dict[str, Any]) -> None:
+        """Take the fields in the order in which JSON shows them; the user is None where nobody is known."""
+        now = time.time()
+        self.__dict__ = {**PLAIN_RECORD, "created": now, "msecs": now % 1 * 1000, "fields": fields}
+
+    def getMessage(self) -> str:  # noqa: N802
+        """Return it as text. The user is percent-encoded as in a URL: no field and no line can be forged with it."""
+        field, user = self.fields, self.fields["user"]
+        user = "-" if user is None else f"'{falcon.uri.encode_value(user)}'"
+        client = f" client={field['client']}" if "client" in field else ""
+        what = f"{field['method']} {field['route']} {field['status']} {field['ms']:.1f}ms"
+        return f"{what} id={field['id']} user={user}{client}"
 
 
 class Envelope:
@@ -1312,7 +1343,6 @@ class Envelope:
 
     def __init__(self, trusted_proxy: str | None) -> None:
         self._proxy = trusted_proxy
-        self._line = REQUEST_LINE + (" client=%(client)s" if trusted_proxy else "")
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Take the client's request id if it can stand in a log, else make one, and start the clock."""
@@ -1337,12 +1367,17 @@ class Envelope:
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
         """Log the request: never its token, its query or its body."""
+        if not log.isEnabledFor(logging.INFO):
+            return
         context = req.context
         milliseconds = round((time.perf_counter() - context.started) * 1000, 1)
-        user = Name(context.user.id) if "user" in context else "-"
-        fields = {"method": req.method, "route": req.uri_template or "-", "status": resp.status_code}
-        fields |= {"ms": milliseconds, "id": context.id, "user": user}
-        log.info(self._line, fields | {"client": context.client} if self._proxy else fields)
+        fields = {"method": req.method, "route": req.uri_template or "-", "status": resp.status_code,
+                  "ms": milliseconds, "id": context.id, "user": None}  # fmt: skip
+        if "user" in context:
+            fields["user"] = context.user.id
+        if self._proxy:
+            fields["client"] = context.client
+        log.handle(RequestLine(fields))
 
 
 class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
@@ -1684,15 +1719,23 @@ def wsgi() -> App:
 
 
 class TextLines(logging.Formatter):
-    """Log lines for people; what belongs to a line is indented below it, so that it can be taken for no other."""
+    """Log lines for people. A traceback is indented, so that none of its lines can be taken for one of the log."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-        self.converter = time.gmtime
+    _second, _clock = 0, ""
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Return a traceback, indented."""
-        return textwrap.indent(super().formatException(ei), "    ", lambda line: True)
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Return the time in UTC, of which only the milliseconds are made anew each time."""
+        if self._second != int(record.created):
+            self._second = int(record.created)
+            self._clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
+        return f"{self._clock}.{int(record.msecs):03}Z"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line, and perhaps a traceback below it."""
+        line = f"{self.formatTime(record)} {record.levelname} {printable(record.getMessage())}"
+        if not record.exc_info:
+            return line
+        return "\n    ".join([line, *map(printable, self.formatException(record.exc_info).splitlines())])
 
 
 class JsonLines(TextLines):
@@ -1700,9 +1743,16 @@ class JsonLines(TextLines):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line with a request's fields, or with a message and perhaps a traceback."""
-        line = {"time": f"{self.formatTime(record, self.datefmt)}.{record.msecs:03.0f}Z", "level": record.levelname}
-        line |= record.args if isinstance(record.args, dict) else {"message": record.getMessage()}
+        line = {"time": self.formatTime(record), "level": record.levelname}
+        line |= record.fields if isinstance(record, RequestLine) else {"message": record.getMessage()}
         return json.dumps(line | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
+
+
+def printable(text: str) -> str:
+    """Return a text with everything escaped that breaks a line or moves a cursor."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def configure_log(settings: Settings) -> None:
@@ -1730,6 +1780,7 @@ class ServerTask(waitress.task.WSGITask):
     wrote_header: bool
     error = None  # it stands in the channel's queue of requests as long as there is a rest
     rest: LongList | None = None
+    long = False
 
     def get_environment(self) -> dict[str, Any]:
         """Return the WSGI environment, with the body to be read from its beginning."""
@@ -1754,11 +1805,13 @@ class ServerTask(waitress.task.WSGITask):
     def finish(self) -> None:
         """End the answer, or see to its rest when the client has taken what there is, and others had their turn."""
         if self.rest:
-            self.close_on_finish = False
+            self.close_on_finish, self.long = False, True
             self.channel.requests.insert(1, self)
             return
-        self.close_on_finish = self.close_on_finish or self.chunked_response
+        if not self.wrote_header:
+            self.write(b"")
         self.chunked_response = self.chunked_response and self.request.command != "HEAD"
+        self.close_on_finish = self.close_on_finish or self.long  # as its header said
         super().finish()
 
     def close(self) -> None:
@@ -1794,8 +1847,9 @@ class ServerErrorTask(waitress.task.ErrorTask):
         error = self.request.error
         status = 400 if error.code == 501 else error.code
         body, request_id = problem(status, error.body), os.urandom(8).hex()
-        fields = {"method": "-", "route": "-", "status": status, "ms": 0, "id": request_id, "user": "-"}
-        log.info(REQUEST_LINE, fields)
+        if log.isEnabledFor(logging.INFO):
+            fields = {"method": "-", "route": "-", "status": status, "ms": 0, "id": request_id, "user": None}
+            log.handle(RequestLine(fields))
         self.status = f"{status} {HTTPStatus(status).phrase}"
         self.response_headers += [("Content-Type", "application/problem+json"), ("X-Request-ID", request_id)]
         self.set_close_on_finish()
@@ -1950,14 +2004,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise SettingsError(f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {ex}") from None
 
 
-def serve(app: App, listener: socket.socket, threads: int) -> None:
+def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     """Serve the application on waitress until SIGTERM or SIGINT."""
     server = Server(
         app,
         _sock=listener,
         bind_socket=False,
         sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
-        threads=threads,
+        threads=settings.threads,
         ident=None,  # no Server header
         connection_limit=max(100, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100),  # idle ones shut nobody out
         max_request_body_size=1024 * 1024,
@@ -1969,7 +2023,10 @@ def serve(app: App, listener: socket.socket, threads: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
-    print(f"taskd: listening on http://{host}:{server.effective_port}", file=sys.stderr, flush=True)
+    line = f"taskd: listening on http://{host}:{server.effective_port}"  # told at every level of the log
+    if settings.log_format == "json":
+        line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))
+    print(line, file=sys.stderr, flush=True)
     server.run()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -1987,7 +2044,7 @@ def main() -> int:
     configure_log(settings)
     if settings.jwks_url and not (settings.issuer and settings.audience):
         log.warning("TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE takes tokens meant for other services")
-    serve(app, listener, settings.threads)
+    serve(app, listener, settings)
     app.store.close()
     return 0
 

@@ -131,7 +131,7 @@ class Process:
     def _wait_for_port(self) -> int:
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline and self.popen.poll() is None:
-            if started := re.search(r"^taskd: listening on http://.*:(\d+)", self.log, re.MULTILINE):
+            if started := re.search(r"taskd: listening on http://.*:(\d+)", self.log):
                 return int(started[1])
             time.sleep(0.01)
         self.kill()

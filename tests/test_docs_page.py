@@ -194,6 +194,49 @@ def test_every_call_of_the_document_can_be_tried(page):
     assert page.complaints() == []
 
 
+def test_a_person_can_narrow_sort_and_page_a_list(page):
+    page.log_in("alice")
+    for title in ["Süße Birnen & Äpfel", "süße äpfel", "Buy milk", "SÜSSE ÄPFEL?"]:
+        page.paste("#try-createTask-body", json.dumps({"title": title}))
+        page.send("createTask")
+    for name, value in [("completed", "false"), ("sort", "-id")]:
+        page.find(f"#try-listTasks-{name} option[value='{value}']").click()
+    page.paste("#try-listTasks-q", "SÜSSE")
+    page.paste("#try-listTasks-limit", "2")
+    assert "/tasks?completed=false&q=S%C3%9CSSE&sort=-id&limit=2'" in page.curl("listTasks")
+    status, body = page.send("listTasks")
+    assert (status, [task["title"] for task in json.loads(body)]) == ("200 OK", ["SÜSSE ÄPFEL?", "süße äpfel"])
+    assert page.headers("listTasks")["link"].startswith(
+        "</api/alice/tasks?completed=false&q=S%C3%9CSSE&sort=-id&limit=2&after="
+    )
+    button = page.find("#try-listTasks ~ .result button")
+    assert button.text == "Next page"
+    button.send_keys(Keys.ENTER)
+    until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#try-listTasks ~ .result button"), "the last page")
+    shown = page.find("#try-listTasks ~ .result pre").get_property("textContent")
+    assert [task["title"] for task in json.loads(shown)] == ["Süße Birnen & Äpfel"]
+    assert "link" not in page.headers("listTasks")
+    assert page.complaints() == []
+
+
+def test_a_person_can_repeat_a_create_and_change_only_what_is_as_it_was(page):
+    page.log_in("alice")
+    page.paste("#try-createTask-Idempotency-Key", "once")
+    first, again = page.send("createTask"), page.send("createTask")
+    assert first == again
+    assert page.headers("createTask")["idempotency-replayed"] == "true"
+    tag = page.headers("createTask")["etag"]
+    page.paste("#try-readTask-If-None-Match", tag)
+    assert page.send("readTask") == ("304 Not Modified", "")
+    assert page.headers("readTask")["etag"] == tag
+    page.paste("#try-updateTask-If-Match", tag)
+    assert page.send("updateTask")[0] == "200 OK"
+    assert page.complaints() == []
+    status, body = page.send("updateTask")
+    assert (status, json.loads(body)["status"]) == ("412 Precondition Failed", 412)
+    assert page.headers("updateTask")["etag"] != tag
+
+
 def test_what_users_write_is_shown_as_text(page):
     page.log_in(ODD_USER)
     page.paste("#try-createTask-body", json.dumps({"title": HOSTILE}, ensure_ascii=False))
@@ -273,6 +316,10 @@ def test_what_cannot_be_sent_is_said(page):
         page.paste("#try-listTasks-user_id", user)
         assert page.send("listTasks")[0] == "Not sent"
         assert said in page.find("#try-listTasks ~ .result").text
+    page.paste("#try-readTask-user_id", "alice")
+    page.paste("#try-readTask-If-None-Match", '"1-\u2026"')
+    assert page.send("readTask")[0] == "Not sent"
+    assert "If-None-Match holds a character that no header can." in page.find("#try-readTask ~ .result").text
     assert page.run(HOSTS)[0] == 2, "nothing was sent"
     page.paste("#try-listTasks-user_id", "alice")
     page.server.kill()

@@ -559,6 +559,15 @@ def test_the_thread_of_the_sockets_waits_for_no_lock_and_leaves_no_key(
     assert len(alice.call("GET").json) == 2
 
 
+def test_the_thread_of_the_sockets_leaves_a_keyed_create_to_another_while_a_write_is_under_way(
+    alice: Person, app: taskd.App, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taskd.this_thread, "hurried", True)
+    with app.store._database._turn, pytest.raises(taskd.Blocked):
+        create(alice, "k")
+    assert keys(path) == []
+
+
 # What fails, between the first statement of the transaction and its end.
 FAILURES = {
     "the task": "CREATE TRIGGER fails AFTER INSERT ON task BEGIN SELECT RAISE(ABORT, 'no'); END",
@@ -651,8 +660,7 @@ class Customer:
                 self.found += is_replayed(self._create(wire, self.waiting))
             for key in self.chance.sample(sorted(self.answers), min(5, len(self.answers))):
                 assert is_replayed(self._create(wire, key))
-            wire.send(written("GET", f"/api/{self.user}/tasks", user=self.user))
-            tasks = wire.answer().json
+        tasks = server.request("GET", f"/api/{self.user}/tasks", headers=bearer(self.user)).json
         assert Counter(task["title"] for task in tasks) == {f"{self.user} {key}": 1 for key in self.answers}
         assert sorted(task["id"] for task in tasks) == sorted(
             json.loads(str(content, "utf-8"))["id"] for _, content, *_ in self.answers.values()
@@ -690,8 +698,8 @@ needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is 
 MOMENTS = {
     "before anything is written": ("pwrite64", 1, False),
     "between the pages of the transaction": ("pwrite64", 6, False),
-    "when the head of the log goes to disk": ("fdatasync", 1, False),
-    "when all is written and not yet on disk": ("fdatasync", 2, True),
+    "when the head of the log goes to disk": ("fsync,fdatasync", 1, False),
+    "when all is written and not yet on disk": ("fsync,fdatasync", 2, True),
     "before the answer": ("sendto", 1, True),
 }
 

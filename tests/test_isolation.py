@@ -326,7 +326,8 @@ def bound_to(user: str) -> re.Pattern[str]:
     expected = (
         rf"""\(CAST\({value} AS TEXT\) IS NULL OR {value} LIKE '%"' \|\| version \|\| '-' \|\| updated_at \|\| '"%'\)"""
     )
-    contains = rf"\(title_folded LIKE {text} ESCAPE '\\' OR description_folded LIKE {text} ESCAPE '\\'\)"
+    contains = rf"\(REPLACE\(title_folded, {text}, ''\) <> title_folded OR"
+    contains += rf" REPLACE\(description_folded, {text}, ''\) <> description_folded\)"
     key = rf"\({mine('idempotency_key')} AND \({key_name}\)\)"
     number = '"idempotency_key"."id"'
     oldest = re.escape(f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2')
@@ -344,7 +345,8 @@ def bound_to(user: str) -> re.Pattern[str]:
     shown, returned = re.escape(SHOWN), re.escape(RETURNED)
     settings = rf"(?:(?!WHERE|user_id|').|{text})+"
     return re.compile(
-        rf"\(?{half('t1')}(?:\)? UNION ALL \(?{half('t2')}\)?)? ORDER BY [a-z_, DESC]+ LIMIT \d+"
+        rf"\(*{half('t1')}(?:\)? UNION ALL \(*(?:{half('t2')}|{half('t3')}|{half('t4')}))*\)*"
+        r" ORDER BY [a-z_, DESC]+ LIMIT \d+"
         rf'|SELECT {shown}, "t1"\."version" FROM "task" AS "t1" WHERE {this("t1")}'
         rf'|INSERT INTO "task" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\) RETURNING {returned}'
         rf'|UPDATE "task" SET {settings} WHERE \({this("task")} AND {expected}\) RETURNING {returned}'

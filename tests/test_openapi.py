@@ -19,15 +19,16 @@ pytestmark = pytest.mark.sqlite("it is about a document")
 
 DOCUMENT: dict[str, Any] = json.loads((ROOT / "openapi.json").read_text())
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
+LIST, ONE, DONE = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}", "/api/{user_id}/tasks/{task_id}/complete"
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 BODY_TYPES = {"NewTask": taskd.NewTask, "TaskChanges": taskd.TaskChanges, "Completion": taskd.Completion}
 OWNED = {"id", "user_id", "created_at", "updated_at"}
 ON_EVERY_ANSWER = {"X-Request-ID"}
 ON_EVERY_API_ANSWER = ON_EVERY_ANSWER | {"Cache-Control", "X-Content-Type-Options"}
+ON_SOME_ANSWERS = {"Link", "Idempotency-Replayed"}  # of an operation with the same status
 KEPT = ["localStorage", "sessionStorage", "document.cookie", "indexedDB"]
 MARKUP = ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", ".style.cssText"]
 LOADED = ["@import", "url(", "<link", "<img", "src="]
-LIST, ONE, DONE = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}", "/api/{user_id}/tasks/{task_id}/complete"
 PAGES = [("/openapi.json", "application/json"), ("/docs", "text/html; charset=utf-8")]
 TYPES = {**dict(PAGES), "/metrics": "text/plain"}
 
@@ -168,38 +169,6 @@ def test_every_method_of_the_document_is_known_to_its_path_and_every_other_is_40
             assert client.simulate_request(method.upper(), url, headers=bearer()).status_code == 405
 
 
-def test_the_query_parameters_are_those_that_the_server_knows_and_take_the_same():
-    """Each with values that the one and the other must both take, or both refuse."""
-    named = {one["name"]: one for one in map(resolve, DOCUMENT["paths"][LIST]["get"]["parameters"])}
-    assert list(named) == list(taskd.PARAMETERS)
-    values = ["true", "false", "1", "0", "1000", "1001", "-1", "id", "-id", "title", "-updated_at", "Id", "a" * 1000]
-    values += ["a" * 1001, "a\0b", "Az09_-", "a=", "é", " ", "%", "1.5"]
-    for name, one in named.items():
-        schema = one["schema"]
-        for value in values:
-            given: Any = value
-            if schema["type"] == "boolean":
-                given = {"true": True, "false": False}.get(value, value)
-            elif schema["type"] == "integer":
-                given = int(value) if value.lstrip("-").isdigit() else value
-            taken = re.fullmatch(taskd.PARAMETERS[name][0], value) is not None
-            assert validator(schema).is_valid(given) == taken, (name, value)
-
-
-def test_the_conditional_headers_take_the_same_as_the_server():
-    parameters = DOCUMENT["components"]["parameters"]
-    for value in ['"a"', 'W/"a"', '"a", "b"', '"a", W/"b,c"', '""']:
-        for name in ("If-Match", "If-None-Match"):
-            assert validator(parameters[name]["schema"]).is_valid(value), value
-        assert re.fullmatch(taskd.ENTITY_TAGS, value), value
-    for value in ["", "a", '"a', '"a" "b"', 'w/"a"', '*, "a"', '"a"b"', '"a b"']:
-        assert not validator(parameters["If-Match"]["schema"]).is_valid(value), value
-        assert not re.fullmatch(taskd.ENTITY_TAGS, value), value
-    key = parameters["Idempotency-Key"]["schema"]
-    for value in ["a", "~" * 255, '"a"', "", "a" * 256, "a b", "é", "a\t"]:
-        assert validator(key).is_valid(value) == bool(re.fullmatch(taskd.IDEMPOTENCY_KEY, value)), value
-
-
 def test_what_the_document_calls_private_is_what_asks_for_a_token(client):
     for path, method, operation in operations():
         url = path.replace("{user_id}", "alice").replace("{task_id}", "1")
@@ -219,29 +188,33 @@ def test_the_statuses_of_an_operation_are_those_of_the_contract(path, method, op
     expected = {201 if method == "post" else 200}
     if path.startswith("/api/") and method != "options":
         expected |= {401, 403, 500, 503}
-        expected |= {404, 400} if "{task_id}" in path else {422}
+        expected |= {404} if "{task_id}" in path else set()
         expected |= {400, 413, 415, 422} if method in ("post", "put", "patch") else set()
-        expected |= {412} if "{task_id}" in path and method in ("put", "patch", "delete") else set()
-        expected |= {304} if "{task_id}" in path and method in ("get", "head") else set()
+        expected |= {400} if "{task_id}" in path else {422}
+        expected |= {412} if method in ("put", "patch", "delete") else set()
+        expected |= {304} if path == ONE and method in ("get", "head") else set()
     expected |= {"/readyz": {503}, "/metrics": {404}}.get(path, set()) if method != "options" else set()
     assert set(responses(operation)) == expected
+
+
+def shows_a_task(path: str, method: str, status: int) -> bool:
+    return status in (201, 304, 412) or ("{task_id}" in path and status == 200 and method != "options")
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), ALL)
 def test_every_answer_declares_the_headers_that_it_carries(path, method, operation):
     for status, response in responses(operation).items():
         expected = ON_EVERY_API_ANSWER if path.startswith("/api/") else ON_EVERY_ANSWER
-        on_a_task = "{task_id}" in path and method != "options" and status in (200, 304, 412)
-        expected = expected | ({"ETag"} if on_a_task or status == 201 else set())
         expected = expected | ({"Location", "Idempotency-Replayed"} if status == 201 else set())
-        expected = expected | ({"Link"} if method in ("get", "head") and path == LIST and status == 200 else set())
+        expected = expected | ({"Link"} if path == LIST and status == 200 and method != "options" else set())
+        expected = expected | ({"ETag"} if shows_a_task(path, method, status) else set())
         expected = expected | ({"WWW-Authenticate"} if status == 401 else set())
         expected = expected | ({"Retry-After"} if status == 503 else set())
         expected = expected | ({"Allow"} if method == "options" else set())
         expected = expected | ({"Content-Security-Policy"} if path in dict(PAGES) and method != "options" else set())
         assert set(response["headers"]) == expected, status
-        for name, header in response["headers"].items():
-            assert resolve(header)["required"] == (name not in ("Link", "Idempotency-Replayed"))
+        optional = {name for name, header in response["headers"].items() if not resolve(header)["required"]}
+        assert optional == expected & ON_SOME_ANSWERS
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), ALL)
@@ -316,6 +289,106 @@ def test_every_example_of_a_body_is_taken_by_the_server(alice):
             url = path.replace("{user_id}", "alice").replace("{task_id}", str(task["id"]))
             response = alice.call(method.upper(), url, json=example["value"])
             assert response.status_code in (200, 201), (method, path, example, response.text)
+
+
+# --- Parameters ---
+
+QUERY = ["completed", "q", "sort", "limit", "after"]
+HEADERS = {
+    "Idempotency-Key": taskd.IDEMPOTENCY_KEY,
+    "If-None-Match": rf"(?:\*|{taskd.ENTITY_TAGS})",
+    "If-Match": rf"(?:\*|{taskd.ENTITY_TAGS})",
+}
+TEXTS = ["", "true", "false", "True", "1", "0", "00", "01", "+1", "-1", "1.0", "1e2", "999", "1000", "1001", "10000",
+         " 1", "id", "-id", "+id", "--id", "ID", "created_at", "-created_at", "updated_at", "-updated_at", "title",
+         "-title", "title,id", "user_id", "a b", "%", "\0", "a\0b", "\n", "é", "x" * 1000, "x" * 1001,
+         "\U0001f4a9" * 1000, "abc=", "_-9"]  # fmt: skip
+TAGS = ["*", "**", "7", '"7"', "'7'", 'W/"7"', 'w/"7"', '"', '""', '"7', '7"', '"a","b"', '"a", W/"b" , "c"',
+        ',, "a",,', ",", "", '"a" "b"', '*, "a"', '"a b"', '"\xe9"', '"\t"', '"\\"', '"a", *']  # fmt: skip
+KEYS = ["", "a", "a" * 255, "a" * 256, "a b", "a,b", "\t", "~!\"'", "\xe9", "\x7f"]
+
+
+def taken(operation: dict[str, Any], path: str, place: str, name: str, text: str) -> bool:
+    """Say whether the document allows this text as the value of a parameter."""
+    schema = parameters(path, operation)[place, name]["schema"]
+    if schema["type"] == "boolean":
+        return text in ("true", "false")
+    if schema["type"] == "integer":
+        return bool(re.fullmatch("0|-?[1-9][0-9]*", text)) and validator(schema).is_valid(int(text))
+    return bool(validator(schema).is_valid(text))
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), ALL)
+def test_an_operation_has_the_parameters_that_it_looks_at_and_no_other(path, method, operation, alice):
+    """One that looks at a parameter refuses a value that cannot be; nobody else minds."""
+    declared = set(parameters(path, operation))
+    url = path.replace("{user_id}", "alice").replace("{task_id}", str(alice.add()["id"]))
+    body = {"json": {"title": "x"}} if method in ("post", "put") else {}
+    for place, name, status in [("query", name, 422) for name in QUERY] + [("header", name, 400) for name in HEADERS]:
+        wrong: dict[str, Any] = {"params": {name: "\0"}} if place == "query" else {"headers": {name: "\t\xe9"}}
+        headers = bearer() | wrong.pop("headers", {})
+        response = alice.client.simulate_request(method.upper(), url, headers=headers, **wrong, **body)
+        assert (response.status_code == status) == ((place, name) in declared), (name, response.text)
+        if method == "delete":
+            url = path.replace("{user_id}", "alice").replace("{task_id}", str(alice.add()["id"]))
+
+
+def test_the_parameters_of_the_query_are_those_of_the_code_in_the_same_order():
+    for method in ("get", "head"):
+        operation = DOCUMENT["paths"][LIST][method]
+        names = [name for place, name in parameters(LIST, operation) if place == "query"]
+        assert names == list(taskd.PARAMETERS) == QUERY
+        assert not any(one["required"] for one in map(resolve, operation["parameters"]))
+
+
+@pytest.mark.parametrize("name", QUERY)
+def test_document_and_server_agree_which_values_a_parameter_of_the_query_can_have(name, alice):
+    pattern, rule = taskd.PARAMETERS[name]
+    operation = DOCUMENT["paths"][LIST]["get"]
+    example = parameters(LIST, operation)["query", name]["example"]
+    texts = [*TEXTS, example if isinstance(example, str) else json.dumps(example)]
+    for text in [*texts, *map(str, range(1002))] if name == "limit" else texts:
+        declared = taken(operation, LIST, "query", name, text)
+        assert declared == bool(re.fullmatch(pattern, text)), ascii(text)
+        response = alice.call("GET", params={name: text})
+        assert (response.status_code == 200) == (declared and name != "after"), ascii(
+            text
+        )  # this server made no cursor
+        assert response.status_code == 200 or response.json["errors"] == [{"field": name, "message": rule}]
+
+
+def test_what_a_parameter_of_the_query_is_when_left_out_is_what_the_document_says(alice):
+    for title in "cab":
+        alice.add(title=title)
+    declared = parameters(LIST, DOCUMENT["paths"][LIST]["get"])
+    defaults = {name: declared["query", name]["schema"].get("default") for name in QUERY}
+    assert defaults == {"completed": None, "q": None, "sort": "id", "limit": None, "after": None}
+    assert alice.call("GET").json == alice.call("GET", params={"sort": defaults["sort"]}).json
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_document_and_server_agree_which_values_a_header_can_have(name, alice):
+    for path, method, operation in operations():
+        if ("header", name) not in parameters(path, operation):
+            continue
+        one = parameters(path, operation)["header", name]
+        assert one["schema"] == {"type": "string", "pattern": f"^{HEADERS[name]}$"}
+        assert one["required"] is False
+        for text in [*(KEYS if name == "Idempotency-Key" else TAGS), one["example"]]:
+            task, body = alice.add(), {"json": {"title": "x"}} if method in ("post", "put") else {}
+            url = path.replace("{user_id}", "alice").replace("{task_id}", str(task["id"]))
+            response = alice.call(method.upper(), url, headers={name: text}, **body)
+            assert (response.status_code != 400) == taken(operation, path, "header", name, text), ascii(text)
+            assert response.status_code in (200, 201, 304, 412, 400), ascii(text)
+
+
+def test_an_entity_tag_and_a_link_are_as_the_code_makes_them(alice):
+    headers = DOCUMENT["components"]["headers"]
+    assert headers["ETag"]["schema"]["pattern"] == f"^{taskd.TAG}$"
+    assert re.fullmatch(taskd.ENTITY_TAGS, headers["ETag"]["example"])
+    cursor = headers["Link"]["example"].partition("after=")[2].partition(">")[0]
+    assert len(cursor) == len(taskd.Cursors("key").write((7, 7), "alice", "id"))
+    assert DOCUMENT["components"]["parameters"]["after"]["example"] == cursor
 
 
 # --- Bodies ---
@@ -417,10 +490,11 @@ def test_document_and_server_agree_for_each_character_whether_it_makes_a_text(me
 def checked(response: Any, method: str, path: str) -> None:
     """Check that an answer is one of those that the document has for its operation: status, headers, body."""
     described = responses(DOCUMENT["paths"][path][method])[response.status_code]
-    for name, header in described["headers"].items():
-        given: Any = response.headers.get(name.lower())
-        if given is None and not resolve(header)["required"]:
-            continue
+    carried = {name for name in DOCUMENT["components"]["headers"] if name.lower() in response.headers}
+    assert carried - ON_SOME_ANSWERS == set(described["headers"]) - ON_SOME_ANSWERS
+    assert carried <= set(described["headers"])
+    for name in carried:
+        header, given = described["headers"][name], response.headers[name.lower()]
         schema = resolve(header)["schema"]
         assert validator(schema).is_valid(int(given) if schema["type"] == "integer" else given), (name, given)
     if "content" in described:
@@ -430,33 +504,38 @@ def checked(response: Any, method: str, path: str) -> None:
         assert response.text == ""
 
 
+JSON = {"Content-Type": "application/json"}
+KEY, STALE = {"Idempotency-Key": "the-answers-of-the-document"}, {"If-Match": '"1-2026"'}
 ANSWERS: list[tuple[str, str, dict[str, Any], int]] = [
     ("get", LIST, {}, 200),
     ("head", LIST, {}, 200),
+    ("post", LIST, {"json": {"title": "ä"}, "headers": KEY}, 201),
+    ("post", LIST, {"json": {"title": "ä"}, "headers": KEY}, 201),
+    ("post", LIST, {"json": {"title": "b"}, "headers": KEY}, 422),
+    ("post", LIST, {"json": {"title": "b"}, "headers": {"Idempotency-Key": ""}}, 400),
+    ("get", LIST, {"params": {"limit": "1"}}, 200),
+    ("head", LIST, {"params": {"limit": "1", "sort": "-title", "completed": "false"}}, 200),
+    ("get", LIST, {"params": {"limit": "1", "q": "I"}}, 200),
+    ("get", LIST, {"params": {"limit": "0"}}, 422),
+    ("head", LIST, {"params": {"limit": "0"}}, 422),
     ("options", LIST, {}, 200),
-    ("get", LIST, {"query_string": "limit=1&sort=-title&completed=false&q=milk"}, 200),
-    ("get", LIST, {"query_string": "limit=0"}, 422),
-    ("head", LIST, {"query_string": "sort=x"}, 422),
     ("post", LIST, {"json": {"title": "é"}}, 201),
-    ("post", LIST, {"json": {"title": "é"}, "headers": {"Idempotency-Key": "a"}}, 201),
-    ("post", LIST, {"json": {"title": "é"}, "headers": {"Idempotency-Key": "a"}}, 201),
-    ("post", LIST, {"json": {"title": "è"}, "headers": {"Idempotency-Key": "a"}}, 422),
-    ("get", LIST, {"query_string": "limit=1"}, 200),
-    ("post", LIST, {"body": b"{", "headers": {"Content-Type": "application/json"}}, 400),
-    ("post", LIST, {"body": b" " * 65537, "headers": {"Content-Type": "application/json"}}, 413),
+    ("post", LIST, {"body": b"{", "headers": JSON}, 400),
+    ("post", LIST, {"body": b" " * 65537, "headers": JSON}, 413),
     ("post", LIST, {"body": b"a=b", "headers": {"Content-Type": "text/plain"}}, 415),
     ("post", LIST, {"json": {"titel": 1}}, 422),
     ("get", ONE, {}, 200),
     ("head", ONE, {}, 200),
-    ("options", ONE, {}, 200),
     ("get", ONE, {"headers": {"If-None-Match": "*"}}, 304),
     ("head", ONE, {"headers": {"If-None-Match": "*"}}, 304),
-    ("get", ONE, {"headers": {"If-None-Match": "a"}}, 400),
-    ("head", ONE, {"headers": {"If-None-Match": "a"}}, 400),
-    ("put", ONE, {"json": {}, "headers": {"If-Match": '"a"'}}, 412),
-    ("delete", ONE, {"headers": {"If-Match": '"a"'}}, 412),
-    ("delete", ONE, {"headers": {"If-Match": "a"}}, 400),
-    ("patch", DONE, {"headers": {"If-Match": '"a"'}}, 412),
+    ("get", ONE, {"headers": {"If-None-Match": "7"}}, 400),
+    ("head", ONE, {"headers": {"If-None-Match": "7"}}, 400),
+    ("options", ONE, {}, 200),
+    ("put", ONE, {"json": {"title": "c"}, "headers": STALE}, 412),
+    ("put", ONE, {"json": {}, "headers": STALE}, 412),
+    ("patch", DONE, {"headers": STALE}, 412),
+    ("delete", ONE, {"headers": STALE}, 412),
+    ("delete", ONE, {"headers": {"If-Match": "7"}}, 400),
     ("put", ONE, {"json": {"description": "x"}}, 200),
     ("put", ONE, {"json": []}, 422),
     ("patch", DONE, {}, 200),
@@ -472,12 +551,16 @@ ANSWERS: list[tuple[str, str, dict[str, Any], int]] = [
 
 
 def test_the_servers_answers_are_those_of_the_document(alice):
-    task = alice.add()
+    task, seen = alice.add(), set()
     for method, path, options, status in ANSWERS:
         url = path.replace("{user_id}", "alice").replace("{task_id}", str(task["id"]))
         response = alice.call(method.upper(), url, **options)
         assert response.status_code == status, (method, path, options)
         checked(response, method, path)
+        seen |= {(path, method, name) for name in ON_SOME_ANSWERS if name.lower() in response.headers}
+    declared = {(path, method, name) for path, method, operation in operations()
+                for response in responses(operation).values() for name in response["headers"]}  # fmt: skip
+    assert seen == {one for one in declared if one[2] in ON_SOME_ANSWERS}, "each was seen, with a value that fits"
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), PRIVATE)

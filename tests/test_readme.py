@@ -34,6 +34,8 @@ README = (ROOT / "README.md").read_text()
 HEADINGS = [
     "Try it in a minute",
     "Endpoints",
+    "Listing",
+    "Safe to retry",
     "Errors",
     "Settings",
     "taskctl",
@@ -117,6 +119,14 @@ def test_the_endpoints_that_need_a_token_are_marked(client: Any) -> None:
 
 def test_the_members_of_a_task_are_those_that_a_client_can_set() -> None:
     assert [code(row[0]) for row in table("Endpoints", "member")] == list(taskd.RULES)
+
+
+def test_the_parameters_of_the_list_are_those_of_the_code() -> None:
+    assert [code(row[0]) for row in table("Listing", "parameter")] == list(taskd.PARAMETERS)
+
+
+def test_the_tables_are_those_of_the_code() -> None:
+    assert [code(row[0]) for row in table("Data layout", "table")] == list(taskd.TABLES)
 
 
 def test_the_errors_are_all_that_taskd_can_answer() -> None:
@@ -282,23 +292,28 @@ def answers(printed: str) -> list[Any]:
     return found
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="the README's commands need curl")
+def printed(commands: str, home: Path, port: int) -> str:
+    """Run commands of the README where it says, and return what they print; they must not complain."""
+    answer = subprocess.run(
+        told(commands, port), cwd=home, env=shell_environment(home, port), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert (answer.returncode, answer.stderr) == (0, "")
+    return answer.stdout
+
+
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="the README's commands need curl")
+
+
+@needs_curl
 def test_the_quick_start_works_line_by_line(fresh: Path, port: int) -> None:
     serve, use, smoke, _ = blocks("Try it in a minute", "sh")
     [shown] = blocks("Try it in a minute", "json")
 
-    def printed(commands: str) -> str:
-        answer = subprocess.run(
-            told(commands, port), cwd=fresh, env=shell_environment(fresh, port), stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=DEADLINE, check=False,
-        )  # fmt: skip
-        assert (answer.returncode, answer.stderr) == (0, "")
-        return answer.stdout
-
     with serving(serve, fresh, port):
         assert {".venv", ".env", "taskd.db"} <= {path.name for path in fresh.iterdir()}
-        tasks = answers(printed(use))
-        smoked = [line.split() for line in printed(smoke).splitlines()]
+        tasks = answers(printed(use, fresh, port))
+        smoked = [line.split() for line in printed(smoke, fresh, port).splitlines()]
     assert re.sub(TIME, "T", json.dumps(tasks[0])) == re.sub(TIME, "T", json.dumps(json.loads(shown)))
     created, listed, read, changed, completed, deleted = tasks
     assert list(created) == TASK_KEYS
@@ -308,6 +323,42 @@ def test_the_quick_start_works_line_by_line(fresh: Path, port: int) -> None:
     assert deleted == completed
     assert len(smoked) > 10
     assert {row[0] for row in smoked[1:]} == {"ok"}
+
+
+def responses(shown: str) -> list[tuple[str, dict[str, str], Any]]:
+    """Return what `curl -i` printed: of each answer the status line, the header and the JSON, if there is any."""
+    found = []
+    for text in shown.split("HTTP/1.1 ")[1:]:
+        head, _, body = text.partition("\n\n")
+        status, *lines = head.splitlines()
+        header = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        found.append((status, header, json.loads(body) if body else None))
+    return found
+
+
+@needs_curl
+def test_lists_and_retries_work_as_they_are_shown(fresh: Path, port: int) -> None:
+    serve, use, *_ = blocks("Try it in a minute", "sh")
+    given, calls = use.split("\n\n")
+    narrow, walk = blocks("Listing", "sh")
+    create, change = blocks("Safe to retry", "sh")
+    with serving(serve, fresh, port):
+        printed(f"{given}\n{calls}", fresh, port)
+        *created, still_open, found, titles = answers(printed(f"{given}\n{narrow}", fresh, port))
+        pages = answers(printed(f"{given}\n{walk}", fresh, port))
+        once, again = responses(printed(f"{given}\n{create}", fresh, port))
+        unchanged, changed, refused = responses(printed(f"{given}\n{change}", fresh, port))
+    milk, table_at_the_cafe, dentist = created
+    assert [task["title"] for task in created] == ["Buy milk", "Book a table at the CAFÉ", "Call the dentist"]
+    assert (still_open, found, titles) == (created, [table_at_the_cafe], [dentist, milk, table_at_the_cafe])
+    assert pages == [[milk, table_at_the_cafe], [dentist]]
+    assert (once[0], again[0]) == ("201 Created", "201 Created")
+    assert (once[1].get("idempotency-replayed"), again[1]["idempotency-replayed"]) == (None, "true")
+    assert once[2] == again[2]
+    assert once[1]["etag"] == again[1]["etag"] == unchanged[1]["etag"] != changed[1]["etag"] == refused[1]["etag"]
+    assert (unchanged[0], unchanged[2]) == ("304 Not Modified", None)
+    assert (changed[0], changed[2]["id"], changed[2]["completed"]) == ("200 OK", once[2]["id"], True)
+    assert (refused[0], refused[2]["status"]) == ("412 Precondition Failed", 412)
 
 
 def test_it_works_without_make_too(fresh: Path, port: int) -> None:

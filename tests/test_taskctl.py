@@ -40,6 +40,7 @@ OPTIONS = {
     "init": [],
     "backup": [],
     "check": ["--json"],
+    "copy": [],
     "export": [],
     "import": [],
     "mint": ["--claim", "--email", "--json", "--name", "--ttl"],
@@ -1032,7 +1033,7 @@ def test_smoke_tries_every_route_of_a_live_server_and_leaves_nothing_behind(
     calls = data(taskctl("smoke", url, "--json"))
     assert {call["result"] for call in calls} == {"ok"}
     assert {(call["method"], call["route"]) for call in calls} >= ROUTES
-    assert {call["status"] for call in calls} >= {200, 201, 401, 403, 404, 422}
+    assert {call["status"] for call in calls} >= {200, 201, 304, 401, 403, 404, 412, 422}
     assert all(call["status"] == call["expected"] for call in calls)
     assert all(0 < call["ms"] < 10_000 for call in calls)
     table = cells(taskctl("smoke", f"{url}/"))
@@ -1096,6 +1097,10 @@ SABOTAGE = {
         "PATCH",
     ),
     "changes nothing": ("if environ['REQUEST_METHOD'] == 'PUT': environ['REQUEST_METHOD'] = 'GET'", "PUT"),
+    "repeats creates": ("environ.pop('HTTP_IDEMPOTENCY_KEY', None)", "POST"),
+    "sends what is known": ("environ.pop('HTTP_IF_NONE_MATCH', None)", "GET"),
+    "changes what is not known": ("environ.pop('HTTP_IF_MATCH', None)", "PATCH"),
+    "knows no pages": ("environ['QUERY_STRING'] = ''", "GET"),
     "lets everybody in": (
         "if environ['PATH_INFO'].startswith('/api'): environ['HTTP_AUTHORIZATION'] = 'Bearer ' + taskd.Tokens("
         "settings).mint({'sub': environ['PATH_INFO'].split('/')[2], 'exp': int(time.time()) + 60})",
