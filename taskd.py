@@ -122,7 +122,7 @@ class Settings:
         "DATABASE_URL",
         "sqlite:///taskd.db",
         "sqlite:/// and the path of a file, or postgresql://user:password@host/name",
-        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://[^\s\0]+",
+        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?",
     )
     host: str = _setting("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
     port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port)
@@ -162,7 +162,9 @@ class Settings:
     @property
     def database(self) -> str:
         """The path of SQLite's file, or what else can be told of where the data is: no password."""
-        return re.sub(r"//[^/]*@", "//…@", self.database_url).removeprefix("sqlite:///")
+        if self.database_url.startswith("sqlite:"):
+            return self.database_url.removeprefix("sqlite:///")
+        return re.sub("//.*@", "//…@", self.database_url.partition("?")[0])
 
 
 def _parse(text: str, *, variable: str, about: str, pattern: str, parse: Callable[[str], Any], secret: bool) -> Any:
@@ -1043,10 +1045,14 @@ class Postgres:
     def __init__(self, settings: Settings) -> None:
         """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
         try:
-            import psycopg  # noqa: F401  # only those who have a server pay for its driver
+            import psycopg  # only those who have a server pay for its driver
             from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+
+            psycopg.conninfo.conninfo_to_dict(settings.database_url)
         except ImportError:
             raise SettingsError("DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt") from None
+        except psycopg.ProgrammingError:  # what it says of a password with a % may have the password in it
+            raise SettingsError("DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)") from None
         self._pool = self.peewee = PooledPostgresqlDatabase(
             settings.database_url,
             max_connections=settings.threads,
@@ -1056,12 +1062,13 @@ class Postgres:
             tcp_user_timeout=5000,
             options=f"-c statement_timeout={2 * BUSY:.0f}s -c lock_timeout={BUSY:.0f}s",
         )
-        failures = (peewee.OperationalError, peewee.InterfaceError, peewee.InternalError, peewee.DataError)
-        self._unusable = (*failures, peewee.ProgrammingError, MaxConnectionsExceeded)  # such as that a table is away
+        self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
         except (peewee.PeeweeException, ValueError) as ex:
             raise DatabaseError(f"{settings.database} cannot be opened: {_first_line(ex)}") from None
+        finally:
+            self.close()
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
