@@ -641,7 +641,7 @@ def read_key(req: falcon.Request) -> str | None:
 
 # --- Store ----------------------------------------------------------------------------------------------------------
 
-PIECE = 200  # tasks of a list that are read and sent at once
+PIECE = 100  # tasks of a list that are read and sent at once
 REPEATABLE = timedelta(hours=24)  # how long a create can be repeated with its Idempotency-Key
 CONTAINS = " OR ".join(f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded"))
 AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
@@ -1183,7 +1183,7 @@ def schema_version(database: peewee.Database) -> int:
     """
     if database.table_exists("about"):
         [version] = database.execute_sql("SELECT MAX(version) FROM about").fetchone()
-        return version or 0
+        return version if isinstance(version, int) else 0
     columns = [column.name for column in database.get_columns("task")]
     return 0 if not columns else 1 if columns == list(TaskView.__struct_fields__) else VERSION
 
