@@ -20,7 +20,7 @@ from falcon import testing
 
 import taskd
 from cluster import Cluster, free_port
-from conftest import Person
+from conftest import DIRECTORY, Person
 from support import (
     DEADLINE,
     ROOT,
@@ -50,7 +50,7 @@ PASSWORD = "correct-horse-battery"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A server of these tests' own, which they may stop, and which writes through to the disk as any does."""
-    cluster = Cluster()
+    cluster = Cluster(within=os.environ[DIRECTORY])
     yield cluster
     cluster.remove()
 
