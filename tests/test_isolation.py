@@ -345,8 +345,8 @@ def bound_to(user: str) -> re.Pattern[str]:
     shown, returned = re.escape(SHOWN), re.escape(RETURNED)
     settings = rf"(?:(?!WHERE|user_id|').|{text})+"
     return re.compile(
-        rf"\(*{half('t1')}(?:\)? UNION ALL \(*(?:{half('t2')}|{half('t3')}|{half('t4')}))*\)*"
-        r" ORDER BY [a-z_, DESC]+ LIMIT \d+"
+        rf"\(*{half('t1')}\)*(?: UNION ALL \(*(?:{half('t2')}|{half('t3')}|{half('t4')})\)*)* ORDER BY [a-z_, DESC]+"
+        r" LIMIT \d+"
         rf'|SELECT {shown}, "t1"\."version" FROM "task" AS "t1" WHERE {this("t1")}'
         rf'|INSERT INTO "task" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\) RETURNING {returned}'
         rf'|UPDATE "task" SET {settings} WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
