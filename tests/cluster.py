@@ -45,20 +45,20 @@ def free_port() -> int:
 class Cluster:
     """A server that can be stopped and started again. Root may not run one, so that root's runs as another user."""
 
-    def __init__(self, *configuration: str) -> None:
+    def __init__(self, *configuration: str, within: str | None = None) -> None:
         programs = binaries()
         assert programs, "PostgreSQL is not installed"
         self._programs = programs
-        self._directory = Path(tempfile.mkdtemp(prefix="taskd-postgresql-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="taskd-postgresql-", dir=within))
         self._user = next(user for user in ("postgres", "nobody") if _exists(user)) if os.geteuid() == 0 else None
         self._process: subprocess.Popen[bytes] | None = None
         self._configuration = ("max_connections=1000", "jit=off", *configuration)
         self.port = free_port()
         try:
             if self._user:
-                shutil.chown(self._directory, self._user)
+                shutil.chown(self.directory, self._user)
             initdb = ["initdb", "-D", str(self._data), "-U", "taskd", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]
-            subprocess.run(self._as_user(*initdb), check=True, capture_output=True, cwd=self._directory)
+            subprocess.run(self._as_user(*initdb), check=True, capture_output=True, cwd=self.directory)
             self.start()
         except BaseException:
             self.remove()
@@ -66,11 +66,11 @@ class Cluster:
 
     @property
     def _data(self) -> Path:
-        return self._directory / "data"
+        return self.directory / "data"
 
     @property
     def log(self) -> str:
-        return (self._directory / "log").read_text()
+        return (self.directory / "log").read_text()
 
     def _as_user(self, program: str, *arguments: str) -> list[str]:
         user = [f"--reuid={self._user}", f"--regid={self._user}", "--clear-groups"] if self._user else []
@@ -83,10 +83,10 @@ class Cluster:
         """Start the server, and wait until it answers."""
         settings = [f"port={self.port}", "listen_addresses=127.0.0.1", "unix_socket_directories="]
         options = [text for setting in [*settings, *self._configuration] for text in ("-c", setting)]
-        with (self._directory / "log").open("ab") as log:
+        with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 self._as_user("postgres", "-D", str(self._data), *options),
-                cwd=self._directory,
+                cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -114,9 +114,11 @@ class Cluster:
             self._process = None
 
     def remove(self) -> None:
-        """Stop the server and delete all of it."""
+        """Stop the server and delete all of it, also what is within it and whose tests were interrupted."""
         self.stop()
-        shutil.rmtree(self._directory)
+        deadline = time.monotonic() + DEADLINE
+        while self.directory.exists() and time.monotonic() < deadline:
+            shutil.rmtree(self.directory, ignore_errors=True)  # again, where a server is still about to end
 
 
 def _exists(user: str) -> bool:

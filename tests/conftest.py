@@ -20,6 +20,7 @@ from support import SECRET, Process, bearer, database_url
 
 Pair = tuple[list[Process], Path]
 SERVER = "TASKD_TEST_POSTGRESQL"  # the address of the server, for the processes that share the tests out
+DIRECTORY = "TASKD_TEST_DIRECTORY"  # what is in there goes with it
 ENGINES = ("sqlite", "postgresql", "both_engines")
 cluster = None
 
@@ -40,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the end is the same as after Ctrl-C
         cluster = Cluster(*CARELESS)
-        os.environ[SERVER] = cluster.url()
+        os.environ[SERVER], os.environ[DIRECTORY] = cluster.url(), str(cluster.directory)
     support.postgresql = Databases(os.environ[SERVER])
 
 

@@ -506,6 +506,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     app.store.close()
 
 
+@pytest.mark.sqlite("it is about a header")
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=LISTS | strategies.lists(strategies.sampled_from(PIECES), max_size=8).map("".join))
 @example(value="*")

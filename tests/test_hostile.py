@@ -11,7 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from support import DEADLINE, ROOT, Process, Wire, WireAnswer, assert_problem, bearer, stored, token, until, written
+from support import (
+    DEADLINE,
+    ROOT,
+    Process,
+    Wire,
+    WireAnswer,
+    assert_problem,
+    bearer,
+    database_url,
+    stored,
+    token,
+    until,
+    written,
+)
 
 TASKS = "/api/alice/tasks"
 MILK = b'{"title": "Buy milk"}'
@@ -26,20 +39,23 @@ class Shared:
     """One server for many tests; after one that it did not survive unharmed there is a new one."""
 
     process: Process | None = None
+    directory: Path
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     shared = Shared()
+    shared.directory = tmp_path_factory.mktemp("shared")
+    database_url(shared.directory / "taskd.db")  # taken here, it is nobody else's as long as this lasts
     yield shared
     if shared.process:
         shared.process.kill()
 
 
 @pytest.fixture
-def server(shared: Shared, tmp_path: Path) -> Iterator[Process]:
+def server(shared: Shared) -> Iterator[Process]:
     """Give the shared server, and see afterwards that it is unharmed."""
-    process = shared.process = shared.process or Process(tmp_path)
+    process = shared.process = shared.process or Process(shared.directory)
     logged = len(process.log)
     tasks = len(tasks_of(process))
     yield process
