@@ -1406,13 +1406,19 @@ class Metrics:
         self._requests = prometheus.Counter("taskd_requests", "Requests.", (*what, "status"), registry=registry)
         self._seconds = seconds("taskd_request_seconds", "Time to answer.", what)
         self._written = prometheus.Counter("taskd_tasks_written", "Tasks.", ("change",), registry=registry)
-        waited = "Time of a statement, with the wait for its turn."
+        waited = "Time of a statement, or a transaction, with the wait for its turn."
         self._database_seconds = seconds("taskd_database_seconds", waited, ("statement",))
         prometheus.Info("taskd_build", "What runs.", registry=registry).info({"version": __version__})
         prometheus.ProcessCollector(registry=registry)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
-        """Count and time a request."""
+        """Count and time a request. A fault here is told to the log and breaks no answer."""
+        try:
+            self._count(req, resp)
+        except Exception:
+            log.exception("the metrics lack a request id=%s", req.context.id)
+
+    def _count(self, req: falcon.Request, resp: falcon.Response) -> None:
         what = req.uri_template or "-", req.method
         self._requests.labels(*what, resp.status_code).inc()
         self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
@@ -1442,13 +1448,31 @@ class TimedDatabase:
 
     def run(self, sql: str, **values: Any) -> list[Row]:
         """Run a statement."""
-        with self._seconds.labels(sql.partition(" ")[0].lower()).time():
+        with self._timed(sql.partition(" ")[0].lower()):
             return self._database.run(sql, **values)
 
     def write(self, sql: str, **values: Any) -> list[Row]:
         """Run a statement that changes something."""
-        with self._seconds.labels(sql.partition(" ")[0].lower()).time():
+        with self._timed(sql.partition(" ")[0].lower()):
             return self._database.write(sql, **values)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run several statements together, and take the time of all of them with their commit."""
+        with self._timed("transaction"), self._database.transaction():
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, statement: str) -> Iterator[None]:
+        started, blocked = time.perf_counter(), False
+        try:
+            yield
+        except Blocked:
+            blocked = True  # it starts again in another thread, and counts there
+            raise
+        finally:
+            if not blocked:
+                self._seconds.labels(statement).observe(time.perf_counter() - started)
 
 
 # --- Resources ------------------------------------------------------------------------------------------------------

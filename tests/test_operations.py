@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from falcon import testing
 from prometheus_client.parser import text_string_to_metric_families as families
 
 import taskd
-from support import Process, assert_problem, bearer, locked, until
+from conftest import Person
+from support import DEADLINE, ROOT, SECRET, Process, Wire, assert_problem, bearer, locked, until, written
 
 Start = Callable[..., Process]
 TASKS = "/api/alice/tasks"
@@ -148,12 +152,12 @@ def test_without_the_setting_there_are_no_metrics(start: Start, setting: dict[st
     assert_problem(answer, 404)
 
 
-def test_without_the_setting_the_library_is_not_even_loaded(start: Start, tmp_path: Path) -> None:
-    server = start()
-    maps = Path(f"/proc/{server.popen.pid}/maps").read_text()
-    assert "prometheus" not in maps
-    loaded = {name for name in vars(taskd) if "prometheus" in name}
-    assert loaded == set()
+@pytest.mark.parametrize("metrics", [False, True])
+def test_the_library_is_loaded_only_with_the_setting(tmp_path: Path, metrics: bool) -> None:
+    settings = f"secret={SECRET!r}, database_url='sqlite:///{tmp_path}/taskd.db', metrics={metrics}"
+    code = f"import sys, taskd; taskd.create_app(taskd.Settings({settings})); print('prometheus_client' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.stdout, done.stderr) == (f"{metrics}\n", "")
 
 
 def test_requests_are_counted_by_route_method_and_status(start: Start) -> None:
@@ -207,6 +211,37 @@ def test_no_metric_tells_anything_about_a_user_or_a_task(start: Start) -> None:
     for hidden in ("wonderland", "rabbit", "forged", "bob"):
         assert hidden not in shown
     assert set(re.findall(r'route="([^"]*)"', shown)) <= {"-", "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}"}
+
+
+def test_a_write_that_had_to_wait_in_another_thread_is_one_statement(start: Start, tmp_path: Path) -> None:
+    server = start(TASKD_METRICS="1")
+    with Wire(server) as wire:
+        with locked(tmp_path / "taskd.db"):
+            wire.send(written("POST", TASKS, {"title": "x"}, user="alice"))
+            assert server.request("GET", "/healthz").status_code == 200
+        assert wire.answer().status_code == 201
+    found = samples(server)
+    assert found["taskd_database_seconds_count", "statement=insert"] == 1
+    assert found["taskd_requests_total", "method=POST", "route=/api/{user_id}/tasks", "status=201"] == 1
+
+
+def test_statements_that_belong_together_are_timed_with_their_commit(start: Start) -> None:
+    server = start(TASKD_METRICS="1")
+    server.request("POST", TASKS, {"title": "x"}, bearer() | {"Idempotency-Key": "k"})
+    found = samples(server)
+    parts = sum(found["taskd_database_seconds_sum", f"statement={part}"] for part in ("insert", "delete"))
+    assert found["taskd_database_seconds_count", "statement=transaction"] == 1
+    assert found["taskd_database_seconds_sum", "statement=transaction"] > parts
+
+
+def test_metrics_that_fail_break_no_request(
+    make_app: Callable[..., taskd.App], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice = Person(testing.TestClient(make_app(metrics=True)), "alice")
+    monkeypatch.setattr(taskd, "CHANGES", None)
+    assert alice.call("POST", json={"title": "x"}).status_code == 201
+    assert alice.call("GET").json[0]["title"] == "x"
+    assert "the metrics" in caplog.text
 
 
 def test_a_database_that_cannot_be_used_is_counted_as_503(start: Start, tmp_path: Path) -> None:
