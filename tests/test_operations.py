@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -390,6 +392,8 @@ FORWARDED = [  # what the proxy sends, and which client it tells
     ("6.6.6.6, 10.1.2.3", "10.1.2.3"),  # only the last was added by the proxy
     ("10.1.2.3,2001:db8::7", "2001:db8::7"),
     ("[2001:db8::7]", "[2001:db8::7]"),
+    ("[2001:db8::7]:4711", "[2001:db8::7]:4711"),
+    ("10.1.2.3:4711", "10.1.2.3:4711"),
     ("", "127.0.0.1"),
     ("10.1.2.3, nonsense", "127.0.0.1"),
     ("10.1.2.3\tuser='bob'", "127.0.0.1"),
@@ -398,7 +402,7 @@ FORWARDED = [  # what the proxy sends, and which client it tells
 ]
 
 
-@pytest.mark.parametrize("proxy", ["127.0.0.1", "*"])
+@pytest.mark.parametrize("proxy", ["127.0.0.1", "*", "10.0.0.1, ::1,127.0.0.1"])
 def test_a_trusted_proxy_tells_the_client(start: Start, proxy: str) -> None:
     server = start(TASKD_TRUSTED_PROXY=proxy)
     for forwarded, _ in FORWARDED:
@@ -406,6 +410,17 @@ def test_a_trusted_proxy_tells_the_client(start: Start, proxy: str) -> None:
     until(lambda: len(lines(server)) == len(FORWARDED), "a line for each")
     found = [match["client"] for line in lines(server) if (match := LINE.fullmatch(line))]
     assert found == [client for _, client in FORWARDED]
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6")
+def test_a_proxy_is_known_however_its_address_is_spelt(start: Start) -> None:
+    server = start(TASKD_TRUSTED_PROXY="0:0:0:0:0:0:0:1", TASKD_HOST="::1")
+    connection = http.client.HTTPConnection("::1", server.port, timeout=DEADLINE)
+    with closing(connection):
+        connection.request("GET", "/healthz", headers={"X-Forwarded-For": "10.1.2.3"})
+        assert connection.getresponse().status == 200
+    until(lambda: lines(server), "a line in the log")
+    assert LINE.fullmatch(lines(server)[0])["client"] == "10.1.2.3"  # type: ignore[index]
 
 
 def test_the_client_is_in_the_json_too(start: Start) -> None:
@@ -419,9 +434,8 @@ def test_the_client_is_in_the_json_too(start: Start) -> None:
 def test_nobody_else_is_believed(start: Start, settings: dict[str, str]) -> None:
     server = start(**settings)
     headers = bearer() | {"X-Forwarded-For": "10.1.2.3", "X-Forwarded-Prefix": "/todo", "Forwarded": "for=10.1.2.3"}
-    answer = server.request(
-        "POST", TASKS, {"title": "x"}, headers | {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil"}
-    )
+    headers |= {"X-Forwarded-Proto": "gopher", "X-Forwarded-Host": "evil", "X-Forwarded-Port": "x"}
+    answer = server.request("POST", TASKS, {"title": "x"}, headers)
     assert answer.headers["location"] == f"{TASKS}/{answer.json['id']}"
     until(lambda: lines(server), "a line in the log")
     assert "10.1.2.3" not in server.log
@@ -460,7 +474,11 @@ UNUSABLE = [
     ("TASKD_LOG_FORMAT", "xml"),
     ("TASKD_LOG_FORMAT", "JSON"),
     ("TASKD_TRUSTED_PROXY", "proxy.example"),
-    ("TASKD_TRUSTED_PROXY", "10.0.0.1, 10.0.0.2"),
+    ("TASKD_TRUSTED_PROXY", "10.0.0.1, proxy"),
+    ("TASKD_TRUSTED_PROXY", "*, 10.0.0.1"),
+    ("TASKD_TRUSTED_PROXY", "999.1.1.1"),
+    ("TASKD_TRUSTED_PROXY", "cafe"),
+    ("TASKD_TRUSTED_PROXY", "10.0.0.0/8"),
 ]
 
 
