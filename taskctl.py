@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import http.client
 import json
 import os
@@ -37,7 +38,7 @@ from rich.table import Table
 from rich.text import Text
 
 import taskd
-from taskd import Settings, Task, Tokens
+from taskd import About, IdempotencyKey, Settings, Task, Tokens
 
 app = typer.Typer(
     help="Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server.",
@@ -109,8 +110,8 @@ def init() -> None:
         write_secret()
         say(f"wrote a new secret to {DOTENV}; give the same BETTER_AUTH_SECRET to Better Auth")
         settings = Settings.load()
-    existed = Path(settings.database).exists()
-    taskd.prepare_database(settings.database)
+    existed = is_elsewhere(settings) or Path(settings.database).exists()
+    taskd.open_database(settings).close()
     say(f"{settings.database} is there already" if existed else f"created {settings.database}")
 
 
@@ -137,7 +138,9 @@ def settings(as_json: AsJson = False) -> None:
 
 
 def plain(value: object) -> object:
-    """Return a setting as it is written in the environment."""
+    """Return a setting as it is written in the environment, without a password in it."""
+    if isinstance(value, str):
+        return re.sub(r"(//[^/:@]*):[^/]*@", r"\1:…@", value)
     return (",".join(value) or None) if isinstance(value, tuple) else value
 
 
@@ -321,14 +324,14 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
 # --- Tasks ----------------------------------------------------------------------------------------------------------
 
 
-def database(create: bool = False) -> Settings:
-    """Return the settings, with `Task` ready to be asked about the database that they name."""
+def database(create: bool = False) -> taskd.Database:
+    """Return the database of the settings, with `Task` ready to be asked about it."""
     settings = Settings.load()
     if not create:
         existing(settings)
-    taskd.prepare_database(settings.database)
-    Task.bind(taskd.connect(settings.database, taskd.BUSY))
-    return settings
+    opened = taskd.open_database(settings)
+    Task.bind(opened.peewee)
+    return opened
 
 
 def is_elsewhere(settings: Settings) -> bool:
@@ -344,8 +347,8 @@ def file_of(settings: Settings) -> Path:
 
 
 def existing(settings: Settings) -> Path:
-    """Return the path of the database, which must be there."""
-    if not Path(settings.database).exists():
+    """Return the path of the database, which must be there if it is a file."""
+    if not is_elsewhere(settings) and not Path(settings.database).exists():
         raise Refused(f"there is no database {settings.database}; make it with: python taskctl.py init")
     return Path(settings.database)
 
@@ -364,9 +367,14 @@ def rows(query: Any, *names: str) -> list[dict[str, Any]]:
 def users(as_json: AsJson = False) -> None:
     """List the users who have tasks."""
     database()
-    counts = {"tasks": fn.COUNT(Task.id), "done": fn.SUM(Task.completed), "last_change": fn.MAX(Task.updated_at)}
+    counts = {"tasks": fn.COUNT(Task.id), "done": how_many(Task.completed), "last_change": fn.MAX(Task.updated_at)}
     query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
     show_all(rows(query.group_by(Task.user_id).order_by(Task.user_id), "user_id", *counts), as_json)
+
+
+def how_many(condition: Any) -> peewee.Function:
+    """Return the number of rows of which something is true; not every database adds truths up."""
+    return fn.COUNT(peewee.Case(None, [(condition, 1)]))
 
 
 def fits(context: typer.CallbackParam, value: str | int | None) -> str | int | None:
@@ -392,8 +400,7 @@ def tasks(
     """List a user's tasks, oldest first."""
     if only_open and only_done:
         raise typer.BadParameter("--open and --done exclude each other")
-    settings = database()
-    store = taskd.TaskStore(taskd.open_database(settings))
+    store = taskd.TaskStore(database())
     rest: taskd.Listing | None = taskd.Listing(only_done if only_open or only_done else None, q, sort, limit)
     found: list[taskd.TaskView] = []
     while rest and len(found) != limit:
@@ -406,16 +413,17 @@ def tasks(
 @app.command()
 def stats(as_json: AsJson = False) -> None:
     """Count users and tasks."""
-    settings = database()
+    settings = Settings.load()
+    database()
     counts = {
         "users": fn.COUNT(Task.user_id.distinct()),
         "tasks": fn.COUNT(Task.id),
-        "done": fn.COALESCE(fn.SUM(Task.completed), 0),
+        "done": how_many(Task.completed),
         "oldest": fn.MIN(Task.created_at),
         "last_change": fn.MAX(Task.updated_at),
     }
     [row] = rows(Task.select(*(count.alias(name) for name, count in counts.items())), *counts)
-    show({**row, "bytes": Path(settings.database).stat().st_size}, as_json)
+    show({**row, "bytes": None if is_elsewhere(settings) else Path(settings.database).stat().st_size}, as_json)
 
 
 VERBS = {
@@ -722,15 +730,16 @@ def import_tasks(file: Annotated[str, typer.Argument(help="JSON lines as export 
     Run again, it adds nothing twice: a line with the id, user_id and created_at of a task that is there is that task.
     Of the two the one with the newer updated_at stays. An id that another task has is refused.
     """
-    database()
-    Incoming.bind(Task._meta.database)
+    opened = database()
+    Incoming.bind(opened.peewee)
     Incoming.create_table()
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as lines:
         take_in(lines)
-    with Task._meta.database.atomic("IMMEDIATE"):
+    with opened.transaction():
         refuse_mixed_up()
         imported, there, updated, older = compared()
         merge()
+        count_on(opened.peewee, int(Task.select(fn.COALESCE(fn.MAX(Task.id), 0)).scalar()))
     left = f", {older} left as they were changed here later" if older else ""
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
 
@@ -787,8 +796,12 @@ def refuse_mixed_up() -> None:
 
 def compared() -> tuple[int, int, int, int]:
     """Return how many lines are new, like the task that is there, newer than it, and older."""
-    sums = (Task.id.is_null(), Incoming.updated_at > Task.updated_at, Incoming.updated_at < Task.updated_at)
-    query: Any = Incoming.select(fn.COUNT(Incoming.line), *(fn.COALESCE(fn.SUM(found), 0) for found in sums))
+    sums: tuple[Any, ...] = (
+        Task.id.is_null(),
+        Incoming.updated_at > Task.updated_at,
+        Incoming.updated_at < Task.updated_at,
+    )
+    query: Any = Incoming.select(fn.COUNT(Incoming.line), *map(how_many, sums))
     [(lines, new, newer, older)] = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id).tuples()
     return new, lines - new - newer - older, newer, older
 
@@ -807,14 +820,14 @@ def merge() -> None:
 @app.command()
 def purge(user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Delete all of a user's tasks, and whatever else is kept of this user. It asks before it does."""
-    database()
+    opened = database()
     if not (found := Task.select().where(Task.user_id == user).count()):
         raise Refused(f"{printable(user)} has no tasks")
     if not yes and not sys.stdin.isatty():
         raise Refused(f"{printable(user)} has {found} tasks; without a terminal to ask on, --yes must say so")
     if not yes and not confirmed(f"Delete all {found} tasks of {printable(user)}?"):
         raise Refused("nothing was deleted")
-    with Task._meta.database.atomic("IMMEDIATE"):
+    with opened.transaction():
         deleted = {table: delete_all(table, user) for table in tables_of_users()}
     say(f"deleted {deleted[Task._meta.table_name]} tasks of {printable(user)}")
 
@@ -838,6 +851,83 @@ def delete_all(table: str, user: str) -> int:
     """Delete a user's rows from a table, and return how many there were."""
     rows = peewee.Table(table).bind(Task._meta.database)
     return int(rows.delete().where(rows.c.user_id == user).execute())
+
+
+# --- Moving to another database -------------------------------------------------------------------------------------
+
+# How each engine tells the last id that it gave to a task, and is told it.
+LAST_IDS = {
+    "SqliteDatabase": (
+        "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'task'",
+        "UPDATE sqlite_sequence SET seq = MAX(seq, ?) WHERE name = 'task'",
+    ),
+    "PooledPostgresqlDatabase": (
+        "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM task_id_seq",
+        "SELECT setval('task_id_seq', GREATEST(%s, last_value)) FROM task_id_seq",
+    ),
+}
+
+
+def last_id(database: peewee.Database) -> int:
+    """Return the last id that was given to a task, also if that task was deleted since."""
+    [found] = database.execute_sql(LAST_IDS[type(database).__name__][0]).fetchone()
+    return int(found)
+
+
+def count_on(database: peewee.Database, last: int) -> None:
+    """Let new tasks have ids after this one."""
+    if last:
+        database.execute_sql(LAST_IDS[type(database).__name__][1], (last,))
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="A DATABASE_URL.")],
+    target: Annotated[str, typer.Argument(help="Another, of a database without tasks.")],
+) -> None:
+    """Copy everything into an empty database, from SQLite to PostgreSQL or back, and compare. Stop taskd first."""
+    old, new = (Settings.load({**os.environ, "DATABASE_URL": url}) for url in (source, target))
+    if old.database_url == new.database_url:
+        raise typer.BadParameter("the two are the same")
+    existing(old)
+    reading, writing = taskd.open_database(old), taskd.open_database(new)
+    with reading.transaction(), writing.transaction(), progress() as bar:
+        if next(batches(Task, writing.peewee), None):
+            raise Refused(f"{new.database} has tasks already; nothing was copied")
+        for model in (Task, IdempotencyKey):
+            for rows in bar.track(batches(model, reading.peewee), description="copying"):
+                table_of(model, writing.peewee).insert(rows).execute()
+        about = table_of(About, writing.peewee)
+        about.update({about.cursor_key: table_of(About, reading.peewee).select().get()["cursor_key"]}).execute()
+        count_on(writing.peewee, last_id(reading.peewee))
+        copied = [digest(model, reading.peewee, bar) for model in (Task, IdempotencyKey)]
+        if copied != [digest(model, writing.peewee, bar) for model in (Task, IdempotencyKey)]:
+            raise Refused("the copy is not like the original, perhaps because someone wrote to it; nothing was copied")
+    (tasks, checksum), (keys, _) = copied
+    say(f"copied {tasks} tasks and {keys} idempotency keys from {old.database} to {new.database}")
+    say(f"counts and checksums agree; that of the tasks is {checksum}")
+
+
+def table_of(model: type[peewee.Model], database: peewee.Database) -> Any:
+    """Return a model's table in one of several databases."""
+    return peewee.Table(model._meta.table_name, model._meta.sorted_field_names).bind(database)
+
+
+def batches(model: type[peewee.Model], database: peewee.Database) -> Iterator[list[dict[str, Any]]]:
+    """Yield all rows in the order of their ids, some at a time, with the same values whatever the engine."""
+    table, fields, last = table_of(model, database), model._meta.fields, 0
+    while rows := list(table.select().where(table.id > last).order_by(table.id).limit(BATCH).dicts()):
+        yield [{name: fields[name].python_value(value) for name, value in row.items()} for row in rows]
+        last = rows[-1]["id"]
+
+
+def digest(model: type[peewee.Model], database: peewee.Database, bar: Progress) -> tuple[int, str]:
+    """Return how many rows there are, and the SHA-256 of all that is in them."""
+    count, sha = 0, hashlib.sha256()
+    for rows in bar.track(batches(model, database), description="comparing"):
+        count += len(rows)
+        sha.update(json.dumps(rows).encode())
+    return count, sha.hexdigest()
 
 
 # --- Smoke test -----------------------------------------------------------------------------------------------------

@@ -951,6 +951,7 @@ class Sqlite:
             self._patient.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        self.peewee = self._patient  # for queries of taskctl's own
         self._path, self._opened = Path(path), Path(path).stat()
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
@@ -1056,7 +1057,7 @@ class Postgres:
             from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
         except ImportError:
             raise SettingsError("DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt") from None
-        self._pool = PooledPostgresqlDatabase(
+        self._pool = self.peewee = PooledPostgresqlDatabase(
             settings.database_url,
             max_connections=settings.threads,
             timeout=QUEUE,

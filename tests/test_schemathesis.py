@@ -33,7 +33,7 @@ enabled = false
 # tell everybody which ids there are.
 [[operations]]
 include-method = "OPTIONS"
-checks.use_after_free.enabled = false
+phases.stateful.enabled = false
 """
 ALICE = """
 hooks = "hooks.py"

@@ -38,6 +38,7 @@ OPTIONS = {
     "init": [],
     "backup": [],
     "check": ["--json"],
+    "copy": [],
     "export": [],
     "import": [],
     "mint": ["--claim", "--email", "--json", "--name", "--ttl"],

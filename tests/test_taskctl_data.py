@@ -1014,3 +1014,56 @@ def test_a_purge_asks_first_and_says_how_many(
     assert (written, process.returncode) == ("", 0 if deleted else 1)
     assert answers(server) == (before | {"bob": []} if deleted else before)
     assert ("deleted 2 tasks of bob" in messages) == deleted
+
+
+# --- Copy to another database ---------------------------------------------------------------------------------------
+
+
+def test_a_copy_has_all_that_the_original_has_and_never_uses_an_id_again(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
+    server = start()
+    made = fill(server)
+    keyed = bearer() | {"Idempotency-Key": "once"}
+    first = server.request("POST", path_of("alice"), {"title": "once"}, keyed)
+    last = add(server)["id"]
+    assert server.request("DELETE", path_of("alice", last), headers=bearer()).status_code == 200
+    page = server.request("GET", path_of("alice") + "?limit=1", headers=bearer()).headers["link"]
+    before = answers(server)
+    assert server.terminate() == 0
+    answer = taskctl("copy", "sqlite:///taskd.db", "sqlite:///other.db")
+    assert answer.returncode == 0, answer.stderr
+    assert f"copied {sum(map(len, made.values())) + 1} tasks and 1 idempotency keys" in answer.stderr
+    assert "checksums agree" in answer.stderr
+    assert stored(tmp_path / "other.db") == stored(tmp_path / "taskd.db")
+    other = start(DATABASE_URL="sqlite:///other.db")
+    assert answers(other) == before
+    again = other.request("POST", path_of("alice"), {"title": "once"}, keyed)
+    assert (again.json, again.headers["idempotency-replayed"]) == (first.json, "true")
+    path = page.removeprefix("<").partition(">")[0]
+    assert other.request("GET", path, headers=bearer()).status_code == 200, "a cursor of before is refused"
+    assert add(other)["id"] == last + 1
+    assert listed(other, "alice")[-1]["id"] == last + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "why"),
+    [
+        (["sqlite:///taskd.db", "sqlite:///taskd.db"], 2, "same"),
+        (["sqlite:///nowhere.db", "sqlite:///other.db"], 1, "no database nowhere.db"),
+        (["taskd.db", "sqlite:///other.db"], 2, "DATABASE_URL must be"),
+        (["sqlite:///taskd.db", "mysql://x"], 2, "DATABASE_URL must be"),
+        (["sqlite:///taskd.db", "sqlite:///full.db"], 1, "full.db has tasks already; nothing was copied"),
+    ],
+)
+def test_a_copy_that_cannot_be_made_changes_nothing(
+    taskctl: Taskctl, tmp_path: Path, arguments: list[str], status: int, why: str
+) -> None:
+    for name in ("taskd.db", "full.db"):
+        assert taskctl("seed", "alice", "--count", "3", DATABASE_URL=f"sqlite:///{name}").returncode == 0
+    before = {name: dump(tmp_path / name) for name in ("taskd.db", "full.db")}
+    answer = taskctl("copy", *arguments)
+    assert (answer.returncode, answer.stdout) == (status, "")
+    assert why in " ".join(answer.stderr.split())
+    assert {name: dump(tmp_path / name) for name in before} == before
+    assert not (tmp_path / "nowhere.db").exists()
