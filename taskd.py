@@ -1,8 +1,8 @@
 """taskd: a JWT-protected task API for many users, in one file.
 
 Better Auth logs people in; taskd verifies the token that it hands out and serves that user's tasks, nobody else's.
-A request goes through the chapters from top to bottom: settings, tokens, bodies, store, middleware, resources,
-errors, app, server. Importing this module does nothing; `create_app` builds everything.
+The chapters, from top to bottom: settings, tokens, bodies, store, database, middleware, resources, errors, app,
+server. Importing this module does nothing; `create_app` builds everything.
 """
 
 from __future__ import annotations
@@ -196,6 +196,7 @@ def _read_dotenv(path: Path) -> dict[str, str]:
 
 LEEWAY = 10  # seconds that this clock and Better Auth's may differ
 MAX_TOKEN = 16 * 1024  # characters; Better Auth's have a few hundred
+MAX_SUBJECT = 1000  # bytes; with a title it fits into PostgreSQL's indexes, which have no U+0000 either
 REMEMBERED = 1000  # verified tokens
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, section 7.1: no padding
 LOGIN_TYPES = ("jwt", "at+jwt")  # RFC 8725, section 3.11: Better Auth signs its session cookies too, of another type
@@ -404,7 +405,7 @@ def _user(claims: dict[str, Any]) -> User:
         if name in claims and type(claims[name]) not in (int, float):
             raise TokenError(f"{name} must be a number")
     subject = claims["sub"]
-    if not subject or any("\ud800" <= character <= "\udfff" for character in subject):
+    if not re.fullmatch(r"[^\0\ud800-\udfff]+", subject) or len(subject.encode()) > MAX_SUBJECT:
         raise TokenError("sub must name a user")
     texts = {name: claims[name] for name in ("email", "name") if isinstance(claims.get(name), str)}
     return User(subject, claims["exp"], **texts)
@@ -581,9 +582,9 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
     wrong = [name for name, text in given.items() if not re.fullmatch(PARAMETERS[name][0], text)]
     wrong += [name for name in PARAMETERS if isinstance(req.params.get(name), list)]  # given more than once
     sort, after = given.get("sort", "id"), None
-    if "after" in given and not wrong:
+    if "after" in given and not {"after", "sort"}.intersection(wrong):
         after = cursors.read(given["after"], req.context.user.id, sort)
-        wrong = [] if after else ["after"]
+        wrong += [] if after else ["after"]
     if wrong:
         raise Unprocessable([Fault(name, PARAMETERS[name][1]) for name in wrong])
     completed = {"true": True, "false": False}.get(given.get("completed", ""))
@@ -647,7 +648,7 @@ def read_key(req: falcon.Request) -> str | None:
 
 PIECE = 200  # tasks of a list that are read and sent at once
 REPEATABLE = timedelta(hours=24)  # how long a create can be repeated with its Idempotency-Key
-CONTAINS = r"(title_folded LIKE :q ESCAPE '\' OR description_folded LIKE :q ESCAPE '\')"
+CONTAINS = " OR ".join(f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded"))
 AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
 
 
@@ -719,9 +720,9 @@ class Stored(Struct, frozen=True):
     replayed: bool = False
 
 
-def folded(title: str, description: str | None) -> dict[str, str | None]:
+def folded(title: str | None, description: str | None) -> dict[str, str | None]:
     """Return the columns in which `q` is searched: the texts as they are when upper and lower case do not count."""
-    return {"title_folded": title.casefold(), "description_folded": description and description.casefold()}
+    return {"title_folded": title and title.casefold(), "description_folded": description and description.casefold()}
 
 
 def parameter(name: str) -> peewee.SQL:
@@ -749,7 +750,7 @@ class TaskStore:
         this = mine(Task) & (Task.id == parameter("id"))
         as_expected = this & peewee.SQL(AS_EXPECTED)
         touched = {"updated_at": parameter("now"), "version": peewee.SQL("version + 1")}
-        new = {name: parameter(name) for name in ("user_id", *RULES, *folded("", None))}
+        new = {name: parameter(name) for name in ("user_id", *RULES, *folded(None, None))}
         changed: dict[str, Any] = {
             name: peewee.fn.COALESCE(parameter(name), getattr(Task, name)) for name in new if name != "user_id"
         }
@@ -781,7 +782,7 @@ class TaskStore:
         size, (value, last) = listing.limit or PIECE, listing.after or (None, None)
         shape = listing.completed is None, not listing.q, listing.sort, last is None
         sql = self._lists.get(shape) or self._lists.setdefault(shape, self._select(*shape))
-        values = {"completed": listing.completed, "q": _pattern(listing.q), "value": value, "last": last}
+        values = {"completed": listing.completed, "q": listing.q.casefold(), "value": value, "last": last}
         tasks = _views(self._database.run(sql, user_id=user_id, limit=size + 1, **values))
         if len(tasks) <= size:
             return tasks, None
@@ -805,7 +806,7 @@ class TaskStore:
             places = [Task.id < last if descending else Task.id > last]
         if not first and column is not Task.id:
             places = [(column == value) & places[0], column < value if descending else column > value]
-        query = Task.select(*SHOWN).where(mine(Task), *([] if everything else [peewee.SQL(CONTAINS)]))
+        query = Task.select(*SHOWN).where(mine(Task), *([] if everything else [peewee.SQL(f"({CONTAINS})")]))
         parts: list[Any] = [query.where(*part) for part in itertools.product(*filter(None, (halves, places)))]
         direction = " DESC" if descending else ""
         order = (peewee.SQL(f"{key}{direction}") for key in dict.fromkeys([column.name, "id"]))
@@ -847,7 +848,7 @@ class TaskStore:
                 raise Changed(stored.tag)
             return stored
         values = {"title": None, "description": None, "completed": None, "described": "description" in given, **given}
-        values |= folded(given.get("title") or "", given.get("description"))
+        values |= folded(given.get("title"), given.get("description"))
         return self._write(self._change, expected, user_id=user_id, id=task_id, now=_now(), **values)
 
     def complete(
@@ -889,10 +890,6 @@ def _stored(row: Row) -> Stored:
 
 def _first(rows: list[Row]) -> Stored | None:
     return _stored(rows[0]) if rows else None
-
-
-def _pattern(text: str) -> str:
-    return "%" + re.sub(r"([%_\\])", r"\\\1", text.casefold()) + "%" if text else "%"
 
 
 def _replayed(answer: str) -> Stored:
@@ -1067,7 +1064,7 @@ class Postgres:
             options=f"-c statement_timeout={2 * BUSY:.0f}s -c lock_timeout={BUSY:.0f}s",
         )
         failures = (peewee.OperationalError, peewee.InterfaceError, peewee.InternalError, peewee.DataError)
-        self._unusable = (*failures, MaxConnectionsExceeded)
+        self._unusable = (*failures, peewee.ProgrammingError, MaxConnectionsExceeded)  # such as that a table is away
         try:
             self._prepare(settings.database)
         except (peewee.PeeweeException, ValueError) as ex:

@@ -42,7 +42,7 @@ STARTS = 5
 LONG_CONNECTIONS, MIXED = 16, 500  # requests of each kind
 GROWN, START = 1.2, 0.7  # at most so many times; seconds
 IDLE, LOADED = 60, 100  # megabytes
-COLUMNS = ("user_id", "title", "description", "completed", "created_at", "updated_at", *taskd.folded("", None))
+COLUMNS = ("user_id", "title", "description", "completed", "created_at", "updated_at", *taskd.folded(None, None))
 INSERT = f"INSERT INTO task ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 

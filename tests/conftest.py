@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +14,63 @@ from falcon import testing
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import support
 import taskd
-from support import SECRET, Process, bearer
+from support import SECRET, Process, bearer, database_url
 
 Pair = tuple[list[Process], Path]
+SERVER = "TASKD_TEST_POSTGRESQL"  # the address of the server, for the processes that share the tests out
+ENGINES = ("sqlite", "postgresql", "both_engines")
+cluster = None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--postgresql", action="store_true", help="run on a PostgreSQL server, which is made for the run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start a PostgreSQL server if the tests are to run on one, or end here where it is not installed."""
+    global cluster
+    if not config.getoption("postgresql"):
+        return
+    from cluster import CARELESS, Cluster, Databases, binaries
+
+    if not binaries():
+        pytest.exit("PostgreSQL is not installed here: the tests do not run on it", 0)
+    if not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the end is the same as after Ctrl-C
+        cluster = Cluster(*CARELESS)
+        os.environ[SERVER] = cluster.url()
+    support.postgresql = Databases(os.environ[SERVER])
+
+
+def pytest_unconfigure() -> None:
+    if support.postgresql:
+        support.postgresql.close()
+    if cluster:
+        cluster.remove()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is about the other engine."""
+    other = "sqlite" if config.getoption("postgresql") else "postgresql"
+    left_out = [item for item in items if _engine(item) == other]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if _engine(item) != other]
+
+
+def _engine(item: pytest.Item) -> str:
+    """Return what the marker that is nearest to a test says it is for."""
+    names = [marker.name for marker in item.iter_markers()]
+    return next((name for name in names if name in ENGINES), "both_engines")
+
+
+@pytest.fixture(autouse=True)
+def _databases() -> Iterator[None]:
+    """Give the databases of a test to the next one."""
+    with support.postgresql.until_the_end() if support.postgresql else contextlib.nullcontext():
+        yield
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -46,12 +102,15 @@ class Person:
 
 @pytest.fixture
 def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
-    """Make applications on a database in a file; whatever they open is closed."""
+    """Make applications on a database of this test's own; whatever they open is closed."""
     made: list[taskd.App] = []
 
     def make(**settings: Any) -> taskd.App:
-        defaults = {"secret": SECRET, "database_url": f"sqlite:///{tmp_path}/taskd.db"}
-        made.append(taskd.create_app(taskd.Settings(**(defaults | settings))))
+        url = database_url(tmp_path / "taskd.db")
+        if support.postgresql and not made and not settings:
+            made.append(support.postgresql.app(url))
+        else:
+            made.append(taskd.create_app(taskd.Settings(**({"secret": SECRET, "database_url": url} | settings))))
         return made[-1]
 
     yield make
@@ -101,7 +160,7 @@ def server(start: Callable[..., Process]) -> Process:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Two servers on one database file, and the file; each test has its own users in it."""
+    """Two servers on one database, and its file; each test has its own users in it."""
     directory = tmp_path_factory.mktemp("pair")
     servers = [Process(directory, TASKD_THREADS="80") for _ in range(2)]
     yield servers, directory / "taskd.db"
@@ -109,7 +168,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         server.kill()
 
 
-@pytest.fixture(params=["in_a_worker_thread", "in_the_thread_of_the_sockets"])
+BY_ITSELF = pytest.mark.sqlite("the thread of the sockets leaves PostgreSQL to the workers")
+
+
+@pytest.fixture(params=["in_a_worker_thread", pytest.param("in_the_thread_of_the_sockets", marks=BY_ITSELF)])
 def either_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskd.this_thread, "hurried", request.param == "in_the_thread_of_the_sockets")
     monkeypatch.setattr(taskd, "SLOW", 99)  # however slow the disk, it stays in this thread

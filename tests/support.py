@@ -20,13 +20,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from cluster import Databases
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a-secret-for-the-tests-of-at-least-32-bytes"
 OTHER_SECRET = "another-secret-of-at-least-32-bytes-indeed"
 TASK_KEYS = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 DEADLINE = 20  # seconds that anything here may take before it counts as failed
+
+postgresql: Databases | None = None  # where the tests' databases are in a run with --postgresql
+
+
+def database_url(file: Path) -> str:
+    """Return the address of a database: this file or, in a run on PostgreSQL, the one that stands for this file."""
+    return postgresql.url(str(file)) if postgresql else f"sqlite:///{file}"
 
 
 def base64url(data: bytes) -> str:
@@ -100,6 +110,8 @@ class Process:
         self, directory: Path, *, wait: bool = True, command: list[str] | None = None, **variables: str
     ) -> None:
         defaults = {"BETTER_AUTH_SECRET": SECRET, "TASKD_PORT": "0"}
+        if postgresql:
+            defaults["DATABASE_URL"] = database_url(directory / "taskd.db")
         self.log_path = directory / f"stderr-{time.monotonic_ns()}.log"
         with self.log_path.open("wb") as log:
             self.popen = subprocess.Popen(
@@ -227,8 +239,13 @@ def written(method: str, path: str, body: object = None, *lines: str, user: str 
 
 
 @contextlib.contextmanager
-def locked(database: Path) -> Iterator[sqlite3.Connection]:
-    """Hold the database's write lock, as another process would."""
+def locked(database: Path) -> Iterator[Any]:
+    """Hold the database's write lock, or the lock of the tables on PostgreSQL, as another process would."""
+    if postgresql:
+        with postgresql.connect(str(database)) as session, session.transaction():
+            session.execute("LOCK TABLE task, idempotency_key IN EXCLUSIVE MODE")
+            yield session
+        return
     with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -238,10 +255,41 @@ def locked(database: Path) -> Iterator[sqlite3.Connection]:
 
 
 def stored(database: Path) -> dict[int, dict[str, Any]]:
-    """Return the tasks that are in the database file, read by another process than taskd, by their ids."""
+    """Return the tasks that are in the database, read by another process than taskd, by their ids."""
+    if postgresql:
+        with postgresql.connect(str(database)) as session:
+            rows = session.execute(f"SELECT {', '.join(TASK_KEYS)} FROM task ORDER BY id").fetchall()
+        return {row[0]: dict(zip(TASK_KEYS, row, strict=True)) for row in rows}
     with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE)) as connection:
         connection.row_factory = sqlite3.Row
         return {row["id"]: dict(row) for row in connection.execute(f"SELECT {', '.join(TASK_KEYS)} FROM task")}
+
+
+def sql(database: Path, statement: str, *values: object) -> list[Any]:
+    """Run a statement as another process than taskd, and return its rows."""
+    if postgresql:
+        if statement.startswith(("ALTER", "CREATE", "DROP")):
+            postgresql.spoiled.add(str(database))
+        with postgresql.connect(str(database)) as session:
+            cursor = session.execute(statement.replace("?", "%s").encode(), values)
+            return cursor.fetchall() if cursor.description else []
+    with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE)) as connection, connection:
+        return connection.execute(statement, values).fetchall()
+
+
+def empty(database: Path) -> None:
+    """Delete all tasks; the next one has the id 1."""
+    if postgresql:
+        sql(database, "TRUNCATE task RESTART IDENTITY")
+        return
+    sql(database, "DELETE FROM task")
+    sql(database, "DELETE FROM sqlite_sequence")
+
+
+def release(database: Path) -> None:
+    """Let another test have the database before this one ends, where it is no file."""
+    if postgresql:
+        postgresql.release(str(database))
 
 
 def until(condition: Callable[[], object], why: str, seconds: float = DEADLINE) -> None:

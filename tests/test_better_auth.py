@@ -26,6 +26,8 @@ import pytest
 from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Answer, Process, assert_problem, environment, until
 from taskd import Settings
 
+pytestmark = pytest.mark.sqlite("it is about tokens")
+
 HERE = Path(__file__).parent / "better_auth"
 PAGE = ROOT / "docs" / "better-auth.md"
 OLDEST_NODE = (20, 19)  # better-auth's own libraries ask for it

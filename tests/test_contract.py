@@ -13,9 +13,10 @@ from urllib.parse import quote
 import pytest
 from falcon import testing
 
+import support
 import taskd
 from conftest import Person
-from support import DEADLINE, SECRET, TASK_KEYS, assert_problem, bearer, token
+from support import DEADLINE, SECRET, TASK_KEYS, assert_problem, bearer, database_url, sql, token
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 JSON = {"Content-Type": "application/json"}
@@ -59,7 +60,7 @@ def fields(response):
 def settled(tmp_path_factory):
     """Alice with one task, for all tests that must change nothing."""
     path = tmp_path_factory.mktemp("settled") / "taskd.db"
-    app = taskd.create_app(taskd.Settings(secret=SECRET, database_url=f"sqlite:///{path}"))
+    app = taskd.create_app(taskd.Settings(secret=SECRET, database_url=database_url(path)))
     alice = Person(testing.TestClient(app), "alice")
     alice.add()
     yield alice
@@ -914,14 +915,21 @@ def answer(make_app, tmp_path, monkeypatch):
             monkeypatch.setattr(app.store, "page", broken)
         if name == "unavailable":
             app.store.close()
-            (tmp_path / "taskd.db").rename(tmp_path / "away.db")
-            (tmp_path / "taskd.db").mkdir()
+            move_away(tmp_path / "taskd.db")
         headers = (headers or {}) | options.get("headers", {})
         response = alice.call(method, path, **(options | {"headers": headers}))
         assert response.status_code == status, response.text
         return response
 
     return answer
+
+
+def move_away(database):
+    if support.postgresql:
+        sql(database, "ALTER TABLE task RENAME TO away")
+    else:
+        database.rename(database.with_name("away.db"))
+        database.mkdir()
 
 
 def broken(user_id, listing):

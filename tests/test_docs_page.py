@@ -20,6 +20,8 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from support import DEADLINE, ROOT, Process, environment, stored, token, until
 
+pytestmark = pytest.mark.sqlite("it is about a page")
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 HOSTILE = "<img src=x onerror=document.title='gone'> </pre><b>\u202e \U0001f4a9 ' \" \\ & ${x} `y` é"
 ODD_USER = '<i>o\'hara $HOME `id` "é" 100% \\'

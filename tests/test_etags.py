@@ -20,7 +20,19 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 
 import taskd
 from conftest import Pair, Person
-from support import OTHER_SECRET, Answer, Process, Wire, WireAnswer, assert_problem, at_once, bearer, token, written
+from support import (
+    OTHER_SECRET,
+    Answer,
+    Process,
+    Wire,
+    WireAnswer,
+    assert_problem,
+    at_once,
+    bearer,
+    database_url,
+    token,
+    written,
+)
 
 STRONG = re.compile(r'"[\x21\x23-\x7e]+"')
 OLD = '"1-2001-01-01T00:00:00.000Z"'  # such a tag as taskd makes, of no task here
@@ -486,7 +498,7 @@ LISTS = strategies.lists(
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    database = f"sqlite:///{tmp_path_factory.mktemp('fuzzed')}/taskd.db"
+    database = database_url(tmp_path_factory.mktemp("fuzzed") / "taskd.db")
     app = taskd.create_app(taskd.Settings(secret="x" * 32, database_url=database))
     client = testing.TestClient(app, headers={"Authorization": f"Bearer {token('alice', secret='x' * 32)}"})
     client.simulate_post("/api/alice/tasks", json={"title": "x"})

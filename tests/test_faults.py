@@ -40,6 +40,8 @@ from support import (
     written,
 )
 
+pytestmark = pytest.mark.sqlite("it is about SQLite's files, locks and disk; test_postgresql.py has its like")
+
 ROUNDS = int(os.environ.get("TASKD_TEST_ROUNDS", "6"))
 WRITERS = 8  # that are at work when taskd is killed
 RESTART = 10  # seconds; it takes half of one

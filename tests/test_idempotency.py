@@ -12,7 +12,6 @@ import os
 import random
 import re
 import shutil
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from support import (
     at_once,
     bearer,
     locked,
+    sql,
     stored,
     until,
     written,
@@ -76,13 +76,11 @@ def is_replayed(answer: testing.Result | Answer) -> bool:
 
 def keys(path: Path) -> list[tuple[str, str]]:
     """Return the users and keys in the database file, in the order in which they came."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return connection.execute("SELECT user_id, name FROM idempotency_key ORDER BY id").fetchall()
+    return sql(path, "SELECT user_id, name FROM idempotency_key ORDER BY id")
 
 
 def run(path: Path, statement: str, *values: object) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(statement, values)
+    sql(path, statement, *values)
 
 
 def age(path: Path, by: timedelta) -> None:
@@ -383,8 +381,7 @@ def test_a_replay_does_not_prolong_a_key(alice: Person, path: Path) -> None:
 
 
 def rows(path: Path, statement: str) -> list[Any]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return connection.execute(statement).fetchall()
+    return sql(path, statement)
 
 
 def plant(path: Path, count: int, age: timedelta, user: str = "carol") -> None:
@@ -420,6 +417,7 @@ def test_the_table_of_keys_does_not_grow_when_every_day_brings_as_many(alice: Pe
     assert sizes == [20] * 4
 
 
+@pytest.mark.sqlite("it needs a trigger in SQLite's words")
 @pytest.mark.parametrize("user", ["alice", "carol"])
 def test_a_create_without_a_key_does_not_touch_the_keys(alice: Person, path: Path, user: str) -> None:
     alice.add()
@@ -434,6 +432,7 @@ def test_a_create_without_a_key_does_not_touch_the_keys(alice: Person, path: Pat
     assert rows(path, everything) == before
 
 
+@pytest.mark.sqlite("it is about SQLite's file")
 def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(alice: Person, path: Path) -> None:
     def work() -> int:
         """Return how many hundreds of steps SQLite's machine took for a create and its replay."""
@@ -576,6 +575,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.sqlite("it needs a trigger in SQLite's words")
 @pytest.mark.parametrize("statement", FAILURES.values(), ids=FAILURES)
 @pytest.mark.usefixtures("either_thread")
 def test_whatever_fails_halfway_neither_a_task_nor_a_key_stays_behind(
@@ -595,6 +595,7 @@ def test_whatever_fails_halfway_neither_a_task_nor_a_key_stays_behind(
     assert alice.call("GET").json == [first.json, answers[0].json]
 
 
+@pytest.mark.sqlite("it is about SQLite's file")
 @pytest.mark.usefixtures("either_thread")
 def test_on_a_full_database_a_create_is_503_and_leaves_no_key(alice: Person, app: taskd.App, path: Path) -> None:
     database = app.store._database._here()
@@ -703,6 +704,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.sqlite("it is about SQLite's file")
 @needs_strace
 @pytest.mark.parametrize(("call", "number", "done"), MOMENTS.values(), ids=MOMENTS)
 def test_whatever_a_create_was_doing_when_it_died_repeating_it_makes_one_task(
@@ -722,6 +724,7 @@ def test_whatever_a_create_was_doing_when_it_died_repeating_it_makes_one_task(
     assert alice.call("GET").json == [answers[0].json]
 
 
+@pytest.mark.sqlite("it is about SQLite's file")
 @needs_strace
 def test_a_create_and_its_key_reach_the_disk_together_before_the_answer(
     start: Start, path: Path, tmp_path: Path

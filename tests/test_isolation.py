@@ -19,13 +19,15 @@ from falcon import testing
 from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
+import support
 import taskd
 from conftest import Person
-from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer
+from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer, database_url, release
 
 # Ids that a careless comparison would take for one another: by case, by composition (NFC, NFD), by white space, by a
 # wild card, by quotes, as a number.
 USERS = ["alice", "Alice", "é", "e\u0301", "alice ", "%", "1", "1.0", "' OR 1=1 --"]
+FEW = "8" if support.postgresql else "25"
 EXPIRED = -60  # seconds from now
 TITLES = strategies.text(
     strategies.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=200
@@ -60,13 +62,14 @@ class Isolation(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
-        url = f"sqlite:///{self.directory.name}/taskd.db"
+        url = database_url(Path(self.directory.name, "taskd.db"))
         self.app = taskd.create_app(taskd.Settings(secret=SECRET, database_url=url))
         self.client = testing.TestClient(self.app)
         self.model: dict[str, list[dict[str, Any]]] = {user: [] for user in USERS}
 
     def teardown(self) -> None:
         self.app.store.close()
+        release(Path(self.directory.name, "taskd.db"))
         self.directory.cleanup()
 
     def call(
@@ -222,7 +225,7 @@ class Isolation(RuleBasedStateMachine):
 
 TestIsolation = Isolation.TestCase
 TestIsolation.settings = settings(
-    max_examples=int(os.environ.get("TASKD_FUZZ_EXAMPLES", "25")),
+    max_examples=int(os.environ.get("TASKD_FUZZ_EXAMPLES", FEW)),
     stateful_step_count=30,
     deadline=None,
     derandomize=os.environ.get("CI") == "true",
@@ -235,7 +238,7 @@ TestIsolation.settings = settings(
 COLUMNS = ", ".join(f'"{{0}}"."{name}"' for name in TASK_KEYS)
 SHOWN, RETURNED = COLUMNS.format("t1"), COLUMNS.format("task") + ', "task"."version"'
 # Beside those that name the owner: what opens a connection.
-HARMLESS = re.compile(r"PRAGMA (journal_mode|synchronous) ?= ?\w+|BEGIN( IMMEDIATE)?|COMMIT|ROLLBACK")
+HARMLESS = re.compile(r"PRAGMA (journal_mode|synchronous) ?= ?\w+|BEGIN( IMMEDIATE)?|COMMIT|ROLLBACK|SELECT 1")
 
 
 class Recorder:
@@ -270,8 +273,32 @@ class Recorder:
             cls.current.connections.append(arguments[0])
 
 
+class PostgresRecorder(Recorder):
+    """Every statement that psycopg sends, with its values in it."""
+
+    def start(self) -> None:
+        """Listen to all connections."""
+        import psycopg
+
+        execute = psycopg.Cursor.execute
+
+        def listening(cursor: Any, query: Any, values: Any = None, **options: Any) -> Any:
+            text = psycopg.ClientCursor(cursor.connection).mogrify(query, values) if values else query
+            self.statements.append(re.sub(r"(?<=[ (])E(?=')", "", text.replace("( E'", "(E'").replace("  E'", " E'")))
+            return execute(cursor, query, values, **options)
+
+        self.undo.setattr(psycopg.Cursor, "execute", listening)
+
+    def __init__(self, undo: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.undo = undo
+
+
 @pytest.fixture
-def recorder() -> Iterator[Recorder]:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    if support.postgresql:
+        yield PostgresRecorder(monkeypatch)
+        return
     if not Recorder.hooked:
         sys.addaudithook(Recorder.hook)
         Recorder.hooked = True
@@ -287,7 +314,7 @@ def literal(text: str) -> str:
 def bound_to(user: str) -> re.Pattern[str]:
     """Return what a statement looks like that can touch this user's tasks and nobody else's: the whole of it."""
     text = r"'(?:[^']|'')*'"
-    name, value = re.escape(literal(user)), rf"(?:{text}|\d+|NULL)"
+    name, value = re.escape(literal(user)), rf"(?:{text}|\d+|NULL|true|false)"
     columns, key_name = r'\([a-z_", ]+\)', rf'"idempotency_key"\."name" = {text}'
 
     def mine(table: str) -> str:
@@ -299,7 +326,8 @@ def bound_to(user: str) -> re.Pattern[str]:
     expected = (
         rf"""\(CAST\({value} AS TEXT\) IS NULL OR {value} LIKE '%"' \|\| version \|\| '-' \|\| updated_at \|\| '"%'\)"""
     )
-    contains = rf"\(title_folded LIKE {text} ESCAPE '\\' OR description_folded LIKE {text} ESCAPE '\\'\)"
+    contains = rf"\(REPLACE\(title_folded, {text}, ''\) <> title_folded OR"
+    contains += rf" REPLACE\(description_folded, {text}, ''\) <> description_folded\)"
     key = rf"\({mine('idempotency_key')} AND \({key_name}\)\)"
     number = '"idempotency_key"."id"'
     oldest = re.escape(f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2')
@@ -317,7 +345,8 @@ def bound_to(user: str) -> re.Pattern[str]:
     shown, returned = re.escape(SHOWN), re.escape(RETURNED)
     settings = rf"(?:(?!WHERE|user_id|').|{text})+"
     return re.compile(
-        rf"{half('t1')}(?: UNION ALL (?:{half('t2')}|{half('t3')}|{half('t4')}))* ORDER BY [a-z_, DESC]+ LIMIT \d+"
+        rf"\(*{half('t1')}\)*(?: UNION ALL \(*(?:{half('t2')}|{half('t3')}|{half('t4')})\)*)* ORDER BY [a-z_, DESC]+"
+        r" LIMIT \d+"
         rf'|SELECT {shown}, "t1"\."version" FROM "task" AS "t1" WHERE {this("t1")}'
         rf'|INSERT INTO "task" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\) RETURNING {returned}'
         rf'|UPDATE "task" SET {settings} WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
@@ -325,7 +354,8 @@ def bound_to(user: str) -> re.Pattern[str]:
         # A key is its user's too; but whoever creates a task throws away the oldest keys that are too old.
         rf'|DELETE FROM "idempotency_key" WHERE \(\({key} OR \("idempotency_key"\."id" IN \({oldest}\)\)\)'
         rf' AND \("idempotency_key"\."created_at" < {text}\)\)'
-        rf'|INSERT OR IGNORE INTO "idempotency_key" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
+        rf'|INSERT (?:OR IGNORE )?INTO "idempotency_key" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
+        r"(?: ON CONFLICT DO NOTHING)?"
         rf' RETURNING "idempotency_key"\."id"'
         rf'|UPDATE "idempotency_key" SET "answer" = {text} WHERE {key}'
         rf'|SELECT "t1"\."body", "t1"\."answer" FROM "idempotency_key" AS "t1"'
@@ -389,7 +419,7 @@ def test_every_statement_that_runs_for_a_user_is_bound_to_that_user(
     ran = recorder.finish()
     assert set(statuses) == {200, 201, 404, 412}
     assert len(ran) >= len(statuses)
-    assert {statement.split(" ", 1)[0] for statement in ran} == {"SELECT", "INSERT", "UPDATE", "DELETE"}
+    assert {statement.split(" ", 1)[0].lstrip("(") for statement in ran} == {"SELECT", "INSERT", "UPDATE", "DELETE"}
     bound = bound_to(name)
     assert [statement for statement in ran if not bound.fullmatch(statement)] == []
     assert [task["id"] for task in other.call("GET").json] == theirs
@@ -434,6 +464,7 @@ def test_the_form_of_a_bound_statement_does_not_fit_one_that_is_not(unbound: str
     assert not HARMLESS.fullmatch(unbound)
 
 
+@pytest.mark.sqlite("it is about SQLite's connections")
 def test_the_statements_of_any_connection_are_recorded(recorder: Recorder, tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "other.db")
     recorder.start()

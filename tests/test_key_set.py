@@ -17,6 +17,8 @@ from falcon import testing
 import taskd
 from support import SECRET, assert_problem, bearer, sign, token
 
+pytestmark = pytest.mark.sqlite("it is about keys")
+
 PRIVATE = {
     "EdDSA": ed25519.Ed25519PrivateKey.generate(),
     "ES256": ec.generate_private_key(ec.SECP256R1()),

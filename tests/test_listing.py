@@ -150,6 +150,7 @@ FOUND = [  # what is looked for, in which text, and whether it is there
     ("ПРИВЕТ", "привет", True),
     ("e\u0301", "é", False),  # composed and decomposed are two texts
     ("🌧", "Umbrella 🌧️", True),
+    ("\uffff", "\ufffd", False),
     ("a", "", False),
 ]
 
@@ -167,6 +168,18 @@ def test_a_search_takes_each_letter_as_it_is_but_for_its_case(
     assert listed(alice, q=text) == []
     alice.call("PUT", "/1", json={where: content or "another"})
     assert bool(listed(alice, q=text)) == there
+
+
+def test_a_change_of_one_text_leaves_the_other_to_be_found(alice: Person) -> None:
+    alice.add(title="Milk", description="2 litres")
+    alice.call("PUT", "/1", json={"completed": True})
+    alice.call("PATCH", "/1/complete")
+    assert titles(alice, q="MILK") == titles(alice, q="LITRES") == ["Milk"]
+    alice.call("PUT", "/1", json={"description": "3 litres"})
+    assert titles(alice, q="milk") == titles(alice, q="3") == ["Milk"]
+    alice.call("PUT", "/1", json={"title": "Tea"})
+    assert titles(alice, q="tea") == titles(alice, q="3") == ["Tea"]
+    assert listed(alice, q="milk") == []
 
 
 def test_a_description_that_is_cleared_is_found_no_more(alice: Person) -> None:

@@ -15,6 +15,8 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31  # the official sc
 import taskd
 from support import ROOT, TASK_KEYS, bearer
 
+pytestmark = pytest.mark.sqlite("it is about a document")
+
 DOCUMENT: dict[str, Any] = json.loads((ROOT / "openapi.json").read_text())
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
 LIST, ONE, DONE = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}", "/api/{user_id}/tasks/{task_id}/complete"

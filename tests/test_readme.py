@@ -28,6 +28,8 @@ import taskd
 from conftest import Person
 from support import DEADLINE, ROOT, TASK_KEYS, environment, until
 
+pytestmark = pytest.mark.sqlite("it is about a text")
+
 README = (ROOT / "README.md").read_text()
 HEADINGS = [
     "Try it in a minute",

@@ -28,6 +28,7 @@ from support import (
     Wire,
     assert_problem,
     bearer,
+    empty,
     environment,
     locked,
     stored,
@@ -56,8 +57,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 def server(shared: Process) -> Process:
     """Give a server without tasks: the one of all tests here that need none of their own."""
     assert shared.request("GET", TASKS, headers=bearer()).status_code == 200
-    with contextlib.closing(sqlite3.connect(database_of(shared), timeout=DEADLINE)) as connection:
-        connection.executescript("DELETE FROM task; DELETE FROM sqlite_sequence;")
+    empty(database_of(shared))
     return shared
 
 
@@ -72,6 +72,7 @@ def milk(number: int = 0) -> dict[str, str]:
 # --- Starting -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_the_start_line_names_the_port_that_the_system_chose(start: Start) -> None:
     server = start(TASKD_PORT="0")
     assert re.fullmatch(r"taskd: listening on http://127\.0\.0\.1:[0-9]+\n", server.log)
@@ -80,6 +81,7 @@ def test_the_start_line_names_the_port_that_the_system_chose(start: Start) -> No
     assert (answer.status_code, answer.json) == (200, {"status": "ok"})
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_two_servers_with_port_0_get_different_ports(start: Start, tmp_path: Path) -> None:
     first = start(DATABASE_URL=f"sqlite:///{tmp_path}/first.db")
     second = start(DATABASE_URL=f"sqlite:///{tmp_path}/second.db")
@@ -88,6 +90,7 @@ def test_two_servers_with_port_0_get_different_ports(start: Start, tmp_path: Pat
     assert second.request("GET", TASKS, headers=bearer()).json == []
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_the_dotenv_file_of_the_working_directory_is_read(start: Start, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         f"# ours\nBETTER_AUTH_SECRET='{OTHER_SECRET}'\nTASKD_PORT=0\nDATABASE_URL=sqlite:///from-dotenv.db\n"
@@ -99,6 +102,7 @@ def test_the_dotenv_file_of_the_working_directory_is_read(start: Start, tmp_path
     assert not (tmp_path / "taskd.db").exists()
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_the_environment_wins_over_the_dotenv_file(start: Start, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"BETTER_AUTH_SECRET={OTHER_SECRET}\nDATABASE_URL=sqlite:///from-dotenv.db\n")
     server = start(DATABASE_URL="sqlite:///from-environment.db")
@@ -108,6 +112,7 @@ def test_the_environment_wins_over_the_dotenv_file(start: Start, tmp_path: Path)
     assert not (tmp_path / "from-dotenv.db").exists()
 
 
+@pytest.mark.sqlite("it is about a file")
 def test_the_database_is_readable_by_its_owner_alone_whatever_the_umask(start: Start, tmp_path: Path) -> None:
     server = start(command=["sh", "-c", 'umask 0; exec "$@"', "sh"])
     assert server.request("POST", TASKS, milk(), bearer()).status_code == 201
@@ -177,6 +182,7 @@ UNUSABLE = [
 ]
 
 
+@pytest.mark.sqlite("it is about settings")
 @pytest.mark.parametrize(("variable", "value"), UNUSABLE)
 def test_an_unusable_setting_stops_the_start_and_touches_nothing(tmp_path: Path, variable: str, value: str) -> None:
     line = refusal(tmp_path, **{variable: value})
@@ -186,16 +192,19 @@ def test_an_unusable_setting_stops_the_start_and_touches_nothing(tmp_path: Path,
             assert len(secret) < 8 or secret not in line
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_an_unusable_setting_in_the_dotenv_file_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TASKD_THREADS=none\n")
     assert "TASKD_THREADS" in refusal(tmp_path)
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_a_dotenv_file_that_is_no_text_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"BETTER_AUTH_SECRET=\xff\xfe\n")
     assert ".env" in refusal(tmp_path)
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_a_port_in_use_stops_the_start_before_a_database_is_made(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -204,19 +213,23 @@ def test_a_port_in_use_stops_the_start_before_a_database_is_made(tmp_path: Path)
     assert str(port) in line
 
 
+@pytest.mark.sqlite("it is about a file")
 def test_a_directory_that_does_not_exist_stops_the_start(tmp_path: Path) -> None:
     assert "nowhere/taskd.db" in refusal(tmp_path, DATABASE_URL="sqlite:///nowhere/taskd.db")
 
 
+@pytest.mark.sqlite("it is about a file")
 def test_a_path_with_a_line_break_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "nowhere" in refusal(tmp_path, DATABASE_URL="sqlite:///nowhere\ntaskd: all is well/taskd.db")
 
 
+@pytest.mark.sqlite("it is about a file")
 def test_a_directory_in_the_place_of_the_database_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "taskd.db").mkdir()
     assert "taskd.db" in refusal(tmp_path)
 
 
+@pytest.mark.sqlite("it is about a file")
 def test_a_file_that_is_no_database_stops_the_start_and_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "taskd.db").write_text("Buy milk\n" * 1000)
     assert "taskd.db" in refusal(tmp_path)
@@ -231,6 +244,7 @@ MISFITS = [
 ]
 
 
+@pytest.mark.sqlite("it is about a file")
 @pytest.mark.parametrize(("journal", "script", "named"), MISFITS)
 def test_a_schema_that_does_not_fit_stops_the_start_naming_the_difference(
     tmp_path: Path, journal: str, script: str, named: str
@@ -269,6 +283,7 @@ print(seen, threading.active_count(), os.listdir("."))
 """
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_importing_taskd_does_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-B", "-W", "error", "-c", IMPORT, str(ROOT)],

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import taskd
-from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer, sign, token
+from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer, database_url, sign, token
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 ROUTES = [  # method, path, body
@@ -220,7 +220,7 @@ def test_fr_001_every_task_route_requires_a_token_in_the_header(client, alice):
 def test_fr_002_the_secret_comes_from_better_auth_secret(make_app, tmp_path):
     from falcon import testing
 
-    environ = {"BETTER_AUTH_SECRET": OTHER_SECRET, "DATABASE_URL": f"sqlite:///{tmp_path}/taskd.db"}
+    environ = {"BETTER_AUTH_SECRET": OTHER_SECRET, "DATABASE_URL": database_url(tmp_path / "taskd.db")}
     settings = taskd.Settings.load(environ, tmp_path / "none.env")
     client = testing.TestClient(make_app(secret=settings.secret, database_url=settings.database_url))
     signed_by = {

@@ -18,6 +18,8 @@ import taskd
 from conftest import Person
 from support import DEADLINE, ROOT, SECRET, assert_problem, bearer
 
+pytestmark = pytest.mark.sqlite("it is about SQLite's file, locks and pragmas")
+
 SCHEMA = (ROOT / "schema.sql").read_text()
 GOOD = " ".join(re.sub("--.*", "", SCHEMA).split()) + " INSERT INTO about VALUES (2, 'secret');"
 

@@ -29,6 +29,8 @@ import support
 import taskd
 from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Process, bearer, locked, sign, stored, token
 
+pytestmark = pytest.mark.sqlite("most of it is about files, tokens and the terminal")
+
 Answer = subprocess.CompletedProcess[str]
 Taskctl = Callable[..., Answer]
 Start = Callable[..., Process]

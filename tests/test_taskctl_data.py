@@ -35,6 +35,8 @@ from test_taskctl import (
     one_line,
 )
 
+pytestmark = pytest.mark.sqlite("it is about SQLite's files")
+
 TRACED = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 PEOPLE = ["alice", "bob", "zoë/ünïcode"]
 MILK = {

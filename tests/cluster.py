@@ -1,0 +1,188 @@
+"""A PostgreSQL server of the tests' own, in a temporary directory, and databases in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+import taskd
+from support import SECRET
+
+DEADLINE = 30  # seconds for a server to start or to end
+# What the tests of the service do not need; what a machine's power cut would do is not among them.
+CARELESS = ("fsync=off", "full_page_writes=off", "autovacuum=off")
+
+
+def binaries() -> Path | None:
+    """Return the directory of PostgreSQL's programs: on the PATH, or the newest of those where Debian puts them."""
+    if found := shutil.which("initdb"):
+        return Path(found).resolve().parent
+    places = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
+    return max(places, key=lambda path: float(path.parent.name), default=None)
+
+
+def free_port() -> int:
+    """Return a port that is free, and that the system will not give to anyone else while the server is away."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
+class Cluster:
+    """A server that can be stopped and started again. Root may not run one, so that root's runs as another user."""
+
+    def __init__(self, *configuration: str) -> None:
+        programs = binaries()
+        assert programs, "PostgreSQL is not installed"
+        self._programs = programs
+        self._directory = Path(tempfile.mkdtemp(prefix="taskd-postgresql-"))
+        self._user = next(user for user in ("postgres", "nobody") if _exists(user)) if os.geteuid() == 0 else None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._configuration = ("max_connections=1000", "jit=off", *configuration)
+        self.port = free_port()
+        try:
+            if self._user:
+                shutil.chown(self._directory, self._user)
+            initdb = ["initdb", "-D", str(self._data), "-U", "taskd", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]
+            subprocess.run(self._as_user(*initdb), check=True, capture_output=True, cwd=self._directory)
+            self.start()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def _data(self) -> Path:
+        return self._directory / "data"
+
+    @property
+    def log(self) -> str:
+        return (self._directory / "log").read_text()
+
+    def _as_user(self, program: str, *arguments: str) -> list[str]:
+        user = [f"--reuid={self._user}", f"--regid={self._user}", "--clear-groups"] if self._user else []
+        return ["setpriv", "--pdeathsig=QUIT", *user, str(self._programs / program), *arguments]  # nothing outlives us
+
+    def url(self, database: str = "postgres", user: str = "taskd") -> str:
+        return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Start the server, and wait until it answers."""
+        settings = [f"port={self.port}", "listen_addresses=127.0.0.1", "unix_socket_directories="]
+        options = [text for setting in [*settings, *self._configuration] for text in ("-c", setting)]
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._as_user("postgres", "-D", str(self._data), *options),
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # it outlives the interrupt key, which ends the tests, by their last words
+            )
+        ready = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        deadline = time.monotonic() + DEADLINE
+        while subprocess.run(ready, check=False).returncode:
+            assert self._process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.02)
+
+    def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """Stop the server: SIGQUIT as a crash would (pg_ctl stop -m immediate), SIGINT after undoing what is begun."""
+        if self._process:
+            self._process.send_signal(how)
+            self._process.wait(DEADLINE)
+            self._process = None
+
+    def remove(self) -> None:
+        """Stop the server and delete all of it."""
+        self.stop()
+        shutil.rmtree(self._directory)
+
+
+def _exists(user: str) -> bool:
+    import pwd
+
+    try:
+        return bool(pwd.getpwnam(user))
+    except KeyError:
+        return False
+
+
+class Databases:
+    """Empty databases of one server: made when they are needed, and emptied when they are no longer."""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self._connection = psycopg.connect(server, autocommit=True)
+        self._free: list[str] = []
+        self._made = 0
+        self._apps: dict[str, taskd.App] = {}
+        self.spoiled: set[str] = set()  # those whose tables are no longer as taskd makes them
+        self.taken: dict[str, str] = {}  # by what they were taken for
+
+    def url(self, name: str) -> str:
+        """Return the address of the database of this name, which is empty when it is asked for the first time."""
+        if name not in self.taken:
+            self.taken[name] = self._free.pop() if self._free else self._make()
+        return self.taken[name]
+
+    def app(self, url: str) -> taskd.App:
+        """Return an application on this database; it lasts for all tests, for it takes much longer to make than them.
+
+        That it can be made anew at any time is tested by those who do.
+        """
+        if url not in self._apps:
+            self._apps[url] = taskd.create_app(taskd.Settings(secret=SECRET, database_url=url))
+        return self._apps[url]
+
+    def connect(self, name: str) -> psycopg.Connection[Any]:
+        """Return a session of that database of somebody else's than taskd."""
+        return psycopg.connect(self.url(name), autocommit=True)
+
+    def _make(self) -> str:
+        self._made += 1
+        database = f"test_{os.getpid()}_{self._made}"
+        self._connection.execute(f"CREATE DATABASE {database}")
+        return f"{self._server.rpartition('/')[0]}/{database}"
+
+    def release(self, name: str) -> None:
+        """Empty a database for the next one who needs one, or drop it."""
+        url = self.taken.pop(name)
+        database = url.rpartition("/")[2]
+        others = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s AND state <> 'idle'"
+        self._connection.execute(others, [database])
+        try:
+            if name not in self.spoiled:
+                with psycopg.connect(url, autocommit=True) as connection:
+                    connection.execute("TRUNCATE task, idempotency_key RESTART IDENTITY")
+                self._free.append(url)
+                return
+        except psycopg.errors.UndefinedTable:
+            self.spoiled.add(name)  # nobody has come so far as to make one
+        self.spoiled.remove(name)
+        self._apps.pop(url, None)
+        self._connection.execute(f"DROP DATABASE {database} WITH (FORCE)")
+
+    @contextlib.contextmanager
+    def until_the_end(self) -> Iterator[None]:
+        """Release what is taken from here on."""
+        before = set(self.taken)
+        yield
+        for name in self.taken.keys() - before:
+            self.release(name)
+
+    def close(self) -> None:
+        self._connection.close()
