@@ -11,6 +11,7 @@ run: .venv/run
 
 test: lint
 	$(BIN)/pytest -n 4 --dist worksteal --cov
+	$(BIN)/pytest -n 4 --dist worksteal --postgresql
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

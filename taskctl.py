@@ -140,7 +140,7 @@ def settings(as_json: AsJson = False) -> None:
 def plain(value: object) -> object:
     """Return a setting as it is written in the environment, without a password in it."""
     if isinstance(value, str):
-        return re.sub(r"(//[^/:@]*):[^/]*@", r"\1:…@", value)
+        return re.sub(r"(?<=password=)[^&]*", "…", re.sub(r"(//[^/:@]*):[^/]*@", r"\1:…@", value))
     return (",".join(value) or None) if isinstance(value, tuple) else value
 
 

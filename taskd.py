@@ -131,7 +131,7 @@ class Settings:
         "DATABASE_URL",
         "sqlite:///taskd.db",
         "sqlite:/// and the path of a file, or postgresql://user:password@host/name",
-        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://[^\s\0]+",
+        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?",
     )
     host: str = _setting("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
     port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port)
@@ -168,7 +168,9 @@ class Settings:
     @property
     def database(self) -> str:
         """The path of SQLite's file, or what else can be told of where the data is: no password."""
-        return re.sub(r"//[^/]*@", "//…@", self.database_url).removeprefix("sqlite:///")
+        if self.database_url.startswith("sqlite:"):
+            return self.database_url.removeprefix("sqlite:///")
+        return re.sub("//.*@", "//…@", self.database_url.partition("?")[0])
 
 
 def _parse(text: str, *, variable: str, about: str, pattern: str, parse: Callable[[str], Any], secret: bool) -> Any:
@@ -196,7 +198,6 @@ def _read_dotenv(path: Path) -> dict[str, str]:
 
 LEEWAY = 10  # seconds that this clock and Better Auth's may differ
 MAX_TOKEN = 16 * 1024  # characters; Better Auth's have a few hundred
-MAX_SUBJECT = 1000  # bytes; with a title it fits into PostgreSQL's indexes, which have no U+0000 either
 REMEMBERED = 1000  # verified tokens
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, section 7.1: no padding
 LOGIN_TYPES = ("jwt", "at+jwt")  # RFC 8725, section 3.11: Better Auth signs its session cookies too, of another type
@@ -405,7 +406,7 @@ def _user(claims: dict[str, Any]) -> User:
         if name in claims and type(claims[name]) not in (int, float):
             raise TokenError(f"{name} must be a number")
     subject = claims["sub"]
-    if not re.fullmatch(r"[^\0\ud800-\udfff]+", subject) or len(subject.encode()) > MAX_SUBJECT:
+    if not subject or any("\ud800" <= character <= "\udfff" for character in subject):
         raise TokenError("sub must name a user")
     texts = {name: claims[name] for name in ("email", "name") if isinstance(claims.get(name), str)}
     return User(subject, claims["exp"], **texts)
@@ -1050,10 +1051,14 @@ class Postgres:
     def __init__(self, settings: Settings) -> None:
         """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
         try:
-            import psycopg  # noqa: F401  # only those who have a server pay for its driver
+            import psycopg  # only those who have a server pay for its driver
             from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+
+            psycopg.conninfo.conninfo_to_dict(settings.database_url)
         except ImportError:
             raise SettingsError("DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt") from None
+        except psycopg.ProgrammingError:  # what it says of a password with a % may have the password in it
+            raise SettingsError("DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)") from None
         self._pool = self.peewee = PooledPostgresqlDatabase(
             settings.database_url,
             max_connections=settings.threads,
@@ -1063,12 +1068,13 @@ class Postgres:
             tcp_user_timeout=5000,
             options=f"-c statement_timeout={2 * BUSY:.0f}s -c lock_timeout={BUSY:.0f}s",
         )
-        failures = (peewee.OperationalError, peewee.InterfaceError, peewee.InternalError, peewee.DataError)
-        self._unusable = (*failures, peewee.ProgrammingError, MaxConnectionsExceeded)  # such as that a table is away
+        self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
         except (peewee.PeeweeException, ValueError) as ex:
             raise DatabaseError(f"{settings.database} cannot be opened: {_first_line(ex)}") from None
+        finally:
+            self.close()
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""

@@ -99,6 +99,13 @@ class Cluster:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.02)
 
+    def ask_for_password(self, user: str) -> None:
+        """Let this user in only with the password, from now on."""
+        rules = self._data / "pg_hba.conf"
+        rules.write_text(f"host all {user} 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
+        with psycopg.connect(self.url()) as session:
+            session.execute("SELECT pg_reload_conf()")
+
     def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
         """Stop the server: SIGQUIT as a crash would (pg_ctl stop -m immediate), SIGINT after undoing what is begun."""
         if self._process:

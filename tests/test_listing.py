@@ -20,9 +20,10 @@ from falcon import testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import support
 import taskd
 from conftest import Person
-from support import DEADLINE, SECRET, Process, Wire, assert_problem, bearer, until, written
+from support import DEADLINE, SECRET, Process, Wire, assert_problem, bearer, database_url, sql, until, written
 
 Start = Callable[..., Process]
 TASKS = "/api/alice/tasks"
@@ -66,6 +67,12 @@ def keep(path: Path, count: int, user: str = "alice") -> None:
     when = "2026-11-21T00:00:00.000Z"
     rows = ((user, f"Task {n}", f"note {n}", n % 3 == 0, when, when, f"task {n}", f"note {n}") for n in range(count))
     columns = "user_id, title, description, completed, created_at, updated_at, title_folded, description_folded"
+    if support.postgresql:
+        copying = f"COPY task ({columns}) FROM STDIN".encode()
+        with support.postgresql.connect(str(path)) as session, session.cursor().copy(copying) as copy:
+            for row in rows:
+                copy.write_row(row)
+        return
     with closing(sqlite3.connect(path)) as database, database:
         database.executemany(f"INSERT INTO task ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
@@ -84,6 +91,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.sqlite("it is not about the database")
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_wrong_value_is_422_and_named(alice: Person, name: str, value: str) -> None:
     for method in ("GET", "HEAD"):
@@ -94,6 +102,7 @@ def test_a_wrong_value_is_422_and_named(alice: Person, name: str, value: str) ->
     assert problem["errors"][0]["message"].startswith("must ")
 
 
+@pytest.mark.sqlite("it is not about the database")
 @pytest.mark.parametrize("name", taskd.PARAMETERS)
 def test_a_parameter_that_is_given_twice_is_422_even_with_one_value(alice: Person, name: str) -> None:
     good = {"completed": "true", "q": "a", "sort": "id", "limit": "5", "after": "A"}[name]
@@ -300,7 +309,7 @@ def test_a_cursor_that_was_tampered_with_is_422_and_reveals_nothing(alice: Perso
 def test_a_cursor_of_another_user_order_or_database_is_422_with_the_same_words(
     alice: Person, bob: Person, make_app: Callable[..., taskd.App], tmp_path: Path
 ) -> None:
-    elsewhere = Person(testing.TestClient(make_app(database_url=f"sqlite:///{tmp_path}/other.db")), "alice")
+    elsewhere = Person(testing.TestClient(make_app(database_url=database_url(tmp_path / "other.db"))), "alice")
     for person in (alice, bob, elsewhere):
         for _ in range(3):
             person.add()
@@ -338,6 +347,7 @@ def test_a_walk_shows_what_was_there_all_the_time_exactly_once(alice: Person, so
     assert len(seen) == len(set(seen))
 
 
+@pytest.mark.sqlite("it counts SQLite's instructions")
 def test_page_1000_costs_what_page_1_costs(app: taskd.App, tmp_path: Path) -> None:
     keep(tmp_path / "taskd.db", 20_000)
     database = app.store._database._patient  # type: ignore[union-attr]
@@ -462,6 +472,7 @@ def resident(server: Process, what: str = "VmRSS") -> int:
     return int(re.findall(rf"{what}:\s+(\d+)", status)[0])
 
 
+@pytest.mark.sqlite("it is not about the database")
 def test_a_hundred_thousand_tasks_take_no_memory_and_hold_nobody_up(start: Start, tmp_path: Path) -> None:
     server = start()
     keep(tmp_path / "taskd.db", 100_000)
@@ -481,6 +492,7 @@ def test_a_hundred_thousand_tasks_take_no_memory_and_hold_nobody_up(start: Start
     assert server.request("GET", f"{TASKS}/7", headers=bearer()).status_code == 200
 
 
+@pytest.mark.sqlite("it is not about the database")
 def test_clients_that_break_off_leave_nothing_behind(start: Start, tmp_path: Path) -> None:
     server = start()
     keep(tmp_path / "taskd.db", 20_000)
@@ -519,8 +531,7 @@ def test_a_list_whose_tasks_all_vanish_in_the_middle_is_an_array_all_the_same(ap
     assert rest
     pieces = taskd.LongList(app.store, "alice", tasks, rest)
     first = next(pieces)
-    with closing(sqlite3.connect(tmp_path / "taskd.db")) as database, database:
-        database.execute("DELETE FROM task")
+    sql(tmp_path / "taskd.db", "DELETE FROM task")
     assert len(json.loads(first + b"".join(pieces))) == 200
 
 
@@ -530,8 +541,7 @@ def test_a_database_that_fails_in_the_middle_ends_the_list_without_its_end(start
     with Wire(server, receive_buffer=4096) as wire:
         wire.send(written("GET", TASKS, user="alice"))
         assert wire.socket.recv(100)
-        with closing(sqlite3.connect(tmp_path / "taskd.db", timeout=DEADLINE)) as database:
-            database.execute("ALTER TABLE task RENAME TO tasks")
+        sql(tmp_path / "taskd.db", "ALTER TABLE task RENAME TO tasks")
         rest = wire._file.read()
     assert not rest.endswith(b"0\r\n\r\n")
     until(lambda: "a list ends in the middle" in server.log, "a line in the log")

@@ -20,6 +20,8 @@ import taskd
 from conftest import Person
 from support import DEADLINE, ROOT, Process, bearer, environment
 
+pytestmark = pytest.mark.sqlite("PostgreSQL has had no earlier version of the schema")
+
 Start = Callable[..., Process]
 OLD = (ROOT / "tests" / "version-1.sql").read_text()  # made by 0.1.0's schema.sql, with tasks of three users
 MANY = 60_000  # tasks, so that a migration takes long enough to be killed in the middle

@@ -1051,3 +1051,13 @@ def test_the_application_does_not_start_without_a_usable_secret_and_touches_noth
     with pytest.raises(taskd.SettingsError, match=r"^BETTER_AUTH_SECRET "):
         taskd.create_app(taskd.Settings(database_url=f"sqlite:///{tmp_path}/taskd.db"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["\0", "alice\0", "alice\0bob", "x" * 2000])
+def test_a_user_whose_id_sqlite_can_keep_is_served(client, name):
+    """PostgreSQL can keep neither U+0000 nor what is too long for an index, and answers 503."""
+    path = f"/api/{quote(name, safe='')}/tasks"
+    created = client.simulate_post(path, json={"title": "x"}, headers=bearer(name))
+    assert (created.status_code, created.json["user_id"]) == (201, name)
+    assert client.simulate_get(path, headers=bearer(name)).json == [created.json]
+    assert client.simulate_get("/api/alice/tasks", headers=bearer(name)).status_code == 403
