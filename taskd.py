@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import hmac
+import ipaddress
 import itertools
 import json
 import logging
@@ -96,6 +97,14 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(re.split(r"[,\s]+", text.strip(", ")))
 
 
+def _addresses(text: str) -> tuple[str, ...]:
+    """Return IP addresses as the server spells them, or "*"."""
+    try:
+        return ("*",) if text == "*" else tuple(str(ipaddress.ip_address(one)) for one in _split(text))
+    except ValueError as ex:
+        raise ValueError(f"must be IP addresses, with commas, or * for any: {ex}") from None
+
+
 def _setting(
     variable: str,
     default: Any,
@@ -140,11 +149,8 @@ class Settings:
     issuer: str | None = _setting("TASKD_ISSUER", None, "the iss claim that a token must have")
     audience: str | None = _setting("TASKD_AUDIENCE", None, "the aud claim that a token must have")
     metrics: bool | None = _setting("TASKD_METRICS", None, "1 to show /metrics, else 0", "[01]", "1".__eq__)
-    trusted_proxy: str | None = _setting(
-        "TASKD_TRUSTED_PROXY",
-        None,
-        "the address of the proxy before taskd, or * for any: its X-Forwarded-For and -Prefix are believed",
-        r"\*|[0-9]+(\.[0-9]+){3}|[0-9A-Fa-f:]+",
+    trusted_proxies: tuple[str, ...] = _setting(
+        "TASKD_TRUSTED_PROXY", (), "the address of the proxy before taskd, or several, or *", parse=_addresses
     )
     log_level: str = _setting("TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error")
     log_format: str | None = _setting("TASKD_LOG_FORMAT", None, "text (as without it) or json", "text|json")
@@ -641,7 +647,7 @@ def read_key(req: falcon.Request) -> str | None:
 
 # --- Store ----------------------------------------------------------------------------------------------------------
 
-PIECE = 200  # tasks of a list that are read and sent at once
+PIECE = 100  # tasks of a list that are read and sent at once
 REPEATABLE = timedelta(hours=24)  # how long a create can be repeated with its Idempotency-Key
 CONTAINS = " OR ".join(f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded"))
 AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
@@ -1183,7 +1189,7 @@ def schema_version(database: peewee.Database) -> int:
     """
     if database.table_exists("about"):
         [version] = database.execute_sql("SELECT MAX(version) FROM about").fetchone()
-        return version or 0
+        return version if isinstance(version, int) else 0
     columns = [column.name for column in database.get_columns("task")]
     return 0 if not columns else 1 if columns == list(TaskView.__struct_fields__) else VERSION
 
@@ -1265,7 +1271,7 @@ def columns_and_indexes(database: peewee.Database) -> set[str]:
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 PLAIN_RECORD = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", None, None).__dict__
-ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\]")
+ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\](:[0-9]{1,5})?")  # some proxies add a port
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 CHANGES = {"POST": "created", "PUT": "changed", "PATCH": "changed", "DELETE": "deleted"}
@@ -1340,8 +1346,8 @@ class RequestLine(logging.LogRecord):
 class Envelope:
     """Give every answer the headers that all have, and every request its id and its line in the log."""
 
-    def __init__(self, trusted_proxy: str | None) -> None:
-        self._proxy = trusted_proxy
+    def __init__(self, trusted_proxies: tuple[str, ...]) -> None:
+        self._proxies = trusted_proxies
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Take the client's request id if it can stand in a log, else make one, and start the clock."""
@@ -1351,12 +1357,12 @@ class Envelope:
         resp.set_headers({
             "X-Request-ID": req.context.id, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
         })  # fmt: skip
-        if self._proxy:
+        if self._proxies:
             req.context.client = self._client(req)
 
     def _client(self, req: falcon.Request) -> str:
         """Return the client's address as the trusted proxy tells it, and believe it where it has put taskd."""
-        if self._proxy not in ("*", req.remote_addr):
+        if self._proxies != ("*",) and req.remote_addr not in self._proxies:
             return str(req.remote_addr)
         prefix = req.get_header("X-Forwarded-Prefix") or ""
         if PREFIX.fullmatch(prefix):
@@ -1374,7 +1380,7 @@ class Envelope:
                   "ms": milliseconds, "id": context.id, "user": None}  # fmt: skip
         if "user" in context:
             fields["user"] = context.user.id
-        if self._proxy:
+        if self._proxies:
             fields["client"] = context.client
         log.handle(RequestLine(fields))
 
@@ -1410,13 +1416,19 @@ class Metrics:
         self._requests = prometheus.Counter("taskd_requests", "Requests.", (*what, "status"), registry=registry)
         self._seconds = seconds("taskd_request_seconds", "Time to answer.", what)
         self._written = prometheus.Counter("taskd_tasks_written", "Tasks.", ("change",), registry=registry)
-        waited = "Time of a statement, with the wait for its turn."
+        waited = "Time of a statement, or a transaction, with the wait for its turn."
         self._database_seconds = seconds("taskd_database_seconds", waited, ("statement",))
         prometheus.Info("taskd_build", "What runs.", registry=registry).info({"version": __version__})
         prometheus.ProcessCollector(registry=registry)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
-        """Count and time a request."""
+        """Count and time a request. A fault here is told to the log and breaks no answer."""
+        try:
+            self._count(req, resp)
+        except Exception:
+            log.exception("the metrics lack a request id=%s", req.context.id)
+
+    def _count(self, req: falcon.Request, resp: falcon.Response) -> None:
         what = req.uri_template or "-", req.method
         self._requests.labels(*what, resp.status_code).inc()
         self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
@@ -1446,13 +1458,31 @@ class TimedDatabase:
 
     def run(self, sql: str, **values: Any) -> list[Row]:
         """Run a statement."""
-        with self._seconds.labels(sql.partition(" ")[0].lower()).time():
+        with self._timed(sql.partition(" ")[0].lower()):
             return self._database.run(sql, **values)
 
     def write(self, sql: str, **values: Any) -> list[Row]:
         """Run a statement that changes something."""
-        with self._seconds.labels(sql.partition(" ")[0].lower()).time():
+        with self._timed(sql.partition(" ")[0].lower()):
             return self._database.write(sql, **values)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run several statements together, and take the time of all of them with their commit."""
+        with self._timed("transaction"), self._database.transaction():
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, statement: str) -> Iterator[None]:
+        started, blocked = time.perf_counter(), False
+        try:
+            yield
+        except Blocked:
+            blocked = True  # it starts again in another thread, and counts there
+            raise
+        finally:
+            if not blocked:
+                self._seconds.labels(statement).observe(time.perf_counter() - started)
 
 
 # --- Resources ------------------------------------------------------------------------------------------------------
@@ -1690,7 +1720,7 @@ def create_app(settings: Settings) -> App:
     metrics = [Metrics()] if settings.metrics else []
     store = TaskStore(metrics[0].timed(database) if metrics else database)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
-    app = App(middleware=[Envelope(settings.trusted_proxy), *metrics, *cors, AuthMiddleware(tokens)])
+    app = App(middleware=[Envelope(settings.trusted_proxies), *metrics, *cors, AuthMiddleware(tokens)])
     app.store = store
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_error)

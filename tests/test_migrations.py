@@ -149,6 +149,7 @@ MISFITS = {
     "a column of another name": OLD + "ALTER TABLE task RENAME COLUMN completed TO done;",
     "another type": OLD.replace("updated_at  TEXT", "updated_at  REAL"),
     "ids that are used again": OLD.replace(" AUTOINCREMENT", ""),
+    "another's table about": OLD + "CREATE TABLE about (version TEXT); INSERT INTO about VALUES ('two');",
     "a table in the place of ours": OLD + "CREATE TABLE idempotency_key (x);",
 }
 

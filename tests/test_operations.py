@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import re
+import socket
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -13,10 +17,12 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from falcon import testing
 from prometheus_client.parser import text_string_to_metric_families as families
 
 import taskd
-from support import Process, Wire, assert_problem, bearer, locked, sql, until, written
+from conftest import Person
+from support import DEADLINE, ROOT, SECRET, Process, Wire, assert_problem, bearer, locked, sql, until, written
 
 pytestmark = pytest.mark.sqlite("most of it is about log lines, numbers and proxies")
 
@@ -152,12 +158,12 @@ def test_without_the_setting_there_are_no_metrics(start: Start, setting: dict[st
     assert_problem(answer, 404)
 
 
-def test_without_the_setting_the_library_is_not_even_loaded(start: Start, tmp_path: Path) -> None:
-    server = start()
-    maps = Path(f"/proc/{server.popen.pid}/maps").read_text()
-    assert "prometheus" not in maps
-    loaded = {name for name in vars(taskd) if "prometheus" in name}
-    assert loaded == set()
+@pytest.mark.parametrize("metrics", [False, True])
+def test_the_library_is_loaded_only_with_the_setting(tmp_path: Path, metrics: bool) -> None:
+    settings = f"secret={SECRET!r}, database_url='sqlite:///{tmp_path}/taskd.db', metrics={metrics}"
+    code = f"import sys, taskd; taskd.create_app(taskd.Settings({settings})); print('prometheus_client' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.stdout, done.stderr) == (f"{metrics}\n", "")
 
 
 def test_requests_are_counted_by_route_method_and_status(start: Start) -> None:
@@ -211,6 +217,39 @@ def test_no_metric_tells_anything_about_a_user_or_a_task(start: Start) -> None:
     for hidden in ("wonderland", "rabbit", "forged", "bob"):
         assert hidden not in shown
     assert set(re.findall(r'route="([^"]*)"', shown)) <= {"-", "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}"}
+
+
+def test_a_write_that_had_to_wait_in_another_thread_is_one_statement(start: Start, tmp_path: Path) -> None:
+    server = start(TASKD_METRICS="1")
+    with Wire(server) as wire:
+        with locked(tmp_path / "taskd.db"):
+            wire.send(written("POST", TASKS, {"title": "x"}, user="alice"))
+            assert server.request("GET", "/healthz").status_code == 200
+        assert wire.answer().status_code == 201
+    found = samples(server)
+    assert found["taskd_database_seconds_count", "statement=insert"] == 1
+    assert found["taskd_requests_total", "method=POST", "route=/api/{user_id}/tasks", "status=201"] == 1
+
+
+@pytest.mark.both_engines
+def test_statements_that_belong_together_are_timed_with_their_commit(start: Start) -> None:
+    server = start(TASKD_METRICS="1")
+    server.request("POST", TASKS, {"title": "x"}, bearer() | {"Idempotency-Key": "k"})
+    found = samples(server)
+    parts = sum(found["taskd_database_seconds_sum", f"statement={part}"] for part in ("insert", "delete"))
+    assert found["taskd_database_seconds_count", "statement=transaction"] == 1
+    assert found["taskd_database_seconds_sum", "statement=transaction"] > parts
+
+
+@pytest.mark.both_engines
+def test_metrics_that_fail_break_no_request(
+    make_app: Callable[..., taskd.App], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice = Person(testing.TestClient(make_app(metrics=True)), "alice")
+    monkeypatch.setattr(taskd, "CHANGES", None)
+    assert alice.call("POST", json={"title": "x"}).status_code == 201
+    assert alice.call("GET").json[0]["title"] == "x"
+    assert "the metrics" in caplog.text
 
 
 @pytest.mark.both_engines
@@ -360,6 +399,8 @@ FORWARDED = [  # what the proxy sends, and which client it tells
     ("6.6.6.6, 10.1.2.3", "10.1.2.3"),  # only the last was added by the proxy
     ("10.1.2.3,2001:db8::7", "2001:db8::7"),
     ("[2001:db8::7]", "[2001:db8::7]"),
+    ("[2001:db8::7]:4711", "[2001:db8::7]:4711"),
+    ("10.1.2.3:4711", "10.1.2.3:4711"),
     ("", "127.0.0.1"),
     ("10.1.2.3, nonsense", "127.0.0.1"),
     ("10.1.2.3\tuser='bob'", "127.0.0.1"),
@@ -368,7 +409,7 @@ FORWARDED = [  # what the proxy sends, and which client it tells
 ]
 
 
-@pytest.mark.parametrize("proxy", ["127.0.0.1", "*"])
+@pytest.mark.parametrize("proxy", ["127.0.0.1", "*", "10.0.0.1, ::1,127.0.0.1"])
 def test_a_trusted_proxy_tells_the_client(start: Start, proxy: str) -> None:
     server = start(TASKD_TRUSTED_PROXY=proxy)
     for forwarded, _ in FORWARDED:
@@ -376,6 +417,25 @@ def test_a_trusted_proxy_tells_the_client(start: Start, proxy: str) -> None:
     until(lambda: len(lines(server)) == len(FORWARDED), "a line for each")
     found = [match["client"] for line in lines(server) if (match := LINE.fullmatch(line))]
     assert found == [client for _, client in FORWARDED]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6")
+def test_a_proxy_is_known_however_its_address_is_spelt(start: Start) -> None:
+    server = start(TASKD_TRUSTED_PROXY="0:0:0:0:0:0:0:1", TASKD_HOST="::1")
+    connection = http.client.HTTPConnection("::1", server.port, timeout=DEADLINE)
+    with closing(connection):
+        connection.request("GET", "/healthz", headers={"X-Forwarded-For": "10.1.2.3"})
+        assert connection.getresponse().status == 200
+    until(lambda: lines(server), "a line in the log")
+    assert LINE.fullmatch(lines(server)[0])["client"] == "10.1.2.3"  # type: ignore[index]
 
 
 def test_the_client_is_in_the_json_too(start: Start) -> None:
@@ -389,9 +449,8 @@ def test_the_client_is_in_the_json_too(start: Start) -> None:
 def test_nobody_else_is_believed(start: Start, settings: dict[str, str]) -> None:
     server = start(**settings)
     headers = bearer() | {"X-Forwarded-For": "10.1.2.3", "X-Forwarded-Prefix": "/todo", "Forwarded": "for=10.1.2.3"}
-    answer = server.request(
-        "POST", TASKS, {"title": "x"}, headers | {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil"}
-    )
+    headers |= {"X-Forwarded-Proto": "gopher", "X-Forwarded-Host": "evil", "X-Forwarded-Port": "x"}
+    answer = server.request("POST", TASKS, {"title": "x"}, headers)
     assert answer.headers["location"] == f"{TASKS}/{answer.json['id']}"
     until(lambda: lines(server), "a line in the log")
     assert "10.1.2.3" not in server.log
@@ -430,7 +489,11 @@ UNUSABLE = [
     ("TASKD_LOG_FORMAT", "xml"),
     ("TASKD_LOG_FORMAT", "JSON"),
     ("TASKD_TRUSTED_PROXY", "proxy.example"),
-    ("TASKD_TRUSTED_PROXY", "10.0.0.1, 10.0.0.2"),
+    ("TASKD_TRUSTED_PROXY", "10.0.0.1, proxy"),
+    ("TASKD_TRUSTED_PROXY", "*, 10.0.0.1"),
+    ("TASKD_TRUSTED_PROXY", "999.1.1.1"),
+    ("TASKD_TRUSTED_PROXY", "cafe"),
+    ("TASKD_TRUSTED_PROXY", "10.0.0.0/8"),
 ]
 
 
