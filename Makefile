@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint fuzz mutants audit bench clean
+.PHONY: run test test-postgresql lint fuzz mutants audit bench clean
 
 run: .venv/run
 	@$(BIN)/python taskctl.py init
@@ -11,6 +11,8 @@ run: .venv/run
 
 test: lint
 	$(BIN)/pytest -n 4 --dist worksteal --cov
+
+test-postgresql: .venv/test
 	$(BIN)/pytest -n 4 --dist worksteal --postgresql
 
 lint: .venv/test
