@@ -22,7 +22,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -38,7 +38,7 @@ from rich.table import Table
 from rich.text import Text
 
 import taskd
-from taskd import About, IdempotencyKey, Settings, Task, Tokens
+from taskd import About, Settings, Task, Tokens
 
 app = typer.Typer(
     help="Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server.",
@@ -88,7 +88,7 @@ def printable(value: object) -> str:
     """Return a value as text that a terminal shows and does not obey."""
     words: dict[object, str] = {None: "-", True: "yes", False: "no"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return taskd.printable(text)
 
 
 def progress(hidden: bool = False) -> Progress:
@@ -323,6 +323,47 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
 
 # --- Tasks ----------------------------------------------------------------------------------------------------------
 
+OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
+Execute = Callable[..., Any]  # runs a statement with its values, and returns a cursor
+
+
+class SqliteIds:
+    """The last id that SQLite gave to a task, also if that task was deleted since."""
+
+    @staticmethod
+    def last(execute: Execute) -> int:
+        """Return it, or 0."""
+        [found] = execute("SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'task'").fetchone()
+        return int(found)
+
+    @classmethod
+    def count_on(cls, execute: Execute, last: int) -> None:
+        """Let new tasks have ids after this one, and after those that there were."""
+        last = max(last, cls.last(execute))
+        execute("DELETE FROM sqlite_sequence WHERE name = 'task'")
+        execute("INSERT INTO sqlite_sequence VALUES ('task', ?)", (last,))
+
+
+class PostgresIds:
+    """The last id that PostgreSQL gave to a task, also if that task was deleted since."""
+
+    @staticmethod
+    def last(execute: Execute) -> int:
+        """Return it, or 0."""
+        [found] = execute("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM task_id_seq").fetchone()
+        return int(found)
+
+    @classmethod
+    def count_on(cls, execute: Execute, last: int) -> None:
+        """Let new tasks have ids after this one, and after those that there were."""
+        if last := max(last, cls.last(execute)):
+            execute("SELECT setval('task_id_seq', %s)", (last,))
+
+
+def ids_of(database: peewee.Database) -> type[SqliteIds | PostgresIds]:
+    """Return how this engine numbers tasks."""
+    return SqliteIds if isinstance(database, peewee.SqliteDatabase) else PostgresIds
+
 
 def database(create: bool = False) -> taskd.Database:
     """Return the database of the settings, with `Task` ready to be asked about it."""
@@ -488,7 +529,6 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
 
 # --- Backup and restore ---------------------------------------------------------------------------------------------
 
-LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = ?"
 PAGES = 256  # copied between two looks of the progress bar: 1 MB
 
 
@@ -636,11 +676,8 @@ def keep(live: sqlite3.Connection, path: Path) -> Path:
 
 def use_no_id_again(live: sqlite3.Connection, new: sqlite3.Connection) -> None:
     """Let a backup count ids on from where the database is: someone may still know a task made since, by its id."""
-    table = Task._meta.table_name
     with contextlib.suppress(sqlite3.DatabaseError), new:  # a damaged one may not tell
-        last = max(database.execute(LAST_ID, [table]).fetchone() or (0,) for database in (live, new))
-        new.execute("DELETE FROM sqlite_sequence WHERE name = ?", [table])
-        new.execute("INSERT INTO sqlite_sequence VALUES (?, ?)", [table, *last])
+        SqliteIds.count_on(new.execute, SqliteIds.last(live.execute))
 
 
 def unchanged(path: str) -> peewee.SqliteDatabase:
@@ -739,7 +776,8 @@ def import_tasks(file: Annotated[str, typer.Argument(help="JSON lines as export 
         refuse_mixed_up()
         imported, there, updated, older = compared()
         merge()
-        count_on(opened.peewee, int(Task.select(fn.COALESCE(fn.MAX(Task.id), 0)).scalar()))
+        last = Task.select(fn.COALESCE(fn.MAX(Task.id), 0)).scalar()
+        ids_of(opened.peewee).count_on(opened.peewee.execute_sql, last)
     left = f", {older} left as they were changed here later" if older else ""
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
 
@@ -828,8 +866,9 @@ def purge(user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not 
     if not yes and not confirmed(f"Delete all {found} tasks of {printable(user)}?"):
         raise Refused("nothing was deleted")
     with opened.transaction():
-        deleted = {table: delete_all(table, user) for table in tables_of_users()}
-    say(f"deleted {deleted[Task._meta.table_name]} tasks of {printable(user)}")
+        mine = [model.delete().where(model._meta.fields["user_id"] == user) for model in OWNED]
+        deleted = [query.execute(opened.peewee) for query in mine]
+    say(f"deleted {deleted[0]} tasks of {printable(user)}")
 
 
 def confirmed(question: str) -> bool:
@@ -838,46 +877,7 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def tables_of_users() -> list[str]:
-    """Return the tables of schema.sql that say whose a row is."""
-    model = peewee.SqliteDatabase(":memory:")
-    model.connection().executescript(taskd.SCHEMA.read_text())
-    found = [table for table in model.get_tables() if "user_id" in {column.name for column in model.get_columns(table)}]
-    model.close()
-    return found
-
-
-def delete_all(table: str, user: str) -> int:
-    """Delete a user's rows from a table, and return how many there were."""
-    rows = peewee.Table(table).bind(Task._meta.database)
-    return int(rows.delete().where(rows.c.user_id == user).execute())
-
-
 # --- Moving to another database -------------------------------------------------------------------------------------
-
-# How each engine tells the last id that it gave to a task, and is told it.
-LAST_IDS = {
-    "SqliteDatabase": (
-        "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'task'",
-        "UPDATE sqlite_sequence SET seq = MAX(seq, ?) WHERE name = 'task'",
-    ),
-    "PooledPostgresqlDatabase": (
-        "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM task_id_seq",
-        "SELECT setval('task_id_seq', GREATEST(%s, last_value)) FROM task_id_seq",
-    ),
-}
-
-
-def last_id(database: peewee.Database) -> int:
-    """Return the last id that was given to a task, also if that task was deleted since."""
-    [found] = database.execute_sql(LAST_IDS[type(database).__name__][0]).fetchone()
-    return int(found)
-
-
-def count_on(database: peewee.Database, last: int) -> None:
-    """Let new tasks have ids after this one."""
-    if last:
-        database.execute_sql(LAST_IDS[type(database).__name__][1], (last,))
 
 
 @app.command()
@@ -894,14 +894,15 @@ def copy(
     with reading.transaction(), writing.transaction(), progress() as bar:
         if next(batches(Task, writing.peewee), None):
             raise Refused(f"{new.database} has tasks already; nothing was copied")
-        for model in (Task, IdempotencyKey):
+        for model in OWNED:
             for rows in bar.track(batches(model, reading.peewee), description="copying"):
                 table_of(model, writing.peewee).insert(rows).execute()
         about = table_of(About, writing.peewee)
         about.update({about.cursor_key: table_of(About, reading.peewee).select().get()["cursor_key"]}).execute()
-        count_on(writing.peewee, last_id(reading.peewee))
-        copied = [digest(model, reading.peewee, bar) for model in (Task, IdempotencyKey)]
-        if copied != [digest(model, writing.peewee, bar) for model in (Task, IdempotencyKey)]:
+        last = ids_of(reading.peewee).last(reading.peewee.execute_sql)
+        ids_of(writing.peewee).count_on(writing.peewee.execute_sql, last)
+        copied = [digest(model, reading.peewee, bar) for model in OWNED]
+        if copied != [digest(model, writing.peewee, bar) for model in OWNED]:
             raise Refused("the copy is not like the original, perhaps because someone wrote to it; nothing was copied")
     (tasks, checksum), (keys, _) = copied
     say(f"copied {tasks} tasks and {keys} idempotency keys from {old.database} to {new.database}")

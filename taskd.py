@@ -30,7 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
@@ -634,7 +634,9 @@ def read_expected(req: falcon.Request) -> str | None:
     The comparison is strong: a weak tag, and one that taskd did not make, never fits (RFC 9110, section 8.8.3.2).
     """
     tags = read_tags(req, "If-Match")
-    return None if tags in (None, ["*"]) else " ".join(tag for tag in tags or () if re.fullmatch(TAG, tag))
+    if tags is None or tags == ["*"]:
+        return None
+    return " ".join(tag for tag in tags if re.fullmatch(TAG, tag))
 
 
 def read_key(req: falcon.Request) -> str | None:
@@ -710,6 +712,7 @@ class About(peewee.Model):
         primary_key = False
 
 
+MODELS: tuple[type[peewee.Model], ...] = (Task, IdempotencyKey, About)
 SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
 
 
@@ -912,7 +915,7 @@ def _now() -> str:
 SCHEMA = Path(__file__).with_name("schema.sql")
 MIGRATIONS = Path(__file__).with_name("migrations")
 VERSION = 2  # of the schema; migrations/2.sql makes it from version 1
-TABLES = ("task", "idempotency_key", "about")
+TABLES = tuple(model._meta.table_name for model in MODELS)
 BUSY = 4.0  # seconds that a write waits for another process which holds the database's write lock
 QUEUE = 4.0  # seconds that it waits before that for the writes of this process
 SLOT = 0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
@@ -1119,9 +1122,7 @@ class Postgres:
         with self._pool.connection_context(), self._pool.atomic():
             self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (int.from_bytes(b"taskd"),))
             if not schema_version(self._pool):
-                for statement in statements(SCHEMA.read_text()):
-                    self._pool.execute_sql(respelled(statement))
-                self._pool.execute_sql("INSERT INTO about VALUES (%s, %s)", (VERSION, os.urandom(32).hex()))
+                _make_tables(self._pool, map(respelled, statements(SCHEMA)))
             check_schema(self._pool, name, columns_and_indexes)
 
 
@@ -1203,11 +1204,15 @@ def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
         if version:
             undo.callback(os.unlink, _keep_copy(path, version))
         scripts = [MIGRATIONS / f"{number}.sql" for number in range(version + 1, VERSION + 1)] if version else [SCHEMA]
-        for statement in itertools.chain(*(statements(script.read_text()) for script in scripts)):
-            database.execute_sql(statement)
-        database.execute_sql("INSERT INTO about VALUES (?, ?)", (VERSION, os.urandom(32).hex()))
+        _make_tables(database, itertools.chain(*map(statements, scripts)))
         check_schema(database, path, statements_kept)
         undo.pop_all()
+
+
+def _make_tables(database: peewee.Database, made_by: Iterable[str]) -> None:
+    for statement in made_by:
+        database.execute_sql(statement)
+    About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
 
 
 def _keep_copy(path: str, version: int) -> str:
@@ -1222,10 +1227,10 @@ def _keep_copy(path: str, version: int) -> str:
     return copy
 
 
-def statements(script: str) -> Iterator[str]:
+def statements(script: Path) -> Iterator[str]:
     """Yield the statements of an SQL script one by one; sqlite3's own `executescript` would commit before them."""
     statement = ""
-    for line in script.splitlines(keepends=True):
+    for line in script.read_text().splitlines(keepends=True):
         statement += line
         if sqlite3.complete_statement(statement):
             yield statement
@@ -1234,12 +1239,19 @@ def statements(script: str) -> Iterator[str]:
 
 def schema_differences(database: peewee.Database, describe: Callable[[Any], set[str]]) -> str:
     """Return in words what the tables have otherwise than schema.sql; other tables are no concern of ours."""
-    model = peewee.SqliteDatabase(":memory:")
-    model.connection().executescript(SCHEMA.read_text())
-    wanted, found = describe(model), describe(database)
-    model.close()
+    wanted, found = _wanted(describe), describe(database)
     lacking = [f"it lacks {part}" for part in sorted(wanted - found)]
     return "; ".join(lacking + [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")])
+
+
+@cache
+def _wanted(describe: Callable[[Any], set[str]]) -> set[str]:
+    """Return what a database has that schema.sql has just made: /readyz compares with it again and again."""
+    model = peewee.SqliteDatabase(":memory:")
+    model.connection().executescript(SCHEMA.read_text())
+    wanted = describe(model)
+    model.close()
+    return wanted
 
 
 def statements_kept(database: peewee.SqliteDatabase) -> set[str]:
@@ -1507,11 +1519,11 @@ class TaskResource:
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
         tasks, rest = self._store.page(user_id, listing)
-        if not rest or listing.limit:
-            resp.data = to_json(tasks)
-        else:
+        if rest and not listing.limit:
             resp.stream = LongList(self._store, user_id, tasks, rest)
-        if rest and rest.after and listing.limit:
+            return
+        resp.data = to_json(tasks)
+        if rest and rest.after:
             cursor = self._cursors.write(rest.after, user_id, rest.sort)
             query = urlencode({**req.params, "after": cursor}, doseq=True)
             resp.set_header("Link", f'<{tasks_path(req)}?{query}>; rel="next"')
@@ -1809,7 +1821,6 @@ class ServerTask(waitress.task.WSGITask):
     wrote_header: bool
     error = None  # it stands in the channel's queue of requests as long as there is a rest
     rest: LongList | None = None
-    long = False
 
     def get_environment(self) -> dict[str, Any]:
         """Return the WSGI environment, with the body to be read from its beginning."""
@@ -1834,13 +1845,13 @@ class ServerTask(waitress.task.WSGITask):
     def finish(self) -> None:
         """End the answer, or see to its rest when the client has taken what there is, and others had their turn."""
         if self.rest:
-            self.close_on_finish, self.long = False, True
+            self.close_on_finish = False
             self.channel.requests.insert(1, self)
             return
         if not self.wrote_header:
             self.write(b"")
         self.chunked_response = self.chunked_response and self.request.command != "HEAD"
-        self.close_on_finish = self.close_on_finish or self.long  # as its header said
+        self.close_on_finish = self.close_on_finish or "taskd.rest" in self.environ  # as its header said
         super().finish()
 
     def close(self) -> None:

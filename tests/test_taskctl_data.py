@@ -1048,6 +1048,15 @@ def test_a_copy_has_all_that_the_original_has_and_never_uses_an_id_again(
     assert listed(other, "alice")[-1]["id"] == last + 1
 
 
+def test_a_copy_without_tasks_uses_no_id_again_either(taskctl: Taskctl, start: Start) -> None:
+    server = start()
+    last = add(server)["id"]
+    assert server.request("DELETE", path_of("alice", last), headers=bearer()).status_code == 200
+    assert server.terminate() == 0
+    assert taskctl("copy", "sqlite:///taskd.db", "sqlite:///other.db").returncode == 0
+    assert add(start(DATABASE_URL="sqlite:///other.db"))["id"] == last + 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "why"),
     [
