@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,19 @@ BY_ITSELF = pytest.mark.sqlite("the thread of the sockets leaves PostgreSQL to t
 def either_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskd.this_thread, "hurried", request.param == "in_the_thread_of_the_sockets")
     monkeypatch.setattr(taskd, "SLOW", 99)  # however slow the disk, it stays in this thread
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process from which those of taskctl are forked."""
+    from test_taskctl import Nursery
+
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def taskctl(nursery: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Run taskctl in this test's directory."""
+    return partial(nursery.run, tmp_path)

@@ -135,19 +135,6 @@ class Nursery:
         self._popen.communicate()
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture
-def taskctl(nursery: Nursery, tmp_path: Path) -> Taskctl:
-    """Run taskctl in this test's directory."""
-    return partial(nursery.run, tmp_path)
-
-
 def data(answer: Answer) -> Any:
     """Return the JSON that a command which succeeded printed: on stdout alone, and nothing on stderr."""
     assert (answer.returncode, answer.stderr) == (0, ""), answer

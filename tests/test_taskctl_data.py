@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +42,6 @@ MILK = {
     "id": 7, "user_id": "alice", "title": "Buy milk", "description": "2 litres", "completed": False,
     "created_at": "2026-11-20T21:00:00.000Z", "updated_at": "2026-11-20T21:00:00.000Z",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture
-def taskctl(nursery: Nursery, tmp_path: Path) -> Taskctl:
-    """Run taskctl in this test's directory."""
-    return partial(nursery.run, tmp_path)
 
 
 @pytest.fixture(scope="module")
