@@ -1,0 +1,691 @@
+"""deploy/ and docs/self-hosting.md, with the real programs: systemd, nginx, Caddy, a read-only root."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fnmatch
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from support import (
+    DEADLINE,
+    ROOT,
+    SECRET,
+    TASK_KEYS,
+    Answer,
+    Process,
+    assert_problem,
+    bearer,
+    environment,
+    stored,
+    until,
+)
+from taskd import Settings
+
+DEPLOY = ROOT / "deploy"
+GUIDE = ROOT / "docs" / "self-hosting.md"
+NAME = "tasks.example.com"
+UNITS = ["taskd.service", "taskd-backup.service", "taskd-backup.timer"]
+Start = Callable[..., Process]
+
+pytestmark = pytest.mark.sqlite("what deploy/ sets up keeps its tasks in a file")
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not shutil.which(program), reason=f"install {program} to run this test")
+
+
+def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    defaults: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 60}
+    return subprocess.run([str(part) for part in command], **(defaults | options))
+
+
+# --- systemd --------------------------------------------------------------------------------------------------------
+
+
+def lines_of(unit: str) -> list[str]:
+    return [line for line in (DEPLOY / unit).read_text().splitlines() if line and not line.startswith("#")]
+
+
+def exposure(unit: str) -> float:
+    """Return what systemd says of how much a service could do, from 0 to 10."""
+    said = run("systemd-analyze", "security", "--offline=true", DEPLOY / unit).stdout
+    found = re.search(rf"Overall exposure level for {unit}: ([0-9.]+)", said)
+    assert found, said
+    return float(found[1])
+
+
+@needs("systemd-analyze")
+def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
+    for unit in UNITS:  # with programs that are here, because it looks whether there are such
+        text = (DEPLOY / unit).read_text()
+        text = text.replace("/opt/taskd/.venv/bin/python", sys.executable).replace("/opt/taskd", str(ROOT))
+        (tmp_path / unit).write_text(text)
+    answer = run("systemd-analyze", "verify", "--man=no", *(tmp_path / unit for unit in UNITS))
+    assert [line for line in answer.stderr.splitlines() if "taskd" in line] == []
+    assert answer.returncode == 0
+
+
+@needs("systemd-analyze")
+@pytest.mark.parametrize("unit", ["taskd.service", "taskd-backup.service"])
+def test_a_service_is_closed_to_what_it_does_not_need(unit: str) -> None:
+    assert exposure(unit) < 2
+
+
+@needs("systemd-analyze")
+def test_the_readme_tells_the_scores_that_systemd_gives() -> None:
+    readme = (ROOT / "README.md").read_text()
+    told = re.findall(r"exposure\s+of ([0-9.]+)", readme)
+    assert len(told) == 2
+    if f"systemd {re.findall('[0-9]+', run('systemctl', '--version').stdout)[0]}" not in readme:
+        pytest.skip("another version of systemd than the README names may give another score")
+    assert [float(score) for score in told] == [exposure("taskd.service"), exposure("taskd-backup.service")]
+
+
+def test_the_service_has_time_to_drain() -> None:
+    [seconds] = [line.partition("=")[2] for line in lines_of("taskd.service") if line.startswith("TimeoutStopSec=")]
+    assert int(seconds) > 10
+
+
+def test_the_two_services_are_closed_in_the_same_way() -> None:
+    hardening = [set(lines_of(unit)) for unit in ("taskd.service", "taskd-backup.service")]
+    closed = (
+        "Protect|Private|Restrict|Lock|Memory[D]|NoNew|Capab|Ambient|Remove|SystemCall|UMask|User|Group|State.*Mode"
+    )
+    of_service, of_backup = ({line for line in lines if re.match(closed, line)} for lines in hardening)
+    assert of_service - of_backup == {"RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX"}
+    assert of_backup - of_service == {"RestrictAddressFamilies=AF_UNIX", "PrivateNetwork=yes"}
+
+
+FORBID_WRITABLE_CODE = """
+import ctypes, mmap, runpy, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, since Linux 6.3
+    sys.exit(77)
+try:
+    mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    sys.exit("this is still allowed")
+except PermissionError:
+    pass
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_taskd_needs_no_memory_that_is_both_writable_and_code(start: Start) -> None:
+    server = start(wait=False, command=[sys.executable, "-c", FORBID_WRITABLE_CODE, str(ROOT / "taskd.py"), "--"])
+    until(lambda: "listening" in server.log or server.popen.poll() is not None, "the server listens")
+    if server.popen.poll() == 77:
+        pytest.skip("this kernel cannot forbid it: Linux 6.3 or newer is needed")
+    assert "listening" in server.log, server.log
+    server.port = int(server.log.split("listening on http://127.0.0.1:")[1].split()[0])
+    assert server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer()).status_code == 201
+
+
+# --- Backups --------------------------------------------------------------------------------------------------------
+
+
+def back_up(directory: Path, backups: Path) -> subprocess.CompletedProcess[str]:
+    """Run what the backup service runs."""
+    variables = environment(BETTER_AUTH_SECRET=SECRET, PYTHON=sys.executable)
+    return run(DEPLOY / "backup.sh", backups, cwd=directory, env=variables)
+
+
+def test_a_backup_is_made_while_taskd_serves_and_the_last_14_stay(server: Process, tmp_path: Path) -> None:
+    backups = tmp_path / "backups"
+    backups.mkdir()
+    old = [backups / f"taskd-2026-01-{day:02}T030000Z.db" for day in range(1, 16)]
+    for path in (*old, backups / "before-the-wedding.db"):
+        path.write_text("an old backup")
+    created = server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, bearer()).json
+    answer = back_up(tmp_path, backups)
+    assert (answer.returncode, answer.stdout) == (0, "")
+    [new] = set(backups.glob("taskd-*.db")) - set(old)
+    assert re.fullmatch(r"taskd-\d{4}-\d\d-\d\dT\d{6}Z\.db", new.name)
+    assert sorted(backups.iterdir()) == sorted([backups / "before-the-wedding.db", *old[2:], new])
+    assert new.stat().st_mode & 0o777 == 0o600
+    assert stored(new)[created["id"]]["title"] == "Buy milk"
+
+
+def test_a_backup_that_fails_uses_up_no_older_one(tmp_path: Path) -> None:
+    (tmp_path / "taskd.db").write_text("this is no database")
+    old = [tmp_path / f"taskd-2026-01-{day:02}T030000Z.db" for day in range(1, 21)]
+    for path in old:
+        path.touch()
+    answer = back_up(tmp_path, tmp_path)
+    assert (answer.returncode, answer.stderr[:9]) == (1, "taskctl: ")
+    assert sorted(tmp_path.glob("taskd-*.db")) == old
+
+
+# --- Proxies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate of the proxy's name, signed by itself, and its key."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name.from_rfc4514_string(f"CN={NAME}")
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    directory = tmp_path_factory.mktemp("certificate")
+    (directory / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (directory / "key.pem").write_bytes(key.private_bytes(*plain))
+    return directory / "cert.pem", directory / "key.pem"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Proxy:
+    """nginx or Caddy before a taskd, with the configuration of deploy/ but for addresses, ports and certificate."""
+
+    def __init__(self, program: str, taskd: Process, home: Path, certificate: tuple[Path, Path]) -> None:
+        self.taskd, self.home, self.port = taskd, home, free_port()
+        self._trust = ssl.create_default_context(cafile=str(certificate[0]))
+        command = {"nginx": self._nginx, "caddy": self._caddy}[program](*certificate)
+        self._log = (home / "proxy.log").open("wb")
+        homes = environment(HOME=str(home), XDG_DATA_HOME=str(home), XDG_CONFIG_HOME=str(home))
+        self.popen = subprocess.Popen(
+            command, cwd=home, env=homes, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+        )
+        until(self._serves, "the proxy serves")
+
+    def _nginx(self, certificate: Path, key: Path) -> list[str]:
+        site = (DEPLOY / "nginx.conf").read_text().replace("127.0.0.1:8000", f"127.0.0.1:{self.taskd.port}")
+        site = site.replace("listen 443 ", f"listen 127.0.0.1:{self.port} ")
+        site = site.replace("listen 80;", f"listen 127.0.0.1:{free_port()};")
+        site = re.sub(r" *listen \[::\]:.*\n", "", site)
+        site = re.sub(r"/etc/letsencrypt/\S+/fullchain\.pem", str(certificate), site)
+        site = re.sub(r"/etc/letsencrypt/\S+/privkey\.pem", str(key), site)
+        temporary = "".join(
+            f"{kind}_temp_path {self.home}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        user = "user root;" if os.geteuid() == 0 else ""  # who can read the directory of a test
+        (self.home / "nginx.conf").write_text(
+            f"{user} daemon off; pid {self.home}/pid; error_log stderr; events {{}}\n"
+            f"http {{ access_log {self.home}/access.log; {temporary}\n{site} }}"
+        )
+        return ["nginx", "-p", str(self.home), "-e", "stderr", "-c", str(self.home / "nginx.conf")]
+
+    def _caddy(self, certificate: Path, key: Path) -> list[str]:
+        site = (DEPLOY / "Caddyfile").read_text().replace("127.0.0.1:8000", f"127.0.0.1:{self.taskd.port}")
+        site = site.replace(f"{NAME} {{", f"{NAME}:{self.port} {{\n\tbind 127.0.0.1\n\ttls {certificate} {key}")
+        (self.home / "Caddyfile").write_text(f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{site}")
+        return ["caddy", "run", "--adapter", "caddyfile", "--config", str(self.home / "Caddyfile")]
+
+    def _serves(self) -> bool:
+        assert self.popen.poll() is None, (self.home / "proxy.log").read_text()
+        with contextlib.suppress(ConnectionError):
+            return self.request("GET", "/healthz").status_code == 200
+        return False
+
+    def connect(self) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(NAME, self.port, timeout=DEADLINE)
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
+        connection.sock = self._trust.wrap_socket(plain, server_hostname=NAME)
+        return connection
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: dict[str, str] | None = None,
+        connection: http.client.HTTPConnection | None = None,
+    ) -> Answer:
+        """Send a request over TLS, on a connection of its own unless there is one; the body goes as JSON."""
+        with contextlib.closing(self.connect()) if connection is None else contextlib.nullcontext(connection) as used:
+            content = body if isinstance(body, bytes) or body is None else json.dumps(body)
+            json_type = {} if body is None else {"Content-Type": "application/json"}
+            used.request(method, path, content, json_type | (headers or {}))
+            response = used.getresponse()
+            names = [name.lower() for name, _ in response.getheaders()]
+            assert sorted(set(names)) == sorted(names), f"a header comes twice: {names}"
+            return Answer(response)
+
+    def close(self) -> None:
+        self.popen.terminate()
+        self.popen.wait(DEADLINE)
+        self._log.close()
+
+
+@pytest.fixture(params=[pytest.param(name, marks=needs(name)) for name in ("nginx", "caddy")])
+def proxy(
+    request: pytest.FixtureRequest, start: Start, tmp_path: Path, certificate: tuple[Path, Path]
+) -> Iterator[Proxy]:
+    taskd = start(TASKD_TRUSTED_PROXY="127.0.0.1", TASKD_METRICS="1")
+    (tmp_path / "proxy").mkdir()
+    made = Proxy(request.param, taskd, tmp_path / "proxy", certificate)
+    yield made
+    made.close()
+
+
+def test_the_six_calls_work_through_tls(proxy: Proxy) -> None:
+    tasks, me = "/api/alice/tasks", bearer()
+    created = proxy.request("POST", tasks, {"title": "Buy milk"}, me)
+    assert (created.status_code, list(created.json)) == (201, TASK_KEYS)
+    path = created.headers["location"]
+    assert path == f"{tasks}/{created.json['id']}"
+    assert proxy.request("GET", tasks, None, me).json == [created.json]
+    assert proxy.request("GET", path, None, me).json == created.json
+    assert proxy.request("PUT", path, {"title": "Milk"}, me).json["title"] == "Milk"
+    completed = proxy.request("PATCH", f"{path}/complete", None, me)
+    assert completed.json["completed"] is True
+    assert proxy.request("DELETE", path, None, me).json == completed.json
+    assert_problem(proxy.request("GET", path, None, me), 404)
+    assert_problem(proxy.request("GET", tasks), 401)
+
+
+@pytest.mark.parametrize("user", ["a/b", "a//b", "../bob", ".", "a%2Fb", "a b+c?d#e", "ä", "a\\b"])
+def test_any_user_id_goes_through_a_proxy(proxy: Proxy, user: str) -> None:
+    path = "/api/" + "".join(f"%{byte:02X}" for byte in user.encode()) + "/tasks"
+    created = proxy.request("POST", path, {"title": "x"}, bearer(user))
+    assert (created.status_code, created.json["user_id"]) == (201, user)
+    assert proxy.request("GET", created.headers["location"], None, bearer(user)).json == created.json
+
+
+def test_the_headers_are_taskds_own(proxy: Proxy) -> None:
+    answer = proxy.request("POST", "/api/alice/tasks", {"title": "x"}, bearer() | {"X-Request-ID": "mine"})
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["strict-transport-security"] == "max-age=31536000"
+    assert answer.headers.get("server", "nginx") == "nginx"
+    same = proxy.request("GET", answer.headers["location"], None, bearer() | {"If-None-Match": answer.headers["etag"]})
+    assert (same.status_code, same.content) == (304, b"")
+    refused = proxy.request("GET", "/api/alice/tasks")
+    assert refused.headers["www-authenticate"] == 'Bearer realm="taskd"'
+
+
+def test_the_log_has_the_clients_address_from_the_proxy_and_not_from_the_client(proxy: Proxy) -> None:
+    lies = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Prefix": "/evil", "X-Forwarded-Host": "evil.example"}
+    answer = proxy.request("POST", "/api/alice/tasks", {"title": "x"}, bearer() | lies)
+    assert answer.headers["location"] == f"/api/alice/tasks/{answer.json['id']}"
+    until(lambda: answer.headers["x-request-id"] in proxy.taskd.log, "a line in the log")
+    assert "client=127.0.0.1" in proxy.taskd.log
+    assert "6.6.6.6" not in proxy.taskd.log
+
+
+def test_a_body_that_is_too_large_is_refused_in_the_shape_of_all_errors(proxy: Proxy) -> None:
+    for size in (100_000, 1_500_000):
+        answer = proxy.request("POST", "/api/alice/tasks", {"title": "x" * size}, bearer())
+        assert_problem(answer, 413)
+    with contextlib.closing(proxy.connect()) as connection:  # one that does not say how large it is
+        connection.request("POST", "/api/alice/tasks", iter([b"x" * 100_000] * 15), bearer(), encode_chunked=True)
+        assert_problem(Answer(connection.getresponse()), 413)
+    assert proxy.request("GET", "/api/alice/tasks", None, bearer()).json == []
+
+
+def test_a_long_list_comes_whole(proxy: Proxy) -> None:
+    for _ in range(30):
+        task = {"title": "x", "description": "ä" * 10_000}
+        assert proxy.request("POST", "/api/alice/tasks", task, bearer()).status_code == 201
+    found = proxy.request("GET", "/api/alice/tasks", None, bearer()).json
+    assert [len(task["description"]) for task in found] == [10_000] * 30
+
+
+def test_a_connection_serves_many_requests_on_both_sides(proxy: Proxy) -> None:
+    with contextlib.closing(proxy.connect()) as connection:
+        used = connection.sock
+        for _ in range(20):
+            assert proxy.request("GET", "/api/alice/tasks", None, bearer(), connection).json == []
+            assert connection.sock is used
+    upstream = [line for line in connections_to(proxy.taskd.port) if line]
+    assert 1 <= len(upstream) <= 3, upstream
+
+
+def connections_to(port: int) -> list[str]:
+    """Return the connections that a server of this machine has on a port, as the kernel lists them."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [row[2] for row in rows if row[1] == f"0100007F:{port:04X}" and row[3] == "01"]
+
+
+METRICS = [
+    "/metrics",
+    "/metrics/",
+    "//metrics",
+    "/%6Detrics",
+    "/%2Fmetrics",
+    "/x/../metrics",
+    "/./metrics",
+    "/metrics?a",
+]
+
+
+def test_the_metrics_are_not_public(proxy: Proxy) -> None:
+    assert proxy.taskd.request("GET", "/metrics").status_code == 200
+    for path in METRICS:
+        assert proxy.request("GET", path).status_code == 404, path
+    assert proxy.request("GET", "/readyz").status_code == 200
+
+
+def test_while_taskd_is_away_the_proxy_says_so_and_goes_on_when_it_is_back(proxy: Proxy, start: Start) -> None:
+    proxy.taskd.terminate()
+    answer = proxy.request("POST", "/api/alice/tasks", {"title": "x"}, bearer())
+    assert_problem(answer, 503)
+    assert answer.headers["retry-after"] == "5"
+    start(TASKD_PORT=str(proxy.taskd.port))
+    until(lambda: proxy.request("GET", "/readyz").status_code == 200, "the proxy finds taskd again")
+
+
+# --- The container --------------------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return the instructions of the Containerfile, with lines that go on joined."""
+    text = re.sub(r"^\s*#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in text.splitlines() if line.strip()]
+
+
+def instruction(name: str) -> str:
+    [found] = [rest for word, rest in instructions() if word == name]
+    return found
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """What the Containerfile copies, at the place where it copies it, and the empty volume."""
+    root, here = tmp_path / "image", Path("/")
+    ignore = (DEPLOY / "Containerfile.dockerignore").read_text().split("\n")
+    allowed = [line[1:].rstrip("/") for line in ignore if line.startswith("!")]
+    for word, rest in instructions():
+        if word == "WORKDIR":
+            here = here / rest
+            (root / here.relative_to("/")).mkdir(parents=True, exist_ok=True)
+        elif word == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                assert source.rstrip("/") in allowed, f"the ignore file keeps {source} from the build"
+                into = root / here.relative_to("/") / target
+                if source.endswith("/"):
+                    shutil.copytree(ROOT / source, into)
+                else:
+                    into.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / source, into)
+    return root
+
+
+def unshared(image: Path, *command: str) -> list[str]:
+    """Return a command line that runs a command with the image's directories in their places, the root read-only."""
+    script = "\n".join([
+        "set -e",
+        f"mount --bind {image}/opt/taskd {image}/opt/taskd",
+        f"mount -o remount,bind,ro {image}/opt/taskd",
+        f"cd {image}/data",
+        'exec "$@"',
+    ])  # fmt: skip
+    return ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command]
+
+
+def can_unshare() -> bool:
+    return bool(shutil.which("unshare")) and run("unshare", "--map-root-user", "--mount", "true").returncode == 0
+
+
+needs_namespaces = pytest.mark.skipif(not can_unshare(), reason="needs unshare(1) and leave to use it")
+
+
+@needs_namespaces
+def test_what_the_image_holds_serves_from_a_root_that_is_read_only(image: Path) -> None:
+    command = [part.replace("/opt", f"{image}/opt") for part in json.loads(instruction("CMD"))]
+    assert command[0] == "python"
+    read_only = run(*unshared(image, "touch", f"{image}/opt/taskd/x"))
+    assert "Read-only file system" in read_only.stderr
+    server = Image(image, unshared(image, sys.executable, *command[1:]))
+    try:
+        assert server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer()).status_code == 201
+        for path in ("/readyz", "/docs", "/openapi.json"):
+            assert server.request("GET", path).status_code == 200
+        assert health(server.port) == 0
+        assert server.terminate() == 0
+    finally:
+        server.kill()
+    assert "taskd.db" in {path.name for path in (image / "data").iterdir()}
+    assert health(server.port) == 1
+
+
+class Image(Process):
+    """A taskd process that a command line of its own starts."""
+
+    def __init__(self, directory: Path, command: list[str]) -> None:
+        self.log_path = directory / "stderr.log"
+        variables = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0", TASKD_HOST="127.0.0.1", PYTHONPATH="")
+        with self.log_path.open("wb") as log:
+            self.popen = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.port = self._wait_for_port()
+
+
+def health(port: int) -> int:
+    """Return what the health check of the Containerfile exits with."""
+    _, _, command = instruction("HEALTHCHECK").partition("CMD ")
+    _, *arguments = json.loads(command)
+    return run(sys.executable, *arguments, env=environment(TASKD_PORT=str(port))).returncode
+
+
+def test_the_image_runs_as_nobody_in_particular_and_keeps_its_data_in_a_volume() -> None:
+    words = [word for word, _ in instructions()]
+    assert instruction("USER") == "10001"
+    assert words.index("USER") > max(number for number, word in enumerate(words) if word in ("RUN", "COPY"))
+    assert json.loads(instruction("VOLUME")) == ["/data"]
+    assert [rest for word, rest in instructions() if word == "WORKDIR"][-1] == "/data"
+    assert re.fullmatch(r"docker\.io/library/python:3\.1[1-9]-slim-[a-z]+", instruction("FROM"))
+
+
+def test_no_secret_and_no_database_gets_into_the_image(image: Path) -> None:
+    found = [str(path) for path in image.rglob("*") if path.name == ".env" or fnmatch.fnmatch(path.name, "*.db*")]
+    assert found == []
+
+
+# --- Litestream -----------------------------------------------------------------------------------------------------
+
+# Of Litestream 0.5's Config, DBConfig and ReplicaSettings (cmd/litestream/main.go); those that we may come to use.
+LITESTREAM = {"dbs", "snapshot", "levels", "logging", "l0-retention", "exec", "shutdown-sync-timeout"}
+LITESTREAM_DATABASE = {"path", "replica", "busy-timeout", "monitor-interval", "checkpoint-interval", "meta-path"}
+LITESTREAM_REPLICA = {
+    "type", "bucket", "path", "endpoint", "region", "access-key-id", "secret-access-key", "sync-interval", "url",
+}  # fmt: skip
+
+
+def test_litestream_knows_every_key_of_its_example_and_finds_the_database_of_the_unit() -> None:
+    yaml = pytest.importorskip("yaml", reason="install PyYAML to run this test")
+    config = yaml.safe_load((DEPLOY / "litestream.yml").read_text())
+    [database] = config["dbs"]
+    assert set(config) <= LITESTREAM
+    assert set(database) <= LITESTREAM_DATABASE
+    assert set(database["replica"]) <= LITESTREAM_REPLICA
+    assert set(config["snapshot"]) == {"interval", "retention"}
+    assert database["path"] == "/var/lib/taskd/taskd.db"
+    assert "WorkingDirectory=/var/lib/taskd" in lines_of("taskd.service")
+
+
+# --- The guide ------------------------------------------------------------------------------------------------------
+
+
+def guide(heading: str) -> list[str]:
+    """Return the shell blocks under a heading of docs/self-hosting.md."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"the guide has no section {heading!r}"
+    return re.findall(r"^```sh\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
+
+
+# What takes root, a network or systemd: the guide was walked through on an empty Debian 12 by hand.
+ONLY_ON_A_MACHINE = r"cp /opt/taskd/deploy/|git -C |/opt/taskd/\.venv/bin/pip "
+
+
+class Machine:
+    """A directory in which the guide's commands run as they stand, but for paths and the user.
+
+    What its `systemctl` lines say of taskd is done to a real taskd.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.state, self.backups, self._bin = home / "taskd", home / "taskd-backups", home / "bin"
+        for path in (self.state, self.backups, self._bin):
+            path.mkdir()
+        self._port = free_port()
+        self.server: Process | None = None
+        [script] = re.findall(r"<<'END'\n(.*?)END\n", "".join(guide("2. The code")), re.DOTALL)
+        taskctl = self._bin / "taskctl"
+        taskctl.write_text(self._moved(script.replace("runuser -u taskd -- ", "")))
+        taskctl.chmod(0o755)
+
+    def _moved(self, text: str) -> str:
+        text = text.replace("/opt/taskd/.venv/bin/python", sys.executable).replace("/opt/taskd", str(ROOT))
+        return text.replace("/var/lib/taskd", str(self.state)).replace(":8000", f":{self._port}")
+
+    def follow(self, heading: str) -> str:
+        """Do what a section says, and return what it printed."""
+        return "".join(self.type(block) for block in guide(heading))
+
+    def type(self, block: str) -> str:
+        """Do what a block says, in a shell from one `systemctl` to the next, and return what it printed."""
+        printed = ""
+        block = re.sub(rf"^(?:{ONLY_ON_A_MACHINE}).*\n", "", block, flags=re.MULTILINE)
+        for part in re.split(r"^(systemctl .*)\n", block, flags=re.MULTILINE):
+            if part.startswith("systemctl "):
+                self.systemctl(*part.split()[1:])
+            else:
+                answer = run("bash", "-euo", "pipefail", "-c", self._moved(part), env=self._environment())
+                assert answer.returncode == 0, (part, answer.stdout, answer.stderr)
+                printed += answer.stdout
+        return printed
+
+    def _environment(self) -> dict[str, str]:
+        return environment(PATH=f"{self._bin}:{os.environ['PATH']}", TASKD_PORT=str(self._port))
+
+    def systemctl(self, verb: str, *rest: str) -> None:
+        if rest and rest[-1] == "taskd-backup":
+            answer = run(DEPLOY / "backup.sh", self.backups, cwd=self.state, env=environment(PYTHON=sys.executable))
+            assert answer.returncode == 0, answer.stderr
+        elif rest and rest[-1] == "taskd":
+            if verb in ("stop", "restart"):
+                self.stop()
+            if verb in ("start", "restart", "enable"):
+                self.server = Process(self.state, BETTER_AUTH_SECRET="", TASKD_PORT=str(self._port))
+        else:
+            assert (verb, *rest) in (("daemon-reload",), ("enable", "--now", "taskd-backup.timer"))
+
+    def stop(self) -> None:
+        if self.server:
+            assert self.server.terminate() == 0
+            self.server = None
+
+    def call(self, method: str, path: str, secret: str, body: object = None) -> Answer:
+        assert self.server
+        return self.server.request(method, path, body, bearer(secret=secret))
+
+    def secrets(self) -> list[str]:
+        """Return the secrets in .env, as taskd reads them."""
+        settings = Settings.load({}, self.state / ".env")
+        return [*settings.secrets, *filter(None, [settings.secret])]
+
+
+needs_shell = pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="install bash and curl")
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """A machine on which the guide was followed up to the running service."""
+    made = Machine(tmp_path)
+    made.follow("3. The settings")
+    made.follow("4. The service")
+    yield made
+    made.stop()
+
+
+@needs_shell
+def test_the_guide_leads_to_a_service_that_passes_the_smoke_test(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    checked = machine.follow("3. The settings")
+    assert {line.split()[0] for line in checked.splitlines()} == {"result", "ok"}
+    assert (machine.state / ".env").stat().st_mode & 0o777 == 0o600
+    printed = machine.follow("4. The service")
+    machine.stop()
+    assert printed.startswith('{"status": "ok"}')
+    assert "GET" in printed
+    assert "OFF" not in printed
+
+
+@needs_shell
+def test_the_guide_s_backup_upgrade_and_restore_keep_every_task(machine: Machine) -> None:
+    [secret] = machine.secrets()
+    kept = machine.call("POST", "/api/alice/tasks", secret, {"title": "Buy milk"}).json
+    assert re.search(r"taskd-\S+Z\.db", machine.follow("6. Nightly backups"))
+    [first] = machine.backups.iterdir()
+    until(lambda: not backup_of_this_second(machine.backups).exists(), "a backup of another second")
+    machine.follow("Upgrade")
+    assert machine.call("GET", "/api/alice/tasks", secret).json == [kept]
+    machine.call("POST", "/api/alice/tasks", secret, {"title": "Too late"})
+    machine.follow("Restore")
+    assert machine.call("GET", "/api/alice/tasks", secret).json == [kept]
+    [before] = machine.state.glob("taskd.db.before-restore-*")
+    assert [task["title"] for task in stored(before).values()] == ["Buy milk", "Too late"]
+    assert first.exists()
+
+
+@needs_shell
+def test_the_guide_s_upgrade_brings_a_database_of_the_first_version_up_to_date_and_keeps_a_copy(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.follow("3. The settings")
+    (machine.state / "taskd.db").unlink()
+    with contextlib.closing(sqlite3.connect(machine.state / "taskd.db")) as database:
+        database.executescript((ROOT / "tests" / "version-1.sql").read_text())
+    before = stored(machine.state / "taskd.db")
+    machine.follow("Upgrade")
+    machine.stop()
+    [copy] = machine.state.glob("taskd.db.v1-*")
+    assert stored(copy) == before
+    after = stored(machine.state / "taskd.db")
+    assert {number: {name: task[name] for name in TASK_KEYS} for number, task in after.items()} == before
+
+
+def backup_of_this_second(backups: Path) -> Path:
+    return backups / f"taskd-{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H%M%SZ}.db"
+
+
+@needs_shell
+def test_the_guide_s_rotation_accepts_both_secrets_and_then_only_the_new_one(machine: Machine) -> None:
+    [old] = machine.secrets()
+    first, second = guide("Rotate the secret")
+    machine.type(first)
+    new, also = machine.secrets()
+    assert also == old
+    assert [machine.call("GET", "/api/alice/tasks", secret).status_code for secret in (old, new)] == [200, 200]
+    machine.type(second)
+    assert machine.secrets() == [new]
+    assert [machine.call("GET", "/api/alice/tasks", secret).status_code for secret in (old, new)] == [401, 200]
+    assert {path.name for path in machine.state.glob(".env*")} == {".env"}
+    assert (machine.state / ".env").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_guide_speaks_of_the_places_that_the_units_know() -> None:
+    text, units = GUIDE.read_text(), "".join((DEPLOY / unit).read_text() for unit in UNITS)
+    for place in ("/opt/taskd", "/var/lib/taskd", "/var/lib/taskd-backups"):
+        assert f"`{place}`" in text
+        assert place in units
+    for name in re.findall(r"/opt/taskd/(deploy/[\w.-]+)", text):
+        assert (ROOT / name).exists(), name
