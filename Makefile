@@ -34,7 +34,7 @@ mutants: .venv/test
 
 audit: .venv/test
 	$(BIN)/pip-audit --requirement requirements-postgresql.txt
-	$(BIN)/deptry . --exclude 'tests|bench|\.venv.*' --requirements-files requirements-postgresql.txt
+	$(BIN)/deptry . --exclude 'tests|bench|mutants|\.venv.*' --requirements-files requirements-postgresql.txt
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python bench/run.py
