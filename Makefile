@@ -23,13 +23,9 @@ lint: .venv/test
 fuzz: .venv/test
 	TASKD_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py
 
-# The chapters for tokens, bodies, store and middleware.
-MUTATED_FUNCTIONS := _user _json_object _each_once download_keys read content decode _faults _reason connect \
-	prepare_database schema_differences _schema _first timestamp _now _unauthorized
-MUTATED := Tokens KeySet StrictJWT Unprocessable TaskStore AuthMiddleware Envelope Cors
 
 mutants: .venv/test
-	$(BIN)/mutmut run $(foreach name,$(MUTATED),'taskd.xǁ$(name)ǁ*') $(foreach name,$(MUTATED_FUNCTIONS),'taskd.x_$(name)__mutmut*')
+	$(BIN)/mutmut run $$($(BIN)/python tests/chapters.py Tokens Bodies Store Database Middleware)
 	$(BIN)/mutmut results
 
 audit: .venv/test

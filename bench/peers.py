@@ -163,6 +163,18 @@ class Granian(Peer):
         return [sys.executable, "-m", "granian", *options, *threads, "taskd:wsgi"]
 
 
+class Gunicorn(Peer):
+    """Two processes on one SQLite file."""
+
+    name = "gunicorn"
+    title = "taskd, gunicorn"
+    runs_as = "gunicorn --workers 2 --threads 8 taskd:wsgi()"
+
+    def command(self) -> list[str]:
+        program, *options = self.runs_as.split()
+        return [sys.executable, "-m", program, "--bind", f"{HOST}:{self.port}", *options]
+
+
 class Postgres(Taskd):
     """taskd on a PostgreSQL server of its own, with that server's defaults."""
 
@@ -336,7 +348,7 @@ class PocketBase(Peer):
         return found
 
 
-PEERS: list[type[Peer]] = [Bare, Taskd, Granian, FastAPI, PocketBase]
+PEERS: list[type[Peer]] = [Bare, Taskd, Granian, Gunicorn, FastAPI, PocketBase]
 if postgresql("initdb"):
     PEERS += [Postgres, PostgresPair]
 

@@ -144,6 +144,7 @@ COLORS = {
     "bare": "#8b949e",
     "taskd": "#2f81f7",
     "granian": "#3fb0c9",
+    "gunicorn": "#1f9e89",
     "fastapi": "#c98a1b",
     "pocketbase": "#a371f7",
     "postgresql": "#3f9142",

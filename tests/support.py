@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import pytest
+
 if TYPE_CHECKING:
     from cluster import Databases
 
@@ -72,6 +74,8 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
     assert body["status"] == status
     assert isinstance(body["title"], str)
     assert body["title"]
+    assert re.search("[a-z]{2} [a-z]", body["detail"]), "every refusal says in words what is wrong"
+    assert "XX" not in body["detail"], "and leaves no gap to be filled in"
     assert ("errors" in body) == (status == 422), body
     return body
 
@@ -109,6 +113,8 @@ class Process:
     def __init__(
         self, directory: Path, *, wait: bool = True, command: list[str] | None = None, **variables: str
     ) -> None:
+        if "MUTANT_UNDER_TEST" in os.environ:
+            pytest.skip("a mutant lives in the process of the tests")
         defaults = {"BETTER_AUTH_SECRET": SECRET, "TASKD_PORT": "0"}
         if postgresql:
             defaults["DATABASE_URL"] = database_url(directory / "taskd.db")

@@ -428,4 +428,5 @@ def test_a_known_key_is_not_fetched_again_while_the_set_is_young(auth_server):
     for _ in range(5):
         assert keys.find("ES256") is not None
         assert keys.find("EdDSA") is not None
+    assert keys._finished.wait(5)
     assert auth_server.asked == 1

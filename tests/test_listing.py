@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import support
 import taskd
 from conftest import Person
-from support import DEADLINE, SECRET, Process, Wire, assert_problem, bearer, database_url, sql, until, written
+from support import DEADLINE, SECRET, Process, Wire, assert_problem, base64url, bearer, database_url, sql, until, written
 
 Start = Callable[..., Process]
 TASKS = "/api/alice/tasks"
@@ -301,6 +301,7 @@ def test_a_cursor_that_was_tampered_with_is_422_and_reveals_nothing(alice: Perso
     good = cursor(alice)
     letters = string.ascii_letters + string.digits + "-_"
     changed = [f"{good[:at]}{letters[(letters.index(good[at]) + 1) % 64]}{good[at + 1 :]}" for at in range(len(good))]
+    changed += [base64url(b"x" * 16 + end) for end in (b"", b"[1,2]", b'"x"', b"[" * 5000)]
     changed += [good[:at] for at in range(1, len(good))] + [f"{good}A", f"A{good}", f"{good}AAAA", good.swapcase()]
     assert len({refusal(alice, after) for after in changed}) == 1
     assert listed(alice, after=good)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import math
 import re
 import socket
 import sqlite3
@@ -22,11 +23,12 @@ from prometheus_client.parser import text_string_to_metric_families as families
 
 import taskd
 from conftest import Person
-from support import DEADLINE, ROOT, SECRET, Process, Wire, assert_problem, bearer, locked, sql, until, written
+from support import DEADLINE, ROOT, SECRET, Answer, Process, Wire, assert_problem, bearer, locked, sql, until, written
 
 pytestmark = pytest.mark.sqlite("most of it is about log lines, numbers and proxies")
 
 Start = Callable[..., Process]
+MakeApp = Callable[..., taskd.App]
 TASKS = "/api/alice/tasks"
 NASTY = [  # what Better Auth would not call anybody
     "alice\n2026-11-21T00:00:00.000Z INFO DELETE /api/{user_id}/tasks/{task_id} 200 0.1ms id=forged user='bob'",
@@ -140,9 +142,8 @@ def test_a_damaged_database_is_not_ready(server: Process, tmp_path: Path) -> Non
 # --- Metrics --------------------------------------------------------------------------------------------------------
 
 
-def samples(server: Process) -> dict[tuple[str, ...], float]:
+def samples(answer: Answer | testing.Result) -> dict[tuple[str, ...], float]:
     """Return what /metrics shows: name and sorted label values, and the number."""
-    answer = server.request("GET", "/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=")
     return {
@@ -166,23 +167,27 @@ def test_the_library_is_loaded_only_with_the_setting(tmp_path: Path, metrics: bo
     assert (done.stdout, done.stderr) == (f"{metrics}\n", "")
 
 
-def test_requests_are_counted_by_route_method_and_status(start: Start) -> None:
-    server = start(TASKD_METRICS="1")
-    made = [server.request("POST", TASKS, {"title": "x"}, bearer()).json["id"] for _ in range(3)]
-    server.request("POST", TASKS, {"title": "y"}, bearer() | {"Idempotency-Key": "k"})
-    server.request("POST", TASKS, {"title": "y"}, bearer() | {"Idempotency-Key": "k"})
-    server.request("POST", TASKS, {"title": ""}, bearer())
-    server.request("GET", f"{TASKS}/{made[0]}", headers=bearer())
-    server.request("PUT", f"{TASKS}/{made[0]}", {"title": "z"}, bearer())
-    server.request("PUT", f"{TASKS}/999", {"title": "z"}, bearer())
-    server.request("PATCH", f"{TASKS}/{made[0]}/complete", headers=bearer())
-    server.request("DELETE", f"{TASKS}/{made[0]}", headers=bearer())
+def test_requests_are_counted_by_route_method_and_status(make_app: MakeApp) -> None:
+    client = testing.TestClient(make_app(metrics=True))
+
+    def ask(method: str, path: str, body: object = None, headers: dict[str, str] | None = None) -> testing.Result:
+        return client.simulate_request(method, path, json=body, headers=headers)
+
+    made = [ask("POST", TASKS, {"title": "x"}, bearer()).json["id"] for _ in range(3)]
+    ask("POST", TASKS, {"title": "y"}, bearer() | {"Idempotency-Key": "k"})
+    ask("POST", TASKS, {"title": "y"}, bearer() | {"Idempotency-Key": "k"})
+    ask("POST", TASKS, {"title": ""}, bearer())
+    ask("GET", f"{TASKS}/{made[0]}", headers=bearer())
+    ask("PUT", f"{TASKS}/{made[0]}", {"title": "z"}, bearer())
+    ask("PUT", f"{TASKS}/999", {"title": "z"}, bearer())
+    ask("PATCH", f"{TASKS}/{made[0]}/complete", headers=bearer())
+    ask("DELETE", f"{TASKS}/{made[0]}", headers=bearer())
     for path in ("/nowhere", "/nowhere/else", "/api/alice"):
-        server.request("GET", path)
+        ask("GET", path)
     for method in ("BREW", "MAKE"):
-        server.request(method, TASKS, headers=bearer())
-    server.request("GET", TASKS)
-    found = samples(server)
+        ask(method, TASKS, headers=bearer())
+    ask("GET", TASKS)
+    found = samples(client.simulate_get("/metrics"))
     everything, one = "route=/api/{user_id}/tasks", "route=/api/{user_id}/tasks/{task_id}"
     expected = {
         ("method=POST", everything, "status=201"): 5,
@@ -199,12 +204,31 @@ def test_requests_are_counted_by_route_method_and_status(start: Start) -> None:
     assert {key[1:]: count for key, count in found.items() if key[0] == "taskd_requests_total"} == expected
     for (method, route, _), _ in expected.items():
         assert found["taskd_request_seconds_count", method, route] >= 1
-        assert found["taskd_request_seconds_sum", method, route] > 0
+        assert 0 < found["taskd_request_seconds_sum", method, route] < DEADLINE
     written = {name: found["taskd_tasks_written_total", f"change={name}"] for name in ("created", "changed", "deleted")}
     assert written == {"created": 4, "changed": 2, "deleted": 1}
     for statement, least in (("insert", 4), ("update", 2), ("delete", 1), ("select", 1)):
         assert found["taskd_database_seconds_count", f"statement={statement}"] >= least
+        assert 0 < found["taskd_database_seconds_sum", f"statement={statement}"] < DEADLINE
     assert found["taskd_build_info", f"version={taskd.__version__}"] == 1
+    assert found["process_open_fds",] > 0
+    for name in ("taskd_request_seconds_bucket", "taskd_database_seconds_bucket"):
+        limits = {
+            float(label[3:]) for sample, *labels in found if sample == name for label in labels if label[:3] == "le="
+        }
+        assert (min(limits), *sorted(limits)[-2:]) == (0.0005, 10, math.inf)
+
+
+def test_each_metric_says_in_a_sentence_what_it_is(make_app: MakeApp) -> None:
+    shown = testing.TestClient(make_app(metrics=True)).simulate_get("/metrics").text
+    told = {family.name: family.documentation for family in families(shown) if family.name.startswith("taskd_")}
+    assert len(told) == 6
+    assert all(re.fullmatch("[A-Z][a-z ,]+[.]", sentence) for sentence in told.values()), told
+
+
+def test_head_of_the_metrics_has_no_body(make_app: MakeApp) -> None:
+    answer = testing.TestClient(make_app(metrics=True)).simulate_head("/metrics")
+    assert (answer.status_code, answer.text) == (200, "")
 
 
 def test_no_metric_tells_anything_about_a_user_or_a_task(start: Start) -> None:
@@ -226,7 +250,7 @@ def test_a_write_that_had_to_wait_in_another_thread_is_one_statement(start: Star
             wire.send(written("POST", TASKS, {"title": "x"}, user="alice"))
             assert server.request("GET", "/healthz").status_code == 200
         assert wire.answer().status_code == 201
-    found = samples(server)
+    found = samples(server.request("GET", "/metrics"))
     assert found["taskd_database_seconds_count", "statement=insert"] == 1
     assert found["taskd_requests_total", "method=POST", "route=/api/{user_id}/tasks", "status=201"] == 1
 
@@ -235,7 +259,7 @@ def test_a_write_that_had_to_wait_in_another_thread_is_one_statement(start: Star
 def test_statements_that_belong_together_are_timed_with_their_commit(start: Start) -> None:
     server = start(TASKD_METRICS="1")
     server.request("POST", TASKS, {"title": "x"}, bearer() | {"Idempotency-Key": "k"})
-    found = samples(server)
+    found = samples(server.request("GET", "/metrics"))
     parts = sum(found["taskd_database_seconds_sum", f"statement={part}"] for part in ("insert", "delete"))
     assert found["taskd_database_seconds_count", "statement=transaction"] == 1
     assert found["taskd_database_seconds_sum", "statement=transaction"] > parts
@@ -257,7 +281,8 @@ def test_a_database_that_cannot_be_used_is_counted_as_503(start: Start, tmp_path
     server = start(TASKD_METRICS="1")
     sql(tmp_path / "taskd.db", "DROP TABLE task")
     assert_problem(server.request("GET", TASKS, headers=bearer()), 503)
-    assert samples(server)["taskd_requests_total", "method=GET", "route=/api/{user_id}/tasks", "status=503"] == 1
+    found = samples(server.request("GET", "/metrics"))
+    assert found["taskd_requests_total", "method=GET", "route=/api/{user_id}/tasks", "status=503"] == 1
 
 
 # --- Log lines ------------------------------------------------------------------------------------------------------
@@ -438,6 +463,22 @@ def test_a_proxy_is_known_however_its_address_is_spelt(start: Start) -> None:
     assert LINE.fullmatch(lines(server)[0])["client"] == "10.1.2.3"  # type: ignore[index]
 
 
+@pytest.mark.parametrize(("forwarded", "client"), FORWARDED)
+@pytest.mark.parametrize("proxy", ["127.0.0.1", "*", "10.0.0.1", None])
+def test_only_the_trusted_proxy_is_believed_who_the_client_is(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture, proxy: str | None, forwarded: str, client: str
+) -> None:
+    caplog.set_level("INFO", "taskd")
+    headers = bearer() | {"X-Forwarded-For": forwarded, "X-Request-ID": "mine"}
+    testing.TestClient(make_app(trusted_proxies=(proxy,) if proxy else ())).simulate_get(TASKS, headers=headers)
+    [line] = caplog.messages
+    assert (found := LINE.fullmatch(f"2026-11-21T00:00:00.000Z INFO {line}"))
+    expected = {"method": "GET", "route": "/api/{user_id}/tasks", "status": "200", "id": "mine", "user": "'alice'"}
+    believed = {None: None, "10.0.0.1": "127.0.0.1"}.get(proxy, client)
+    assert found.groupdict() == expected | {"client": believed}
+    assert 0 <= float(line.split()[3].removesuffix("ms")) < DEADLINE * 1000
+
+
 def test_the_client_is_in_the_json_too(start: Start) -> None:
     server = start(TASKD_TRUSTED_PROXY="127.0.0.1", TASKD_LOG_FORMAT="json")
     server.request("GET", "/healthz", headers={"X-Forwarded-For": "10.1.2.3"})
@@ -472,15 +513,24 @@ def test_nobody_else_is_believed(start: Start, settings: dict[str, str]) -> None
         ('/"><x', ""),
     ],
 )
-def test_a_trusted_proxy_tells_where_it_has_put_taskd(start: Start, prefix: str, shown: str) -> None:
-    server = start(TASKD_TRUSTED_PROXY="127.0.0.1")
+def test_a_trusted_proxy_tells_where_it_has_put_taskd(make_app: MakeApp, prefix: str, shown: str) -> None:
+    client = testing.TestClient(make_app(trusted_proxies=("127.0.0.1",)))
     user = "a/ä"
     headers = bearer(user) | {"X-Forwarded-Prefix": prefix}
+    extras = {"REQUEST_URI": path_of(user), "PATH_INFO": f"/api/{user}/tasks".encode().decode("latin-1")}
     for _ in range(2):
-        answer = server.request("POST", path_of(user), {"title": "x"}, headers)
+        answer = client.simulate_post("/", headers=headers, extras=extras, json={"title": "x"})
         assert answer.headers["location"] == f"{shown}{path_of(user)}/{answer.json['id']}"
-    link = server.request("GET", f"{path_of(user)}?limit=1", headers=headers).headers["link"]
+    link = client.simulate_get("/?limit=1", headers=headers, extras=extras).headers["link"]
     assert link.startswith(f"<{shown}{path_of(user)}?limit=1&after=")
+
+
+def test_what_a_trusted_proxy_tells_counts_for_its_own_request_only(start: Start) -> None:
+    server = start(TASKD_TRUSTED_PROXY="127.0.0.1")
+    user = "a/ä"
+    for prefix in ("/todo", "", "/a/b"):
+        answer = server.request("POST", path_of(user), {"title": "x"}, bearer(user) | {"X-Forwarded-Prefix": prefix})
+        assert answer.headers["location"] == f"{prefix}{path_of(user)}/{answer.json['id']}"
 
 
 UNUSABLE = [

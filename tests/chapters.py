@@ -1,0 +1,29 @@
+"""Print what mutmut calls the functions of some of taskd.py's chapters: python tests/chapters.py Tokens Store."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+TASKD = Path(__file__).parent.parent / "taskd.py"
+NOT_IN_PROCESS = ("Postgres",)  # runs with `make test-postgresql`, which mutmut does not start
+
+
+def mutants(chapters: list[str]) -> Iterator[str]:
+    """Yield a pattern for the mutants of each class and function below one of these headings."""
+    text, chapter = TASKD.read_text(), ""
+    headings = {number: line for number, line in enumerate(text.splitlines(), 1) if line.startswith("# --- ")}
+    for node in ast.parse(text).body:
+        above = [line for number, line in headings.items() if number < node.lineno]
+        chapter = re.sub("[# -]", "", above[-1]) if above else ""
+        if chapter in chapters and isinstance(node, ast.ClassDef) and node.name not in NOT_IN_PROCESS:
+            yield f"taskd.xǁ{node.name}ǁ*"
+        elif chapter in chapters and isinstance(node, ast.FunctionDef):
+            yield f"taskd.x_{node.name}__mutmut*"
+
+
+if __name__ == "__main__":
+    print(*mutants(sys.argv[1:]))
