@@ -149,18 +149,18 @@ class Taskd(Peer):
 class Granian(Peer):
     name = "granian"
     title = "taskd, Granian"
+    workers = 1
     # One blocking thread reads fastest, as more fight over the interpreter's lock; but a write that has to wait for the
     # database then holds everybody up.
     threads = 1
 
     @property
     def runs_as(self) -> str:
-        return f"granian --interface wsgi --factory taskd:wsgi --workers 1 --blocking-threads {self.threads}"
+        options = f"--workers {self.workers} --blocking-threads {self.threads}"
+        return f"granian --interface wsgi --factory {options} taskd:wsgi"
 
     def command(self) -> list[str]:
-        options = ["--interface", "wsgi", "--factory", "--workers", "1", "--host", HOST, "--port", str(self.port)]
-        threads = ["--blocking-threads", str(self.threads)]
-        return [sys.executable, "-m", "granian", *options, *threads, "taskd:wsgi"]
+        return [sys.executable, "-m", *self.runs_as.split(), "--host", HOST, "--port", str(self.port)]
 
 
 class Gunicorn(Peer):
@@ -176,16 +176,23 @@ class Gunicorn(Peer):
 
 
 class Postgres(Taskd):
-    """taskd on a PostgreSQL server of its own, with that server's defaults."""
+    """taskd on a PostgreSQL server of its own, with that server's defaults.
+
+    Each taskd has one processor: its threads, which PostgreSQL keeps waiting, hinder each other on several.
+    """
 
     name = "postgresql"
     title = "taskd, PostgreSQL"
-    runs_as = "python taskd.py, its defaults, with DATABASE_URL=postgresql://…"
+    runs_as = "taskset -c 0 python taskd.py, with DATABASE_URL=postgresql://…"
     durability = "every commit (PostgreSQL, synchronous_commit=on, its default)"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.database_port = free_port()
+
+    def command(self, processor: int = 0) -> list[str]:
+        processors = sorted(os.sched_getaffinity(0))
+        return ["taskset", "-c", str(processors[processor % len(processors)]), *super().command()]
 
     def prepare(self, running: ExitStack) -> None:
         # PostgreSQL does not run as root, and whoever it runs as must get to its directory.
@@ -214,7 +221,7 @@ class PostgresPair(Postgres):
 
     name = "postgresql-2"
     title = "two taskd, PostgreSQL"
-    runs_as = "the same, two processes"
+    runs_as = "the same, and another with taskset -c 1"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -227,9 +234,17 @@ class PostgresPair(Postgres):
     def prepare(self, running: ExitStack) -> None:
         super().prepare(running)
         variables = self.variables() | {"TASKD_PORT": str(self.second_port)}
-        second = Server(self.command(), self.directory, self.second_port, **variables)
+        second = Server(self.command(processor=1), self.directory, self.second_port, **variables)
         running.callback(second.stop)
         second.wait(self.health)
+
+
+class PostgresGranian(Granian, Postgres):  # type: ignore[misc]
+    """Two taskd processes that Granian starts, on all processors."""
+
+    name = "postgresql-granian"
+    title = "Granian, PostgreSQL"
+    workers, threads = 2, 4
 
 
 # psycopg is kept apart, because Peewee imports it wherever it is, and would so make taskd on SQLite larger.
@@ -350,7 +365,7 @@ class PocketBase(Peer):
 
 PEERS: list[type[Peer]] = [Bare, Taskd, Granian, Gunicorn, FastAPI, PocketBase]
 if postgresql("initdb"):
-    PEERS += [Postgres, PostgresPair]
+    PEERS += [Postgres, PostgresPair, PostgresGranian]
 
 
 def start(peer: Peer, running: ExitStack) -> Server:

@@ -149,6 +149,7 @@ COLORS = {
     "pocketbase": "#a371f7",
     "postgresql": "#3f9142",
     "postgresql-2": "#6cc070",
+    "postgresql-granian": "#a5d6a7",
 }
 CHARTED = ["list", "get", "create", "toggle", "401"]
 LABELS, PANEL, NUMBERS, GAP = 150, 270, 60, 30  # widths: of the names, of the bars, of the numbers after them
