@@ -501,7 +501,7 @@ def test_clients_that_break_off_leave_nothing_behind(start: Start, tmp_path: Pat
 
     def sockets() -> int:
         descriptors = Path(f"/proc/{server.popen.pid}/fd").iterdir()
-        return sum(str(descriptor.readlink()).startswith("socket:") for descriptor in descriptors)
+        return sum("socket:" in str(descriptor.resolve()) for descriptor in descriptors)  # some vanish meanwhile
 
     before = sockets()
     for query in ("", "?q=note") * 10:

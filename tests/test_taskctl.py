@@ -106,8 +106,8 @@ class Nursery:
         self._files = {name: directory / name for name in ("stdin", "stdout", "stderr")}
         self._popen = subprocess.Popen(
             [sys.executable, "-c", NURSERY, COMMAND[1]],
-            env=environment(BETTER_AUTH_SECRET=SECRET), cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True,
+            env=os.environ | environment(BETTER_AUTH_SECRET=SECRET), cwd=directory, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def run(
