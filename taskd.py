@@ -1069,7 +1069,7 @@ class Postgres:
             prefer_psycopg3=True,
             connect_timeout=3,
             tcp_user_timeout=5000,
-            options=f"-c statement_timeout={2 * BUSY:.0f}s -c lock_timeout={BUSY:.0f}s",
+            options=f"-c statement_timeout={2000 * BUSY:.0f}ms -c lock_timeout={1000 * BUSY:.0f}ms",
         )
         self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
