@@ -11,6 +11,7 @@ run: .venv/run
 
 test: lint
 	$(BIN)/pytest -n 4 --dist worksteal --cov
+	@$(MAKE) --no-print-directory test-postgresql
 
 test-postgresql: .venv/test
 	$(BIN)/pytest -n 4 --dist worksteal --postgresql
@@ -22,7 +23,6 @@ lint: .venv/test
 
 fuzz: .venv/test
 	TASKD_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py
-
 
 mutants: .venv/test
 	$(BIN)/mutmut run $$($(BIN)/python tests/chapters.py Tokens Bodies Store Database Middleware)

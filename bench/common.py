@@ -34,7 +34,8 @@ HOST = "127.0.0.1"
 DEADLINE = 30  # seconds for a server to start, to answer, to end
 SHORT_PAUSE = 0.002  # seconds between two looks at a server that starts
 PACKAGES = (
-    "falcon msgspec peewee PyJWT waitress granian gunicorn fastapi pydantic sqlmodel SQLAlchemy uvicorn uvloop httptools"
+    "falcon msgspec peewee PyJWT waitress granian gunicorn "
+    "fastapi pydantic sqlmodel SQLAlchemy uvicorn uvloop httptools"
 )
 
 console = Console(stderr=True)

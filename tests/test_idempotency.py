@@ -559,6 +559,7 @@ def test_the_thread_of_the_sockets_waits_for_no_lock_and_leaves_no_key(
     assert len(alice.call("GET").json) == 2
 
 
+@pytest.mark.sqlite("PostgreSQL has no one turn to write")
 def test_the_thread_of_the_sockets_leaves_a_keyed_create_to_another_while_a_write_is_under_way(
     alice: Person, app: taskd.App, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,19 @@ from hypothesis import strategies as st
 import support
 import taskd
 from conftest import Person
-from support import DEADLINE, SECRET, Process, Wire, assert_problem, base64url, bearer, database_url, sql, until, written
+from support import (
+    DEADLINE,
+    SECRET,
+    Process,
+    Wire,
+    assert_problem,
+    base64url,
+    bearer,
+    database_url,
+    sql,
+    until,
+    written,
+)
 
 Start = Callable[..., Process]
 TASKS = "/api/alice/tasks"
