@@ -127,6 +127,15 @@ def test_all_that_is_wrong_is_named_at_once(alice: Person) -> None:
     assert {error["field"] for error in problem["errors"]} == {"limit", "sort", "completed", "q"}
 
 
+def test_a_cursor_is_not_blamed_for_an_order_that_is_wrong_but_beside_any_other_fault(alice: Person) -> None:
+    for _ in range(2):
+        alice.add()
+    good = cursor(alice)
+    for query, wrong in ((f"sort=x&after={good}", ["sort"]), ("limit=0&after=AAAA", ["limit", "after"])):
+        problem = assert_problem(alice.call("GET", query_string=query), 422)
+        assert [error["field"] for error in problem["errors"]] == wrong
+
+
 @pytest.mark.parametrize("query", ["", "page=2", "Limit=0", "completed[]=x", "&&", "a=b&a=c", "=", "%00=x", "limits=0"])
 def test_what_is_not_known_is_ignored(alice: Person, query: str) -> None:
     tasks = [alice.add() for _ in range(3)]

@@ -303,6 +303,13 @@ def fields(server: Process) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines(server)]
 
 
+def test_a_line_has_the_time_to_the_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskd.time, "time", lambda: 1795208401.123456)
+    request = taskd.RequestLine({"method": "GET", "route": "-", "status": 404, "ms": 0.5, "id": "mine", "user": None})
+    line = "2026-11-20T21:00:01.123Z INFO GET - 404 0.5ms id=mine user=-"
+    assert taskd.TextLines().format(request) == line
+
+
 @pytest.mark.parametrize("user", NASTY)
 def test_no_user_can_forge_a_line_of_text(server: Process, user: str) -> None:
     assert server.request("GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"}).status_code == 200
