@@ -11,7 +11,7 @@ run: .venv/run
 
 test: lint
 	$(BIN)/pytest -n 4 --dist worksteal --cov
-	@$(MAKE) --no-print-directory test-postgresql
+	$(BIN)/pytest -n 4 --dist worksteal --postgresql tests/test_postgresql.py tests/test_isolation.py
 
 test-postgresql: .venv/test
 	$(BIN)/pytest -n 4 --dist worksteal --postgresql

@@ -81,7 +81,7 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
 
 
 # The modules whose processes are measured for coverage, which takes them half of their time again.
-MEASURED = ("test_server.py", "test_operations.py", "test_faults.py", "test_taskctl.py")
+MEASURED = ("test_server.py", "test_operations.py", "test_faults.py", "test_listing.py", "test_taskctl.py")
 
 
 def environment(**variables: str) -> dict[str, str]:
