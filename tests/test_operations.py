@@ -271,9 +271,10 @@ def test_metrics_that_fail_break_no_request(
 ) -> None:
     alice = Person(testing.TestClient(make_app(metrics=True)), "alice")
     monkeypatch.setattr(taskd, "CHANGES", None)
-    assert alice.call("POST", json={"title": "x"}).status_code == 201
+    created = alice.call("POST", json={"title": "x"})
+    assert created.status_code == 201
     assert alice.call("GET").json[0]["title"] == "x"
-    assert "the metrics" in caplog.text
+    assert f"the metrics lack a request id={created.headers['x-request-id']}" in caplog.messages
 
 
 @pytest.mark.both_engines
