@@ -11,7 +11,6 @@ run: .venv/run
 
 test: lint
 	$(BIN)/pytest -n 4 --dist worksteal --cov
-	$(BIN)/pytest -n 4 --dist worksteal --postgresql tests/test_postgresql.py tests/test_isolation.py
 
 test-postgresql: .venv/test
 	$(BIN)/pytest -n 4 --dist worksteal --postgresql
