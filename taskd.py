@@ -1342,7 +1342,7 @@ class RequestLine(logging.LogRecord):
     fields: dict[str, Any]
 
     def __init__(self, fields: dict[str, Any]) -> None:
-        """Take the fields in the order in which JSON shows them; the user is None where nobody is known."""
+        """Take the fields in the order in which JSON shows them."""
         now = time.time()
         self.__dict__ = {**PLAIN_RECORD, "created": now, "msecs": now % 1 * 1000, "fields": fields}
 
@@ -1353,6 +1353,12 @@ class RequestLine(logging.LogRecord):
         client = f" client={field['client']}" if "client" in field else ""
         what = f"{field['method']} {field['route']} {field['status']} {field['ms']:.1f}ms"
         return f"{what} id={field['id']} user={user}{client}"
+
+
+def log_request(**fields: Any) -> None:
+    """Log a request; the user is None where nobody is known."""
+    if log.isEnabledFor(logging.INFO):
+        log.handle(RequestLine(fields))
 
 
 class Envelope:
@@ -1384,17 +1390,16 @@ class Envelope:
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
         """Log the request: never its token, its query or its body."""
-        if not log.isEnabledFor(logging.INFO):
-            return
         context = req.context
-        milliseconds = round((time.perf_counter() - context.started) * 1000, 1)
-        fields = {"method": req.method, "route": req.uri_template or "-", "status": resp.status_code,
-                  "ms": milliseconds, "id": context.id, "user": None}  # fmt: skip
-        if "user" in context:
-            fields["user"] = context.user.id
-        if self._proxies:
-            fields["client"] = context.client
-        log.handle(RequestLine(fields))
+        log_request(
+            method=req.method,
+            route=req.uri_template or "-",
+            status=resp.status_code,
+            ms=round((time.perf_counter() - context.started) * 1000, 1),
+            id=context.id,
+            user=context.user.id if "user" in context else None,
+            **({"client": context.client} if self._proxies else {}),
+        )
 
 
 class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
@@ -1887,9 +1892,7 @@ class ServerErrorTask(waitress.task.ErrorTask):
         error = self.request.error
         status = 400 if error.code == 501 else error.code
         body, request_id = problem(status, error.body), os.urandom(8).hex()
-        if log.isEnabledFor(logging.INFO):
-            fields = {"method": "-", "route": "-", "status": status, "ms": 0, "id": request_id, "user": None}
-            log.handle(RequestLine(fields))
+        log_request(method="-", route="-", status=status, ms=0, id=request_id, user=None)
         self.status = f"{status} {HTTPStatus(status).phrase}"
         self.response_headers += [("Content-Type", "application/problem+json"), ("X-Request-ID", request_id)]
         self.set_close_on_finish()
