@@ -14,14 +14,15 @@ NOT_IN_PROCESS = ("Postgres",)  # runs with `make test-postgresql`, which mutmut
 
 def mutants(chapters: list[str]) -> Iterator[str]:
     """Yield a pattern for the mutants of each class and function below one of these headings."""
-    text, chapter = TASKD.read_text(), ""
+    text = TASKD.read_text()
     headings = {number: line for number, line in enumerate(text.splitlines(), 1) if line.startswith("# --- ")}
     for node in ast.parse(text).body:
         above = [line for number, line in headings.items() if number < node.lineno]
-        chapter = re.sub("[# -]", "", above[-1]) if above else ""
-        if chapter in chapters and isinstance(node, ast.ClassDef) and node.name not in NOT_IN_PROCESS:
+        if not above or re.sub("[# -]", "", above[-1]) not in chapters:
+            continue
+        if isinstance(node, ast.ClassDef) and node.name not in NOT_IN_PROCESS:
             yield f"taskd.xǁ{node.name}ǁ*"
-        elif chapter in chapters and isinstance(node, ast.FunctionDef):
+        elif isinstance(node, ast.FunctionDef):
             yield f"taskd.x_{node.name}__mutmut*"
 
 

@@ -33,6 +33,9 @@ OTHER_SECRET = "another-secret-of-at-least-32-bytes-indeed"
 TASK_KEYS = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 DEADLINE = 20  # seconds that anything here may take before it counts as failed
 
+# The first line of a log, as text or as JSON.
+LISTENING = r'^(?:\{.*"message": ")?taskd: listening on http://.*:(\d+)'
+
 postgresql: Databases | None = None  # where the tests' databases are in a run with --postgresql
 
 
@@ -97,6 +100,7 @@ class Answer:
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self.status_code = response.status
+        self.names = [name.lower() for name, _ in response.getheaders()]  # one that comes twice is there twice
         self.headers = {name.lower(): value for name, value in response.getheaders()}
         self.content = response.read()
 
@@ -107,6 +111,18 @@ class Answer:
     @property
     def json(self) -> Any:
         return json.loads(self.content)
+
+
+def ask(
+    connection: http.client.HTTPConnection, method: str, path: str, body: object, headers: dict[str, str] | None
+) -> Answer:
+    """Send a request and return its answer; a body that is no bytes goes as JSON."""
+    headers = dict(headers or {})
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+        headers.setdefault("Content-Type", "application/json")
+    connection.request(method, path, body, headers)
+    return Answer(connection.getresponse())
 
 
 class Process:
@@ -139,7 +155,7 @@ class Process:
     def _wait_for_port(self) -> int:
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline and self.popen.poll() is None:
-            if started := re.search(r"taskd: listening on http://.*:(\d+)", self.log):
+            if started := re.search(LISTENING, self.log, re.MULTILINE):
                 return int(started[1])
             time.sleep(0.01)
         self.kill()
@@ -154,16 +170,8 @@ class Process:
         timeout: float = DEADLINE,
     ) -> Answer:
         """Send one request on a connection of its own; a body that is no bytes goes as JSON."""
-        headers = dict(headers or {})
-        if body is not None and not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-            headers.setdefault("Content-Type", "application/json")
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        try:
-            connection.request(method, path, body, headers)
-            return Answer(connection.getresponse())
-        finally:
-            connection.close()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)) as connection:
+            return ask(connection, method, path, body, headers)
 
     def terminate(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""

@@ -31,6 +31,7 @@ from support import (
     TASK_KEYS,
     Answer,
     Process,
+    ask,
     assert_problem,
     bearer,
     environment,
@@ -258,15 +259,11 @@ class Proxy:
         headers: dict[str, str] | None = None,
         connection: http.client.HTTPConnection | None = None,
     ) -> Answer:
-        """Send a request over TLS, on a connection of its own unless there is one; the body goes as JSON."""
+        """Send a request over TLS, on a connection of its own unless there is one."""
         with contextlib.closing(self.connect()) if connection is None else contextlib.nullcontext(connection) as used:
-            content = body if isinstance(body, bytes) or body is None else json.dumps(body)
-            json_type = {} if body is None else {"Content-Type": "application/json"}
-            used.request(method, path, content, json_type | (headers or {}))
-            response = used.getresponse()
-            names = [name.lower() for name, _ in response.getheaders()]
-            assert sorted(set(names)) == sorted(names), f"a header comes twice: {names}"
-            return Answer(response)
+            answer = ask(used, method, path, body, headers)
+        assert len(set(answer.names)) == len(answer.names), f"a header comes twice: {answer.names}"
+        return answer
 
     def close(self) -> None:
         self.popen.terminate()
