@@ -3,13 +3,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-postgresql lint fuzz mutants audit bench clean
+.PHONY: run test test-sqlite test-postgresql lint fuzz mutants audit bench clean
 
 run: .venv/run
 	@$(BIN)/python taskctl.py init
 	@exec $(BIN)/python taskd.py
 
-test: lint
+test: lint test-sqlite test-postgresql
+
+test-sqlite: .venv/test
 	$(BIN)/pytest -n 4 --dist worksteal --cov
 
 test-postgresql: .venv/test
@@ -39,15 +41,17 @@ bench: .venv-bench/ready
 clean:
 	rm -rf .venv .venv-bench mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/better_auth/node_modules
 
-.venv/run: requirements.txt
+.venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
+
+.venv/run: requirements.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/test: requirements-dev.txt requirements-postgresql.txt .venv/run
+.venv/test: requirements-dev.txt requirements-postgresql.txt requirements.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@touch $@
+	@touch .venv/run $@
 
 .venv-bench/ready: bench/requirements.txt requirements.txt requirements-postgresql.txt
 	$(PYTHON) -m venv .venv-bench

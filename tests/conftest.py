@@ -46,6 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
     support.postgresql = Databases(os.environ[SERVER])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """End the nurseries before their coverage is asked for."""
+    support.Nursery.close()
+
+
 def pytest_unconfigure() -> None:
     if support.postgresql:
         support.postgresql.close()
@@ -179,17 +185,9 @@ def either_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(taskd, "SLOW", 99)  # however slow the disk, it stays in this thread
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A process from which those of taskctl are forked."""
-    from test_taskctl import Nursery
-
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
-
-
 @pytest.fixture
-def taskctl(nursery: Any, tmp_path: Path) -> Callable[..., Any]:
+def taskctl(tmp_path: Path) -> Callable[..., Any]:
     """Run taskctl in this test's directory."""
-    return partial(nursery.run, tmp_path)
+    from test_taskctl import run
+
+    return partial(run, tmp_path)

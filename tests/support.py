@@ -11,16 +11,18 @@ import itertools
 import json
 import os
 import re
+import select
 import signal
 import socket
 import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import pytest
 
@@ -84,7 +86,7 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
 
 
 # The modules whose processes are measured for coverage, which takes them half of their time again.
-MEASURED = ("test_server.py", "test_operations.py", "test_faults.py", "test_listing.py", "test_taskctl.py")
+MEASURED = ("test_server.py", "test_operations.py", "test_faults.py", "test_listing.py", "test_taskctl")
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -93,6 +95,116 @@ def environment(**variables: str) -> dict[str, str]:
     if not any(module in os.environ.get("PYTEST_CURRENT_TEST", "") for module in MEASURED):
         dropped.append("COVERAGE_PROCESS_")
     return {name: value for name, value in os.environ.items() if not name.startswith(tuple(dropped))} | variables
+
+
+# Forks a process of taskd or taskctl for each order that it reads. To start Python and import all takes 0.5 s of a
+# processor, and to fork a process that has done so some ms.
+NURSERY = """
+import gc, json, os, sys, time
+root, name, prepare = sys.argv[1:]
+sys.path[0] = root
+program = __import__(name)
+exec(prepare)
+gc.freeze()  # so that a child does not copy it all only to tidy it up
+for line in iter(sys.stdin.readline, ""):
+    order = json.loads(line)
+    if "ended" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["ended"], 0)[1]), flush=True)
+        continue
+    if child := os.fork():
+        print(child, flush=True)
+        continue
+    os.chdir(order["directory"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    time.tzset()
+    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "a"), ("stderr", "a")]):
+        with open(order[name], mode + "b") as file:
+            os.dup2(file.fileno(), number)
+        of_its_kind = {"errors": "backslashreplace", "buffering": 1} if name == "stderr" else {}
+        setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False, **of_its_kind))
+    sys.argv = [os.path.join(root, program.__name__ + ".py"), *order["arguments"]]
+    sys.exit(program.main())  # and leave as any process does: what it keeps open is closed only then
+"""
+
+
+class Nursery:
+    """A process from which those of a program are forked."""
+
+    all: ClassVar[dict[tuple[str, bool], Nursery]] = {}
+
+    def __init__(self, program: str, prepare: str, variables: dict[str, str]) -> None:
+        self._lock = threading.Lock()
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", NURSERY, str(ROOT), program, prepare],
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @classmethod
+    def of(cls, program: str, prepare: str, variables: dict[str, str]) -> Nursery:
+        """Return the one of this program, started once in a run, or twice where some tests are measured."""
+        measured = any(name.startswith("COVERAGE_PROCESS_") for name in variables)
+        if (program, measured) not in cls.all:
+            cls.all[program, measured] = cls(program, prepare, variables)
+        return cls.all[program, measured]
+
+    def order(self, **order: object) -> int:
+        """Send an order and return the number that comes back."""
+        assert self._popen.stdin
+        assert self._popen.stdout
+        with self._lock:
+            print(json.dumps(order), file=self._popen.stdin, flush=True)
+            return int(self._popen.stdout.readline())
+
+    def fork(self, *arguments: str, directory: Path, variables: dict[str, str], **streams: Path | str) -> Child:
+        """Fork a process there; what it writes is appended to these files."""
+        files = {name: str(path) for name, path in streams.items()}
+        return Child(
+            self.order(arguments=arguments, directory=str(directory), environment=variables, **files), self.order
+        )
+
+    @classmethod
+    def close(cls) -> None:
+        """End them all."""
+        while cls.all:
+            cls.all.popitem()[1]._popen.communicate()
+
+
+class Child:
+    """A process that another one forked, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, pid: int, order: Callable[..., int]) -> None:
+        self.pid, self.returncode, self._order = pid, None, order
+        self._end = select.poll()
+        self._descriptor = os.pidfd_open(pid)
+        self._end.register(self._descriptor)
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit status, or the signal's number below zero. Raises subprocess.TimeoutExpired."""
+        if self.returncode is None:
+            if not self._end.poll(timeout * 1000):
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            self.returncode = self._order(ended=self.pid)
+            os.close(self._descriptor)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 class Answer:
@@ -125,8 +237,11 @@ def ask(
     return Answer(connection.getresponse())
 
 
+COLD: list[str] = []  # as the command of a Process: let it start Python and import all for itself
+
+
 class Process:
-    """A taskd process of its own, in a directory of its own."""
+    """A taskd process of its own, in a directory of its own: forked, unless there is a command to start it with."""
 
     def __init__(
         self, directory: Path, *, wait: bool = True, command: list[str] | None = None, **variables: str
@@ -137,16 +252,26 @@ class Process:
         if postgresql:
             defaults["DATABASE_URL"] = database_url(directory / "taskd.db")
         self.log_path = directory / f"stderr-{time.monotonic_ns()}.log"
+        self.log_path.touch()
+        self.popen = self._start(command, directory, environment(**(defaults | variables)))
+        self.port = self._wait_for_port() if wait else 0
+
+    def _start(
+        self, command: list[str] | None, directory: Path, variables: dict[str, str]
+    ) -> Child | subprocess.Popen[bytes]:
+        if command is None:
+            return Nursery.of("taskd", "", environment()).fork(
+                directory=directory, variables=variables, stdin=os.devnull, stdout=self.log_path, stderr=self.log_path
+            )
         with self.log_path.open("wb") as log:
-            self.popen = subprocess.Popen(
-                [*(command or []), sys.executable, str(ROOT / "taskd.py")],
+            return subprocess.Popen(
+                [*command, sys.executable, str(ROOT / "taskd.py")],
                 cwd=directory,
-                env=environment(**(defaults | variables)),
+                env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        self.port = self._wait_for_port() if wait else 0
 
     @property
     def log(self) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 
 from support import (
+    COLD,
     DEADLINE,
     SECRET,
     Answer,
@@ -175,7 +176,7 @@ def test_a_kill_during_the_very_first_start_does_no_harm(start: Start, tmp_path:
     for number in range(ROUNDS):
         directory = tmp_path / str(number)
         directory.mkdir()
-        server = start(directory=directory, wait=False)
+        server = start(directory=directory, wait=False, command=COLD)
         moment = ("taskd.db", "taskd.db-journal", "taskd.db-wal", "")[number % 4]
         latest = time.monotonic() + chance.uniform(0.2, 0.8)
         while time.monotonic() < latest and not (moment and (directory / moment).exists()):

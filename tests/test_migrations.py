@@ -18,7 +18,7 @@ from falcon import testing
 
 import taskd
 from conftest import Person
-from support import DEADLINE, ROOT, Process, bearer, environment
+from support import COLD, DEADLINE, ROOT, Process, bearer, environment
 
 pytestmark = pytest.mark.sqlite("PostgreSQL has had no earlier version of the schema")
 
@@ -204,7 +204,7 @@ def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(start: St
     chance = random.Random()
     killed = 0
     for _ in range(8):
-        process = start(wait=False)
+        process = start(wait=False, command=COLD)
         try:
             process.popen.wait(0.25 + chance.random() * 0.9)
         except subprocess.TimeoutExpired:

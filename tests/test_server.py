@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from support import (
+    COLD,
     DEADLINE,
     OTHER_SECRET,
     ROOT,
@@ -74,11 +75,22 @@ def milk(number: int = 0) -> dict[str, str]:
 
 @pytest.mark.sqlite("it is about settings")
 def test_the_start_line_names_the_port_that_the_system_chose(start: Start) -> None:
-    server = start(TASKD_PORT="0")
+    server = start(command=COLD, TASKD_PORT="0")
     assert re.fullmatch(r"taskd: listening on http://127\.0\.0\.1:[0-9]+\n", server.log)
     assert server.port > 0
     answer = server.request("GET", "/healthz")
     assert (answer.status_code, answer.json) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("variables", [{"TASKD_LOG": "debug"}, {"DATABASE_URL": "nonsense"}], ids=["good", "bad"])
+def test_a_forked_server_is_like_one_from_the_start(start: Start, variables: dict[str, str]) -> None:
+    seen = []
+    for command in (COLD, None):
+        server = start(command=command, wait=False, **variables)
+        until(lambda server=server: "listening" in server.log or server.popen.poll() is not None, "it listens, or not")
+        seen.append((server.terminate(), re.sub(r":\d+\n", "", server.log)))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == (2 if "DATABASE_URL" in variables else 0)
 
 
 @pytest.mark.sqlite("it is about settings")

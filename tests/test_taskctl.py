@@ -15,6 +15,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,20 @@ import pytest
 
 import support
 import taskd
-from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Process, bearer, locked, sign, stored, token
+from support import (
+    DEADLINE,
+    OTHER_SECRET,
+    ROOT,
+    SECRET,
+    TASK_KEYS,
+    Nursery,
+    Process,
+    bearer,
+    locked,
+    sign,
+    stored,
+    token,
+)
 
 pytestmark = pytest.mark.sqlite("most of it is about files, tokens and the terminal")
 
@@ -60,35 +74,16 @@ LETTER = ["2", "bob", "Write a letter", "-", "no", "2026-01-01T03:04:05.006Z", "
 SHOWN = {"-": None, "yes": True, "no": False}
 
 
-# To start Python and import all that taskctl needs takes 0.5 s, and to fork a process that has done so a few ms.
-NURSERY = """
-import contextlib, dotenv, gc, io, json, os, signal, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import taskctl
-with contextlib.redirect_stdout(io.StringIO()):  # much is imported only where it is needed
-    taskctl.show_all([{"a": "b"}], False)
-    taskctl.progress()
+# What the nursery does before it forks: much is imported only where it is needed.
+PREPARE = """
+import contextlib, dotenv, functools, io, typer
+typer.main.get_command = functools.cache(typer.main.get_command)
+with contextlib.redirect_stdout(io.StringIO()):
+    program.show_all([{"a": "b"}], False)
+    program.progress()
     for arguments in ["mint", "alice"], ["--help"]:
         with contextlib.suppress(SystemExit):
-            taskctl.app(arguments)
-gc.freeze()  # so that a child does not copy it all only to tidy it up
-for line in iter(sys.stdin.readline, ""):
-    order = json.loads(line)
-    if child := os.fork():
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    signal.alarm(order["deadline"])
-    os.chdir(order["directory"])
-    os.environ.clear()
-    os.environ.update(order["environment"])
-    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "w"), ("stderr", "w")]):
-        with open(order[name], mode + "b") as file:
-            os.dup2(file.fileno(), number)
-        errors = "backslashreplace" if name == "stderr" else "strict"
-        setattr(sys, name, open(number, mode, encoding="utf-8", errors=errors, closefd=False))
-    sys.argv = [sys.argv[1], *order["arguments"]]
-    taskctl.main()
-    break  # and leave as any process does: what it keeps open is closed only then
+            program.app(arguments)
 """
 
 
@@ -99,40 +94,25 @@ def environment(**variables: str) -> dict[str, str]:
     return {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | kept | variables
 
 
-class Nursery:
-    """A process that forks one for each run of taskctl."""
-
-    def __init__(self, directory: Path) -> None:
-        self._files = {name: directory / name for name in ("stdin", "stdout", "stderr")}
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, COMMAND[1]],
-            env=os.environ | environment(BETTER_AUTH_SECRET=SECRET), cwd=directory, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def run(
-        self, directory: Path, *arguments: str, stdin: str | bytes = "", secret: str = SECRET, **variables: str
-    ) -> Answer:
-        """Run taskctl there. It never prints a traceback or a secret, whatever else it does."""
-        if secret:
-            variables = {"BETTER_AUTH_SECRET": secret} | variables
-        self._files["stdin"].write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
-        order = {name: str(path) for name, path in self._files.items()} | {
-            "directory": str(directory), "arguments": arguments, "environment": environment(**variables),
-            "deadline": DEADLINE,
-        }  # fmt: skip
-        assert self._popen.stdin
-        assert self._popen.stdout
-        print(json.dumps(order), file=self._popen.stdin, flush=True)
-        status = int(self._popen.stdout.readline())
-        stdout, stderr = (self._files[name].read_bytes().decode() for name in ("stdout", "stderr"))
-        assert "Traceback" not in stderr, stderr
-        for text in (SECRET, OTHER_SECRET):
-            assert text not in stdout + stderr, "that was a secret"
-        return Answer(arguments, status, stdout, stderr)
-
-    def close(self) -> None:
-        self._popen.communicate()
+def run(directory: Path, *arguments: str, stdin: str | bytes = "", secret: str = SECRET, **variables: str) -> Answer:
+    """Run taskctl there. It never prints a traceback or a secret, whatever else it does."""
+    if secret:
+        variables = {"BETTER_AUTH_SECRET": secret} | variables
+    nursery = Nursery.of("taskctl", PREPARE, environment(BETTER_AUTH_SECRET=SECRET))
+    with tempfile.TemporaryDirectory() as name:
+        files = {stream: Path(name, stream) for stream in ("stdin", "stdout", "stderr")}
+        files["stdin"].write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
+        child = nursery.fork(*arguments, directory=directory, variables=environment(**variables), **files)
+        try:
+            child.wait(DEADLINE)
+        finally:
+            child.kill()
+        stdout, stderr = (files[stream].read_bytes().decode() for stream in ("stdout", "stderr"))
+    assert "Traceback" not in stderr, stderr
+    for text in (SECRET, OTHER_SECRET):
+        assert text not in stdout + stderr, "that was a secret"
+    assert child.returncode is not None
+    return Answer(arguments, child.returncode, stdout, stderr)
 
 
 def data(answer: Answer) -> Any:
@@ -297,11 +277,11 @@ def test_init_run_again_changes_nothing(taskctl: Taskctl, tmp_path: Path) -> Non
     assert stored(tmp_path / "taskd.db") == tasks
 
 
-def test_no_two_secrets_are_alike(nursery: Nursery, tmp_path: Path) -> None:
+def test_no_two_secrets_are_alike(tmp_path: Path) -> None:
     homes = [tmp_path / name for name in ("one", "two")]
     for home in homes:
         home.mkdir()
-        nursery.run(home, "init", secret="")
+        run(home, "init", secret="")
     assert len({(home / ".env").read_text() for home in homes}) == 2
 
 
@@ -870,10 +850,10 @@ def test_seed_says_on_stdout_what_it_made(taskctl: Taskctl) -> None:
     assert data(taskctl("seed", "carol", "--json")) == {"users": 1, "tasks": 20}
 
 
-def test_the_same_random_seed_makes_the_same_tasks_and_another_others(nursery: Nursery, tmp_path: Path) -> None:
+def test_the_same_random_seed_makes_the_same_tasks_and_another_others(tmp_path: Path) -> None:
     def made(home: Path, *options: str) -> dict[int, dict[str, Any]]:
         home.mkdir()
-        nursery.run(home, "seed", "alice", "--users", "1", *options)
+        run(home, "seed", "alice", "--users", "1", *options)
         return stored(home / "taskd.db")
 
     tasks = made(tmp_path / "one", "--random-seed", "7")

@@ -21,18 +21,7 @@ from typing import Any
 import pytest
 
 from support import DEADLINE, SECRET, TASK_KEYS, Process, bearer, locked, stored, until
-from test_taskctl import (
-    COMMAND,
-    NO_KEY_SET,
-    Answer,
-    Nursery,
-    Start,
-    Taskctl,
-    data,
-    environment,
-    on_a_terminal,
-    one_line,
-)
+from test_taskctl import COMMAND, NO_KEY_SET, Answer, Start, Taskctl, data, environment, on_a_terminal, one_line, run
 
 pytestmark = pytest.mark.sqlite("it is about SQLite's files")
 
@@ -45,10 +34,10 @@ MILK = {
 
 
 @pytest.fixture(scope="module")
-def large(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database of 15,000 tasks of 100 users, some MB; tests take a copy."""
     home = tmp_path_factory.mktemp("large")
-    data(nursery.run(home, "seed", "--users", "100", "--count", "150", "--json"))
+    data(run(home, "seed", "--users", "100", "--count", "150", "--json"))
     return home / "taskd.db"
 
 
@@ -115,9 +104,10 @@ def dump(path: Path) -> list[str]:
 def launched(
     directory: Path, *arguments: str, before: list[str] | None = None, **options: Any
 ) -> subprocess.Popen[str]:
-    """Start taskctl as a process of its own."""
+    """Start taskctl as a process of its own; what it writes is counted and cut off, so that it is not measured."""
+    variables = environment(BETTER_AUTH_SECRET=SECRET, COVERAGE_PROCESS_CONFIG="")
     return subprocess.Popen(
-        [*(before or []), *COMMAND, *arguments], cwd=directory, env=environment(BETTER_AUTH_SECRET=SECRET),
+        [*(before or []), *COMMAND, *arguments], cwd=directory, env=variables,
         **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options,
     )  # fmt: skip
 
@@ -739,7 +729,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
-def test_export_and_import_take_no_more_memory_for_more_tasks(nursery: Nursery, tmp_path: Path) -> None:
+def test_export_and_import_take_no_more_memory_for_more_tasks(tmp_path: Path) -> None:
     def most(home: Path, *arguments: str) -> int:
         process = launched(home, *arguments, before=[sys.executable, "-c", MEASURED])
         return int(process.communicate(timeout=DEADLINE)[0])
@@ -748,7 +738,7 @@ def test_export_and_import_take_no_more_memory_for_more_tasks(nursery: Nursery, 
     for count in (2000, 6000):
         home = tmp_path / str(count)
         home.mkdir()
-        nursery.run(home, "init")
+        run(home, "init")
         large = MILK | {"description": "x" * 10_000}
         (home / "tasks.jsonl").write_text(lines(*(large | {"id": number} for number in range(1, count + 1))))
         taken.append([most(home, "import", "tasks.jsonl"), most(home, "export")])
@@ -775,21 +765,21 @@ def test_a_reader_who_stops_reading_an_export_or_a_backup_causes_no_complaint(
 
 
 def test_what_was_exported_can_be_imported_into_another_database_and_answers_the_same(
-    taskctl: Taskctl, nursery: Nursery, server: Process, start: Start, tmp_path: Path
+    taskctl: Taskctl, server: Process, start: Start, tmp_path: Path
 ) -> None:
     before = fill(server)
     text = taskctl("export").stdout
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "tasks.jsonl").write_text(text)
-    nursery.run(tmp_path / "new", "init")
-    imported = nursery.run(tmp_path / "new", "import", "tasks.jsonl")
+    run(tmp_path / "new", "init")
+    imported = run(tmp_path / "new", "import", "tasks.jsonl")
     assert said(imported) == "taskctl: 6 imported, 0 already there, 0 updated\n"
     other = start(directory=tmp_path / "new")
     assert answers(other) == before
     found = other.request("GET", f"{path_of('bob')}?q=2%20LITRES", headers=bearer("bob")).json
     assert found == [task for task in before["bob"] if "litres" in task["description"]]
     assert add(other)["id"] == max(task["id"] for tasks in before.values() for task in tasks) + 1
-    assert nursery.run(tmp_path / "new", "export", "bob").stdout == taskctl("export", "bob").stdout
+    assert run(tmp_path / "new", "export", "bob").stdout == taskctl("export", "bob").stdout
 
 
 def test_an_import_can_be_repeated_without_doubling_while_a_server_writes(taskctl: Taskctl, server: Process) -> None:
