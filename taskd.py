@@ -659,7 +659,6 @@ class Changed(Exception):
     """The task is not what the caller expected; `tag` is its entity tag now."""
 
     def __init__(self, tag: str) -> None:
-        super().__init__(tag)
         self.tag = tag
 
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import select
 import signal
 import socket
 import sqlite3
@@ -109,7 +108,8 @@ gc.freeze()  # so that a child does not copy it all only to tidy it up
 for line in iter(sys.stdin.readline, ""):
     order = json.loads(line)
     if "ended" in order:
-        print(os.waitstatus_to_exitcode(os.waitpid(order["ended"], 0)[1]), flush=True)
+        child, status = os.waitpid(order["ended"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if child else None), flush=True)
         continue
     if child := os.fork():
         print(child, flush=True)
@@ -151,20 +151,20 @@ class Nursery:
             cls.all[program, measured] = cls(program, prepare, variables)
         return cls.all[program, measured]
 
-    def order(self, **order: object) -> int:
+    def order(self, **order: object) -> int | None:
         """Send an order and return the number that comes back."""
         assert self._popen.stdin
         assert self._popen.stdout
         with self._lock:
             print(json.dumps(order), file=self._popen.stdin, flush=True)
-            return int(self._popen.stdout.readline())
+            return json.loads(self._popen.stdout.readline())
 
     def fork(self, *arguments: str, directory: Path, variables: dict[str, str], **streams: Path | str) -> Child:
         """Fork a process there; what it writes is appended to these files."""
         files = {name: str(path) for name, path in streams.items()}
-        return Child(
-            self.order(arguments=arguments, directory=str(directory), environment=variables, **files), self.order
-        )
+        pid = self.order(arguments=arguments, directory=str(directory), environment=variables, **files)
+        assert pid
+        return Child(pid, self.order)
 
     @classmethod
     def close(cls) -> None:
@@ -176,25 +176,23 @@ class Nursery:
 class Child:
     """A process that another one forked, with what the tests use of subprocess.Popen."""
 
-    def __init__(self, pid: int, order: Callable[..., int]) -> None:
-        self.pid, self.returncode, self._order = pid, None, order
-        self._end = select.poll()
-        self._descriptor = os.pidfd_open(pid)
-        self._end.register(self._descriptor)
-
-    def wait(self, timeout: float) -> int:
-        """Return the exit status, or the signal's number below zero. Raises subprocess.TimeoutExpired."""
-        if self.returncode is None:
-            if not self._end.poll(timeout * 1000):
-                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-            self.returncode = self._order(ended=self.pid)
-            os.close(self._descriptor)
-        return self.returncode
+    def __init__(self, pid: int, order: Callable[..., int | None]) -> None:
+        self.pid, self._order = pid, order
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.wait(0)
-        return None
+        """Return the exit status, or the signal's number below zero, or None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._order(ended=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.005)
+        return status
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

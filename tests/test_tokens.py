@@ -450,7 +450,7 @@ def test_neither_the_token_nor_the_secret_is_in_a_401(client):
         (TIMES["iat tomorrow"], "iat"),
         (SUBJECTS["sub missing"], "sub"),
         (SIGNATURES["another secret"], "signature"),
-        (ALGS["HS512"], "alg"),
+        (ALGS["HS512"], "alg must be HS256"),
         (EXTENSIONS['crit ["x"]'], "crit"),
         (SUBJECTS['sub ""'], "sub"),
     ],
