@@ -96,6 +96,9 @@ def auth_server() -> Iterator[AuthServer]:
     server.close()
 
 
+UNKNOWN_KEY = "the key set has no key for this kid and alg"
+
+
 @pytest.fixture
 def call(auth_server: AuthServer, make_app: Callable[..., taskd.App]) -> Callable[..., testing.Result]:
     """List alice's tasks with the given header, at a taskd that has a secret and this key set."""
@@ -144,19 +147,19 @@ def test_without_a_key_set_a_token_of_better_auths_own_key_says_what_to_set(make
 
 
 @pytest.mark.parametrize(
-    ("private", "algorithm", "kid"),
+    ("private", "algorithm", "kid", "why"),
     [
-        (NEW, "EdDSA", "EdDSA"),
-        (PRIVATE["EdDSA"], "EdDSA", "nobody's"),
-        (PRIVATE["EdDSA"], "EdDSA", None),
-        (PRIVATE["RS256"], "PS256", "RS256"),
-        (PRIVATE["RS256"], "RS256", "PS256"),
-        (PRIVATE["ES256"], "ES256", "EdDSA"),
-        (PRIVATE["RS256"], "RS512", "RS256"),
+        (NEW, "EdDSA", "EdDSA", "the signature does not match"),
+        (PRIVATE["EdDSA"], "EdDSA", "nobody's", UNKNOWN_KEY),
+        (PRIVATE["EdDSA"], "EdDSA", None, UNKNOWN_KEY),
+        (PRIVATE["RS256"], "PS256", "RS256", UNKNOWN_KEY),
+        (PRIVATE["RS256"], "RS256", "PS256", UNKNOWN_KEY),
+        (PRIVATE["ES256"], "ES256", "EdDSA", UNKNOWN_KEY),
+        (PRIVATE["RS256"], "RS512", "RS256", "alg must be HS256"),
     ],
 )
-def test_another_key_kid_or_algorithm_is_401(call, private, algorithm, kid):
-    assert_problem(call(signed(private, algorithm, kid)), 401)
+def test_another_key_kid_or_algorithm_is_401(call, private, algorithm, kid, why):
+    assert why in assert_problem(call(signed(private, algorithm, kid)), 401)["detail"]
 
 
 @pytest.mark.parametrize("algorithm", ["EdDSA", "RS256"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import itertools
 import json
 import re
 import time
@@ -65,6 +66,13 @@ def hmac_token(header, payload, digest, secret=SECRET):
 def with_signature(header, payload, signature):
     parts = [base64url(json.dumps(part).encode()) for part in (header, payload)]
     return ".".join([*parts, base64url(signature)])
+
+
+def of_length(length):
+    """Return a good token of so many characters."""
+    sizes = itertools.product(range(3), range(length * 3 // 4 - 300, length * 3 // 4))
+    tokens = (sign({"alg": "HS256", "kid": "x" * kid}, claims(x="x" * size)) for kid, size in sizes)
+    return next(token for token in tokens if len(token) == length)
 
 
 def claims(**changes):
@@ -213,6 +221,7 @@ FORM = {  # not a compact JWS, or bad base64url
     "a megabyte of dots": "." * 1_000_000,
     "a megabyte in three parts": f"{HEADER}.{'x' * 1_000_000}.{SIGNATURE}",
     "a megabyte that is well signed": sign(HS256, CLAIMS | {"x": "x" * 700_000}),
+    "one character more than may be": of_length(16 * 1024 + 1),
     "JSON": json.dumps({"protected": HEADER, "payload": PAYLOAD, "signature": SIGNATURE}),
 }
 _padded = ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode() for part in ({"alg": "HS256"}, CLAIMS))
@@ -338,6 +347,10 @@ EXTENSIONS = {
     "crit twice": raw_header('{"alg":"HS256","crit":["x"],"crit":["b64"],"b64":true}'),
     "b64 false": sign(HS256 | {"b64": False}, CLAIMS),
     "b64 0": sign(HS256 | {"b64": 0}, CLAIMS),
+    **{
+        f"typ {json.dumps(typ)}": sign(HS256 | {"typ": typ}, CLAIMS)
+        for typ in ("better-auth.session-cache+jwt", "jwe", "", None, 7, ["JWT"])
+    },
     "b64 false, payload as it is": None,
     "b64 false, payload detached": None,
 }
@@ -453,6 +466,14 @@ def test_neither_the_token_nor_the_secret_is_in_a_401(client):
         (ALGS["HS512"], "alg must be HS256"),
         (EXTENSIONS['crit ["x"]'], "crit"),
         (SUBJECTS['sub ""'], "sub"),
+        (EXTENSIONS["typ 7"], "the header's typ, kid, crit or b64 is not that of a login token"),
+        (FORM["null"], "this is no JWT: it must be three base64url parts with dots between them"),
+        (
+            FORM["a session token of Better Auth"],
+            "this is no JWT but perhaps a session token; get a JWT from /api/auth/token",
+        ),
+        (FORM["one character more than may be"], "the token is longer than 16384 characters"),
+        (PARTS["header null"], "the token is malformed"),
     ],
 )
 def test_the_reason_names_what_is_wrong(client, bad, reason):
@@ -494,7 +515,9 @@ GOOD_TOKENS = {
     "aud as nonsense": sign(HS256, claims(aud=7)),
     "iss": sign(HS256, claims(iss="https://anyone.example")),
     "typ at+jwt": sign({"alg": "HS256", "typ": "at+jwt"}, CLAIMS),
+    "typ in small letters": sign({"alg": "HS256", "typ": "jwt"}, CLAIMS),
     "typ missing": sign({"alg": "HS256"}, CLAIMS),
+    "as long as may be": of_length(16 * 1024),
     "kid": sign(HS256 | {"kid": "any"}, CLAIMS),
     "jwk, well signed all the same": sign(HS256 | {"jwk": OWN_JWK}, CLAIMS),
     "jku, well signed all the same": sign(HS256 | {"jku": "http://127.0.0.1:1/", "x5u": "http://127.0.0.1:1/"}, CLAIMS),
