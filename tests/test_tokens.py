@@ -144,7 +144,9 @@ def test_a_request_without_a_token_is_401_and_is_told_no_error(client, authoriza
         assert response.status_code == 401
         assert challenge(response) is None
         if method != "HEAD":
-            assert assert_problem(response, 401)["title"] == "Unauthorized"
+            problem = assert_problem(response, 401)
+            assert problem["title"] == "Unauthorized"
+            assert problem["detail"] == "send the header Authorization: Bearer <JWT>, with the token from your login"
 
 
 @pytest.mark.parametrize("name", ["token", "access_token", "jwt", "authorization", "Authorization", "bearer"])
@@ -566,6 +568,11 @@ def test_the_scheme_is_case_insensitive_and_spaces_do_not_matter(client, prefix)
         extras = {"HTTP_AUTHORIZATION": f"{prefix}{GOOD}{suffix}"}  # falcon's client would strip a header
         response = client.simulate_get("/api/alice/tasks", extras=extras)
         assert response.status_code == 200
+
+
+@pytest.mark.parametrize("value", [f"Bearer \t{GOOD}", f"Bearer {GOOD}\t", f"Bearer\t{GOOD}"])
+def test_other_white_space_is_none(client, value):
+    assert client.simulate_get("/api/alice/tasks", extras={"HTTP_AUTHORIZATION": value}).status_code == 401
 
 
 @pytest.mark.parametrize(
