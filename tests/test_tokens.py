@@ -723,6 +723,16 @@ def test_a_token_passes_where_the_url_is_its_users_and_the_tasks_are_theirs(clie
     assert simulate(client, "DELETE", f"{path}/{task['id']}", headers).json == task
 
 
+@pytest.mark.parametrize("rest", ["tasks", "tasks/", "tasks?q=%2F", "tasks/?q=/"])
+@pytest.mark.parametrize("user", ["a%2fb", "a%2Fb", "%61%2F%62", "alice"])
+def test_a_slash_is_part_of_a_user_id_where_it_is_encoded_and_only_there(client, user, rest):
+    subject, sent = ("alice" if user == "alice" else "a/b"), f"/api/{user}/{rest}"
+    decoded = f"/api/{subject}/{rest.partition('?')[0]}"
+    headers = authorized(sign(HS256, claims(sub=subject)))
+    extras = {"REQUEST_URI": sent, "PATH_INFO": decoded, "QUERY_STRING": rest.partition("?")[2]}
+    assert client.simulate_get("/x", headers=headers, extras=extras).status_code == 200
+
+
 def simulate(client, method, path, headers, body=None):
     """Send a request whose path is percent-decoded as WSGI has it: byte by byte."""
     decoded = re.sub(r"%([0-9A-Fa-f]{2})", lambda code: chr(int(code[1], 16)), path)
