@@ -2068,7 +2068,7 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     line = f"taskd: listening on http://{host}:{server.effective_port}"  # told at every level of the log
     if settings.log_format == "json":
         line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))
-    print(line, file=sys.stderr, flush=True)
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one write: somebody may wait for this line
     server.run()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

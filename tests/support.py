@@ -99,19 +99,22 @@ def environment(**variables: str) -> dict[str, str]:
 # Forks a process of taskd or taskctl for each order that it reads. To start Python and import all takes 0.5 s of a
 # processor, and to fork a process that has done so some ms.
 NURSERY = """
-import gc, json, os, sys, time
+import gc, json, os, signal, sys, time
 root, name, prepare = sys.argv[1:]
 sys.path[0] = root
 program = __import__(name)
 exec(prepare)
 gc.freeze()  # so that a child does not copy it all only to tidy it up
+running = set()
 for line in iter(sys.stdin.readline, ""):
     order = json.loads(line)
     if "ended" in order:
         child, status = os.waitpid(order["ended"], os.WNOHANG)
+        running.discard(child)
         print(json.dumps(os.waitstatus_to_exitcode(status) if child else None), flush=True)
         continue
     if child := os.fork():
+        running.add(child)
         print(child, flush=True)
         continue
     os.chdir(order["directory"])
@@ -125,6 +128,8 @@ for line in iter(sys.stdin.readline, ""):
         setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False, **of_its_kind))
     sys.argv = [os.path.join(root, program.__name__ + ".py"), *order["arguments"]]
     sys.exit(program.main())  # and leave as any process does: what it keeps open is closed only then
+for child in running:  # the tests were broken off
+    os.kill(child, signal.SIGKILL)
 """
 
 
