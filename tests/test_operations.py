@@ -349,6 +349,19 @@ def test_every_line_is_json_from_the_first_one_on(start: Start) -> None:
     assert listening["message"] == f"taskd: listening on http://127.0.0.1:{server.port}"
 
 
+def test_a_request_takes_tenths_of_a_millisecond_and_gets_an_id_of_16_digits(
+    alice: Person, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="taskd"):
+        for _ in range(10):
+            alice.call("GET")
+    seen = [record.fields for record in caplog.records if isinstance(record, taskd.RequestLine)]
+    assert len(seen) == 10
+    for request in seen:
+        assert request["ms"] == round(request["ms"], 1)
+        assert re.fullmatch("[0-9a-f]{16}", request["id"])
+
+
 @pytest.mark.parametrize("user", NASTY)
 def test_no_user_can_forge_a_line_of_json(start: Start, user: str) -> None:
     server = start(TASKD_LOG_FORMAT="json")
