@@ -1669,8 +1669,6 @@ def show(resp: falcon.Response, stored: Stored | None) -> None:
 # --- Errors ---------------------------------------------------------------------------------------------------------
 
 RETRY_AFTER = 2  # seconds
-
-
 DETAILS = {
     404: "there is nothing at this path; tasks are at /api/{user_id}/tasks",
     405: "this path does not know this method; the Allow header lists those that it knows",
@@ -1713,7 +1711,6 @@ def crash(req: falcon.Request, resp: falcon.Response, ex: Exception, params: obj
 
 
 # --- App ------------------------------------------------------------------------------------------------------------
-
 
 METHODS = frozenset(falcon.HTTP_METHODS)
 

@@ -104,15 +104,14 @@ def run(directory: Path, *arguments: str, stdin: str | bytes = "", secret: str =
         files["stdin"].write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
         child = nursery.fork(*arguments, directory=directory, variables=environment(**variables), **files)
         try:
-            child.wait(DEADLINE)
+            status = child.wait(DEADLINE)
         finally:
             child.kill()
         stdout, stderr = (files[stream].read_bytes().decode() for stream in ("stdout", "stderr"))
     assert "Traceback" not in stderr, stderr
     for text in (SECRET, OTHER_SECRET):
         assert text not in stdout + stderr, "that was a secret"
-    assert child.returncode is not None
-    return Answer(arguments, child.returncode, stdout, stderr)
+    return Answer(arguments, status, stdout, stderr)
 
 
 def data(answer: Answer) -> Any:
