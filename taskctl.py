@@ -54,7 +54,7 @@ class Refused(Exception):
     """What was asked for is refused, not found or off; the message says why. Exit status 1."""
 
 
-# --- The terminal ---------------------------------------------------------------------------------------------------
+# --- The terminal ---------------------------------------------------------------------------------
 
 
 def say(message: str) -> None:
@@ -97,7 +97,7 @@ def progress(hidden: bool = False) -> Progress:
     return Progress(console=console, disable=hidden or not console.is_terminal, transient=True)
 
 
-# --- Set up ---------------------------------------------------------------------------------------------------------
+# --- Set up ---------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -110,7 +110,7 @@ def init() -> None:
         write_secret()
         say(f"wrote a new secret to {DOTENV}; give the same BETTER_AUTH_SECRET to Better Auth")
         settings = Settings.load()
-    existed = is_elsewhere(settings) or Path(settings.database).exists()
+    existed = is_postgresql(settings) or Path(settings.database).exists()
     taskd.open_database(settings).close()
     say(f"{settings.database} is there already" if existed else f"created {settings.database}")
 
@@ -133,8 +133,16 @@ def write_secret() -> None:
 def settings(as_json: AsJson = False) -> None:
     """Show the effective settings; secrets are masked."""
     effective = Settings.load()
-    rows = [(field.metadata, getattr(effective, field.name)) for field in dataclasses.fields(effective)]
-    show({meta["variable"]: "(set)" if meta["secret"] and value else plain(value) for meta, value in rows}, as_json)
+    rows = [
+        (field.metadata, getattr(effective, field.name)) for field in dataclasses.fields(effective)
+    ]
+    show(
+        {
+            meta["variable"]: "(set)" if meta["secret"] and value else plain(value)
+            for meta, value in rows
+        },
+        as_json,
+    )
 
 
 def plain(value: object) -> object:
@@ -144,7 +152,7 @@ def plain(value: object) -> object:
     return (",".join(value) or None) if isinstance(value, tuple) else value
 
 
-# --- Tokens ---------------------------------------------------------------------------------------------------------
+# --- Tokens ---------------------------------------------------------------------------------------
 
 
 def some_text(value: str | list[str] | None) -> str | list[str] | None:
@@ -163,13 +171,19 @@ def mint(
     user: UserId,
     email: Annotated[str | None, typer.Option(help="The email claim.")] = None,
     name: Annotated[str | None, typer.Option(help="The name claim.")] = None,
-    ttl: Annotated[str, typer.Option(help="How long it is valid: 90s, 15m, 1h, 7d; -1h has expired.")] = "1h",
-    claim: Annotated[list[str] | None, typer.Option(help="Another claim, k=v; v may be JSON.")] = None,
+    ttl: Annotated[
+        str, typer.Option(help="How long it is valid: 90s, 15m, 1h, 7d; -1h has expired.")
+    ] = "1h",
+    claim: Annotated[
+        list[str] | None, typer.Option(help="Another claim, k=v; v may be JSON.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a token signed with the first secret, as a login would hand it out."""
     settings = Settings.load()
-    claims = login(settings, user, seconds(ttl), email=email, name=name) | dict(map(parse_claim, claim or ()))
+    claims = login(settings, user, seconds(ttl), email=email, name=name) | dict(
+        map(parse_claim, claim or ())
+    )
     try:
         token = Tokens(settings).mint(claims)
     except (TypeError, ValueError, RecursionError) as ex:
@@ -180,7 +194,14 @@ def mint(
 def login(settings: Settings, user: str, ttl: int, **more: str | None) -> dict[str, Any]:
     """Return the claims of a login that these settings accept for `ttl` seconds."""
     now = int(time.time())
-    claims = {"sub": user, "iss": settings.issuer, "aud": settings.audience, **more, "iat": now, "exp": now + ttl}
+    claims = {
+        "sub": user,
+        "iss": settings.issuer,
+        "aud": settings.audience,
+        **more,
+        "iat": now,
+        "exp": now + ttl,
+    }
     return {name: value for name, value in claims.items() if value is not None}
 
 
@@ -204,7 +225,8 @@ def parse_claim(text: str) -> tuple[str, Any]:
 
 @app.command()
 def verify(
-    token: Annotated[str, typer.Argument(help="The token; - reads it from stdin.")] = "-", as_json: AsJson = False
+    token: Annotated[str, typer.Argument(help="The token; - reads it from stdin.")] = "-",
+    as_json: AsJson = False,
 ) -> None:
     """Say whether taskd would accept a token, as whom and until when, or exactly why not."""
     tokens = Tokens(Settings.load())
@@ -216,7 +238,16 @@ def verify(
         if as_json:
             print(json.dumps({"accepted": False, "reason": str(ex)}))
         raise Refused(f"taskd refuses this token: {ex}{hint(text)}") from None
-    show({"accepted": True, "user_id": user.id, "email": user.email, "name": user.name, "until": until(user)}, as_json)
+    show(
+        {
+            "accepted": True,
+            "user_id": user.id,
+            "email": user.email,
+            "name": user.name,
+            "until": until(user),
+        },
+        as_json,
+    )
 
 
 def hint(token: str) -> str:
@@ -232,7 +263,9 @@ def hint(token: str) -> str:
         }
         for change, other in changes.items():
             with contextlib.suppress(taskd.TokenError):
-                if other != secret and Tokens(dataclasses.replace(settings, secret=other, secrets=())).verify(token):
+                if other != secret and Tokens(
+                    dataclasses.replace(settings, secret=other, secrets=())
+                ).verify(token):
                     return f"; it was signed with this secret {change}: give both services exactly the same"
     return ""
 
@@ -240,7 +273,11 @@ def hint(token: str) -> str:
 def until(user: taskd.User) -> str:
     """Return when a token expires, in RFC 3339."""
     try:
-        return datetime.fromtimestamp(user.expires, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return (
+            datetime.fromtimestamp(user.expires, UTC)
+            .isoformat(timespec="seconds")
+            .replace("+00:00", "Z")
+        )
     except (OverflowError, ValueError, OSError):
         return f"{user.expires} seconds after 1970"
 
@@ -249,32 +286,48 @@ def until(user: taskd.User) -> str:
 def check(as_json: AsJson = False) -> None:
     """Look at the settings, the database, who can read them, and the key set. Nothing is changed.
 
-    Each line says ok, warning (it works, but should not stay) or OFF, and what to do about it.
+    Each line says ok, warning (it works, but should not stay) or FAIL, and what to do about it.
     """
     settings = Settings.load()
     Tokens(settings)
-    findings = [*check_secrets(settings), *check_database(settings), *check_modes(settings), *check_key_set(settings)]
-    show_all([{"result": result, "about": about, "found": found} for result, about, found in findings], as_json)
-    if off := sum(result == "OFF" for result, _, _ in findings):
-        raise Refused(f"{off} of {len(findings)} things are off")
+    findings = [
+        *check_secrets(settings),
+        *check_database(settings),
+        *check_modes(settings),
+        *check_key_set(settings),
+    ]
+    show_all(
+        [{"result": result, "about": about, "found": found} for result, about, found in findings],
+        as_json,
+    )
+    if off := sum(result == "FAIL" for result, _, _ in findings):
+        raise Refused(f"{off} of {len(findings)} checks failed")
 
 
 def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
     """Yield what is to be said of the secrets, but never one of them."""
     for number, secret in enumerate(settings.secrets or filter(None, [settings.secret]), 1):
         odd = secret != secret.strip() or secret[0] in "\"'" or len(set(secret)) < 10
-        found = "white space or quotes around it, or few different characters: is it meant so?" if odd else "strong"
-        yield "warning" if odd else "ok", f"secret {number}", f"{len(secret.encode())} bytes, {found}"
+        found = (
+            "white space or quotes around it, or few different characters: is it meant so?"
+            if odd
+            else "strong"
+        )
+        yield (
+            "warning" if odd else "ok",
+            f"secret {number}",
+            f"{len(secret.encode())} bytes, {found}",
+        )
 
 
 def check_database(settings: Settings) -> Iterator[tuple[str, str, str]]:
     """Yield whether the database is whole and fits schema.sql."""
-    if is_elsewhere(settings):
+    if is_postgresql(settings):
         yield "warning", settings.database, "not looked into: it is not a file of SQLite's"
     elif not Path(settings.database).exists():
         yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
     else:
-        with contextlib.closing(unchanged(settings.database)) as database:
+        with contextlib.closing(open_read_only(settings.database)) as database:
             result, found = look_into(database, settings.database)
         yield result, settings.database_url, found
 
@@ -283,13 +336,16 @@ def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
     """Return how good a database is, and in words what to do about it."""
     try:
         if fault := damage(database):
-            return "OFF", f"{fault}; taskctl restore puts a backup in its place"
+            return "FAIL", f"{fault}; taskctl restore puts a backup in its place"
         if taskd.schema_version(database) < taskd.VERSION:
-            return "warning", "whole, and of an earlier version; taskd brings it up to date at its next start"
-        taskd.check_schema(database, path, taskd.statements_kept)
+            return (
+                "warning",
+                "whole, and of an earlier version; taskd brings it up to date at its next start",
+            )
+        taskd.check_schema(database, path, taskd.sqlite_definitions)
         return "ok", "whole, and fits schema.sql"
     except (peewee.DatabaseError, taskd.DatabaseError) as ex:
-        return "OFF", str(ex)
+        return "FAIL", str(ex)
 
 
 def check_modes(settings: Settings) -> Iterator[tuple[str, str, str]]:
@@ -297,8 +353,10 @@ def check_modes(settings: Settings) -> Iterator[tuple[str, str, str]]:
     for path in (DOTENV, *(Path(settings.database + suffix) for suffix in ("", "-wal", "-shm"))):
         if path.exists():
             mode = path.stat().st_mode & 0o777
-            result = "OFF" if mode & 0o007 else "warning" if mode & 0o070 else "ok"
-            whose = "only its owner can read it" if result == "ok" else f"others can: chmod 600 {path}"
+            result = "FAIL" if mode & 0o007 else "warning" if mode & 0o070 else "ok"
+            whose = (
+                "only its owner can read it" if result == "ok" else f"others can: chmod 600 {path}"
+            )
             yield result, str(path), f"mode {mode:o}: {whose}"
 
 
@@ -311,17 +369,24 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
         keys = taskd.download_keys(settings.jwks_url)
         found = ", ".join(f"{key.algorithm_name} {key.key_id}" for key in keys)
         yield (
-            ("ok", settings.jwks_url, f"keys: {found}") if keys else ("OFF", settings.jwks_url, "no key that can sign")
+            ("ok", settings.jwks_url, f"keys: {found}")
+            if keys
+            else ("FAIL", settings.jwks_url, "no key that can sign")
         )
     except Exception as ex:  # whatever the other side does
-        yield "OFF", settings.jwks_url, f"{type(ex).__name__}: {ex}"
-    for variable, value in (("TASKD_ISSUER", settings.issuer), ("TASKD_AUDIENCE", settings.audience)):
+        yield "FAIL", settings.jwks_url, f"{type(ex).__name__}: {ex}"
+    for variable, value in (
+        ("TASKD_ISSUER", settings.issuer),
+        ("TASKD_AUDIENCE", settings.audience),
+    ):
         yield (
-            ("ok", variable, value) if value else ("warning", variable, "not set: other services' tokens are accepted")
+            ("ok", variable, value)
+            if value
+            else ("warning", variable, "not set: other services' tokens are accepted")
         )
 
 
-# --- Tasks ----------------------------------------------------------------------------------------------------------
+# --- Tasks ----------------------------------------------------------------------------------------
 
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
 Execute = Callable[..., Any]  # runs a statement with its values, and returns a cursor
@@ -333,7 +398,9 @@ class SqliteIds:
     @staticmethod
     def last(execute: Execute) -> int:
         """Return it, or 0."""
-        [found] = execute("SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'task'").fetchone()
+        [found] = execute(
+            "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'task'"
+        ).fetchone()
         return int(found)
 
     @classmethod
@@ -350,7 +417,9 @@ class PostgresIds:
     @staticmethod
     def last(execute: Execute) -> int:
         """Return it, or 0."""
-        [found] = execute("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM task_id_seq").fetchone()
+        [found] = execute(
+            "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM task_id_seq"
+        ).fetchone()
         return int(found)
 
     @classmethod
@@ -375,28 +444,32 @@ def database(create: bool = False) -> taskd.Database:
     return opened
 
 
-def is_elsewhere(settings: Settings) -> bool:
+def is_postgresql(settings: Settings) -> bool:
     """Say whether the database is not a file of SQLite's."""
     return "://" in settings.database
 
 
 def file_of(settings: Settings) -> Path:
     """Return the path of the database, which must be a file."""
-    if is_elsewhere(settings):
-        raise Refused(f"{settings.database} is not a file; keep it safe with its server's own tools, such as pg_dump")
+    if is_postgresql(settings):
+        raise Refused(
+            f"{settings.database} is not a file; keep it safe with its server's own tools, such as pg_dump"
+        )
     return Path(settings.database)
 
 
 def existing(settings: Settings) -> Path:
     """Return the path of the database, which must be there if it is a file."""
-    if not is_elsewhere(settings) and not Path(settings.database).exists():
-        raise Refused(f"there is no database {settings.database}; make it with: python taskctl.py init")
+    if not is_postgresql(settings) and not Path(settings.database).exists():
+        raise Refused(
+            f"there is no database {settings.database}; make it with: python taskctl.py init"
+        )
     return Path(settings.database)
 
 
 def row(task: dict[str, Any]) -> dict[str, Any]:
     """Return what the database keeps of a task with these members: the one place where taskctl makes a row."""
-    return {**task, **taskd.folded(task["title"], task["description"]), "version": 1}
+    return {**task, **taskd.search_columns(task["title"], task["description"]), "version": 1}
 
 
 def rows(query: Any, *names: str) -> list[dict[str, Any]]:
@@ -408,12 +481,16 @@ def rows(query: Any, *names: str) -> list[dict[str, Any]]:
 def users(as_json: AsJson = False) -> None:
     """List the users who have tasks."""
     database()
-    counts = {"tasks": fn.COUNT(Task.id), "done": how_many(Task.completed), "last_change": fn.MAX(Task.updated_at)}
+    counts = {
+        "tasks": fn.COUNT(Task.id),
+        "done": count_where(Task.completed),
+        "last_change": fn.MAX(Task.updated_at),
+    }
     query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
     show_all(rows(query.group_by(Task.user_id).order_by(Task.user_id), "user_id", *counts), as_json)
 
 
-def how_many(condition: Any) -> peewee.Function:
+def count_where(condition: Any) -> peewee.Function:
     """Return the number of rows of which something is true; not every database adds truths up."""
     return fn.COUNT(peewee.Case(None, [(condition, 1)]))
 
@@ -429,11 +506,21 @@ def fits(context: typer.CallbackParam, value: str | int | None) -> str | int | N
 @app.command()
 def tasks(
     user: UserId,
-    only_open: Annotated[bool, typer.Option("--open", help="Only those that are not completed.")] = False,
-    only_done: Annotated[bool, typer.Option("--done", help="Only those that are completed.")] = False,
-    q: Annotated[str, typer.Option("--search", "-q", help="Only those with this text in them.", callback=fits)] = "",
+    only_open: Annotated[
+        bool, typer.Option("--open", help="Only those that are not completed.")
+    ] = False,
+    only_done: Annotated[
+        bool, typer.Option("--done", help="Only those that are completed.")
+    ] = False,
+    q: Annotated[
+        str,
+        typer.Option("--search", "-q", help="Only those with this text in them.", callback=fits),
+    ] = "",
     sort: Annotated[
-        str, typer.Option(help="id, created_at, updated_at or title; with - before it descending.", callback=fits)
+        str,
+        typer.Option(
+            help="id, created_at, updated_at or title; with - before it descending.", callback=fits
+        ),
     ] = "id",
     limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
@@ -442,7 +529,9 @@ def tasks(
     if only_open and only_done:
         raise typer.BadParameter("--open and --done exclude each other")
     store = taskd.TaskStore(database())
-    rest: taskd.Listing | None = taskd.Listing(only_done if only_open or only_done else None, q, sort, limit)
+    rest: taskd.Listing | None = taskd.Listing(
+        only_done if only_open or only_done else None, q, sort, limit
+    )
     found: list[taskd.TaskView] = []
     while rest and len(found) != limit:
         page, rest = store.page(user, rest)
@@ -459,20 +548,54 @@ def stats(as_json: AsJson = False) -> None:
     counts = {
         "users": fn.COUNT(Task.user_id.distinct()),
         "tasks": fn.COUNT(Task.id),
-        "done": how_many(Task.completed),
+        "done": count_where(Task.completed),
         "oldest": fn.MIN(Task.created_at),
         "last_change": fn.MAX(Task.updated_at),
     }
     [row] = rows(Task.select(*(count.alias(name) for name, count in counts.items())), *counts)
-    show({**row, "bytes": None if is_elsewhere(settings) else Path(settings.database).stat().st_size}, as_json)
+    show(
+        {
+            **row,
+            "bytes": None if is_postgresql(settings) else Path(settings.database).stat().st_size,
+        },
+        as_json,
+    )
 
 
 VERBS = {
-    "Buy": ["milk", "bread and butter", "a birthday present for Nora", "coffee beans", "light bulbs", "stamps"],
-    "Call": ["the dentist", "grandmother", "the landlord about the heating", "the bank", "Jonas back"],
-    "Write": ["the minutes of Monday's meeting", "the release notes", "a letter of thanks", "the travel report"],
-    "Repair": ["the bicycle's rear light", "the dripping tap", "the kitchen shelf", "the build on main"],
-    "Book": ["the train to Vienna", "a table for six", "the vaccination", "the meeting room for Thursday"],
+    "Buy": [
+        "milk",
+        "bread and butter",
+        "a birthday present for Nora",
+        "coffee beans",
+        "light bulbs",
+        "stamps",
+    ],
+    "Call": [
+        "the dentist",
+        "grandmother",
+        "the landlord about the heating",
+        "the bank",
+        "Jonas back",
+    ],
+    "Write": [
+        "the minutes of Monday's meeting",
+        "the release notes",
+        "a letter of thanks",
+        "the travel report",
+    ],
+    "Repair": [
+        "the bicycle's rear light",
+        "the dripping tap",
+        "the kitchen shelf",
+        "the build on main",
+    ],
+    "Book": [
+        "the train to Vienna",
+        "a table for six",
+        "the vaccination",
+        "the meeting room for Thursday",
+    ],
     "Read": ["the lease", "chapter four", "the review of the new API", "the manual before asking"],
 }
 NOTES = [
@@ -489,7 +612,9 @@ BATCH = 1000  # tasks in a statement
 
 @app.command()
 def seed(
-    user: Annotated[list[str] | None, typer.Argument(help="Users to give tasks to.", callback=some_text)] = None,
+    user: Annotated[
+        list[str] | None, typer.Argument(help="Users to give tasks to.", callback=some_text)
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Tasks for each user.")] = 20,
     users: Annotated[int, typer.Option(min=0, help="Made-up users besides: user-1, user-2 …")] = 0,
     random_seed: Annotated[int, typer.Option(help="The same number makes the same tasks.")] = 1,
@@ -527,13 +652,15 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
             }
 
 
-# --- Backup and restore ---------------------------------------------------------------------------------------------
+# --- Backup and restore ---------------------------------------------------------------------------
 
 PAGES = 256  # copied between two looks of the progress bar: 1 MB
 
 
 @app.command()
-def backup(file: Annotated[str, typer.Argument(help="The new file; - writes it to stdout.")]) -> None:
+def backup(
+    file: Annotated[str, typer.Argument(help="The new file; - writes it to stdout.")],
+) -> None:
     """Copy the database into a new file, also while taskd serves. A file that is there is never overwritten."""
     settings = Settings.load()
     file_of(settings)
@@ -542,7 +669,9 @@ def backup(file: Annotated[str, typer.Argument(help="The new file; - writes it t
         raise Refused("a database is nothing for a terminal; send stdout to a file or a program")
     if file != "-" and os.path.lexists(file):
         raise Refused(f"{file} is there already, and never overwritten")
-    with unfinished(Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)) as copy:
+    with unfinished(
+        Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
+    ) as copy:
         copy_database(database, copy)
         with contextlib.closing(peewee.SqliteDatabase(str(copy))) as made:
             if fault := damage(made):
@@ -556,7 +685,9 @@ def backup(file: Annotated[str, typer.Argument(help="The new file; - writes it t
 
 
 @app.command()
-def restore(file: Annotated[Path, typer.Argument(help="A backup, or any other database of taskd's.")]) -> None:
+def restore(
+    file: Annotated[Path, typer.Argument(help="A backup, or any other database of taskd's.")],
+) -> None:
     """Put a backup in the database's place, while no server runs.
 
     The backup is checked first. The old database is kept beside the new one, as <name>.before-restore-<time>.
@@ -567,11 +698,16 @@ def restore(file: Annotated[Path, typer.Argument(help="A backup, or any other da
         if fault := unfit(copy):
             raise Refused(f"{file} cannot be restored: {fault}")
         replaced = database.exists() and database.stat().st_size
-        with contextlib.closing(sqlite3.connect(copy)) as new, contextlib.closing(alone(database)) as live:
+        with (
+            contextlib.closing(sqlite3.connect(copy)) as new,
+            contextlib.closing(open_exclusively(database)) as live,
+        ):
             if replaced:
-                say(f"the old database is kept as {keep(live, database)}")
+                say(f"the old database is kept as {keep_old_copy(live, database)}")
                 use_no_id_again(live, new)
-            copy_pages(new, live, "restoring")  # in one transaction: SQLite undoes half of one at the next start
+            copy_pages(
+                new, live, "restoring"
+            )  # in one transaction: SQLite undoes half of one at the next start
     sync(database.parent)
     say(f"restored {database} from {file}")
 
@@ -608,17 +744,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def connected(path: Path) -> sqlite3.Connection:
+def open_existing(path: Path) -> sqlite3.Connection:
     """Return a connection to a database that is there, with nothing done behind its back."""
     if not path.is_file():
         raise Refused(f"there is no file {path}")
     uri = f"{path.absolute().as_uri()}?mode=rw"
-    return sqlite3.connect(uri, uri=True, timeout=taskd.BUSY, isolation_level=None)
+    return sqlite3.connect(uri, uri=True, timeout=taskd.LOCK_TIMEOUT, isolation_level=None)
 
 
 def copy_database(path: Path, copy: Path) -> None:
     """Copy a database as it is now, with what its log holds, into one file without a log."""
-    with contextlib.closing(connected(path)) as source, contextlib.closing(connected(copy)) as target:
+    with (
+        contextlib.closing(open_existing(path)) as source,
+        contextlib.closing(open_existing(copy)) as target,
+    ):
         try:
             copy_pages(source, target, f"reading {path}")
             target.execute("PRAGMA journal_mode = DELETE")
@@ -636,12 +775,14 @@ def copy_pages(source: sqlite3.Connection, target: sqlite3.Connection, what: str
         source.execute("BEGIN")
         source.execute("SELECT 1 FROM sqlite_master").fetchone()
         source.backup(
-            target, pages=PAGES, progress=lambda _, left, total: bar.update(job, total=total, completed=total - left)
+            target,
+            pages=PAGES,
+            progress=lambda _, left, total: bar.update(job, total=total, completed=total - left),
         )
         source.execute("COMMIT")
 
 
-def alone(path: Path) -> sqlite3.Connection:
+def open_exclusively(path: Path) -> sqlite3.Connection:
     """Return a connection that keeps everybody out, to a database that nobody else has open; a new one if need be.
 
     A server keeps its database open in WAL mode, which cannot be left as long as anybody has it open.
@@ -650,25 +791,29 @@ def alone(path: Path) -> sqlite3.Connection:
         raise Refused(f"{path}-wal lies there without its database; move it away first")
     with contextlib.suppress(FileExistsError):
         path.touch(mode=0o600, exist_ok=False)
-    live = connected(path)
+    live = open_existing(path)
     try:
         live.execute("PRAGMA busy_timeout = 0")
         live.execute("PRAGMA journal_mode = DELETE")
         live.execute("PRAGMA locking_mode = EXCLUSIVE")
-        live.executescript("PRAGMA synchronous = EXTRA; BEGIN EXCLUSIVE; COMMIT")  # the lock stays until it is closed
+        live.executescript(
+            "PRAGMA synchronous = EXTRA; BEGIN EXCLUSIVE; COMMIT"
+        )  # the lock stays until it is closed
     except sqlite3.DatabaseError as ex:
         live.close()
         if ex.sqlite_errorcode == sqlite3.SQLITE_BUSY:
             raise Refused(f"{path} is open elsewhere: stop the server first") from None
-        raise Refused(f"{path}: {ex}; stop the server, move all {path}* away, and restore again") from None
+        raise Refused(
+            f"{path}: {ex}; stop the server, move all {path}* away, and restore again"
+        ) from None
     return live
 
 
-def keep(live: sqlite3.Connection, path: Path) -> Path:
+def keep_old_copy(live: sqlite3.Connection, path: Path) -> Path:
     """Copy the database as it is to a file beside it, and return its path."""
     kept = path.with_name(f"{path.name}.before-restore-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     with unfinished(kept) as copy:
-        with contextlib.closing(connected(copy)) as target:
+        with contextlib.closing(open_existing(copy)) as target:
             copy_pages(live, target, "keeping the old one")
         publish(copy, kept)
     return kept
@@ -680,11 +825,11 @@ def use_no_id_again(live: sqlite3.Connection, new: sqlite3.Connection) -> None:
         SqliteIds.count_on(new.execute, SqliteIds.last(live.execute))
 
 
-def unchanged(path: str) -> peewee.SqliteDatabase:
+def open_read_only(path: str) -> peewee.SqliteDatabase:
     """Return a database that nothing is written to, not even the empty log that a mere look would leave."""
     logged = any(Path(path + suffix).exists() for suffix in ("-wal", "-journal"))
     uri = f"{Path(path).absolute().as_uri()}?{'mode=ro' if logged else 'immutable=1'}"
-    return peewee.SqliteDatabase(uri, uri=True, timeout=taskd.BUSY)
+    return peewee.SqliteDatabase(uri, uri=True, timeout=taskd.LOCK_TIMEOUT)
 
 
 def damage(database: peewee.SqliteDatabase) -> str | None:
@@ -692,7 +837,9 @@ def damage(database: peewee.SqliteDatabase) -> str | None:
     [[found]] = database.execute_sql("PRAGMA integrity_check(1)").fetchall()
     if found != "ok":
         return f"it is damaged: {' '.join(found.split())}"
-    return None if database.table_exists(Task) else "it has no tasks: it is not a database of taskd's"
+    return (
+        None if database.table_exists(Task) else "it has no tasks: it is not a database of taskd's"
+    )
 
 
 def unfit(copy: Path) -> str | None:
@@ -707,7 +854,7 @@ def unfit(copy: Path) -> str | None:
         return str(ex).removeprefix(f"{copy} ")
 
 
-# --- Export, import, purge ------------------------------------------------------------------------------------------
+# --- Export, import, purge ------------------------------------------------------------------------
 
 MAX_LINE = 1024 * 1024  # bytes; the largest possible task has 130,000, all escaped
 MAX_ID = 2**53 - 1  # which JavaScript still reads exactly, and leaves room for new tasks
@@ -745,7 +892,9 @@ class Incoming(Task):
 
 @app.command()
 def export(
-    user: Annotated[str | None, typer.Argument(help="Only this user's tasks.", callback=some_text)] = None,
+    user: Annotated[
+        str | None, typer.Argument(help="Only this user's tasks.", callback=some_text)
+    ] = None,
 ) -> None:
     """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
     database()
@@ -761,7 +910,9 @@ def export(
 
 
 @app.command("import")
-def import_tasks(file: Annotated[str, typer.Argument(help="JSON lines as export prints them; - reads stdin.")]) -> None:
+def import_tasks(
+    file: Annotated[str, typer.Argument(help="JSON lines as export prints them; - reads stdin.")],
+) -> None:
     """Add tasks from JSON lines: all of them, or none if one is wrong. Ids are kept.
 
     Run again, it adds nothing twice: a line with the id, user_id and created_at of a task that is there is that task.
@@ -771,7 +922,7 @@ def import_tasks(file: Annotated[str, typer.Argument(help="JSON lines as export 
     Incoming.bind(opened.peewee)
     Incoming.create_table()
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as lines:
-        take_in(lines)
+        stage_lines(lines)
     with opened.transaction():
         refuse_mixed_up()
         imported, there, updated, older = compared()
@@ -782,7 +933,7 @@ def import_tasks(file: Annotated[str, typer.Argument(help="JSON lines as export 
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
 
 
-def take_in(lines: BinaryIO) -> None:
+def stage_lines(lines: BinaryIO) -> None:
     """Read the lines of an import into the table beside the database."""
     size = os.fstat(lines.fileno()).st_size if lines.seekable() else None
     with progress() as bar:
@@ -805,7 +956,10 @@ def parsed(lines: BinaryIO) -> Iterator[dict[str, Any]]:
 def parse_task(text: str) -> dict[str, Any]:
     """Return the members of a task, checked by the rules of the API."""
     task, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
-    times = {name: taskd.timestamp(getattr(owned, name).astimezone(UTC)) for name in ("created_at", "updated_at")}
+    times = {
+        name: taskd.timestamp(getattr(owned, name).astimezone(UTC))
+        for name in ("created_at", "updated_at")
+    }
     given = {name: getattr(task, name) for name in taskd.RULES}
     return {"id": owned.id, "user_id": owned.user_id, **given, **times}
 
@@ -823,11 +977,20 @@ def fault_of(ex: Exception) -> str:
 def refuse_mixed_up() -> None:
     """Refuse an import in which an id stands twice, or is that of another task in the database."""
     first, again = fn.MIN(Incoming.line), fn.MAX(Incoming.line)
-    twice: Any = Incoming.select(Incoming.id, first, again).group_by(Incoming.id).having(first < again).order_by(again)
+    twice: Any = (
+        Incoming.select(Incoming.id, first, again)
+        .group_by(Incoming.id)
+        .having(first < again)
+        .order_by(again)
+    )
     for key, line, other in twice.tuples().limit(1):
         raise Refused(f"line {other}: id {key} is on line {line} already; nothing was imported")
     another = (Task.user_id != Incoming.user_id) | (Task.created_at != Incoming.created_at)
-    taken: Any = Incoming.select(Incoming.line, Incoming.id).join(Task, on=Task.id == Incoming.id).where(another)
+    taken: Any = (
+        Incoming.select(Incoming.line, Incoming.id)
+        .join(Task, on=Task.id == Incoming.id)
+        .where(another)
+    )
     for line, key in taken.order_by(Incoming.line).tuples().limit(1):
         raise Refused(f"line {line}: id {key} is that of another task here; nothing was imported")
 
@@ -839,30 +1002,39 @@ def compared() -> tuple[int, int, int, int]:
         Incoming.updated_at > Task.updated_at,
         Incoming.updated_at < Task.updated_at,
     )
-    query: Any = Incoming.select(fn.COUNT(Incoming.line), *map(how_many, sums))
-    [(lines, new, newer, older)] = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id).tuples()
+    query: Any = Incoming.select(fn.COUNT(Incoming.line), *map(count_where, sums))
+    [(lines, new, newer, older)] = query.join(
+        Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id
+    ).tuples()
     return new, lines - new - newer - older, newer, older
 
 
 def merge() -> None:
     """Write what is new, and what is newer than the task that is there."""
     columns = Task._meta.sorted_fields
-    lines = Incoming.select(*(getattr(Incoming, column.name) for column in columns)).where(peewee.SQL("TRUE"))
+    lines = Incoming.select(*(getattr(Incoming, column.name) for column in columns)).where(
+        peewee.SQL("TRUE")
+    )
     Task.insert_from(lines, columns).on_conflict(
         conflict_target=[Task.id],
-        update={column: getattr(peewee.EXCLUDED, column.name) for column in columns} | {Task.version: Task.version + 1},
+        update={column: getattr(peewee.EXCLUDED, column.name) for column in columns}
+        | {Task.version: Task.version + 1},
         where=peewee.EXCLUDED.updated_at > Task.updated_at,
     ).execute()
 
 
 @app.command()
-def purge(user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+def purge(
+    user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
+) -> None:
     """Delete all of a user's tasks, and whatever else is kept of this user. It asks before it does."""
     opened = database()
     if not (found := Task.select().where(Task.user_id == user).count()):
         raise Refused(f"{printable(user)} has no tasks")
     if not yes and not sys.stdin.isatty():
-        raise Refused(f"{printable(user)} has {found} tasks; without a terminal to ask on, --yes must say so")
+        raise Refused(
+            f"{printable(user)} has {found} tasks; without a terminal to ask on, --yes must say so"
+        )
     if not yes and not confirmed(f"Delete all {found} tasks of {printable(user)}?"):
         raise Refused("nothing was deleted")
     with opened.transaction():
@@ -877,7 +1049,7 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-# --- Moving to another database -------------------------------------------------------------------------------------
+# --- Moving to another database -------------------------------------------------------------------
 
 
 @app.command()
@@ -898,12 +1070,16 @@ def copy(
             for rows in bar.track(batches(model, reading.peewee), description="copying"):
                 table_of(model, writing.peewee).insert(rows).execute()
         about = table_of(About, writing.peewee)
-        about.update({about.cursor_key: table_of(About, reading.peewee).select().get()["cursor_key"]}).execute()
+        about.update(
+            {about.cursor_key: table_of(About, reading.peewee).select().get()["cursor_key"]}
+        ).execute()
         last = ids_of(reading.peewee).last(reading.peewee.execute_sql)
         ids_of(writing.peewee).count_on(writing.peewee.execute_sql, last)
         copied = [digest(model, reading.peewee, bar) for model in OWNED]
         if copied != [digest(model, writing.peewee, bar) for model in OWNED]:
-            raise Refused("the copy is not like the original, perhaps because someone wrote to it; nothing was copied")
+            raise Refused(
+                "the copy is not like the original, perhaps because someone wrote to it; nothing was copied"
+            )
     (tasks, checksum), (keys, _) = copied
     say(f"copied {tasks} tasks and {keys} idempotency keys from {old.database} to {new.database}")
     say(f"counts and checksums agree; that of the tasks is {checksum}")
@@ -917,8 +1093,12 @@ def table_of(model: type[peewee.Model], database: peewee.Database) -> Any:
 def batches(model: type[peewee.Model], database: peewee.Database) -> Iterator[list[dict[str, Any]]]:
     """Yield all rows in the order of their ids, some at a time, with the same values whatever the engine."""
     table, fields, last = table_of(model, database), model._meta.fields, 0
-    while rows := list(table.select().where(table.id > last).order_by(table.id).limit(BATCH).dicts()):
-        yield [{name: fields[name].python_value(value) for name, value in row.items()} for row in rows]
+    while rows := list(
+        table.select().where(table.id > last).order_by(table.id).limit(BATCH).dicts()
+    ):
+        yield [
+            {name: fields[name].python_value(value) for name, value in row.items()} for row in rows
+        ]
         last = rows[-1]["id"]
 
 
@@ -931,19 +1111,23 @@ def digest(model: type[peewee.Model], database: peewee.Database, bar: Progress) 
     return count, sha.hexdigest()
 
 
-# --- Smoke test -----------------------------------------------------------------------------------------------------
+# --- Smoke test -----------------------------------------------------------------------------------
 
 
-class Visitor:
+class SmokeClient:
     """A throw-away user of a live server, who keeps what each call answered and how long it took."""
 
     def __init__(self, url: str, settings: Settings) -> None:
         try:
             parts = urlsplit(url)
-            kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
+            kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[
+                parts.scheme
+            ]
             self._connection = kind(parts.hostname or "", parts.port, timeout=10)
         except (KeyError, ValueError):
-            raise typer.BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}") from None
+            raise typer.BadParameter(
+                f"URL must look like http://127.0.0.1:8000, not {url!r}"
+            ) from None
         self.id = f"smoke-{secrets.token_hex(8)}"
         self.headers: dict[str, str] = {}
         self.tag = ""  # of the task that was last shown
@@ -969,16 +1153,25 @@ class Visitor:
         """
         content = None if body is None else json.dumps(body)
         started = time.perf_counter()
-        self._connection.request(method, self._prefix + path, content, self.headers | (headers or {}))
+        self._connection.request(
+            method, self._prefix + path, content, self.headers | (headers or {})
+        )
         answer = self._connection.getresponse()
         shown = json.loads(answer.read() or "null")
         milliseconds = round((time.perf_counter() - started) * 1000, 1)
         members = shown if isinstance(shown, dict) else {}
-        fits = answer.status == expected and all(members.get(name) == value for name, value in (shows or {}).items())
+        fits = answer.status == expected and all(
+            members.get(name) == value for name, value in (shows or {}).items()
+        )
         fits = fits and carries in answer.headers
         self.tag = answer.headers.get("ETag", self.tag)
         route = re.sub("(?<=/)[0-9]+(?=/|$)", "{id}", path.replace(self.id, "{user_id}"))
-        row = {"result": "ok" if fits else "OFF", "method": method, "route": route, "status": answer.status}
+        row = {
+            "result": "ok" if fits else "FAIL",
+            "method": method,
+            "route": route,
+            "status": answer.status,
+        }
         self.results.append({**row, "expected": expected, "ms": milliseconds})
         return shown if fits else None
 
@@ -993,14 +1186,32 @@ class Visitor:
         self.call("GET", self._tasks, 200)
         new = {"title": "Try every route", "description": "with taskctl smoke"}
         key = {"Idempotency-Key": self.id}
-        if task := self.call("POST", self._tasks, 201, body=new, headers=key, shows={**new, "completed": False}):
+        if task := self.call(
+            "POST", self._tasks, 201, body=new, headers=key, shows={**new, "completed": False}
+        ):
             path = f"{self._tasks}/{task.get('id')}"
-            self.call("POST", self._tasks, 201, body=new, headers=key, shows=task, carries="Idempotency-Replayed")
+            self.call(
+                "POST",
+                self._tasks,
+                201,
+                body=new,
+                headers=key,
+                shows=task,
+                carries="Idempotency-Replayed",
+            )
             self.call("GET", path, 200, shows=task, carries="ETag")
             self.call("GET", path, 304, headers={"If-None-Match": self.tag}, carries="ETag")
             known = {"If-Match": self.tag}
             tried = {"title": "Tried", "id": task["id"]}
-            self.call("PUT", path, 200, body={"title": "Tried"}, headers=known, shows=tried, carries="ETag")
+            self.call(
+                "PUT",
+                path,
+                200,
+                body={"title": "Tried"},
+                headers=known,
+                shows=tried,
+                carries="ETag",
+            )
             self.call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
             self.call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
             self.call("POST", self._tasks, 201, body=new)
@@ -1019,7 +1230,8 @@ class Visitor:
 @app.command()
 def smoke(
     url: Annotated[
-        str | None, typer.Argument(help="The server; by default the one that the settings describe.")
+        str | None,
+        typer.Argument(help="The server; by default the one that the settings describe."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -1027,23 +1239,27 @@ def smoke(
     settings = Settings.load()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = url or f"http://{host}:{settings.port}"
-    visitor = Visitor(url, settings)
+    visitor = SmokeClient(url, settings)
     try:
         try:
             visitor.try_every_route()
         finally:
             visitor.clean_up()
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as ex:
-        raise Refused(f"{url} does not answer as taskd does: {printable(str(ex).strip())}") from None
+        raise Refused(
+            f"{url} does not answer as taskd does: {printable(str(ex).strip())}"
+        ) from None
     finally:
         show_all(visitor.results, as_json)
     if off := sum(row["result"] != "ok" for row in visitor.results):
-        raise Refused(f"{off} of {len(visitor.results)} calls are off")
+        raise Refused(f"{off} of {len(visitor.results)} calls failed")
 
 
 def main() -> None:
     """Run a command; what it cannot do is one line on stderr."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is unfinished is cleared away
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # what is unfinished is cleared away
     try:
         app()
     except Refused as ex:

@@ -51,10 +51,12 @@ __version__ = "0.2.0"
 
 log = logging.getLogger("taskd")
 
-# --- Settings -------------------------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------
 
 MIN_SECRET = 32  # bytes; RFC 7518, section 3.2: an HS256 key is at least as long as the hash
-PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # what Better Auth signs with when given none
+PUBLIC_SECRET = (
+    "better-auth-secret-12345678901234567890"  # what Better Auth signs with when given none
+)
 MAKE_ONE = "make one with: python taskctl.py init"
 KEY_SET_URL = r"https://[^\s@]+|http://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/\S*)?"
 ORIGIN = r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[0-9]+)?"
@@ -82,7 +84,9 @@ def _secrets(text: str) -> tuple[str, ...]:
     for entry in text.split(","):
         version, _, secret = entry.strip().partition(":")
         if not re.fullmatch("[0-9]+", version) or version in secrets:
-            raise ValueError('must look like "2:new,1:old", with a different whole number before each secret')
+            raise ValueError(
+                'must look like "2:new,1:old", with a different whole number before each secret'
+            )
         secrets[version] = _secret(secret.strip())
     return tuple(secrets.values())
 
@@ -100,7 +104,9 @@ def _split(text: str) -> tuple[str, ...]:
 def _addresses(text: str) -> tuple[str, ...]:
     """Return IP addresses as the server spells them, or "*"."""
     try:
-        return ("*",) if text == "*" else tuple(str(ipaddress.ip_address(one)) for one in _split(text))
+        return (
+            ("*",) if text == "*" else tuple(str(ipaddress.ip_address(one)) for one in _split(text))
+        )
     except ValueError as ex:
         raise ValueError(f"must be IP addresses, with commas, or * for any: {ex}") from None
 
@@ -113,7 +119,13 @@ def _setting(
     parse: Callable[[str], Any] = str,
     secret: bool = False,
 ) -> Any:
-    metadata = {"variable": variable, "about": about, "pattern": pattern, "parse": parse, "secret": secret}
+    metadata = {
+        "variable": variable,
+        "about": about,
+        "pattern": pattern,
+        "parse": parse,
+        "secret": secret,
+    }
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -125,7 +137,11 @@ class Settings:
         "BETTER_AUTH_SECRET", None, "the secret shared with Better Auth", parse=_secret, secret=True
     )
     secrets: tuple[str, ...] = _setting(
-        "BETTER_AUTH_SECRETS", (), 'rotation: "2:new,1:old"; all verify, the first signs', parse=_secrets, secret=True
+        "BETTER_AUTH_SECRETS",
+        (),
+        'rotation: "2:new,1:old"; all verify, the first signs',
+        parse=_secrets,
+        secret=True,
     )
     database_url: str = _setting(
         "DATABASE_URL",
@@ -133,9 +149,15 @@ class Settings:
         "sqlite:/// and the path of a file, or postgresql://user:password@host/name",
         r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?",
     )
-    host: str = _setting("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
-    port: int = _setting("TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port)
-    threads: int = _setting("TASKD_THREADS", 16, "a number of threads from 2 to 99", "[2-9]|[1-9][0-9]", int)
+    host: str = _setting(
+        "TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+"
+    )
+    port: int = _setting(
+        "TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port
+    )
+    threads: int = _setting(
+        "TASKD_THREADS", 16, "a number of threads from 2 to 99", "[2-9]|[1-9][0-9]", int
+    )
     cors_origins: tuple[str, ...] = _setting(
         "TASKD_CORS_ORIGINS",
         (),
@@ -144,16 +166,28 @@ class Settings:
         _split,
     )
     jwks_url: str | None = _setting(
-        "TASKD_JWKS_URL", None, "https, or http to this machine: Better Auth's /api/auth/jwks", KEY_SET_URL
+        "TASKD_JWKS_URL",
+        None,
+        "https, or http to this machine: Better Auth's /api/auth/jwks",
+        KEY_SET_URL,
     )
     issuer: str | None = _setting("TASKD_ISSUER", None, "the iss claim that a token must have")
     audience: str | None = _setting("TASKD_AUDIENCE", None, "the aud claim that a token must have")
-    metrics: bool | None = _setting("TASKD_METRICS", None, "1 to show /metrics, else 0", "[01]", "1".__eq__)
-    trusted_proxies: tuple[str, ...] = _setting(
-        "TASKD_TRUSTED_PROXY", (), "the address of the proxy before taskd, or several, or *", parse=_addresses
+    metrics: bool | None = _setting(
+        "TASKD_METRICS", None, "1 to show /metrics, else 0", "[01]", "1".__eq__
     )
-    log_level: str = _setting("TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error")
-    log_format: str | None = _setting("TASKD_LOG_FORMAT", None, "text (as without it) or json", "text|json")
+    trusted_proxies: tuple[str, ...] = _setting(
+        "TASKD_TRUSTED_PROXY",
+        (),
+        "the address of the proxy before taskd, or several, or *",
+        parse=_addresses,
+    )
+    log_level: str = _setting(
+        "TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error"
+    )
+    log_format: str | None = _setting(
+        "TASKD_LOG_FORMAT", None, "text (as without it) or json", "text|json"
+    )
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ, dotenv: Path = Path(".env")) -> Settings:
@@ -161,9 +195,19 @@ class Settings:
 
         An empty value is none. Raises SettingsError for a value that cannot be used.
         """
-        given = {**_read_dotenv(dotenv), **{name: value for name, value in environ.items() if value}}
-        fields = [field for field in dataclasses.fields(cls) if given.get(field.metadata["variable"])]
-        return cls(**{field.name: _parse(given[field.metadata["variable"]], **field.metadata) for field in fields})
+        given = {
+            **_read_dotenv(dotenv),
+            **{name: value for name, value in environ.items() if value},
+        }
+        fields = [
+            field for field in dataclasses.fields(cls) if given.get(field.metadata["variable"])
+        ]
+        return cls(
+            **{
+                field.name: _parse(given[field.metadata["variable"]], **field.metadata)
+                for field in fields
+            }
+        )
 
     @property
     def database(self) -> str:
@@ -173,7 +217,9 @@ class Settings:
         return re.sub("//.*@", "//…@", self.database_url.partition("?")[0])
 
 
-def _parse(text: str, *, variable: str, about: str, pattern: str, parse: Callable[[str], Any], secret: bool) -> Any:
+def _parse(
+    text: str, *, variable: str, about: str, pattern: str, parse: Callable[[str], Any], secret: bool
+) -> Any:
     try:
         if not re.fullmatch(pattern, text):
             raise ValueError(f"must be {about}")
@@ -194,14 +240,134 @@ def _read_dotenv(path: Path) -> dict[str, str]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-# --- Tokens ---------------------------------------------------------------------------------------------------------
+# --- Log ------------------------------------------------------------------------------------------
+
+EMPTY_RECORD = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", None, None).__dict__
+
+
+class AccessLogRecord(logging.LogRecord):
+    """A request's line in the log, without all that logging looks up elsewhere and no line of ours shows."""
+
+    fields: dict[str, Any]
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        """Take the fields in the order in which JSON shows them."""
+        now = time.time()
+        self.__dict__ = {**EMPTY_RECORD, "created": now, "msecs": now % 1 * 1000, "fields": fields}
+
+    def getMessage(self) -> str:  # noqa: N802
+        """Return it as text. The user is percent-encoded as in a URL: no field and no line can be forged with it."""
+        field, user = self.fields, self.fields["user"]
+        user = "-" if user is None else f"'{falcon.uri.encode_value(user)}'"
+        client = f" client={field['client']}" if "client" in field else ""
+        what = f"{field['method']} {field['route']} {field['status']} {field['ms']:.1f}ms"
+        return f"{what} id={field['id']} user={user}{client}"
+
+
+def log_request(**fields: Any) -> None:
+    """Log a request; the user is None where nobody is known."""
+    if log.isEnabledFor(logging.INFO):
+        log.handle(AccessLogRecord(fields))
+
+
+class TextLines(logging.Formatter):
+    """Log lines for people. A traceback is indented, so that none of its lines can be taken for one of the log."""
+
+    _second, _clock = 0, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Return the time in UTC, of which only the milliseconds are made anew each time."""
+        if self._second != int(record.created):
+            self._second = int(record.created)
+            self._clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
+        return f"{self._clock}.{int(record.msecs):03}Z"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line, and perhaps a traceback below it."""
+        line = f"{self.formatTime(record)} {record.levelname} {printable(record.getMessage())}"
+        if not record.exc_info:
+            return line
+        return "\n    ".join(
+            [line, *map(printable, self.formatException(record.exc_info).splitlines())]
+        )
+
+
+class JsonLines(TextLines):
+    """Log lines for programs: each a JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line with a request's fields, or with a message and perhaps a traceback."""
+        line = {"time": self.formatTime(record), "level": record.levelname}
+        line |= (
+            record.fields
+            if isinstance(record, AccessLogRecord)
+            else {"message": record.getMessage()}
+        )
+        return json.dumps(
+            line | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {})
+        )
+
+
+def printable(text: str) -> str:
+    """Return a text with everything escaped that breaks a line or moves a cursor."""
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+def configure_log(settings: Settings) -> None:
+    """Send taskd's and waitress' log lines to stderr, without looking up what no line shows."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # as the logging HOWTO's "Optimization" says
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
+    for logger in (log, logging.getLogger("waitress")):
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(settings.log_level.upper())
+    logging.getLogger("waitress.queue").setLevel(
+        "ERROR"
+    )  # it warns of every request that waits for a thread
+
+
+# --- Threads --------------------------------------------------------------------------------------
+
+
+class Unavailable(Exception):
+    """What is needed to answer cannot be used right now; the arguments say what and why."""
+
+
+class WouldBlock(BaseException):
+    """This thread must not wait, and would have to; nothing was done, so the request can start again in another."""
+
+
+class _ThreadState(threading.local):
+    in_event_loop = False  # True in the thread that serves the sockets
+
+
+thread_state = _ThreadState()
+
+
+# --- Tokens ---------------------------------------------------------------------------------------
 
 LEEWAY = 10  # seconds that this clock and Better Auth's may differ
 MAX_TOKEN = 16 * 1024  # characters; Better Auth's have a few hundred
-REMEMBERED = 1000  # verified tokens
-COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, section 7.1: no padding
-LOGIN_TYPES = ("jwt", "at+jwt")  # RFC 8725, section 3.11: Better Auth signs its session cookies too, of another type
-ASYMMETRIC = ("EdDSA", "ES256", "ES512", "RS256", "PS256")  # what Better Auth's jwt() plugin can sign with
+TOKEN_CACHE_SIZE = 1000  # verified tokens
+COMPACT_JWS = re.compile(
+    r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}"
+)  # RFC 7515, section 7.1: no padding
+LOGIN_TYPES = (
+    "jwt",
+    "at+jwt",
+)  # RFC 8725, section 3.11: Better Auth signs its session cookies too, of another type
+ASYMMETRIC = (
+    "EdDSA",
+    "ES256",
+    "ES512",
+    "RS256",
+    "PS256",
+)  # what Better Auth's jwt() plugin can sign with
 REFUSALS: dict[type[Exception], str] = {
     jwt.InvalidTokenError: "the header's typ, kid, crit or b64 is not that of a login token",
     jwt.ExpiredSignatureError: "the token has expired; log in again",
@@ -218,21 +384,6 @@ KEYS_WAIT = 5  # seconds that a request waits for a fetch
 
 class TokenError(Exception):
     """The token is not accepted; the message says why, fit for an error_description (RFC 6750, section 3)."""
-
-
-class Unavailable(Exception):
-    """What is needed to answer cannot be used right now; the arguments say what and why."""
-
-
-class Blocked(BaseException):
-    """This thread must not wait, and would have to; nothing was done, so the request can start again in another."""
-
-
-class _Thread(threading.local):
-    hurried = False  # True in the thread that serves the sockets
-
-
-this_thread = _Thread()
 
 
 class User(Struct, frozen=True):
@@ -274,8 +425,8 @@ class KeySet:
             return self._finished
 
     def _wait(self, finished: threading.Event) -> None:
-        if this_thread.hurried:
-            raise Blocked
+        if thread_state.in_event_loop:
+            raise WouldBlock
         if not self._slots.acquire(blocking=False):
             raise Unavailable("the key set", "too many requests are waiting for it")
         try:
@@ -296,7 +447,11 @@ class KeySet:
 def download_keys(url: str) -> list[jwt.PyJWK]:
     """Return the keys of a set that can verify a login; a set that leaves its host or holds secrets gives none."""
     keys = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=KEYS_WAIT).get_signing_keys()
-    return [key for key in keys if key.algorithm_name in ASYMMETRIC and not key.Algorithm.check_key_length(key.key)]
+    return [
+        key
+        for key in keys
+        if key.algorithm_name in ASYMMETRIC and not key.Algorithm.check_key_length(key.key)
+    ]
 
 
 class StrictJWT(jwt.PyJWT):
@@ -332,7 +487,9 @@ class Tokens:
     def __init__(self, settings: Settings) -> None:
         """Raise SettingsError when there is neither a secret nor a key set."""
         self._secrets = settings.secrets or ((settings.secret,) if settings.secret else ())
-        self._key_set = KeySet(settings.jwks_url, settings.threads // 2) if settings.jwks_url else None
+        self._key_set = (
+            KeySet(settings.jwks_url, settings.threads // 2) if settings.jwks_url else None
+        )
         if not self._secrets and not self._key_set:
             raise SettingsError(f"BETTER_AUTH_SECRET is missing; {MAKE_ONE}")
         self._issuer, self._audience = settings.issuer, settings.audience
@@ -349,7 +506,7 @@ class Tokens:
         user = self._verified.get(token)
         if user is None or user.expires <= time.time() - LEEWAY:
             user = self._verify(token)
-            if len(self._verified) >= REMEMBERED:
+            if len(self._verified) >= TOKEN_CACHE_SIZE:
                 self._verified.clear()
             self._verified[token] = user
         return user
@@ -357,23 +514,34 @@ class Tokens:
     def mint(self, claims: dict[str, Any]) -> str:
         """Return a token with these claims, signed with the first secret."""
         if not self._secrets:
-            raise SettingsError(f"BETTER_AUTH_SECRET is missing, without which no token can be signed; {MAKE_ONE}")
+            raise SettingsError(
+                f"BETTER_AUTH_SECRET is missing, without which no token can be signed; {MAKE_ONE}"
+            )
         return self._jwt.encode(claims, self._secrets[0], "HS256")
 
     def _verify(self, token: str) -> User:
         if len(token) > MAX_TOKEN:
             raise TokenError(f"the token is longer than {MAX_TOKEN} characters")
         if token.count(".") == 1:
-            raise TokenError("this is no JWT but perhaps a session token; get a JWT from /api/auth/token")
+            raise TokenError(
+                "this is no JWT but perhaps a session token; get a JWT from /api/auth/token"
+            )
         if not COMPACT_JWS.fullmatch(token):
-            raise TokenError("this is no JWT: it must be three base64url parts with dots between them")
+            raise TokenError(
+                "this is no JWT: it must be three base64url parts with dots between them"
+            )
         try:
             header = _json_object(jwt.utils.base64url_decode(token.partition(".")[0]))
-            if not {"crit", "b64"}.isdisjoint(header) or str(header.get("typ", "JWT")).lower() not in LOGIN_TYPES:
+            if (
+                not {"crit", "b64"}.isdisjoint(header)
+                or str(header.get("typ", "JWT")).lower() not in LOGIN_TYPES
+            ):
                 raise jwt.InvalidTokenError
             return _user(self._decode(token, header.get("alg"), str(header.get("kid"))))
         except jwt.MissingRequiredClaimError as ex:
-            raise TokenError(f"the {ex.claim} claim is missing: this is not the token of a login") from None
+            raise TokenError(
+                f"the {ex.claim} claim is missing: this is not the token of a login"
+            ) from None
         except (jwt.InvalidTokenError, ValueError) as ex:
             raise TokenError(REFUSALS.get(type(ex), "the token is malformed")) from None
 
@@ -382,7 +550,12 @@ class Tokens:
         for key, algorithm in self._keys(alg, kid):
             try:
                 return self._jwt.decode(
-                    token, key, [algorithm], issuer=self._issuer, audience=self._audience, leeway=LEEWAY
+                    token,
+                    key,
+                    [algorithm],
+                    issuer=self._issuer,
+                    audience=self._audience,
+                    leeway=LEEWAY,
                 )
             except jwt.InvalidSignatureError as ex:
                 mismatch = ex  # perhaps another of the secrets made it
@@ -392,9 +565,15 @@ class Tokens:
         if alg == "HS256" and self._secrets:
             return [(secret, "HS256") for secret in self._secrets]
         if alg not in ASYMMETRIC:
-            raise TokenError("alg must be HS256" if self._secrets else f"alg must be one of {', '.join(ASYMMETRIC)}")
+            raise TokenError(
+                "alg must be HS256"
+                if self._secrets
+                else f"alg must be one of {', '.join(ASYMMETRIC)}"
+            )
         if not self._key_set:
-            raise TokenError("signed with Better Auth's own key, which this server does not know: set TASKD_JWKS_URL")
+            raise TokenError(
+                "signed with Better Auth's own key, which this server does not know: set TASKD_JWKS_URL"
+            )
         key = self._key_set.find(kid)
         if key is None or key.algorithm_name != alg:
             raise TokenError("the key set has no key for this kid and alg")
@@ -402,7 +581,11 @@ class Tokens:
 
 
 def _user(claims: dict[str, Any]) -> User:
-    for name in ("exp", "nbf", "iat"):  # RFC 7519, section 2: a number; PyJWT would take a string of digits too
+    for name in (
+        "exp",
+        "nbf",
+        "iat",
+    ):  # RFC 7519, section 2: a number; PyJWT would take a string of digits too
         if name in claims and type(claims[name]) not in (int, float):
             raise TokenError(f"{name} must be a number")
     subject = claims["sub"]
@@ -412,7 +595,7 @@ def _user(claims: dict[str, Any]) -> User:
     return User(subject, claims["exp"], **texts)
 
 
-# --- Bodies ---------------------------------------------------------------------------------------------------------
+# --- Bodies ---------------------------------------------------------------------------------------
 
 MAX_BODY = 64 * 1024  # bytes; the largest possible task has 41,000 in UTF-8
 MAX_FAULTS = 20  # reported at once, each with at most so many characters of the field's name
@@ -482,36 +665,14 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
     """The body is JSON but not what is wanted; `faults` says what is wrong, field by field."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        super().__init__(description="; ".join(f"{fault.field} {fault.message}" for fault in faults))
+        super().__init__(
+            description="; ".join(f"{fault.field} {fault.message}" for fault in faults)
+        )
         self.faults = faults
 
 
 Body = TypeVar("Body", bound=_Body)
 to_json = msgspec.json.Encoder().encode
-
-POSITION = tuple[str | int, int]  # where a page ended: the value by which its last task was sorted, and its id
-SEAL = 16  # bytes
-PARAMETERS = {
-    "completed": ("true|false", "must be true or false"),
-    "q": (r"[^\0]{0,1000}", "must be at most 1,000 characters, without U+0000"),
-    "sort": ("-?(id|created_at|updated_at|title)", "must be id, created_at, updated_at or title, or one with - before"),
-    "limit": ("[1-9][0-9]{0,2}|1000", "must be a whole number from 1 to 1000"),
-    "after": ("[A-Za-z0-9_-]+", 'must come from the link rel="next" of a page of your tasks in the same order'),
-}
-ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'  # RFC 9110, section 8.8.3
-ENTITY_TAGS = rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*"
-TAG = r'"[0-9]+-[0-9T:.-]+Z"'  # taskd's own: the version and updated_at
-IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
-
-
-class Listing(Struct, frozen=True):
-    """Which of a user's tasks, in which order, from where on; without a limit all of them."""
-
-    completed: bool | None = None
-    q: str = ""
-    sort: str = "id"
-    limit: int | None = None
-    after: POSITION | None = None
 
 
 def read(req: falcon.Request, kind: type[Body], body: bytes | None = None) -> Body:
@@ -557,7 +718,11 @@ def decode(text: str, kind: type[Body]) -> Body:
 
 def _faults(members: dict[str, msgspec.Raw], kind: type[Struct]) -> list[Fault]:
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
-    faults = [Fault(name, "is missing") for name, field in fields.items() if field.required and name not in members]
+    faults = [
+        Fault(name, "is missing")
+        for name, field in fields.items()
+        if field.required and name not in members
+    ]
     for name, value in members.items():
         if name not in fields:
             faults.append(Fault(name[:MAX_NAME], "is not a field that can be set here"))
@@ -577,11 +742,52 @@ def _reason(name: str, value: msgspec.Raw) -> str | None:
     return "must not contain U+0000" if isinstance(given, str) and "\0" in given else None
 
 
+# --- Requests -------------------------------------------------------------------------------------
+
+POSITION = tuple[
+    str | int, int
+]  # where a page ended: the value by which its last task was sorted, and its id
+SEAL = 16  # bytes
+PARAMETERS = {
+    "completed": ("true|false", "must be true or false"),
+    "q": (r"[^\0]{0,1000}", "must be at most 1,000 characters, without U+0000"),
+    "sort": (
+        "-?(id|created_at|updated_at|title)",
+        "must be id, created_at, updated_at or title, or one with - before",
+    ),
+    "limit": ("[1-9][0-9]{0,2}|1000", "must be a whole number from 1 to 1000"),
+    "after": (
+        "[A-Za-z0-9_-]+",
+        'must come from the link rel="next" of a page of your tasks in the same order',
+    ),
+}
+ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'  # RFC 9110, section 8.8.3
+ENTITY_TAGS = rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*"
+TAG = r'"[0-9]+-[0-9T:.-]+Z"'  # taskd's own: the version and updated_at
+IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
+
+
+class Listing(Struct, frozen=True):
+    """Which of a user's tasks, in which order, from where on; without a limit all of them."""
+
+    completed: bool | None = None
+    q: str = ""
+    sort: str = "id"
+    limit: int | None = None
+    after: POSITION | None = None
+
+
 def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
     """Return what the query asks for, or raise 422 for a wrong value of a known parameter."""
-    given = {name: text for name, text in req.params.items() if name in PARAMETERS and isinstance(text, str)}
+    given = {
+        name: text
+        for name, text in req.params.items()
+        if name in PARAMETERS and isinstance(text, str)
+    }
     wrong = [name for name, text in given.items() if not re.fullmatch(PARAMETERS[name][0], text)]
-    wrong += [name for name in PARAMETERS if isinstance(req.params.get(name), list)]  # given more than once
+    wrong += [
+        name for name in PARAMETERS if isinstance(req.params.get(name), list)
+    ]  # given more than once
     sort, after = given.get("sort", "id"), None
     if "after" in given and not {"after", "sort"}.intersection(wrong):
         after = cursors.read(given["after"], req.context.user.id, sort)
@@ -643,15 +849,21 @@ def read_key(req: falcon.Request) -> str | None:
     """Return the Idempotency-Key, or None; raise 400 if it is malformed."""
     key = req.get_header("Idempotency-Key")
     if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
-        raise falcon.HTTPBadRequest(description="Idempotency-Key must be 1 to 255 visible ASCII characters")
+        raise falcon.HTTPBadRequest(
+            description="Idempotency-Key must be 1 to 255 visible ASCII characters"
+        )
     return key
 
 
-# --- Store ----------------------------------------------------------------------------------------------------------
+# --- Store ----------------------------------------------------------------------------------------
 
-PIECE = 100  # tasks of a list that are read and sent at once
-REPEATABLE = timedelta(hours=24)  # how long a create can be repeated with its Idempotency-Key
-CONTAINS = " OR ".join(f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded"))
+CHUNK = 100  # tasks of a list that are read and sent at once
+IDEMPOTENCY_WINDOW = timedelta(
+    hours=24
+)  # how long a create can be repeated with its Idempotency-Key
+CONTAINS = " OR ".join(
+    f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded")
+)
 AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
 
 
@@ -723,19 +935,22 @@ class Stored(Struct, frozen=True):
     replayed: bool = False
 
 
-def folded(title: str | None, description: str | None) -> dict[str, str | None]:
+def search_columns(title: str | None, description: str | None) -> dict[str, str | None]:
     """Return the columns in which `q` is searched: the texts as they are when upper and lower case do not count."""
-    return {"title_folded": title and title.casefold(), "description_folded": description and description.casefold()}
+    return {
+        "title_folded": title and title.casefold(),
+        "description_folded": description and description.casefold(),
+    }
 
 
-def parameter(name: str) -> peewee.SQL:
+def placeholder(name: str) -> peewee.SQL:
     """Return the place of a value in a statement that is compiled once."""
     return peewee.SQL(f":{name}")
 
 
-def mine(model: type[Task | IdempotencyKey]) -> peewee.Expression:
+def owned_by_user(model: type[Task | IdempotencyKey]) -> peewee.Expression:
     """Whose row is this? The one predicate of ownership."""
-    return model.user_id == parameter("user_id")
+    return model.user_id == placeholder("user_id")
 
 
 class TaskStore:
@@ -750,42 +965,65 @@ class TaskStore:
         self._database = database
         self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
         self._lists: dict[tuple[object, ...], str] = {}
-        this = mine(Task) & (Task.id == parameter("id"))
+        this = owned_by_user(Task) & (Task.id == placeholder("id"))
         as_expected = this & peewee.SQL(AS_EXPECTED)
-        touched = {"updated_at": parameter("now"), "version": peewee.SQL("version + 1")}
-        new = {name: parameter(name) for name in ("user_id", *RULES, *folded(None, None))}
+        touched = {"updated_at": placeholder("now"), "version": peewee.SQL("version + 1")}
+        new = {name: placeholder(name) for name in ("user_id", *RULES, *search_columns(None, None))}
         changed: dict[str, Any] = {
-            name: peewee.fn.COALESCE(parameter(name), getattr(Task, name)) for name in new if name != "user_id"
+            name: peewee.fn.COALESCE(placeholder(name), getattr(Task, name))
+            for name in new
+            if name != "user_id"
         }
         for name in ("description", "description_folded"):
-            changed[name] = peewee.Case(None, [(parameter("described"), parameter(name))], getattr(Task, name))
-        toggled = peewee.fn.COALESCE(parameter("completed"), ~Task.completed)
+            changed[name] = peewee.Case(
+                None, [(placeholder("described"), placeholder(name))], getattr(Task, name)
+            )
+        toggled = peewee.fn.COALESCE(placeholder("completed"), ~Task.completed)
         self._get = database.compile(Task.select(*SHOWN, Task.version).where(this))
-        self._add = self._compile(Task.insert(created_at=parameter("now"), updated_at=parameter("now"), **new))
+        self._add = self._compile(
+            Task.insert(created_at=placeholder("now"), updated_at=placeholder("now"), **new)
+        )
         self._change = self._compile(Task.update(**changed, **touched).where(as_expected))
         self._complete = self._compile(Task.update(completed=toggled, **touched).where(as_expected))
         self._remove = self._compile(Task.delete().where(as_expected))
-        key = mine(IdempotencyKey) & (IdempotencyKey.name == parameter("name"))
-        oldest = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id).limit(peewee.SQL("2"))
-        expired = (key | IdempotencyKey.id.in_(oldest)) & (IdempotencyKey.created_at < parameter("before"))
-        claim = {name: parameter(name) for name in ("user_id", "name", "body")}
-        claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=parameter("now"), **claim)
+        key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
+        oldest = (
+            IdempotencyKey.select(IdempotencyKey.id)
+            .order_by(IdempotencyKey.id)
+            .limit(peewee.SQL("2"))
+        )
+        expired = (key | IdempotencyKey.id.in_(oldest)) & (
+            IdempotencyKey.created_at < placeholder("before")
+        )
+        claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
+        claimed = IdempotencyKey.insert(
+            answer=peewee.SQL("''"), created_at=placeholder("now"), **claim
+        )
         self._expire = database.compile(IdempotencyKey.delete().where(expired))
         self._claim = database.compile(claimed.on_conflict_ignore().returning(IdempotencyKey.id))
-        self._answer = database.compile(IdempotencyKey.update(answer=parameter("answer")).where(key))
-        self._replay = database.compile(IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key))
+        self._answer = database.compile(
+            IdempotencyKey.update(answer=placeholder("answer")).where(key)
+        )
+        self._replay = database.compile(
+            IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key)
+        )
 
     def _compile(self, query: Any) -> str:
         return self._database.compile(query.returning(*SHOWN, Task.version))
 
     def page(self, user_id: str, listing: Listing) -> tuple[list[TaskView], Listing | None]:
         """Return the user's tasks, as many as the listing's limit or a piece; and the listing of those that follow."""
-        if listing.q and this_thread.hurried:
-            raise Blocked  # it looks at each task of the user
-        size, (value, last) = listing.limit or PIECE, listing.after or (None, None)
+        if listing.q and thread_state.in_event_loop:
+            raise WouldBlock  # it looks at each task of the user
+        size, (value, last) = listing.limit or CHUNK, listing.after or (None, None)
         shape = listing.completed is None, not listing.q, listing.sort, last is None
         sql = self._lists.get(shape) or self._lists.setdefault(shape, self._select(*shape))
-        values = {"completed": listing.completed, "q": listing.q.casefold(), "value": value, "last": last}
+        values = {
+            "completed": listing.completed,
+            "q": listing.q.casefold(),
+            "value": value,
+            "last": last,
+        }
         tasks = _views(self._database.run(sql, user_id=user_id, limit=size + 1, **values))
         if len(tasks) <= size:
             return tasks, None
@@ -799,21 +1037,30 @@ class TaskStore:
         to the last one before and those after them. SQLite would read all that are equal if it were asked at once.
         """
         column, descending = getattr(Task, sort.lstrip("-")), sort.startswith("-")
-        value, last = parameter("value"), parameter("last")
+        value, last = placeholder("value"), placeholder("last")
         halves, places = [], []
         if not both:
-            halves = [Task.completed == parameter("completed")]
+            halves = [Task.completed == placeholder("completed")]
         elif column is not Task.id:
             halves = [Task.completed == peewee.SQL("FALSE"), Task.completed == peewee.SQL("TRUE")]
         if not first:
             places = [Task.id < last if descending else Task.id > last]
         if not first and column is not Task.id:
-            places = [(column == value) & places[0], column < value if descending else column > value]
-        query = Task.select(*SHOWN).where(mine(Task), *([] if everything else [peewee.SQL(f"({CONTAINS})")]))
-        parts: list[Any] = [query.where(*part) for part in itertools.product(*filter(None, (halves, places)))]
+            places = [
+                (column == value) & places[0],
+                column < value if descending else column > value,
+            ]
+        query = Task.select(*SHOWN).where(
+            owned_by_user(Task), *([] if everything else [peewee.SQL(f"({CONTAINS})")])
+        )
+        parts: list[Any] = [
+            query.where(*part) for part in itertools.product(*filter(None, (halves, places)))
+        ]
         direction = " DESC" if descending else ""
         order = (peewee.SQL(f"{key}{direction}") for key in dict.fromkeys([column.name, "id"]))
-        return self._database.compile(reduce(operator.add, parts).order_by(*order).limit(parameter("limit")))
+        return self._database.compile(
+            reduce(operator.add, parts).order_by(*order).limit(placeholder("limit"))
+        )
 
     def get(self, user_id: str, task_id: int) -> Stored | None:
         """Return one task."""
@@ -826,11 +1073,16 @@ class TaskStore:
         """
         now = datetime.now(UTC)
         new = {"title": task.title, "description": task.description, "completed": task.completed}
-        values = {**new, **folded(task.title, task.description), "user_id": user_id, "now": timestamp(now)}
+        values = {
+            **new,
+            **search_columns(task.title, task.description),
+            "user_id": user_id,
+            "now": timestamp(now),
+        }
         if key is None:
             return _first(self._database.write(self._add, **values))
         body = hashlib.sha256(to_json(new)).hexdigest()
-        values |= {"name": key, "body": body, "before": timestamp(now - REPEATABLE)}
+        values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
             self._database.run(self._expire, **values)
             found = self._database.run(self._replay, **values)
@@ -839,10 +1091,14 @@ class TaskStore:
                 stored = _stored(row)
                 self._database.run(self._answer, **values, answer=to_json(stored.task).decode())
                 return stored
-            [(known, answer)] = found or self._database.run(self._replay, **values)  # another process was faster
+            [(known, answer)] = found or self._database.run(
+                self._replay, **values
+            )  # another process was faster
         return _replayed(answer) if known == body else None
 
-    def change(self, user_id: str, task_id: int, changes: TaskChanges, expected: str | None = None) -> Stored | None:
+    def change(
+        self, user_id: str, task_id: int, changes: TaskChanges, expected: str | None = None
+    ) -> Stored | None:
         """Change the fields that are given, and return the task as it is now."""
         given = {name: value for name in RULES if (value := getattr(changes, name)) is not UNSET}
         if not given:
@@ -850,15 +1106,25 @@ class TaskStore:
             if stored and expected is not None and stored.tag not in expected:
                 raise Changed(stored.tag)
             return stored
-        values = {"title": None, "description": None, "completed": None, "described": "description" in given, **given}
-        values |= folded(given.get("title"), given.get("description"))
-        return self._write(self._change, expected, user_id=user_id, id=task_id, now=_now(), **values)
+        values = {
+            "title": None,
+            "description": None,
+            "completed": None,
+            "described": "description" in given,
+            **given,
+        }
+        values |= search_columns(given.get("title"), given.get("description"))
+        return self._write(
+            self._change, expected, user_id=user_id, id=task_id, now=_now(), **values
+        )
 
     def complete(
         self, user_id: str, task_id: int, completed: bool | None, expected: str | None = None
     ) -> Stored | None:
         """Set whether the task is completed, or toggle it with None, and return the task as it is now."""
-        return self._write(self._complete, expected, user_id=user_id, id=task_id, now=_now(), completed=completed)
+        return self._write(
+            self._complete, expected, user_id=user_id, id=task_id, now=_now(), completed=completed
+        )
 
     def remove(self, user_id: str, task_id: int, expected: str | None = None) -> Stored | None:
         """Delete the task, and return it as it was."""
@@ -874,7 +1140,11 @@ class TaskStore:
 
     def _write(self, sql: str, expected: str | None, **values: Any) -> Stored | None:
         stored = _first(self._database.write(sql, expected=expected, **values))
-        if not stored and expected is not None and (other := self.get(values["user_id"], values["id"])):
+        if (
+            not stored
+            and expected is not None
+            and (other := self.get(values["user_id"], values["id"]))
+        ):
             raise Changed(other.tag)
         return stored
 
@@ -883,7 +1153,10 @@ Row = tuple[Any, ...]
 
 
 def _views(rows: list[Row]) -> list[TaskView]:
-    return [TaskView(key, user, title, text, done == 1, new, now) for key, user, title, text, done, new, now in rows]
+    return [
+        TaskView(key, user, title, text, done == 1, new, now)
+        for key, user, title, text, done, new, now in rows
+    ]
 
 
 def _stored(row: Row) -> Stored:
@@ -909,16 +1182,20 @@ def _now() -> str:
     return timestamp(datetime.now(UTC))
 
 
-# --- Database -------------------------------------------------------------------------------------------------------
+# --- Database -------------------------------------------------------------------------------------
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 MIGRATIONS = Path(__file__).with_name("migrations")
 VERSION = 2  # of the schema; migrations/2.sql makes it from version 1
 TABLES = tuple(model._meta.table_name for model in MODELS)
-BUSY = 4.0  # seconds that a write waits for another process which holds the database's write lock
-QUEUE = 4.0  # seconds that it waits before that for the writes of this process
-SLOT = 0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
-SLOW = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
+LOCK_TIMEOUT = (
+    4.0  # seconds that a write waits for another process which holds the database's write lock
+)
+WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for the writes of this process
+QUEUE_PLACE_TIMEOUT = (
+    0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
+)
+SLOW_WRITE = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
 
 
 class DatabaseError(Exception):
@@ -946,12 +1223,15 @@ class Sqlite:
     def __init__(self, path: str, waiting: int) -> None:
         """Open the database, creating it if need be; at most `waiting` writes wait at once. Raises DatabaseError."""
         prepare_database(path)
-        self._hurried, self._patient = connect(path, timeout=0, cache=16), connect(path, timeout=BUSY)
+        self._event_loop_connection, self._worker_connection = (
+            connect(path, timeout=0, cache=16),
+            connect(path, timeout=LOCK_TIMEOUT),
+        )
         try:  # one connection stays open, so that no other needs to set up the log on a disk that is full or locked
-            self._patient.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
+            self._worker_connection.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
-        self.peewee = self._patient  # for queries of taskctl's own
+        self.peewee = self._worker_connection  # for queries of taskctl's own
         self._path, self._opened = Path(path), Path(path).stat()
         self._slots = threading.BoundedSemaphore(waiting)
         self._turn = threading.Lock()
@@ -959,17 +1239,17 @@ class Sqlite:
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
-        return compiled(query, self._patient)
+        return compiled(query, self._worker_connection)
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """Run a statement and return its rows. Raises Unavailable, and Blocked where it must not wait."""
+        """Run a statement and return its rows. Raises Unavailable, and WouldBlock where it must not wait."""
         database = self._here()
         try:
             with peewee.__exception_wrapper__:  # type: ignore[attr-defined]  # the last fetch commits, and can fail
                 return database.execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
         except peewee.DatabaseError as ex:
-            if this_thread.hurried and "locked" in str(ex):
-                raise Blocked from None
+            if thread_state.in_event_loop and "locked" in str(ex):
+                raise WouldBlock from None
             self._drop()  # whatever state the connection is in, the next request starts with a fresh one
             if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
                 raise
@@ -995,15 +1275,15 @@ class Sqlite:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Wait for this thread's turn. Writes queue here, because in SQLite's own waiting they back off and starve."""
-        if not this_thread.hurried:
+        if not thread_state.in_event_loop:
             self._queue_up()
         elif self._slow or not self._turn.acquire(blocking=False):
-            raise Blocked
+            raise WouldBlock
         started = time.monotonic()
         try:
             yield
         finally:
-            self._slow = time.monotonic() - started > SLOW
+            self._slow = time.monotonic() - started > SLOW_WRITE
             self._turn.release()
 
     def _drop(self) -> None:
@@ -1014,13 +1294,15 @@ class Sqlite:
             database.close()
 
     def _here(self) -> peewee.SqliteDatabase:
-        return self._hurried if this_thread.hurried else self._patient
+        return (
+            self._event_loop_connection if thread_state.in_event_loop else self._worker_connection
+        )
 
     def _queue_up(self) -> None:
-        if not self._slots.acquire(timeout=SLOT):
+        if not self._slots.acquire(timeout=QUEUE_PLACE_TIMEOUT):
             raise Unavailable("the database", "too many writes are waiting")
         try:
-            if not self._turn.acquire(timeout=QUEUE):
+            if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
         finally:
             self._slots.release()
@@ -1030,21 +1312,24 @@ class Sqlite:
 
         SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
         """
-        if this_thread.hurried:
-            raise Blocked
+        if thread_state.in_event_loop:
+            raise WouldBlock
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
             replaced = not os.path.samestat(self._path.stat(), self._opened)
-            _check_fit(self._patient, statements_kept)
+            _check_fit(self._worker_connection, sqlite_definitions)
         except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
             raise Unavailable("the database", str(ex)) from ex
         if replaced:
-            raise Unavailable("the database, whose file was replaced,", "restart taskd to serve what lies there now")
+            raise Unavailable(
+                "the database, whose file was replaced,",
+                "restart taskd to serve what lies there now",
+            )
 
     def close(self) -> None:
         """Close this thread's connections; the last one of all folds SQLite's log into the database."""
-        self._hurried.close()
-        self._patient.close()
+        self._event_loop_connection.close()
+        self._worker_connection.close()
 
 
 class Postgres:
@@ -1058,23 +1343,31 @@ class Postgres:
 
             psycopg.conninfo.conninfo_to_dict(settings.database_url)
         except ImportError:
-            raise SettingsError("DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt") from None
-        except psycopg.ProgrammingError:  # what it says of a password with a % may have the password in it
-            raise SettingsError("DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)") from None
+            raise SettingsError(
+                "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
+            ) from None
+        except (
+            psycopg.ProgrammingError
+        ):  # what it says of a password with a % may have the password in it
+            raise SettingsError(
+                "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
+            ) from None
         self._pool = self.peewee = PooledPostgresqlDatabase(
             settings.database_url,
             max_connections=settings.threads,
-            timeout=QUEUE,
+            timeout=WRITE_TURN_TIMEOUT,
             prefer_psycopg3=True,
             connect_timeout=3,
             tcp_user_timeout=5000,
-            options=f"-c statement_timeout={2000 * BUSY:.0f}ms -c lock_timeout={1000 * BUSY:.0f}ms",
+            options=f"-c statement_timeout={2000 * LOCK_TIMEOUT:.0f}ms -c lock_timeout={1000 * LOCK_TIMEOUT:.0f}ms",
         )
         self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
         except (peewee.PeeweeException, ValueError) as ex:
-            raise DatabaseError(f"{settings.database} cannot be opened: {_first_line(ex)}") from None
+            raise DatabaseError(
+                f"{settings.database} cannot be opened: {_first_line(ex)}"
+            ) from None
         finally:
             self.close()
 
@@ -1083,7 +1376,7 @@ class Postgres:
         return re.sub(r":([a-z_]+)", r"%(\1)s", compiled(query, self._pool).replace("%", "%%"))
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """Run a statement and return its rows. Raises Unavailable, and Blocked where it must not wait."""
+        """Run a statement and return its rows. Raises Unavailable, and WouldBlock where it must not wait."""
         with self._connected():
             cursor = self._pool.execute_sql(sql, values)
             return cursor.fetchall() if cursor.description else []
@@ -1099,10 +1392,14 @@ class Postgres:
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
         """Take a connection from the pool, or go on with the one of the transaction that is under way."""
-        if this_thread.hurried:
-            raise Blocked
+        if thread_state.in_event_loop:
+            raise WouldBlock
         try:
-            with self._pool.connection_context() if self._pool.is_closed() else contextlib.nullcontext():
+            with (
+                self._pool.connection_context()
+                if self._pool.is_closed()
+                else contextlib.nullcontext()
+            ):
                 yield
         except self._unusable as ex:
             self._pool.close_idle()  # the server was perhaps away; then none of them is good any more
@@ -1111,7 +1408,7 @@ class Postgres:
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         with self._connected():
-            _check_fit(self._pool, columns_and_indexes)
+            _check_fit(self._pool, portable_definitions)
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
@@ -1121,8 +1418,8 @@ class Postgres:
         with self._pool.connection_context(), self._pool.atomic():
             self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (int.from_bytes(b"taskd"),))
             if not schema_version(self._pool):
-                _make_tables(self._pool, map(respelled, statements(SCHEMA)))
-            check_schema(self._pool, name, columns_and_indexes)
+                _make_tables(self._pool, map(for_postgresql, statements(SCHEMA)))
+            check_schema(self._pool, name, portable_definitions)
 
 
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
@@ -1132,10 +1429,12 @@ def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -
         raise Unavailable("the database, whose schema does not fit,", _first_line(ex)) from None
 
 
-def respelled(statement: str) -> str:
+def for_postgresql(statement: str) -> str:
     """Return a statement of schema.sql as PostgreSQL has it, where text is to be sorted by code point as in SQLite."""
     key = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
-    return statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace(" TEXT", ' TEXT COLLATE "C"')
+    return statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace(
+        " TEXT", ' TEXT COLLATE "C"'
+    )
 
 
 def _first_line(ex: Exception) -> str:
@@ -1150,7 +1449,10 @@ def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
 
     A connection waits `timeout` seconds for another's lock, and keeps up to `cache` MB of pages.
     """
-    pragmas = {"journal_mode": "wal", "synchronous": "full"}  # reads never wait, and a commit is on disk
+    pragmas = {
+        "journal_mode": "wal",
+        "synchronous": "full",
+    }  # reads never wait, and a commit is on disk
     pragmas["cache_size"] = str(-1000 * cache)
     existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # a file that is away is not replaced by an empty one
     return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout)
@@ -1162,12 +1464,12 @@ def prepare_database(path: str) -> None:
     One of an earlier version is brought up to date; beside it stays a copy of what it was. Raises DatabaseError for a
     file that cannot be opened or does not fit, and leaves it as it was.
     """
-    database = peewee.SqliteDatabase(path, timeout=BUSY)
+    database = peewee.SqliteDatabase(path, timeout=LOCK_TIMEOUT)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if schema_version(database) < VERSION:
             _bring_up_to_date(database, path)
-        check_schema(database, path, statements_kept)
+        check_schema(database, path, sqlite_definitions)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
         raise DatabaseError(f"{path} cannot be opened: {ex}") from None
     finally:
@@ -1177,7 +1479,9 @@ def prepare_database(path: str) -> None:
 def check_schema(database: peewee.Database, name: str, describe: Callable[[Any], set[str]]) -> None:
     """Raise DatabaseError if the database is not of this version or does not fit schema.sql."""
     if (version := schema_version(database)) > VERSION:
-        raise DatabaseError(f"{name} was made by a newer taskd: its schema is {version}, not {VERSION}; update taskd")
+        raise DatabaseError(
+            f"{name} was made by a newer taskd: its schema is {version}, not {VERSION}; update taskd"
+        )
     if differences := schema_differences(database, describe):
         raise DatabaseError(f"{name} does not fit schema.sql: {differences}")
 
@@ -1202,14 +1506,18 @@ def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
             return
         if version:
             undo.callback(os.unlink, _keep_copy(path, version))
-        scripts = [MIGRATIONS / f"{number}.sql" for number in range(version + 1, VERSION + 1)] if version else [SCHEMA]
+        scripts = (
+            [MIGRATIONS / f"{number}.sql" for number in range(version + 1, VERSION + 1)]
+            if version
+            else [SCHEMA]
+        )
         _make_tables(database, itertools.chain(*map(statements, scripts)))
-        check_schema(database, path, statements_kept)
+        check_schema(database, path, sqlite_definitions)
         undo.pop_all()
 
 
-def _make_tables(database: peewee.Database, made_by: Iterable[str]) -> None:
-    for statement in made_by:
+def _make_tables(database: peewee.Database, script: Iterable[str]) -> None:
+    for statement in script:
         database.execute_sql(statement)
     About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
 
@@ -1220,7 +1528,10 @@ def _keep_copy(path: str, version: int) -> str:
     for left in (part, f"{part}-journal"):  # by a start that was killed
         Path(left).unlink(missing_ok=True)
     os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with contextlib.closing(sqlite3.connect(path)) as now, contextlib.closing(sqlite3.connect(part)) as kept:
+    with (
+        contextlib.closing(sqlite3.connect(path)) as now,
+        contextlib.closing(sqlite3.connect(part)) as kept,
+    ):
         now.backup(kept)
     Path(part).rename(copy)
     return copy
@@ -1240,7 +1551,10 @@ def schema_differences(database: peewee.Database, describe: Callable[[Any], set[
     """Return in words what the tables have otherwise than schema.sql; other tables are no concern of ours."""
     wanted, found = _wanted(describe), describe(database)
     lacking = [f"it lacks {part}" for part in sorted(wanted - found)]
-    return "; ".join(lacking + [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")])
+    return "; ".join(
+        lacking
+        + [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")]
+    )
 
 
 @cache
@@ -1253,7 +1567,7 @@ def _wanted(describe: Callable[[Any], set[str]]) -> set[str]:
     return wanted
 
 
-def statements_kept(database: peewee.SqliteDatabase) -> set[str]:
+def sqlite_definitions(database: peewee.SqliteDatabase) -> set[str]:
     """Return the columns and indexes of taskd's tables as SQLite keeps them, without comments and layout."""
     rows = database.execute_sql("SELECT tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL")
     parts = set()
@@ -1266,7 +1580,7 @@ def statements_kept(database: peewee.SqliteDatabase) -> set[str]:
     return parts
 
 
-def columns_and_indexes(database: peewee.Database) -> set[str]:
+def portable_definitions(database: peewee.Database) -> set[str]:
     """Return the columns and indexes of taskd's tables as any database tells them."""
     parts = set()
     for table in TABLES:
@@ -1274,148 +1588,32 @@ def columns_and_indexes(database: peewee.Database) -> set[str]:
             kind = column.data_type.upper().replace("BIGINT", "INTEGER")
             required = "" if column.null or column.primary_key else " NOT NULL"
             parts.add(f"{table}.{column.name} {kind}{required}")
-        parts |= {f"index on {table} ({', '.join(index.columns)})" for index in database.get_indexes(table)}
+        parts |= {
+            f"index on {table} ({', '.join(index.columns)})"
+            for index in database.get_indexes(table)
+        }
     return parts
 
 
-# --- Middleware -----------------------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-PLAIN_RECORD = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", None, None).__dict__
-ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\](:[0-9]{1,5})?")  # some proxies add a port
-PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
-BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
+BUCKETS = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+)  # seconds
 CHANGES = {"POST": "created", "PUT": "changed", "PATCH": "changed", "DELETE": "deleted"}
-CORS_ALLOWED = "Authorization, Content-Type, If-Match, Idempotency-Key"
-CORS_EXPOSED = "Location, Link, ETag, X-Request-ID"
-
-
-class AuthMiddleware:
-    """Let a request for a user's tasks pass only with that user's token, and leave the user on `req.context.user`."""
-
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
-
-    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Route by the path as it was sent if a slash is encoded in it: WSGI decodes %2F, a user id may have one."""
-        sent = req.env.get("REQUEST_URI", "").partition("?")[0]
-        req.context.decode = "%2f" in sent or "%2F" in sent
-        if req.context.decode:
-            req.path = sent.removesuffix("/")
-
-    def process_resource(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
-    ) -> None:
-        """Raise 401 without a good token, 403 for another user's URL.
-
-        This runs after routing, because the router reads `//api/...` as `/api/...`. Every resource is private unless
-        it says otherwise, and no resource learns the user from the URL: the token's `sub` takes its place.
-        """
-        if req.method == "OPTIONS" or getattr(resource, "public", False):
-            return  # a CORS preflight carries no token
-        user = self._authenticate(req.get_header("Authorization"))
-        asked, path = params.pop("user_id", ""), req.env["PATH_INFO"]
-        asked = falcon.uri.decode(asked, unquote_plus=False) if req.context.decode else asked
-        if asked != user.id or user.id.encode().decode("latin-1") not in path:  # bytes that are no UTF-8 are U+FFFD
-            raise falcon.HTTPForbidden(description="this token is not for the user in the URL; use your own user id")
-        req.context.user = user
-
-    def _authenticate(self, authorization: str | None) -> User:
-        """Return the user of an Authorization header (RFC 6750, section 2.1), or raise 401 (section 3)."""
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not (token := token.strip(" ")):
-            raise _unauthorized("send the header Authorization: Bearer <JWT>, with the token from your login")
-        try:
-            return self._tokens.verify(token)
-        except TokenError as ex:
-            raise _unauthorized(str(ex), f', error="invalid_token", error_description="{ex}"') from None
-
-
-def _unauthorized(detail: str, why: str = "") -> falcon.HTTPUnauthorized:
-    return falcon.HTTPUnauthorized(description=detail, challenges=[f'Bearer realm="taskd"{why}'])
-
-
-class RequestLine(logging.LogRecord):
-    """A request's line in the log, without all that logging looks up elsewhere and no line of ours shows."""
-
-    fields: dict[str, Any]
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        """Take the fields in the order in which JSON shows them."""
-        now = time.time()
-        self.__dict__ = {**PLAIN_RECORD, "created": now, "msecs": now % 1 * 1000, "fields": fields}
-
-    def getMessage(self) -> str:  # noqa: N802
-        """Return it as text. The user is percent-encoded as in a URL: no field and no line can be forged with it."""
-        field, user = self.fields, self.fields["user"]
-        user = "-" if user is None else f"'{falcon.uri.encode_value(user)}'"
-        client = f" client={field['client']}" if "client" in field else ""
-        what = f"{field['method']} {field['route']} {field['status']} {field['ms']:.1f}ms"
-        return f"{what} id={field['id']} user={user}{client}"
-
-
-def log_request(**fields: Any) -> None:
-    """Log a request; the user is None where nobody is known."""
-    if log.isEnabledFor(logging.INFO):
-        log.handle(RequestLine(fields))
-
-
-class Envelope:
-    """Give every answer the headers that all have, and every request its id and its line in the log."""
-
-    def __init__(self, trusted_proxies: tuple[str, ...]) -> None:
-        self._proxies = trusted_proxies
-
-    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Take the client's request id if it can stand in a log, else make one, and start the clock."""
-        req.context.started = time.perf_counter()
-        given = req.get_header("X-Request-ID")
-        req.context.id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
-        resp.set_headers({
-            "X-Request-ID": req.context.id, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-        })  # fmt: skip
-        if self._proxies:
-            req.context.client = self._client(req)
-
-    def _client(self, req: falcon.Request) -> str:
-        """Return the client's address as the trusted proxy tells it, and believe it where it has put taskd."""
-        if self._proxies != ("*",) and req.remote_addr not in self._proxies:
-            return str(req.remote_addr)
-        prefix = req.get_header("X-Forwarded-Prefix") or ""
-        if PREFIX.fullmatch(prefix):
-            req.env["SCRIPT_NAME"] = prefix
-        forwarded = (req.get_header("X-Forwarded-For") or "").rpartition(",")[2].strip()
-        return forwarded if ADDRESS.fullmatch(forwarded) else str(req.remote_addr)
-
-    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
-        """Log the request: never its token, its query or its body."""
-        context = req.context
-        log_request(
-            method=req.method,
-            route=req.uri_template or "-",
-            status=resp.status_code,
-            ms=round((time.perf_counter() - context.started) * 1000, 1),
-            id=context.id,
-            user=context.user.id if "user" in context else None,
-            **({"client": context.client} if self._proxies else {}),
-        )
-
-
-class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
-    """Let pages of exactly these origins call taskd, and read its errors (WHATWG Fetch, CORS protocol)."""
-
-    def __init__(self, origins: tuple[str, ...]) -> None:
-        super().__init__(allow_origins=origins, expose_headers=CORS_EXPOSED)
-
-    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
-        """Add the headers; where Falcon would allow whatever a preflight asks for, allow what taskd reads."""
-        allow = resp.get_header("Allow")
-        super().process_response(req, resp, resource, succeeded)
-        resp.append_header("Vary", "Origin")
-        if resp.get_header("Access-Control-Allow-Headers"):
-            resp.set_header("Access-Control-Allow-Headers", CORS_ALLOWED)
-        if allow:
-            resp.set_header("Allow", allow)
 
 
 class Metrics:
@@ -1428,16 +1626,27 @@ class Metrics:
 
         self._registry = registry = prometheus.CollectorRegistry()
         self._show, self._content_type = prometheus.generate_latest, prometheus.CONTENT_TYPE_LATEST
-        what, seconds = ("route", "method"), partial(prometheus.Histogram, registry=registry, buckets=BUCKETS)
-        self._requests = prometheus.Counter("taskd_requests", "Requests.", (*what, "status"), registry=registry)
+        what, seconds = (
+            ("route", "method"),
+            partial(prometheus.Histogram, registry=registry, buckets=BUCKETS),
+        )
+        self._requests = prometheus.Counter(
+            "taskd_requests", "Requests.", (*what, "status"), registry=registry
+        )
         self._seconds = seconds("taskd_request_seconds", "Time to answer.", what)
-        self._written = prometheus.Counter("taskd_tasks_written", "Tasks.", ("change",), registry=registry)
+        self._written = prometheus.Counter(
+            "taskd_tasks_written", "Tasks.", ("change",), registry=registry
+        )
         waited = "Time of a statement, or a transaction, with the wait for its turn."
         self._database_seconds = seconds("taskd_database_seconds", waited, ("statement",))
-        prometheus.Info("taskd_build", "What runs.", registry=registry).info({"version": __version__})
+        prometheus.Info("taskd_build", "What runs.", registry=registry).info(
+            {"version": __version__}
+        )
         prometheus.ProcessCollector(registry=registry)
 
-    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
+    ) -> None:
         """Count and time a request. A fault here is told to the log and breaks no answer."""
         try:
             self._count(req, resp)
@@ -1448,7 +1657,11 @@ class Metrics:
         what = req.uri_template or "-", req.method
         self._requests.labels(*what, resp.status_code).inc()
         self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
-        if req.method in CHANGES and resp.status_code in (200, 201) and not resp.get_header("Idempotency-Replayed"):
+        if (
+            req.method in CHANGES
+            and resp.status_code in (200, 201)
+            and not resp.get_header("Idempotency-Replayed")
+        ):
             self._written.labels(CHANGES[req.method]).inc()
 
     def timed(self, database: Database) -> Database:
@@ -1493,7 +1706,7 @@ class TimedDatabase:
         started, blocked = time.perf_counter(), False
         try:
             yield
-        except Blocked:
+        except WouldBlock:
             blocked = True  # it starts again in another thread, and counts there
             raise
         finally:
@@ -1501,7 +1714,133 @@ class TimedDatabase:
                 self._seconds.labels(statement).observe(time.perf_counter() - started)
 
 
-# --- Resources ------------------------------------------------------------------------------------------------------
+# --- Middleware -----------------------------------------------------------------------------------
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+ADDRESS = re.compile(
+    r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\](:[0-9]{1,5})?"
+)  # some proxies add a port
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+CORS_ALLOWED = "Authorization, Content-Type, If-Match, Idempotency-Key"
+CORS_EXPOSED = "Location, Link, ETag, X-Request-ID"
+
+
+class AuthMiddleware:
+    """Let a request for a user's tasks pass only with that user's token, and leave the user on `req.context.user`."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Route by the path as it was sent if a slash is encoded in it: WSGI decodes %2F, a user id may have one."""
+        sent = req.env.get("REQUEST_URI", "").partition("?")[0]
+        req.context.decode = "%2f" in sent or "%2F" in sent
+        if req.context.decode:
+            req.path = sent.removesuffix("/")
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
+    ) -> None:
+        """Raise 401 without a good token, 403 for another user's URL.
+
+        This runs after routing, because the router reads `//api/...` as `/api/...`. Every resource is private unless
+        it says otherwise, and no resource learns the user from the URL: the token's `sub` takes its place.
+        """
+        if req.method == "OPTIONS" or getattr(resource, "public", False):
+            return  # a CORS preflight carries no token
+        user = self._authenticate(req.get_header("Authorization"))
+        asked, path = params.pop("user_id", ""), req.env["PATH_INFO"]
+        asked = falcon.uri.decode(asked, unquote_plus=False) if req.context.decode else asked
+        if (
+            asked != user.id or user.id.encode().decode("latin-1") not in path
+        ):  # bytes that are no UTF-8 are U+FFFD
+            raise falcon.HTTPForbidden(
+                description="this token is not for the user in the URL; use your own user id"
+            )
+        req.context.user = user
+
+    def _authenticate(self, authorization: str | None) -> User:
+        """Return the user of an Authorization header (RFC 6750, section 2.1), or raise 401 (section 3)."""
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not (token := token.strip(" ")):
+            raise _unauthorized(
+                "send the header Authorization: Bearer <JWT>, with the token from your login"
+            )
+        try:
+            return self._tokens.verify(token)
+        except TokenError as ex:
+            raise _unauthorized(
+                str(ex), f', error="invalid_token", error_description="{ex}"'
+            ) from None
+
+
+def _unauthorized(detail: str, why: str = "") -> falcon.HTTPUnauthorized:
+    return falcon.HTTPUnauthorized(description=detail, challenges=[f'Bearer realm="taskd"{why}'])
+
+
+class RequestContext:
+    """Give every answer the headers that all have, and every request its id and its line in the log."""
+
+    def __init__(self, trusted_proxies: tuple[str, ...]) -> None:
+        self._proxies = trusted_proxies
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Take the client's request id if it can stand in a log, else make one, and start the clock."""
+        req.context.started = time.perf_counter()
+        given = req.get_header("X-Request-ID")
+        req.context.id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
+        resp.set_headers({
+            "X-Request-ID": req.context.id, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+        })  # fmt: skip
+        if self._proxies:
+            req.context.client = self._client(req)
+
+    def _client(self, req: falcon.Request) -> str:
+        """Return the client's address as the trusted proxy tells it, and believe it where it has put taskd."""
+        if self._proxies != ("*",) and req.remote_addr not in self._proxies:
+            return str(req.remote_addr)
+        prefix = req.get_header("X-Forwarded-Prefix") or ""
+        if PREFIX.fullmatch(prefix):
+            req.env["SCRIPT_NAME"] = prefix
+        forwarded = (req.get_header("X-Forwarded-For") or "").rpartition(",")[2].strip()
+        return forwarded if ADDRESS.fullmatch(forwarded) else str(req.remote_addr)
+
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
+    ) -> None:
+        """Log the request: never its token, its query or its body."""
+        context = req.context
+        log_request(
+            method=req.method,
+            route=req.uri_template or "-",
+            status=resp.status_code,
+            ms=round((time.perf_counter() - context.started) * 1000, 1),
+            id=context.id,
+            user=context.user.id if "user" in context else None,
+            **({"client": context.client} if self._proxies else {}),
+        )
+
+
+class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
+    """Let pages of exactly these origins call taskd, and read its errors (WHATWG Fetch, CORS protocol)."""
+
+    def __init__(self, origins: tuple[str, ...]) -> None:
+        super().__init__(allow_origins=origins, expose_headers=CORS_EXPOSED)
+
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
+    ) -> None:
+        """Add the headers; where Falcon would allow whatever a preflight asks for, allow what taskd reads."""
+        allow = resp.get_header("Allow")
+        super().process_response(req, resp, resource, succeeded)
+        resp.append_header("Vary", "Origin")
+        if resp.get_header("Access-Control-Allow-Headers"):
+            resp.set_header("Access-Control-Allow-Headers", CORS_ALLOWED)
+        if allow:
+            resp.set_header("Allow", allow)
+
+
+# --- Resources ------------------------------------------------------------------------------------
 
 TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
@@ -1537,28 +1876,42 @@ class TaskResource:
         key = read_key(req)
         stored = self._store.add(req.context.user.id, read(req, NewTask), key)
         if stored is None:
-            raise Unprocessable([Fault("Idempotency-Key", "was used for another task; send a new one with a new task")])
+            raise Unprocessable(
+                [
+                    Fault(
+                        "Idempotency-Key",
+                        "was used for another task; send a new one with a new task",
+                    )
+                ]
+            )
         resp.status = falcon.HTTP_201
         resp.location = f"{tasks_path(req)}/{stored.task.id}"
         if stored.replayed:
             resp.set_header("Idempotency-Replayed", "true")
-        show(resp, stored)
+        respond_with_task(resp, stored)
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Show a task, unless the caller has it as it is."""
-        task, tags = number(task_id), read_tags(req, "If-None-Match")
-        show(resp, self._store.get(req.context.user.id, task))
-        if tags and (tags == ["*"] or resp.get_header("ETag") in [tag.removeprefix("W/") for tag in tags]):
+        task, tags = parse_task_id(task_id), read_tags(req, "If-None-Match")
+        respond_with_task(resp, self._store.get(req.context.user.id, task))
+        if tags and (
+            tags == ["*"] or resp.get_header("ETag") in [tag.removeprefix("W/") for tag in tags]
+        ):
             resp.status, resp.data = falcon.HTTP_304, None
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Change the fields that the body names."""
-        task, expected = number(task_id), read_expected(req)
-        show(resp, self._store.change(req.context.user.id, task, read(req, TaskChanges), expected))
+        task, expected = parse_task_id(task_id), read_expected(req)
+        respond_with_task(
+            resp, self._store.change(req.context.user.id, task, read(req, TaskChanges), expected)
+        )
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Delete a task, and show it as it was."""
-        show(resp, self._store.remove(req.context.user.id, number(task_id), read_expected(req)))
+        respond_with_task(
+            resp,
+            self._store.remove(req.context.user.id, parse_task_id(task_id), read_expected(req)),
+        )
 
     on_head_collection = on_get_collection
     on_head = on_get
@@ -1572,15 +1925,19 @@ class TaskCompleteResource:
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Toggle completion, or set it to what the body says."""
-        task, expected, body = number(task_id), read_expected(req), content(req)
+        task, expected, body = parse_task_id(task_id), read_expected(req), content(req)
         completed = read(req, Completion, body).completed if body else None
-        show(resp, self._store.complete(req.context.user.id, task, completed, expected))
+        respond_with_task(
+            resp, self._store.complete(req.context.user.id, task, completed, expected)
+        )
 
 
 class LongList:
     """The JSON array of a list too long for memory: an iterator over its pieces, each read when it is its turn."""
 
-    def __init__(self, store: TaskStore, user_id: str, tasks: list[TaskView], rest: Listing) -> None:
+    def __init__(
+        self, store: TaskStore, user_id: str, tasks: list[TaskView], rest: Listing
+    ) -> None:
         """Take the first tasks, and the listing of the rest."""
         self._store, self._user_id = store, user_id
         self._first = to_json(tasks)[:-1]
@@ -1591,7 +1948,7 @@ class LongList:
         return self
 
     def __next__(self) -> bytes:
-        """Return a piece. After Blocked it can be asked for again."""
+        """Return a piece. After WouldBlock it can be asked for again."""
         if self._first:
             first, self._first = self._first, b""
             return first
@@ -1636,7 +1993,10 @@ class FileResource:
     public = True
 
     def __init__(self, name: str, content_type: str) -> None:
-        self._content, self._content_type = (Path(__file__).parent / name).read_bytes(), content_type
+        self._content, self._content_type = (
+            (Path(__file__).parent / name).read_bytes(),
+            content_type,
+        )
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Show it; it may load and call nothing but this server."""
@@ -1646,7 +2006,7 @@ class FileResource:
     on_head = on_get
 
 
-def number(text: str) -> int:
+def parse_task_id(text: str) -> int:
     """Return a task's id from the URL, or raise the 404 of a task that does not exist."""
     if not TASK_NUMBER.fullmatch(text) or int(text) > MAX_TASK_NUMBER:
         raise falcon.HTTPNotFound(description=NO_TASK)
@@ -1658,7 +2018,7 @@ def tasks_path(req: falcon.Request) -> str:
     return f"{req.root_path}/api/{falcon.uri.encode_value(req.context.user.id)}/tasks"
 
 
-def show(resp: falcon.Response, stored: Stored | None) -> None:
+def respond_with_task(resp: falcon.Response, stored: Stored | None) -> None:
     """Answer with a task; raise the same 404 for one that is not there and for one that is another user's."""
     if stored is None:
         raise falcon.HTTPNotFound(description=NO_TASK)
@@ -1666,20 +2026,28 @@ def show(resp: falcon.Response, stored: Stored | None) -> None:
     resp.set_header("ETag", stored.tag)
 
 
-# --- Errors ---------------------------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 RETRY_AFTER = 2  # seconds
 DETAILS = {
     404: "there is nothing at this path; tasks are at /api/{user_id}/tasks",
     405: "this path does not know this method; the Allow header lists those that it knows",
 }
-TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110; older Pythons have older names
+TITLES = {
+    413: "Content Too Large",
+    422: "Unprocessable Content",
+}  # RFC 9110; older Pythons have older names
 
 
 def problem(status: int, detail: str | None, faults: list[Fault] | None = None) -> bytes:
     """Return the body of an error answer (RFC 9457): the one place where its shape is made."""
     title = TITLES.get(status) or HTTPStatus(status).phrase
-    members = {"title": title, "status": status, "detail": detail or DETAILS.get(status), "errors": faults}
+    members = {
+        "title": title,
+        "status": status,
+        "detail": detail or DETAILS.get(status),
+        "errors": faults,
+    }
     return to_json({name: value for name, value in members.items() if value})
 
 
@@ -1689,7 +2057,9 @@ def serialize_error(req: falcon.Request, resp: falcon.Response, ex: falcon.HTTPE
     resp.data = problem(ex.status_code, ex.description, getattr(ex, "faults", None))
 
 
-def unavailable(req: falcon.Request, resp: falcon.Response, ex: Unavailable, params: object) -> NoReturn:
+def unavailable(
+    req: falcon.Request, resp: falcon.Response, ex: Unavailable, params: object
+) -> NoReturn:
     """Answer 503 while the database or the key set cannot be used, and tell the operator why."""
     what, why = ex.args
     log.error("%s cannot be used: %s id=%s", what, why, req.context.id)
@@ -1704,13 +2074,17 @@ def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: obj
     raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
 
 
-def crash(req: falcon.Request, resp: falcon.Response, ex: Exception, params: object) -> NoReturn:
+def handle_unexpected(
+    req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
+) -> NoReturn:
     """Answer 500 to a fault of ours: the log gets the traceback, the caller the request id to quote."""
     log.error("unhandled exception id=%s", req.context.id, exc_info=ex)
-    raise falcon.HTTPInternalServerError(description=f"this is our fault; when you report it, quote {req.context.id}")
+    raise falcon.HTTPInternalServerError(
+        description=f"this is our fault; when you report it, quote {req.context.id}"
+    )
 
 
-# --- App ------------------------------------------------------------------------------------------------------------
+# --- App ------------------------------------------------------------------------------------------
 
 METHODS = frozenset(falcon.HTTP_METHODS)
 
@@ -1733,11 +2107,18 @@ def create_app(settings: Settings) -> App:
     metrics = [Metrics()] if settings.metrics else []
     store = TaskStore(metrics[0].timed(database) if metrics else database)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
-    app = App(middleware=[Envelope(settings.trusted_proxies), *metrics, *cors, AuthMiddleware(tokens)])
+    app = App(
+        middleware=[
+            RequestContext(settings.trusted_proxies),
+            *metrics,
+            *cors,
+            AuthMiddleware(tokens),
+        ]
+    )
     app.store = store
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_error)
-    app.add_error_handler(Exception, crash)
+    app.add_error_handler(Exception, handle_unexpected)
     app.add_error_handler(Unavailable, unavailable)
     app.add_error_handler(Changed, changed)
     tasks = TaskResource(store)
@@ -1760,56 +2141,7 @@ def wsgi() -> App:
     return create_app(settings)
 
 
-class TextLines(logging.Formatter):
-    """Log lines for people. A traceback is indented, so that none of its lines can be taken for one of the log."""
-
-    _second, _clock = 0, ""
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """Return the time in UTC, of which only the milliseconds are made anew each time."""
-        if self._second != int(record.created):
-            self._second = int(record.created)
-            self._clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
-        return f"{self._clock}.{int(record.msecs):03}Z"
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a line, and perhaps a traceback below it."""
-        line = f"{self.formatTime(record)} {record.levelname} {printable(record.getMessage())}"
-        if not record.exc_info:
-            return line
-        return "\n    ".join([line, *map(printable, self.formatException(record.exc_info).splitlines())])
-
-
-class JsonLines(TextLines):
-    """Log lines for programs: each a JSON object."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a line with a request's fields, or with a message and perhaps a traceback."""
-        line = {"time": self.formatTime(record), "level": record.levelname}
-        line |= record.fields if isinstance(record, RequestLine) else {"message": record.getMessage()}
-        return json.dumps(line | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
-
-
-def printable(text: str) -> str:
-    """Return a text with everything escaped that breaks a line or moves a cursor."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-def configure_log(settings: Settings) -> None:
-    """Send taskd's and waitress' log lines to stderr, without looking up what no line shows."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # as the logging HOWTO's "Optimization" says
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
-    for logger in (log, logging.getLogger("waitress")):
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(settings.log_level.upper())
-    logging.getLogger("waitress.queue").setLevel("ERROR")  # it warns of every request that waits for a thread
-
-
-# --- Server ---------------------------------------------------------------------------------------------------------
+# --- Server ---------------------------------------------------------------------------------------
 
 DRAIN = 9.0  # seconds within which what was sent is answered after SIGTERM
 ACCEPTED = 500  # connections at most in one go
@@ -1852,7 +2184,9 @@ class ServerTask(waitress.task.WSGITask):
         if not self.wrote_header:
             self.write(b"")
         self.chunked_response = self.chunked_response and self.request.command != "HEAD"
-        self.close_on_finish = self.close_on_finish or "taskd.rest" in self.environ  # as its header said
+        self.close_on_finish = (
+            self.close_on_finish or "taskd.rest" in self.environ
+        )  # as its header said
         super().finish()
 
     def close(self) -> None:
@@ -1860,20 +2194,32 @@ class ServerTask(waitress.task.WSGITask):
 
     def set_close_on_finish(self) -> None:
         """Close the connection at the end; waitress would also after a 304, because it has no Content-Length."""
-        asked = self.request.headers.get("CONNECTION", "").lower() == "close" or self.channel.server.stopping
+        asked = (
+            self.request.headers.get("CONNECTION", "").lower() == "close"
+            or self.channel.server.stopping
+        )
         if self.has_body or self.version == "1.0" or asked:
             super().set_close_on_finish()
 
     def build_response_header(self) -> bytes:
         """Return the head of the answer; once the server is stopping it closes the connection (RFC 9112, 9.6)."""
-        if self.channel.server.stopping and len(self.channel.requests) == 1 and not self.channel.has_unread():
+        if (
+            self.channel.server.stopping
+            and len(self.channel.requests) == 1
+            and not self.channel.has_unread()
+        ):
             self.set_close_on_finish()
         head: bytes = super().build_response_header()
         return head
 
     def write(self, data: bytes) -> None:
         """Send the head and the whole of a short body in one packet."""
-        if self.wrote_header or self.content_length != len(data) or not self.complete or not self.has_body:
+        if (
+            self.wrote_header
+            or self.content_length != len(data)
+            or not self.complete
+            or not self.has_body
+        ):
             super().write(data)
         else:
             self.channel.write_soon(self.build_response_header() + data)
@@ -1890,7 +2236,10 @@ class ServerErrorTask(waitress.task.ErrorTask):
         body, request_id = problem(status, error.body), os.urandom(8).hex()
         log_request(method="-", route="-", status=status, ms=0, id=request_id, user=None)
         self.status = f"{status} {HTTPStatus(status).phrase}"
-        self.response_headers += [("Content-Type", "application/problem+json"), ("X-Request-ID", request_id)]
+        self.response_headers += [
+            ("Content-Type", "application/problem+json"),
+            ("X-Request-ID", request_id),
+        ]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -1905,7 +2254,9 @@ class ServerParser(waitress.parser.HTTPRequestParser):
             super().parse_header(header_plus)
         except ValueError as ex:  # such as a Content-Length of 5,000 digits
             raise waitress.parser.ParsingError(str(ex)) from None
-        if self.chunked and re.search(rb"(?im)^content-length[ \t]*:", header_plus):  # RFC 9112, section 6.3
+        if self.chunked and re.search(
+            rb"(?im)^content-length[ \t]*:", header_plus
+        ):  # RFC 9112, section 6.3
             raise waitress.parser.ParsingError("Content-Length beside Transfer-Encoding")
 
 
@@ -1914,7 +2265,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     error_task_class = ServerErrorTask
     parser_class = ServerParser
-    stalled = False
+    waiting_for_client = False
 
     @staticmethod
     def task_class(channel: ServerChannel, request: ServerParser | ServerTask) -> ServerTask:
@@ -1936,19 +2287,19 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def handle_write(self) -> None:
         """Send what the client takes; when it has taken all, see to its next request."""
         super().handle_write()
-        if self.stalled and not self.total_outbufs_len:
-            self.stalled = False
+        if self.waiting_for_client and not self.total_outbufs_len:
+            self.waiting_for_client = False
             self.server.add_task(self)
 
     def _flush_outbufs_below_high_watermark(self) -> None:
-        if not this_thread.hurried:
+        if not thread_state.in_event_loop:
             super()._flush_outbufs_below_high_watermark()
 
 
 class Server(waitress.server.TcpWSGIServer):
     """waitress, but requests run one after another in the thread that serves the sockets.
 
-    Python's threads take turns at a cost several times that of a request. So only a request that must wait (`Blocked`)
+    Python's threads take turns at a cost several times that of a request. So only a request that must wait (`WouldBlock`)
     goes to a worker thread. SIGTERM, which waitress ignores, ends it when all that was sent is answered.
     """
 
@@ -1983,12 +2334,15 @@ class Server(waitress.server.TcpWSGIServer):
         """Close idle connections, also those of clients that do not take the rest of their answer."""
         super().maintenance(now)
         for channel in self.active_channels.values():
-            if channel.stalled and channel.last_activity < now - self.adj.channel_timeout:
+            if (
+                channel.waiting_for_client
+                and channel.last_activity < now - self.adj.channel_timeout
+            ):
                 channel.will_close = True
 
     def pull_trigger(self) -> None:
         """Wake the thread that serves the sockets, unless this is the one."""
-        if not this_thread.hurried:
+        if not thread_state.in_event_loop:
             super().pull_trigger()
 
     def stop(self, *_: object) -> None:
@@ -1999,7 +2353,7 @@ class Server(waitress.server.TcpWSGIServer):
 
     def run(self) -> None:
         """Serve until `stop`, then answer every request that was sent."""
-        this_thread.hurried = True
+        thread_state.in_event_loop = True
         while not self.stopping:
             self._serve_once(timeout=1)
         self.handle_accept()  # whom the kernel has let in already
@@ -2013,14 +2367,14 @@ class Server(waitress.server.TcpWSGIServer):
         wasyncore.loop(0 if self._ready else timeout, use_poll=True, map=self._map, count=1)
         for _ in range(len(self._ready)):
             channel = self._ready.popleft()
-            channel.stalled = channel.total_outbufs_len > 0
-            if not channel.stalled:
+            channel.waiting_for_client = channel.total_outbufs_len > 0
+            if not channel.waiting_for_client:
                 self._answer(channel)
 
     def _answer(self, channel: ServerChannel) -> None:
         try:
             channel.service()
-        except Blocked:
+        except WouldBlock:
             self.task_dispatcher.add_task(channel)
         except Exception:
             log.exception("unhandled exception outside the application")
@@ -2030,7 +2384,10 @@ class Server(waitress.server.TcpWSGIServer):
         deadline, quiet = time.monotonic() + DRAIN, 0
         while quiet < QUIET and time.monotonic() < deadline:
             self._serve_once(timeout=0.02)
-            busy = any(channel.requests or channel.total_outbufs_len for channel in self.active_channels.values())
+            busy = any(
+                channel.requests or channel.total_outbufs_len
+                for channel in self.active_channels.values()
+            )
             quiet = 0 if busy else quiet + 1
 
 
@@ -2040,7 +2397,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as ex:
-        raise SettingsError(f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {ex}") from None
+        raise SettingsError(
+            f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {ex}"
+        ) from None
 
 
 def serve(app: App, listener: socket.socket, settings: Settings) -> None:
@@ -2052,7 +2411,9 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
         sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
         threads=settings.threads,
         ident=None,  # no Server header
-        connection_limit=max(100, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100),  # idle ones shut nobody out
+        connection_limit=max(
+            100, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100
+        ),  # idle ones shut nobody out
         max_request_body_size=1024 * 1024,
         max_request_header_size=64 * 1024,
         recv_bytes=128 * 1024,
@@ -2065,7 +2426,9 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     line = f"taskd: listening on http://{host}:{server.effective_port}"  # told at every level of the log
     if settings.log_format == "json":
         line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))
-    print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one write: somebody may wait for this line
+    print(
+        f"{line}\n", end="", file=sys.stderr, flush=True
+    )  # in one write: somebody may wait for this line
     server.run()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -2078,11 +2441,15 @@ def main() -> int:
         listener = listen(settings.host, settings.port)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:
-        print("taskd:", *str(ex).splitlines(), file=sys.stderr)  # one line, whatever a path may hold
+        print(
+            "taskd:", *str(ex).splitlines(), file=sys.stderr
+        )  # one line, whatever a path may hold
         return 2
     configure_log(settings)
     if settings.jwks_url and not (settings.issuer and settings.audience):
-        log.warning("TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE takes tokens meant for other services")
+        log.warning(
+            "TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE takes tokens meant for other services"
+        )
     serve(app, listener, settings)
     app.store.close()
     return 0

@@ -16,5 +16,7 @@ def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[byt
 
 
 if __name__ == "__main__":
-    logging.getLogger("waitress.queue").setLevel("ERROR")  # a warning for every queued request would slow it down
+    logging.getLogger("waitress.queue").setLevel(
+        "ERROR"
+    )  # a warning for every queued request would slow it down
     serve(app, listen=f"127.0.0.1:{sys.argv[1]}")

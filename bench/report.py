@@ -84,11 +84,17 @@ def speed(section: Section) -> str:
 
 
 def speeds(section: Section) -> list[list[str]]:
-    cells = {(each["operation"], each["connections"], each["peer"]): each for each in section["measures"]}
+    cells = {
+        (each["operation"], each["connections"], each["peer"]): each for each in section["measures"]
+    }
     lines = dict.fromkeys((operation, count) for operation, count, _ in cells)
     ordered = sorted(lines, key=lambda line: (OPERATIONS.index(line[0]), line[1]))
     return [
-        [operation, str(count), *(speed_cell(cells[operation, count, peer]) for peer in section["peers"])]
+        [
+            operation,
+            str(count),
+            *(speed_cell(cells[operation, count, peer]) for peer in section["peers"]),
+        ]
         for operation, count in ordered
     ]
 
@@ -99,13 +105,21 @@ def speed_cell(each: Section) -> str:
 
 def unexpected(section: Section) -> str:
     wrong = [each for each in section["measures"] if each["unexpected"]]
-    listed = [f"{each['peer']} {each['operation']} at {each['connections']}: {each['unexpected']}" for each in wrong]
+    listed = [
+        f"{each['peer']} {each['operation']} at {each['connections']}: {each['unexpected']}"
+        for each in wrong
+    ]
     return f"Answers with an unexpected status, or none: {'; '.join(listed) or 'none'}.\n"
 
 
 def growth(section: Section) -> str:
     cases = section["cases"]
-    lines = {"tasks": "tasks", "users": "users", "file_mb": "file, MB", "start_s": "start to first answer, s"}
+    lines = {
+        "tasks": "tasks",
+        "users": "users",
+        "file_mb": "file, MB",
+        "start_s": "start to first answer, s",
+    }
     lines |= {"rss_idle_mb": "memory idle, MB", "rss_loaded_mb": "memory after a long load, MB"}
     rows = [[label, *(f"{case[key]:,}" for case in cases)] for key, label in lines.items()]
     rows += [
@@ -116,14 +130,28 @@ def growth(section: Section) -> str:
         for name in cases[0]["p50_ms"]
     ]
     heading = ["", *(case["title"] for case in cases)]
-    paged = table(["a page of that list", "p50 ms"], [(name, f"{p50:.2f}") for name, p50 in section["pages"].items()])
-    parts = ["## Growth\n", circumstances(section), table(heading, rows), section["giant"], paged, targets(section)]
+    paged = table(
+        ["a page of that list", "p50 ms"],
+        [(name, f"{p50:.2f}") for name, p50 in section["pages"].items()],
+    )
+    parts = [
+        "## Growth\n",
+        circumstances(section),
+        table(heading, rows),
+        section["giant"],
+        paged,
+        targets(section),
+    ]
     return "\n".join(parts)
 
 
 def latency(section: Section) -> str:
     measures = [
-        (each["operation"], each["connections"], *(f"{each[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms")))
+        (
+            each["operation"],
+            each["connections"],
+            *(f"{each[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms")),
+        )
         for each in section["measures"]
     ]
     return "\n".join([
@@ -152,7 +180,12 @@ COLORS = {
     "postgresql-granian": "#a5d6a7",
 }
 CHARTED = ["list", "get", "create", "toggle", "401"]
-LABELS, PANEL, NUMBERS, GAP = 150, 270, 60, 30  # widths: of the names, of the bars, of the numbers after them
+LABELS, PANEL, NUMBERS, GAP = (
+    150,
+    270,
+    60,
+    30,
+)  # widths: of the names, of the bars, of the numbers after them
 BAR, HEADING, TOP = 17, 30, 34  # heights: of a bar with its gap, above a group of bars, above all
 
 
@@ -170,22 +203,32 @@ def chart(section: Section) -> str:
     names = [name for name in CHARTED if any(operation == name for _, operation, _ in rates)]
     counts = sorted({count for count, _, _ in rates})
     group = HEADING + BAR * len(peers)
-    parts = [labels(TOP + row * group, name, list(peers.values())) for row, name in enumerate(names)]
+    parts = [
+        labels(TOP + row * group, name, list(peers.values())) for row, name in enumerate(names)
+    ]
     for column, count in enumerate(counts):
         left = LABELS + column * (PANEL + NUMBERS + GAP)
         parts.append(text(left, 16, f"{count} connection{'s' * (count > 1)}", "bold"))
-        parts += [bars(left, TOP + row * group, rates, count, name, list(peers)) for row, name in enumerate(names)]
+        parts += [
+            bars(left, TOP + row * group, rates, count, name, list(peers))
+            for row, name in enumerate(names)
+        ]
     height = TOP + len(names) * group + 30
     parts.append(text(0, height - 8, "requests a second, more is better"))
     return frame(LABELS + len(counts) * (PANEL + NUMBERS + GAP) - GAP, height, parts)
 
 
 def labels(top: float, operation: str, titles: list[str]) -> str:
-    lines = [text(LABELS - 8, top + HEADING + place * BAR + 10, title, "end") for place, title in enumerate(titles)]
+    lines = [
+        text(LABELS - 8, top + HEADING + place * BAR + 10, title, "end")
+        for place, title in enumerate(titles)
+    ]
     return text(0, top + 18, operation, "bold") + "".join(lines)
 
 
-def bars(left: float, top: float, rates: Rates, connections: int, operation: str, peers: list[str]) -> str:
+def bars(
+    left: float, top: float, rates: Rates, connections: int, operation: str, peers: list[str]
+) -> str:
     longest = max(rates.values())
     return "".join(
         bar(left, top + HEADING + place * BAR, rates[connections, operation, peer], longest, peer)

@@ -9,8 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import report
-from common import Load, Run, console, medians, options, parse, run_interleaved, setup, target, workplace, write_script
-from peers import OPERATIONS, PEERS, READERS, READS, REFUSALS, WRITERS, WRITES, Granian, Peer, check, operations, start
+from common import (
+    Load,
+    Run,
+    console,
+    medians,
+    options,
+    parse,
+    run_interleaved,
+    setup,
+    target,
+    workplace,
+    write_script,
+)
+from peers import (
+    OPERATIONS,
+    PEERS,
+    READERS,
+    READS,
+    REFUSALS,
+    WRITERS,
+    WRITES,
+    Granian,
+    Peer,
+    check,
+    operations,
+    start,
+)
 
 CONNECTIONS = [1, 16, 64]
 P99_OF_A_WRITE = 50  # milliseconds
@@ -31,16 +56,23 @@ RATIOS: list[tuple[str, str, tuple[str, ...], tuple[int, ...], float]] = [
 ]
 
 
-def make_loads(peers: list[Peer], directory: Path, connections: list[int], chosen: list[str]) -> dict[Any, Load]:
+def make_loads(
+    peers: list[Peer], directory: Path, connections: list[int], chosen: list[str]
+) -> dict[Any, Load]:
     """Return the loads of one round, in an order in which those that are compared follow each other."""
     scripts = {
-        (peer.name, name): write_script(directory / f"{peer.name}-{number}.lua", peer.port, requests)
+        (peer.name, name): write_script(
+            directory / f"{peer.name}-{number}.lua", peer.port, requests
+        )
         for peer in peers
         for number, (name, requests) in enumerate(operations(peer, READERS, WRITERS).items())
     }
     return {
         (peer.name, name, count): Load(
-            peer.ports, scripts[peer.name, name], count, refused=name in REFUSALS and peer.name != "bare"
+            peer.ports,
+            scripts[peer.name, name],
+            count,
+            refused=name in REFUSALS and peer.name != "bare",
         )
         for count in connections
         for name in chosen
@@ -51,7 +83,9 @@ def make_loads(peers: list[Peer], directory: Path, connections: list[int], chose
 def ratio(runs: Runs, one: str, other: str, operation: str, connections: int) -> float | None:
     """Return the median over the rounds of how many times faster the one was than the other in the same round."""
     pairs = zip(
-        runs.get((one, operation, connections), []), runs.get((other, operation, connections), []), strict=False
+        runs.get((one, operation, connections), []),
+        runs.get((other, operation, connections), []),
+        strict=False,
     )
     found = [mine.requests_per_second / theirs.requests_per_second for mine, theirs in pairs]
     return statistics.median(found) if found else None
@@ -60,7 +94,9 @@ def ratio(runs: Runs, one: str, other: str, operation: str, connections: int) ->
 def reach(runs: Runs) -> list[dict[str, Any]]:
     """Return the targets of this part, and what was reached."""
     targets = [
-        target(f"{operation}, {one} to {other}, {plural(count)}", reached, least=least, unit=" times")
+        target(
+            f"{operation}, {one} to {other}, {plural(count)}", reached, least=least, unit=" times"
+        )
         for one, other, names, counts, least in RATIOS
         for operation in names
         for count in counts
@@ -68,7 +104,12 @@ def reach(runs: Runs) -> list[dict[str, Any]]:
     ]
     slowest = {name: runs[key] for name in WRITES if (key := ("taskd", name, 16)) in runs}
     return targets + [
-        target(f"p99 of {name}, taskd, 16 connections", medians(of)["p99_ms"], under=P99_OF_A_WRITE, unit=" ms")
+        target(
+            f"p99 of {name}, taskd, 16 connections",
+            medians(of)["p99_ms"],
+            under=P99_OF_A_WRITE,
+            unit=" ms",
+        )
         for name, of in slowest.items()
     ]
 
@@ -82,7 +123,9 @@ def describe(peer: Peer, idle: float, loaded: float) -> dict[str, Any]:
     return words | {"rss_idle_mb": idle, "rss_loaded_mb": loaded}
 
 
-def measure(peers: list[Peer], arguments: Namespace, directory: Path, running: ExitStack) -> dict[str, Any]:
+def measure(
+    peers: list[Peer], arguments: Namespace, directory: Path, running: ExitStack
+) -> dict[str, Any]:
     circumstances = setup(arguments, directory)
     console.print("starting, filling and checking", *arguments.peers)
     servers = [start(peer, running) for peer in peers]
@@ -92,7 +135,10 @@ def measure(peers: list[Peer], arguments: Namespace, directory: Path, running: E
     loaded = [server.memory() for server in servers]
     return {
         **circumstances,
-        "peers": {peer.name: describe(peer, *memory) for peer, *memory in zip(peers, idle, loaded, strict=True)},
+        "peers": {
+            peer.name: describe(peer, *memory)
+            for peer, *memory in zip(peers, idle, loaded, strict=True)
+        },
         "measures": [
             {"peer": peer, "operation": operation, "connections": count, **medians(of)}
             for (peer, operation, count), of in runs.items()
@@ -105,9 +151,18 @@ def main() -> None:
     parser = options(str(__doc__))
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="+", choices=names, default=names, help="only these")
-    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="only these")
-    parser.add_argument("--connections", nargs="+", type=int, default=CONNECTIONS, help="how many at once")
-    parser.add_argument("--granian-threads", type=int, default=Granian.threads, help="blocking threads (%(default)s)")
+    parser.add_argument(
+        "--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="only these"
+    )
+    parser.add_argument(
+        "--connections", nargs="+", type=int, default=CONNECTIONS, help="how many at once"
+    )
+    parser.add_argument(
+        "--granian-threads",
+        type=int,
+        default=Granian.threads,
+        help="blocking threads (%(default)s)",
+    )
     arguments = parse(parser)
     Granian.threads = arguments.granian_threads
     with workplace() as (directory, running):

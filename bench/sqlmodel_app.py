@@ -55,7 +55,9 @@ class TaskPublic(TaskBase):
 
 def make_engine() -> Engine:
     waiting = {"check_same_thread": False, "timeout": WAIT}
-    engine = create_engine(os.environ["DATABASE_URL"], connect_args=waiting, pool_size=DATABASE_CONNECTIONS)
+    engine = create_engine(
+        os.environ["DATABASE_URL"], connect_args=waiting, pool_size=DATABASE_CONNECTIONS
+    )
 
     @event.listens_for(engine, "connect")
     def use_wal(connection, record):
@@ -72,9 +74,13 @@ def get_session() -> Iterator[Session]:
         yield session
 
 
-async def get_user(user_id: str, credentials: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]) -> str:
+async def get_user(
+    user_id: str, credentials: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
+) -> str:
     try:
-        claims = jwt.decode(credentials.credentials, SECRET, ["HS256"], options={"require": ["sub", "exp"]})
+        claims = jwt.decode(
+            credentials.credentials, SECRET, ["HS256"], options={"require": ["sub", "exp"]}
+        )
     except jwt.InvalidTokenError:
         raise HTTPException(401, "invalid token", {"WWW-Authenticate": "Bearer"}) from None
     if claims["sub"] != user_id:

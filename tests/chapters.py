@@ -15,7 +15,11 @@ NOT_IN_PROCESS = ("Postgres",)  # runs with `make test-postgresql`, which mutmut
 def mutants(chapters: list[str]) -> Iterator[str]:
     """Yield a pattern for the mutants of each class and function below one of these headings."""
     text = TASKD.read_text()
-    headings = {number: line for number, line in enumerate(text.splitlines(), 1) if line.startswith("# --- ")}
+    headings = {
+        number: line
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.startswith("# --- ")
+    }
     for node in ast.parse(text).body:
         above = [line for number, line in headings.items() if number < node.lineno]
         if not above or re.sub("[# -]", "", above[-1]) not in chapters:

@@ -50,15 +50,33 @@ class Cluster:
         assert programs, "PostgreSQL is not installed"
         self._programs = programs
         self.directory = Path(tempfile.mkdtemp(prefix="taskd-postgresql-", dir=within))
-        self._user = next(user for user in ("postgres", "nobody") if _exists(user)) if os.geteuid() == 0 else None
+        self._user = (
+            next(user for user in ("postgres", "nobody") if _exists(user))
+            if os.geteuid() == 0
+            else None
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._configuration = ("max_connections=1000", "jit=off", *configuration)
         self.port = free_port()
         try:
             if self._user:
                 shutil.chown(self.directory, self._user)
-            initdb = ["initdb", "-D", str(self._data), "-U", "taskd", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]
-            subprocess.run(self._as_user(*initdb), check=True, capture_output=True, cwd=self.directory)
+            initdb = [
+                "initdb",
+                "-D",
+                str(self._data),
+                "-U",
+                "taskd",
+                "-A",
+                "trust",
+                "--no-locale",
+                "-E",
+                "UTF8",
+                "-N",
+            ]
+            subprocess.run(
+                self._as_user(*initdb), check=True, capture_output=True, cwd=self.directory
+            )
             self.start()
         except BaseException:
             self.remove()
@@ -73,8 +91,18 @@ class Cluster:
         return (self.directory / "log").read_text()
 
     def _as_user(self, program: str, *arguments: str) -> list[str]:
-        user = [f"--reuid={self._user}", f"--regid={self._user}", "--clear-groups"] if self._user else []
-        return ["setpriv", "--pdeathsig=QUIT", *user, str(self._programs / program), *arguments]  # nothing outlives us
+        user = (
+            [f"--reuid={self._user}", f"--regid={self._user}", "--clear-groups"]
+            if self._user
+            else []
+        )
+        return [
+            "setpriv",
+            "--pdeathsig=QUIT",
+            *user,
+            str(self._programs / program),
+            *arguments,
+        ]  # nothing outlives us
 
     def url(self, database: str = "postgres", user: str = "taskd") -> str:
         return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"
@@ -82,7 +110,9 @@ class Cluster:
     def start(self) -> None:
         """Start the server, and wait until it answers."""
         settings = [f"port={self.port}", "listen_addresses=127.0.0.1", "unix_socket_directories="]
-        options = [text for setting in [*settings, *self._configuration] for text in ("-c", setting)]
+        options = [
+            text for setting in [*settings, *self._configuration] for text in ("-c", setting)
+        ]
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 self._as_user("postgres", "-D", str(self._data), *options),
@@ -118,7 +148,9 @@ class Cluster:
         self.stop()
         deadline = time.monotonic() + DEADLINE
         while self.directory.exists() and time.monotonic() < deadline:
-            shutil.rmtree(self.directory, ignore_errors=True)  # again, where a server is still about to end
+            shutil.rmtree(
+                self.directory, ignore_errors=True
+            )  # again, where a server is still about to end
 
 
 def _exists(user: str) -> bool:

@@ -20,14 +20,20 @@ import taskd
 from support import SECRET, Process, bearer, database_url
 
 Pair = tuple[list[Process], Path]
-SERVER = "TASKD_TEST_POSTGRESQL"  # the address of the server, for the processes that share the tests out
+SERVER = (
+    "TASKD_TEST_POSTGRESQL"  # the address of the server, for the processes that share the tests out
+)
 DIRECTORY = "TASKD_TEST_DIRECTORY"  # what is in there goes with it
 ENGINES = ("sqlite", "postgresql", "both_engines")
 cluster = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--postgresql", action="store_true", help="run on a PostgreSQL server, which is made for the run")
+    parser.addoption(
+        "--postgresql",
+        action="store_true",
+        help="run on a PostgreSQL server, which is made for the run",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,7 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if not binaries():
         pytest.exit("PostgreSQL is not installed here: the tests do not run on it", 0)
     if not hasattr(config, "workerinput"):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the end is the same as after Ctrl-C
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # so that the end is the same as after Ctrl-C
         cluster = Cluster(*CARELESS)
         os.environ[SERVER], os.environ[DIRECTORY] = cluster.url(), str(cluster.directory)
     support.postgresql = Databases(os.environ[SERVER])
@@ -118,7 +126,11 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
         if support.postgresql and not made and not settings:
             made.append(support.postgresql.app(url))
         else:
-            made.append(taskd.create_app(taskd.Settings(**({"secret": SECRET, "database_url": url} | settings))))
+            made.append(
+                taskd.create_app(
+                    taskd.Settings(**({"secret": SECRET, "database_url": url} | settings))
+                )
+            )
         return made[-1]
 
     yield make
@@ -179,10 +191,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 BY_ITSELF = pytest.mark.sqlite("the thread of the sockets leaves PostgreSQL to the workers")
 
 
-@pytest.fixture(params=["in_a_worker_thread", pytest.param("in_the_thread_of_the_sockets", marks=BY_ITSELF)])
+@pytest.fixture(
+    params=["in_a_worker_thread", pytest.param("in_the_thread_of_the_sockets", marks=BY_ITSELF)]
+)
 def either_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taskd.this_thread, "hurried", request.param == "in_the_thread_of_the_sockets")
-    monkeypatch.setattr(taskd, "SLOW", 99)  # however slow the disk, it stays in this thread
+    monkeypatch.setattr(
+        taskd.thread_state, "in_event_loop", request.param == "in_the_thread_of_the_sockets"
+    )
+    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)  # however slow the disk, it stays in this thread
 
 
 @pytest.fixture

@@ -51,7 +51,10 @@ def base64url(data: bytes) -> str:
 
 def sign(header: object, payload: object, secret: str = SECRET) -> str:
     """Return a compact JWS of any header and payload, HMAC SHA-256; bytes are taken as they are, others as JSON."""
-    parts = [base64url(part if isinstance(part, bytes) else json.dumps(part).encode()) for part in (header, payload)]
+    parts = [
+        base64url(part if isinstance(part, bytes) else json.dumps(part).encode())
+        for part in (header, payload)
+    ]
     signing_input = ".".join(parts)
     return f"{signing_input}.{base64url(hmac.digest(secret.encode(), signing_input.encode(), hashlib.sha256))}"
 
@@ -59,9 +62,17 @@ def sign(header: object, payload: object, secret: str = SECRET) -> str:
 def token(user: str = "alice", secret: str = SECRET, **claims: object) -> str:
     """Return a token as Better Auth's own would be; a claim that is None is left out."""
     now = int(time.time())
-    claims = {"sub": user, "iat": now, "exp": now + 900, "email": f"{user}@example.com", "name": user} | claims
+    claims = {
+        "sub": user,
+        "iat": now,
+        "exp": now + 900,
+        "email": f"{user}@example.com",
+        "name": user,
+    } | claims
     return sign(
-        {"alg": "HS256", "typ": "JWT"}, {name: value for name, value in claims.items() if value is not None}, secret
+        {"alg": "HS256", "typ": "JWT"},
+        {name: value for name, value in claims.items() if value is not None},
+        secret,
     )
 
 
@@ -78,14 +89,22 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
     assert body["status"] == status
     assert isinstance(body["title"], str)
     assert body["title"]
-    assert re.search("(?i)[a-z]{2} [a-z]", body["detail"]), "every refusal says in words what is wrong"
+    assert re.search("(?i)[a-z]{2} [a-z]", body["detail"]), (
+        "every refusal says in words what is wrong"
+    )
     assert "XX" not in body["detail"], "and leaves no gap to be filled in"
     assert ("errors" in body) == (status == 422), body
     return body
 
 
 # The modules whose processes are measured for coverage, which takes them half of their time again.
-MEASURED = ("test_server.py", "test_operations.py", "test_faults.py", "test_listing.py", "test_taskctl")
+MEASURED = (
+    "test_server.py",
+    "test_operations.py",
+    "test_faults.py",
+    "test_listing.py",
+    "test_taskctl",
+)
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -93,7 +112,9 @@ def environment(**variables: str) -> dict[str, str]:
     dropped = ["TASKD_", "BETTER_AUTH", "DATABASE_URL"]
     if not any(module in os.environ.get("PYTEST_CURRENT_TEST", "") for module in MEASURED):
         dropped.append("COVERAGE_PROCESS_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(tuple(dropped))} | variables
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(tuple(dropped))
+    } | variables
 
 
 # Forks a process of taskd or taskctl for each order that it reads. To start Python and import all takes 0.5 s of a
@@ -164,10 +185,14 @@ class Nursery:
             print(json.dumps(order), file=self._popen.stdin, flush=True)
             return json.loads(self._popen.stdout.readline())
 
-    def fork(self, *arguments: str, directory: Path, variables: dict[str, str], **streams: Path | str) -> Child:
+    def fork(
+        self, *arguments: str, directory: Path, variables: dict[str, str], **streams: Path | str
+    ) -> Child:
         """Fork a process there; what it writes is appended to these files."""
         files = {name: str(path) for name, path in streams.items()}
-        pid = self.order(arguments=arguments, directory=str(directory), environment=variables, **files)
+        pid = self.order(
+            arguments=arguments, directory=str(directory), environment=variables, **files
+        )
         assert pid
         return Child(pid, self.order)
 
@@ -215,7 +240,9 @@ class Answer:
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self.status_code = response.status
-        self.names = [name.lower() for name, _ in response.getheaders()]  # one that comes twice is there twice
+        self.names = [
+            name.lower() for name, _ in response.getheaders()
+        ]  # one that comes twice is there twice
         self.headers = {name.lower(): value for name, value in response.getheaders()}
         self.content = response.read()
 
@@ -229,7 +256,11 @@ class Answer:
 
 
 def ask(
-    connection: http.client.HTTPConnection, method: str, path: str, body: object, headers: dict[str, str] | None
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: object,
+    headers: dict[str, str] | None,
 ) -> Answer:
     """Send a request and return its answer; a body that is no bytes goes as JSON."""
     headers = dict(headers or {})
@@ -247,7 +278,12 @@ class Process:
     """A taskd process of its own, in a directory of its own: forked, unless there is a command to start it with."""
 
     def __init__(
-        self, directory: Path, *, wait: bool = True, command: list[str] | None = None, **variables: str
+        self,
+        directory: Path,
+        *,
+        wait: bool = True,
+        command: list[str] | None = None,
+        **variables: str,
     ) -> None:
         if "MUTANT_UNDER_TEST" in os.environ:
             pytest.skip("a mutant lives in the process of the tests")
@@ -264,7 +300,11 @@ class Process:
     ) -> Child | subprocess.Popen[bytes]:
         if command is None:
             return Nursery.of("taskd", "", environment()).fork(
-                directory=directory, variables=variables, stdin=os.devnull, stdout=self.log_path, stderr=self.log_path
+                directory=directory,
+                variables=variables,
+                stdin=os.devnull,
+                stdout=self.log_path,
+                stderr=self.log_path,
             )
         with self.log_path.open("wb") as log:
             return subprocess.Popen(
@@ -298,7 +338,9 @@ class Process:
         timeout: float = DEADLINE,
     ) -> Answer:
         """Send one request on a connection of its own; a body that is no bytes goes as JSON."""
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        ) as connection:
             return ask(connection, method, path, body, headers)
 
     def terminate(self, number: int = signal.SIGTERM) -> int:
@@ -321,7 +363,9 @@ class WireAnswer(Answer):
     def __init__(self, line: bytes, file: BinaryIO, bodiless: bool) -> None:
         self.line = line.decode("latin-1").rstrip("\r\n")
         self.status_code = int(self.line.split(" ")[1])
-        self.headers = {name.lower(): value for name, value in http.client.parse_headers(file).items()}
+        self.headers = {
+            name.lower(): value for name, value in http.client.parse_headers(file).items()
+        }
         length = 0 if bodiless or self.status_code < 200 else int(self.headers["content-length"])
         self.content = file.read(length)
         assert len(self.content) == length, "the answer was cut short"
@@ -371,12 +415,16 @@ class Wire:
         self.close()
 
 
-def written(method: str, path: str, body: object = None, *lines: str, user: str = "", version: str = "1.1") -> bytes:
+def written(
+    method: str, path: str, body: object = None, *lines: str, user: str = "", version: str = "1.1"
+) -> bytes:
     """Return a request as it goes over the wire; a body that is no bytes goes as JSON, with its length."""
     head = [f"{method} {path} HTTP/{version}", "Host: tasks.example", *lines]
     if user:
         head.append(f"Authorization: Bearer {token(user)}")
-    content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    content = (
+        body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    )
     if body is not None and not isinstance(body, bytes):
         head += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
     return "\r\n".join([*head, "", ""]).encode("latin-1") + content
@@ -390,7 +438,9 @@ def locked(database: Path) -> Iterator[Any]:
             session.execute("LOCK TABLE task, idempotency_key IN EXCLUSIVE MODE")
             yield session
         return
-    with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE, isolation_level=None)) as connection:
+    with contextlib.closing(
+        sqlite3.connect(database, timeout=DEADLINE, isolation_level=None)
+    ) as connection:
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield connection
@@ -402,11 +452,16 @@ def stored(database: Path) -> dict[int, dict[str, Any]]:
     """Return the tasks that are in the database, read by another process than taskd, by their ids."""
     if postgresql:
         with postgresql.connect(str(database)) as session:
-            rows = session.execute(f"SELECT {', '.join(TASK_KEYS)} FROM task ORDER BY id").fetchall()
+            rows = session.execute(
+                f"SELECT {', '.join(TASK_KEYS)} FROM task ORDER BY id"
+            ).fetchall()
         return {row[0]: dict(zip(TASK_KEYS, row, strict=True)) for row in rows}
     with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE)) as connection:
         connection.row_factory = sqlite3.Row
-        return {row["id"]: dict(row) for row in connection.execute(f"SELECT {', '.join(TASK_KEYS)} FROM task")}
+        return {
+            row["id"]: dict(row)
+            for row in connection.execute(f"SELECT {', '.join(TASK_KEYS)} FROM task")
+        }
 
 
 def sql(database: Path, statement: str, *values: object) -> list[Any]:
@@ -444,14 +499,17 @@ def until(condition: Callable[[], object], why: str, seconds: float = DEADLINE) 
         time.sleep(0.01)
 
 
-def at_once(servers: list[Process], requests: list[bytes], database: Path | None = None) -> list[WireAnswer]:
+def at_once(
+    servers: list[Process], requests: list[bytes], database: Path | None = None
+) -> list[WireAnswer]:
     """Send the requests on connections of their own, in turn to these servers, and return the answers.
 
     With a database, its lock is held until all have been sent, so that they meet in the worker threads.
     """
     with contextlib.ExitStack() as stack:
         wires = [
-            stack.enter_context(Wire(server)) for server, _ in zip(itertools.cycle(servers), requests, strict=False)
+            stack.enter_context(Wire(server))
+            for server, _ in zip(itertools.cycle(servers), requests, strict=False)
         ]
         with locked(database) if database else contextlib.nullcontext():
             for wire, request in zip(wires, requests, strict=True):

@@ -23,7 +23,18 @@ from urllib.parse import unquote
 
 import pytest
 
-from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Answer, Process, assert_problem, environment, until
+from support import (
+    DEADLINE,
+    OTHER_SECRET,
+    ROOT,
+    SECRET,
+    TASK_KEYS,
+    Answer,
+    Process,
+    assert_problem,
+    environment,
+    until,
+)
 from taskd import Settings
 
 pytestmark = pytest.mark.sqlite("it is about tokens")
@@ -43,7 +54,9 @@ def node_is_missing() -> str:
     node = shutil.which("node")
     if not node or not shutil.which("npm"):
         return "Better Auth runs on Node: install node and npm to run these tests"
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(
+        [node, "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if tuple(int(number) for number in version.lstrip("v").split(".")[:2]) < OLDEST_NODE:
         return f"Better Auth needs Node {OLDEST_NODE[0]}.{OLDEST_NODE[1]} or newer to run these tests, not {version}"
     return ""
@@ -84,11 +97,15 @@ class BetterAuth:
     @property
     def settings(self) -> dict[str, str]:
         """What taskd must be told to trust this server's keys."""
-        return {"TASKD_JWKS_URL": f"{self.url}/api/auth/jwks", "TASKD_ISSUER": self.url, "TASKD_AUDIENCE": self.url}
+        return {
+            "TASKD_JWKS_URL": f"{self.url}/api/auth/jwks",
+            "TASKD_ISSUER": self.url,
+            "TASKD_AUDIENCE": self.url,
+        }
 
-    def sign_up(self, name: str) -> Visitor:
+    def sign_up(self, name: str) -> SmokeClient:
         """Make a user, sign in, and return who did."""
-        visitor = Visitor(self)
+        visitor = SmokeClient(self)
         person = {"email": f"{name}-{next(self._numbers)}@example.com", "password": PASSWORD}
         signed_up = visitor.call("POST", "/api/auth/sign-up/email", person | {"name": name}).json
         visitor.id = signed_up["user"]["id"]
@@ -113,7 +130,7 @@ class BetterAuth:
             self.popen.stdout.close()
 
 
-class Visitor:
+class SmokeClient:
     """Somebody with a browser: keeps Better Auth's cookies."""
 
     id: str
@@ -212,7 +229,9 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     def give(fresh: bool = False, **settings: str) -> Process:
         key = len(running) if fresh else tuple(sorted(settings.items()))
         if key not in running:
-            running[key] = Process(tmp_path_factory.mktemp("taskd"), wait=True, command=None, **settings)
+            running[key] = Process(
+                tmp_path_factory.mktemp("taskd"), wait=True, command=None, **settings
+            )
         return running[key]
 
     yield give
@@ -241,7 +260,7 @@ def new_task(task: dict[str, Any], user_id: str) -> dict[str, Any]:
     return {"id": task["id"], "user_id": user_id} | made | times
 
 
-def drive_all_routes(server: Process, visitor: Visitor, token: str) -> None:
+def drive_all_routes(server: Process, visitor: SmokeClient, token: str) -> None:
     """Create, list, read, change, toggle and delete a task, and leave nothing behind."""
     headers = headers_with(token)
     created = server.request("POST", visitor.tasks(), {"title": "Buy milk"}, headers)
@@ -267,7 +286,7 @@ def drive_all_routes(server: Process, visitor: Visitor, token: str) -> None:
     assert answered("GET", visitor.tasks()) == []
 
 
-def assert_refused(server: Process, visitor: Visitor, token: str, why: str) -> None:
+def assert_refused(server: Process, visitor: SmokeClient, token: str, why: str) -> None:
     """Check that all six routes answer 401 and say why."""
     task = visitor.tasks("/1")
     for method, path in [
@@ -279,31 +298,51 @@ def assert_refused(server: Process, visitor: Visitor, token: str, why: str) -> N
         ("PATCH", f"{task}/complete"),
     ]:
         answer = server.request(
-            method, path, {"title": "Buy milk"} if method in {"POST", "PUT"} else None, headers_with(token)
+            method,
+            path,
+            {"title": "Buy milk"} if method in {"POST", "PUT"} else None,
+            headers_with(token),
         )
         problem = assert_problem(answer, 401)
         assert why in problem["detail"]
-        challenge = f'Bearer realm="taskd", error="invalid_token", error_description="{problem["detail"]}"'
+        challenge = (
+            f'Bearer realm="taskd", error="invalid_token", error_description="{problem["detail"]}"'
+        )
         assert answer.headers["www-authenticate"] == challenge
 
 
-def listed(server: Process, visitor: Visitor, token: str) -> Answer:
+def listed(server: Process, visitor: SmokeClient, token: str) -> Answer:
     return server.request("GET", visitor.tasks(), headers=headers_with(token))
 
 
 # The shared secret.
 
-HS256_TOKENS: list[tuple[str, Callable[[Visitor], str], dict[str, str], set[str]]] = [
-    ("secret", Visitor.token, {"alg": "HS256", "typ": "JWT"}, {"iss", "aud", "id", "emailVerified"}),
-    ("secret", Visitor.token_in_header, {"alg": "HS256", "typ": "JWT"}, {"iss", "aud", "id", "emailVerified"}),
-    ("route", Visitor.token_of_route, {"alg": "HS256", "typ": "JWT"}, set()),
+HS256_TOKENS: list[tuple[str, Callable[[SmokeClient], str], dict[str, str], set[str]]] = [
+    (
+        "secret",
+        SmokeClient.token,
+        {"alg": "HS256", "typ": "JWT"},
+        {"iss", "aud", "id", "emailVerified"},
+    ),
+    (
+        "secret",
+        SmokeClient.token_in_header,
+        {"alg": "HS256", "typ": "JWT"},
+        {"iss", "aud", "id", "emailVerified"},
+    ),
+    ("route", SmokeClient.token_of_route, {"alg": "HS256", "typ": "JWT"}, set()),
 ]
 
 
 @needs_node
 @pytest.mark.parametrize(("mode", "take", "header", "more"), HS256_TOKENS)
 def test_a_token_signed_with_the_shared_secret_drives_all_routes(
-    better_auth: Auth, serve: Serve, mode: str, take: Callable[[Visitor], str], header: dict[str, str], more: set[str]
+    better_auth: Auth,
+    serve: Serve,
+    mode: str,
+    take: Callable[[SmokeClient], str],
+    header: dict[str, str],
+    more: set[str],
 ) -> None:
     alice = better_auth(mode).sign_up("alice")
     token = take(alice)
@@ -317,7 +356,9 @@ def test_a_token_signed_with_the_shared_secret_drives_all_routes(
 
 
 @needs_node
-def test_the_plugins_hs256_token_names_the_server_as_issuer_and_audience(better_auth: Auth, serve: Serve) -> None:
+def test_the_plugins_hs256_token_names_the_server_as_issuer_and_audience(
+    better_auth: Auth, serve: Serve
+) -> None:
     server = better_auth("secret")
     alice = server.sign_up("alice")
     token = alice.token()
@@ -327,19 +368,21 @@ def test_the_plugins_hs256_token_names_the_server_as_issuer_and_audience(better_
     assert_refused(serve(TASKD_AUDIENCE="https://other.example"), alice, token, "aud")
 
 
-NOT_LOGINS: list[tuple[str, Callable[[Visitor], str], str]] = [
-    ("session token", Visitor.session_token, "no JWT"),
-    ("session token in its cookie", Visitor.session_cookie, "no JWT"),
-    ("cookie cache", Visitor.cookie_cache, "the sub claim is missing"),
-    ("verification mail", Visitor.mail_token, "the sub claim is missing"),
+NOT_LOGINS: list[tuple[str, Callable[[SmokeClient], str], str]] = [
+    ("session token", SmokeClient.session_token, "no JWT"),
+    ("session token in its cookie", SmokeClient.session_cookie, "no JWT"),
+    ("cookie cache", SmokeClient.cookie_cache, "the sub claim is missing"),
+    ("verification mail", SmokeClient.mail_token, "the sub claim is missing"),
 ]
 
 
 @needs_node
 @pytest.mark.parametrize("mode", ["jwks", "secret"])
-@pytest.mark.parametrize(("take", "why"), [row[1:] for row in NOT_LOGINS], ids=[row[0] for row in NOT_LOGINS])
+@pytest.mark.parametrize(
+    ("take", "why"), [row[1:] for row in NOT_LOGINS], ids=[row[0] for row in NOT_LOGINS]
+)
 def test_what_better_auth_signs_beside_logins_is_refused(
-    better_auth: Auth, serve: Serve, mode: str, take: Callable[[Visitor], str], why: str
+    better_auth: Auth, serve: Serve, mode: str, take: Callable[[SmokeClient], str], why: str
 ) -> None:
     server = better_auth(mode)
     alice = server.sign_up("alice")
@@ -351,7 +394,9 @@ def test_what_better_auth_signs_beside_logins_is_refused(
 
 @needs_node
 @pytest.mark.parametrize("told", ["issuer and audience", "neither"])
-def test_a_session_cookie_signed_with_the_published_keys_is_refused(better_auth: Auth, serve: Serve, told: str) -> None:
+def test_a_session_cookie_signed_with_the_published_keys_is_refused(
+    better_auth: Auth, serve: Serve, told: str
+) -> None:
     """With jwt({sessionCookieCache: true}) the cookie has a `sub`; only `typ` and `aud` tell it from a login."""
     server = better_auth("jwks", "--signed-cookies")
     alice = server.sign_up("alice")
@@ -359,23 +404,33 @@ def test_a_session_cookie_signed_with_the_published_keys_is_refused(better_auth:
     assert part(cookie, 0)["alg"] == "EdDSA"
     assert part(cookie, 0)["typ"] == "better-auth.session-cache+jwt"
     assert part(cookie, 1)["sub"] == alice.id
-    settings = server.settings if told != "neither" else {"TASKD_JWKS_URL": server.settings["TASKD_JWKS_URL"]}
+    settings = (
+        server.settings
+        if told != "neither"
+        else {"TASKD_JWKS_URL": server.settings["TASKD_JWKS_URL"]}
+    )
     taskd = serve(**settings)
     assert listed(taskd, alice, alice.token()).status_code == 200
     assert_refused(taskd, alice, cookie, "")
 
 
 @needs_node
-def test_a_rotated_secret_signs_new_tokens_while_old_ones_go_on(better_auth: Auth, serve: Serve) -> None:
+def test_a_rotated_secret_signs_new_tokens_while_old_ones_go_on(
+    better_auth: Auth, serve: Serve
+) -> None:
     secrets = f"2:{OTHER_SECRET},1:{SECRET}"
     alice = better_auth("secret").sign_up("alice")
     bob = better_auth("secret", BETTER_AUTH_SECRETS=secrets).sign_up("bob")
     both = serve(BETTER_AUTH_SECRET="", BETTER_AUTH_SECRETS=secrets)
     drive_all_routes(both, alice, alice.token())
     drive_all_routes(both, bob, bob.token())
-    assert_refused(both, bob, bob.mail_token(), "the sub claim is missing")  # signed with the new secret
+    assert_refused(
+        both, bob, bob.mail_token(), "the sub claim is missing"
+    )  # signed with the new secret
     assert_refused(serve(), bob, bob.token(), "the signature does not match")
-    assert_refused(serve(BETTER_AUTH_SECRET=OTHER_SECRET), alice, alice.token(), "the signature does not match")
+    assert_refused(
+        serve(BETTER_AUTH_SECRET=OTHER_SECRET), alice, alice.token(), "the signature does not match"
+    )
 
 
 # The key set.
@@ -389,7 +444,7 @@ def test_tokens_signed_with_better_auths_own_key_drive_all_routes_for_two_users(
     server = better_auth("jwks")
     alice, bob = server.sign_up("alice"), server.sign_up("bob")
     taskd = serve(BETTER_AUTH_SECRET=secret, **server.settings)
-    for visitor, take in [(alice, Visitor.token), (bob, Visitor.token_in_header)]:
+    for visitor, take in [(alice, SmokeClient.token), (bob, SmokeClient.token_in_header)]:
         token = take(visitor)
         assert part(token, 0).keys() == {"alg", "kid"}
         assert part(token, 0)["alg"] == "EdDSA"
@@ -397,7 +452,9 @@ def test_tokens_signed_with_better_auths_own_key_drive_all_routes_for_two_users(
         assert (claims["sub"], claims["iss"], claims["aud"]) == (visitor.id, server.url, server.url)
         drive_all_routes(taskd, visitor, token)
 
-    task = taskd.request("POST", alice.tasks(), {"title": "Alice's own"}, headers_with(alice.token())).json
+    task = taskd.request(
+        "POST", alice.tasks(), {"title": "Alice's own"}, headers_with(alice.token())
+    ).json
     bobs = headers_with(bob.token())
     assert taskd.request("GET", bob.tasks(), headers=bobs).json == []
     for method, path in [("GET", ""), ("PUT", ""), ("DELETE", ""), ("PATCH", "/complete")]:
@@ -411,7 +468,9 @@ def test_tokens_signed_with_better_auths_own_key_drive_all_routes_for_two_users(
 
 @needs_node
 @pytest.mark.parametrize("algorithm", ["ES256", "ES512", "RS256", "PS256"])
-def test_each_other_algorithm_of_the_plugin_works(better_auth: Auth, serve: Serve, algorithm: str) -> None:
+def test_each_other_algorithm_of_the_plugin_works(
+    better_auth: Auth, serve: Serve, algorithm: str
+) -> None:
     server = better_auth("jwks", algorithm)
     alice = server.sign_up("alice")
     token = alice.token()
@@ -421,7 +480,9 @@ def test_each_other_algorithm_of_the_plugin_works(better_auth: Auth, serve: Serv
 
 
 @needs_node
-def test_a_token_of_better_auths_own_key_is_refused_where_only_a_secret_is_set(better_auth: Auth, serve: Serve) -> None:
+def test_a_token_of_better_auths_own_key_is_refused_where_only_a_secret_is_set(
+    better_auth: Auth, serve: Serve
+) -> None:
     alice = better_auth("jwks").sign_up("alice")
     assert_refused(serve(), alice, alice.token(), "TASKD_JWKS_URL")
 
@@ -467,15 +528,23 @@ def test_after_a_key_rotation_new_tokens_pass_within_seconds_and_old_ones_go_on(
     kid = alice.call("POST", "/test/rotate").json["kid"]
     new = alice.token()
     assert part(new, 0)["kid"] == kid != part(old, 0)["kid"]
-    until(lambda: listed(taskd, alice, new).status_code == 200, "the new key's token is accepted", seconds=10)
+    until(
+        lambda: listed(taskd, alice, new).status_code == 200,
+        "the new key's token is accepted",
+        seconds=10,
+    )
     drive_all_routes(taskd, alice, new)
     assert listed(taskd, alice, old).status_code == 200
     drive_all_routes(taskd, bob, old_and_not_seen_yet)
-    drive_all_routes(serve(fresh=True, **server.settings), alice, old)  # the old key is still published
+    drive_all_routes(
+        serve(fresh=True, **server.settings), alice, old
+    )  # the old key is still published
 
 
 @needs_node
-def test_while_better_auth_is_away_known_keys_go_on_and_unknown_ones_are_503(better_auth: Auth, serve: Serve) -> None:
+def test_while_better_auth_is_away_known_keys_go_on_and_unknown_ones_are_503(
+    better_auth: Auth, serve: Serve
+) -> None:
     server = better_auth("jwks", fresh=True)
     alice = server.sign_up("alice")
     with_secret = better_auth("secret").sign_up("alice")
@@ -516,11 +585,17 @@ def test_while_better_auth_is_away_known_keys_go_on_and_unknown_ones_are_503(bet
 @needs_node
 @pytest.mark.parametrize(
     ("mode", "path", "status"),
-    [("route", "/api/auth/token", 404), ("jwks", "/api/auth/token", 401), ("secret", "/api/auth/jwks", 404)],
+    [
+        ("route", "/api/auth/token", 404),
+        ("jwks", "/api/auth/token", 401),
+        ("secret", "/api/auth/jwks", 404),
+    ],
     ids=["no jwt plugin", "not signed in", "signed with the secret"],
 )
-def test_better_auth_itself_answers_as_the_page_says(better_auth: Auth, mode: str, path: str, status: int) -> None:
-    assert Visitor(better_auth(mode)).ask("GET", path).status_code == status
+def test_better_auth_itself_answers_as_the_page_says(
+    better_auth: Auth, mode: str, path: str, status: int
+) -> None:
+    assert SmokeClient(better_auth(mode)).ask("GET", path).status_code == status
 
 
 def run_page(server: BetterAuth, taskd: Process) -> subprocess.CompletedProcess[str]:
@@ -536,15 +611,31 @@ def test_the_browser_code_of_the_page_works_across_origins(better_auth: Auth, se
     seen = json.loads(run.stdout)
     task = seen["added"]
     assert task == new_task(task, seen["user"])
-    assert seen["changed"] == task | {"description": "2 litres", "updated_at": seen["changed"]["updated_at"]}
-    assert seen["toggled"] == seen["changed"] | {"completed": True, "updated_at": seen["toggled"]["updated_at"]}
-    assert (seen["listed"], seen["read"], seen["removed"]) == ([seen["toggled"]], seen["toggled"], seen["toggled"])
-    assert (seen["left"], seen["refused"], seen["afterwards"]) == ([], "not signed in", "not signed in")
+    assert seen["changed"] == task | {
+        "description": "2 litres",
+        "updated_at": seen["changed"]["updated_at"],
+    }
+    assert seen["toggled"] == seen["changed"] | {
+        "completed": True,
+        "updated_at": seen["toggled"]["updated_at"],
+    }
+    assert (seen["listed"], seen["read"], seen["removed"]) == (
+        [seen["toggled"]],
+        seen["toggled"],
+        seen["toggled"],
+    )
+    assert (seen["left"], seen["refused"], seen["afterwards"]) == (
+        [],
+        "not signed in",
+        "not signed in",
+    )
     assert seen["missing"] == "Not Found: you have no task with this id"
 
 
 @needs_node
-def test_the_browser_code_is_shown_nothing_where_its_origin_is_not_allowed(better_auth: Auth, serve: Serve) -> None:
+def test_the_browser_code_is_shown_nothing_where_its_origin_is_not_allowed(
+    better_auth: Auth, serve: Serve
+) -> None:
     server = better_auth("jwks")
     run = run_page(server, serve(TASKD_CORS_ORIGINS="https://other.example", **server.settings))
     assert run.returncode == 1
@@ -569,12 +660,22 @@ def test_the_page_names_only_settings_that_exist() -> None:
 def test_the_page_quotes_taskd_word_for_word() -> None:
     quoted = re.findall(r"^\| (?:40[13]|503|start): `(.+?)`", PAGE.read_text(), re.MULTILINE)
     assert len(quoted) >= 10
-    source = (ROOT / "taskd.py").read_text().replace("{ex.claim}", "sub").replace("{what}", "the key set")
+    source = (
+        (ROOT / "taskd.py")
+        .read_text()
+        .replace("{ex.claim}", "sub")
+        .replace("{what}", "the key set")
+    )
     assert [quote for quote in quoted if quote not in source] == []
 
 
 def test_the_lock_file_names_no_address_to_download_from() -> None:
     lock = json.loads((HERE / "package-lock.json").read_text())
     assert not [name for name, package in lock["packages"].items() if "resolved" in package]
-    assert all(re.fullmatch(r"[0-9.]+", pin) for pin in lock["packages"][""]["dependencies"].values())
-    assert lock["packages"][""]["dependencies"] == json.loads((HERE / "package.json").read_text())["dependencies"]
+    assert all(
+        re.fullmatch(r"[0-9.]+", pin) for pin in lock["packages"][""]["dependencies"].values()
+    )
+    assert (
+        lock["packages"][""]["dependencies"]
+        == json.loads((HERE / "package.json").read_text())["dependencies"]
+    )

@@ -21,7 +21,9 @@ from support import DEADLINE, SECRET, TASK_KEYS, assert_problem, bearer, databas
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 JSON = {"Content-Type": "application/json"}
 KIB_64 = 64 * 1024
-CLOCK = "\N{ALARM CLOCK}"  # outside the basic plane: one code point, two in UTF-16, four bytes in UTF-8
+CLOCK = (
+    "\N{ALARM CLOCK}"  # outside the basic plane: one code point, two in UTF-16, four bytes in UTF-8
+)
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # five code points, one to the eye
 SPACES = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
@@ -36,7 +38,20 @@ ALLOWED = {
     COMPLETE: {"PATCH"},
     "/healthz": {"GET", "HEAD"},
 }
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "BREW", "PROPFIND", "get", "Post"]
+METHODS = [
+    "GET",
+    "HEAD",
+    "POST",
+    "PUT",
+    "PATCH",
+    "DELETE",
+    "TRACE",
+    "CONNECT",
+    "BREW",
+    "PROPFIND",
+    "get",
+    "Post",
+]
 
 
 def send(person, method, path, body, headers=JSON):
@@ -50,7 +65,9 @@ def fields(response):
     assert problem["title"] == "Unprocessable Content"
     assert problem["errors"]
     assert all(set(fault) == {"field", "message"} for fault in problem["errors"])
-    assert all(isinstance(fault["message"], str) and fault["message"] for fault in problem["errors"])
+    assert all(
+        isinstance(fault["message"], str) and fault["message"] for fault in problem["errors"]
+    )
     for fault in problem["errors"]:
         assert f"{fault['field']} {fault['message']}" in problem["detail"]
     return [fault["field"] for fault in problem["errors"]]
@@ -71,7 +88,9 @@ def settled(tmp_path_factory):
 
 
 def test_a_task_has_these_keys_in_this_order_on_every_answer(alice):
-    created = alice.call("POST", json={"completed": True, "description": "2 litres", "title": "Buy milk"})
+    created = alice.call(
+        "POST", json={"completed": True, "description": "2 litres", "title": "Buy milk"}
+    )
     answers = [
         created,
         alice.call("GET", "/1"),
@@ -112,7 +131,11 @@ def test_times_are_rfc_3339_in_utc_with_milliseconds_and_of_now(alice):
 
 @pytest.mark.parametrize(
     ("method", "path", "body"),
-    [("PUT", "/1", {"title": "y"}), ("PATCH", "/1/complete", None), ("PATCH", "/1/complete", {"completed": False})],
+    [
+        ("PUT", "/1", {"title": "y"}),
+        ("PATCH", "/1/complete", None),
+        ("PATCH", "/1/complete", {"completed": False}),
+    ],
 )
 def test_a_change_moves_updated_at_and_leaves_created_at(alice, method, path, body):
     task, deadline = alice.add(), time.monotonic() + DEADLINE
@@ -270,9 +293,22 @@ def test_the_list_is_an_array_oldest_first_and_stays_so_after_changes(alice):
 
 
 def test_a_new_tasks_location_leads_to_it(client):
-    for user in ("alice", "a b", "a%20b", "a+b", "é", "e\u0301", "\u05d0\u202e", "a?b#c", "a;b=c,d", "~._-!$&'()*@:"):
+    for user in (
+        "alice",
+        "a b",
+        "a%20b",
+        "a+b",
+        "é",
+        "e\u0301",
+        "\u05d0\u202e",
+        "a?b#c",
+        "a;b=c,d",
+        "~._-!$&'()*@:",
+    ):
         person = Person(client, user)
-        response = client.simulate_post(f"/api/{quote(user, safe='')}/tasks", headers=bearer(user), json={"title": "x"})
+        response = client.simulate_post(
+            f"/api/{quote(user, safe='')}/tasks", headers=bearer(user), json={"title": "x"}
+        )
         assert response.status_code == 201
         location = response.headers["location"]
         assert location.isascii()
@@ -300,14 +336,18 @@ def test_a_location_respects_the_place_where_the_application_is_mounted(alice):
     ],
 )
 def test_put_changes_the_fields_that_the_body_names_and_leaves_the_rest(alice, body, changed):
-    task = alice.add(title="Milk", description="2 litres", completed=bool(changed.get("completed") is False))
+    task = alice.add(
+        title="Milk", description="2 litres", completed=bool(changed.get("completed") is False)
+    )
     response = alice.call("PUT", "/1", json=body)
     assert response.status_code == 200
     assert response.json == task | changed | {"updated_at": response.json["updated_at"]}
     assert alice.call("GET", "/1").json == response.json
 
 
-@pytest.mark.parametrize("body", [{}, {"id": 99, "user_id": "bob", "created_at": "2000", "updated_at": 0}])
+@pytest.mark.parametrize(
+    "body", [{}, {"id": 99, "user_id": "bob", "created_at": "2000", "updated_at": 0}]
+)
 def test_put_of_nothing_changes_nothing_not_even_updated_at(alice, body):
     task, deadline = alice.add(), time.monotonic() + DEADLINE
     while alice.add()["updated_at"] == task["updated_at"] and time.monotonic() < deadline:
@@ -327,15 +367,21 @@ def test_a_task_that_was_read_can_be_sent_back_whole(alice):
     updated = alice.call("PUT", "/1", json=task).json
     assert updated == task | {"updated_at": updated["updated_at"]}
     copy = alice.call("POST", json=task).json
-    assert copy == task | {"id": 2, "created_at": copy["created_at"], "updated_at": copy["updated_at"]}
+    assert copy == task | {
+        "id": 2,
+        "created_at": copy["created_at"],
+        "updated_at": copy["updated_at"],
+    }
     task = updated | {"completed": False}
-    assert alice.call("PATCH", "/1/complete", json={"id": 1, "user_id": "alice", "completed": False}).json == (
-        task | {"updated_at": alice.call("GET", "/1").json["updated_at"]}
-    )
+    assert alice.call(
+        "PATCH", "/1/complete", json={"id": 1, "user_id": "alice", "completed": False}
+    ).json == (task | {"updated_at": alice.call("GET", "/1").json["updated_at"]})
 
 
 @pytest.mark.parametrize(
-    "value", ["null", "-1", "1e999", "9" * 5000, '"\\u0000"', "[]", "{}", "true", '"' + "x" * 50_000 + '"'], ids=len
+    "value",
+    ["null", "-1", "1e999", "9" * 5000, '"\\u0000"', "[]", "{}", "true", '"' + "x" * 50_000 + '"'],
+    ids=len,
 )
 def test_what_the_server_owns_is_accepted_and_ignored_whatever_its_value(alice, value):
     for number, member in enumerate(["id", "user_id", "created_at", "updated_at"], 1):
@@ -344,10 +390,20 @@ def test_what_the_server_owns_is_accepted_and_ignored_whatever_its_value(alice, 
         task = created.json
         assert (task["id"], task["user_id"]) == (number, "alice")
         assert TIME.fullmatch(task["created_at"])
-        changed = send(alice, "PUT", f"/{number}", f'{{"{member}": {value}, "title": "y"}}'.encode())
+        changed = send(
+            alice, "PUT", f"/{number}", f'{{"{member}": {value}, "title": "y"}}'.encode()
+        )
         assert changed.json == task | {"title": "y", "updated_at": changed.json["updated_at"]}
-        completed = send(alice, "PATCH", f"/{number}/complete", f'{{"{member}": {value}, "completed": true}}'.encode())
-        assert completed.json == changed.json | {"completed": True, "updated_at": completed.json["updated_at"]}
+        completed = send(
+            alice,
+            "PATCH",
+            f"/{number}/complete",
+            f'{{"{member}": {value}, "completed": true}}'.encode(),
+        )
+        assert completed.json == changed.json | {
+            "completed": True,
+            "updated_at": completed.json["updated_at"],
+        }
 
 
 @pytest.mark.parametrize(
@@ -393,7 +449,9 @@ def test_all_faults_of_a_body_are_reported_at_once(settled, method, path, body, 
 
 
 def test_a_422_in_full(settled):
-    response = settled.call("POST", json={"title": " ", "description": 5, "completed": "yes", "titel": "x"})
+    response = settled.call(
+        "POST", json={"title": " ", "description": 5, "completed": "yes", "titel": "x"}
+    )
     assert assert_problem(response, 422) == {
         "title": "Unprocessable Content",
         "status": 422,
@@ -401,7 +459,10 @@ def test_a_422_in_full(settled):
         "completed must be true or false; titel is not a field that can be set here",
         "errors": [
             {"field": "title", "message": "must not be blank"},
-            {"field": "description", "message": "must be a string of at most 10,000 characters, or null"},
+            {
+                "field": "description",
+                "message": "must be a string of at most 10,000 characters, or null",
+            },
             {"field": "completed", "message": "must be true or false"},
             {"field": "titel", "message": "is not a field that can be set here"},
         ],
@@ -432,11 +493,16 @@ def test_patch_toggles_without_a_body_and_sets_with_one(alice, bodies, states):
     answers = [alice.call("PATCH", "/1/complete", json=body) for body in bodies]
     assert [response.status_code for response in answers] == [200] * len(bodies)
     assert [response.json["completed"] for response in answers] == states
-    assert answers[-1].json == task | {"completed": states[-1], "updated_at": answers[-1].json["updated_at"]}
+    assert answers[-1].json == task | {
+        "completed": states[-1],
+        "updated_at": answers[-1].json["updated_at"],
+    }
     assert alice.call("GET", "/1").json == answers[-1].json
 
 
-@pytest.mark.parametrize("content_type", [None, "application/json", "text/plain", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "content_type", [None, "application/json", "text/plain", "application/x-www-form-urlencoded"]
+)
 def test_patch_toggles_without_a_body_whatever_its_content_type(alice, content_type):
     alice.add()
     headers = {"Content-Type": content_type} if content_type else {}
@@ -482,10 +548,14 @@ def test_a_404_is_byte_for_byte_the_same_for_anothers_a_missing_and_a_deleted_ta
     ]:
         answers = set()
         for number in (1, 2, 3, MAX_ID):
-            response = alice.call(method, f"/{number}{suffix}", headers={"X-Request-ID": "same"}, **options)
+            response = alice.call(
+                method, f"/{number}{suffix}", headers={"X-Request-ID": "same"}, **options
+            )
             if method != "HEAD":
                 assert_problem(response, 404)
-            answers.add((response.status, response.content, tuple(sorted(response.headers.items()))))
+            answers.add(
+                (response.status, response.content, tuple(sorted(response.headers.items())))
+            )
         assert len(answers) == 1
         assert answers.pop()[0] == "404 Not Found"
 
@@ -496,7 +566,9 @@ def test_a_403_does_not_tell_whether_the_user_or_the_task_exists(alice, bob):
         (response.status, response.content, tuple(sorted(response.headers.items())))
         for user in ("bob", "nobody")
         for number in (1, 2)
-        for response in [alice.call("GET", f"/api/{user}/tasks/{number}", headers={"X-Request-ID": "same"})]
+        for response in [
+            alice.call("GET", f"/api/{user}/tasks/{number}", headers={"X-Request-ID": "same"})
+        ]
     }
     assert len(answers) == 1
     assert answers.pop()[0] == "403 Forbidden"
@@ -512,7 +584,9 @@ BAD_IDS = [
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
-def test_an_id_that_is_no_number_from_1_to_2_to_the_63_minus_1_is_404_but_401_without_a_token(settled, bad):
+def test_an_id_that_is_no_number_from_1_to_2_to_the_63_minus_1_is_404_but_401_without_a_token(
+    settled, bad
+):
     tasks = settled.call("GET").json
     for method, suffix, body in [
         ("GET", "", None),
@@ -525,7 +599,9 @@ def test_an_id_that_is_no_number_from_1_to_2_to_the_63_minus_1_is_404_but_401_wi
         path = f"/api/alice/tasks/{bad}{suffix}"
         assert_problem(settled.call(method, path, json=body), 404)
         assert_problem(settled.client.simulate_request(method, path, json=body), 401)
-        assert_problem(settled.client.simulate_request(method, path, headers=bearer("bob"), json=body), 403)
+        assert_problem(
+            settled.client.simulate_request(method, path, headers=bearer("bob"), json=body), 403
+        )
     assert settled.call("GET").json == tasks
 
 
@@ -558,13 +634,22 @@ def test_one_trailing_slash_is_the_same_resource(client, alice):
 def test_leading_slashes_do_not_lead_around_the_token(client, alice, slashes):
     alice.add(title="Milk")
     for path in ("api/alice/tasks", "api/alice/tasks/1"):
-        for headers, statuses in [({}, (401, 404)), (bearer("bob"), (403, 404)), (bearer("alice"), (200, 404))]:
+        for headers, statuses in [
+            ({}, (401, 404)),
+            (bearer("bob"), (403, 404)),
+            (bearer("alice"), (200, 404)),
+        ]:
             response = client.simulate_request(
-                "GET", "/x", headers=headers, extras={"PATH_INFO": slashes + path, "SCRIPT_NAME": ""}
+                "GET",
+                "/x",
+                headers=headers,
+                extras={"PATH_INFO": slashes + path, "SCRIPT_NAME": ""},
             )
             assert response.status_code in statuses
             assert ("Milk" in response.text) == (response.status_code == 200)
-    response = client.simulate_request("DELETE", "/x", extras={"PATH_INFO": f"{slashes}api/alice/tasks/1"})
+    response = client.simulate_request(
+        "DELETE", "/x", extras={"PATH_INFO": f"{slashes}api/alice/tasks/1"}
+    )
     assert response.status_code in (401, 404)
     assert alice.call("GET", "/1").status_code == 200
 
@@ -575,7 +660,9 @@ def test_head_is_get_without_the_body(client, alice, path, token_for):
     alice.add(title=CLOCK)
     path = path if path in ("/healthz", "/nowhere") else f"/api/alice/tasks{path}"
     headers = {"X-Request-ID": "same"} | (bearer(token_for) if token_for else {})
-    get, head = (client.simulate_request(method, path, headers=headers) for method in ("GET", "HEAD"))
+    get, head = (
+        client.simulate_request(method, path, headers=headers) for method in ("GET", "HEAD")
+    )
     assert head.content == b""
     assert (head.status_code, head.headers) == (get.status_code, get.headers)
     assert head.headers["content-length"] == str(len(get.content))
@@ -587,7 +674,9 @@ def test_options_answers_allow_without_a_token(settled, path):
         response = settled.client.simulate_options(path, headers=headers)
         assert response.status_code in (200, 204)
         assert response.content == b""
-        assert {method.strip() for method in response.headers["allow"].split(",")} - {"OPTIONS"} == ALLOWED[path]
+        assert {method.strip() for method in response.headers["allow"].split(",")} - {
+            "OPTIONS"
+        } == ALLOWED[path]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -599,7 +688,9 @@ def test_any_other_method_is_405_with_allow(settled, method):
             assert (response.status_code, response.content) == (405, b"")
         else:
             assert assert_problem(response, 405)["title"] == "Method Not Allowed"
-        assert {name.strip() for name in response.headers["allow"].split(",")} - {"OPTIONS"} == ALLOWED[path]
+        assert {name.strip() for name in response.headers["allow"].split(",")} - {
+            "OPTIONS"
+        } == ALLOWED[path]
     assert settled.call("GET").json == tasks
 
 
@@ -702,12 +793,27 @@ UNREADABLE = {
     "bottomless arrays": b"[" * 30_000 + b"]" * 30_000,
     "bottomless objects": b'{"x":' * 10_000 + b"1" + b"}" * 10_000,
     "bottomless arrays in a title": b'{"title":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
-    "bottomless arrays in an ignored field": b'{"title":"x","id":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
-    "bottomless arrays in an unknown field": b'{"title":"x","y":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+    "bottomless arrays in an ignored field": b'{"title":"x","id":'
+    + b"[" * 30_000
+    + b"]" * 30_000
+    + b"}",
+    "bottomless arrays in an unknown field": b'{"title":"x","y":'
+    + b"[" * 30_000
+    + b"]" * 30_000
+    + b"}",
     **{f"{text} in a title": f'{{"title":"{text}"}}'.encode() for text in SURROGATES},
-    **{f"{text} in a description": f'{{"title":"x","description":"{text}"}}'.encode() for text in SURROGATES},
-    **{f"{text} in an ignored field": f'{{"title":"x","user_id":"{text}"}}'.encode() for text in SURROGATES},
-    **{f"{text} in an ignored array": f'{{"title":"x","id":["{text}"]}}'.encode() for text in SURROGATES},
+    **{
+        f"{text} in a description": f'{{"title":"x","description":"{text}"}}'.encode()
+        for text in SURROGATES
+    },
+    **{
+        f"{text} in an ignored field": f'{{"title":"x","user_id":"{text}"}}'.encode()
+        for text in SURROGATES
+    },
+    **{
+        f"{text} in an ignored array": f'{{"title":"x","id":["{text}"]}}'.encode()
+        for text in SURROGATES
+    },
     **{f"{text} in a name": f'{{"title":"x","{text}":1}}'.encode() for text in SURROGATES},
     # The reader meets something that is merely wrong first, and must not lose its temper over what follows.
     **{
@@ -748,7 +854,18 @@ def test_an_empty_body_where_one_is_needed_is_400(settled, method, path, headers
     assert settled.call("GET").json == tasks
 
 
-WRONG_SHAPE = [b"null", b"true", b"false", b"0", b"-1.5e3", b'"x"', b'""', b"[]", b'[{"title":"x"}]', b'["title","x"]']
+WRONG_SHAPE = [
+    b"null",
+    b"true",
+    b"false",
+    b"0",
+    b"-1.5e3",
+    b'"x"',
+    b'""',
+    b"[]",
+    b'[{"title":"x"}]',
+    b'["title","x"]',
+]
 
 
 @pytest.mark.parametrize("body", WRONG_SHAPE)
@@ -822,7 +939,10 @@ def test_another_or_no_content_type_is_415(settled, content_type):
     headers = {"Content-Type": content_type} if content_type else {}
     for method, path in WITH_A_BODY:
         for body in (b'{"title":"x"}', b"title=x", b"\xff"):
-            assert assert_problem(send(settled, method, path, body, headers), 415)["title"] == "Unsupported Media Type"
+            assert (
+                assert_problem(send(settled, method, path, body, headers), 415)["title"]
+                == "Unsupported Media Type"
+            )
     assert settled.call("GET").json == tasks
 
 
@@ -830,7 +950,11 @@ def test_another_or_no_content_type_is_415(settled, content_type):
 def test_a_compressed_body_is_415(settled, coding):
     tasks = settled.call("GET").json
     headers = JSON | {"Content-Encoding": coding}
-    for body in (gzip.compress(b'{"title":"x"}'), b'{"title":"x"}', gzip.compress(b"[" * 10_000_000)):
+    for body in (
+        gzip.compress(b'{"title":"x"}'),
+        b'{"title":"x"}',
+        gzip.compress(b"[" * 10_000_000),
+    ):
         assert_problem(send(settled, "POST", "", body, headers), 415)
     assert settled.call("GET").json == tasks
 
@@ -860,7 +984,9 @@ def test_a_body_that_is_too_large_is_413_whatever_is_in_it(settled, body):
     assert settled.call("GET").json == tasks
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("GET", "/1"), ("DELETE", "/1"), ("GET", "/healthz")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", ""), ("GET", "/1"), ("DELETE", "/1"), ("GET", "/healthz")]
+)
 def test_a_body_where_none_is_looked_at_is_ignored(alice, method, path):
     alice.add()
     path = path if path == "/healthz" else f"{COLLECTION}{path}"
@@ -889,7 +1015,12 @@ ANSWERS = {
     "no such path": ("GET", "/api/alice/x", {}, 404),
     "no such method": ("POST", ITEM, {}, 405),
     "unknown method": ("BREW", ITEM, {}, 405),
-    "too large": ("POST", COLLECTION, {"body": b" " * 65_537, "content_type": "application/json"}, 413),
+    "too large": (
+        "POST",
+        COLLECTION,
+        {"body": b" " * 65_537, "content_type": "application/json"},
+        413,
+    ),
     "another type": ("POST", COLLECTION, {"body": b"x", "content_type": "text/plain"}, 415),
     "wrong": ("POST", COLLECTION, {"json": {}}, 422),
     "broken": ("GET", COLLECTION, {}, 500),
@@ -940,7 +1071,9 @@ def broken(user_id, listing):
 def lines():
     """What taskd logs during the test, formatted as an operator sees it."""
     lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(logging.Formatter("%(levelname)s %(message)s").format(record))
+    handler.emit = lambda record: lines.append(
+        logging.Formatter("%(levelname)s %(message)s").format(record)
+    )
     logger = logging.getLogger("taskd")
     level = logger.level
     logger.addHandler(handler)
@@ -961,7 +1094,9 @@ def test_every_answer_has_the_headers_of_section_7(answer, name):
     assert "set-cookie" not in response.headers
 
 
-@pytest.mark.parametrize("accept", ["application/json", "text/html", "application/xml", "*/*;q=0", ""])
+@pytest.mark.parametrize(
+    "accept", ["application/json", "text/html", "application/xml", "*/*;q=0", ""]
+)
 @pytest.mark.parametrize("name", [name for name, row in ANSWERS.items() if row[3] >= 400])
 def test_every_error_is_problem_json_whatever_the_client_accepts(answer, name, accept):
     status = ANSWERS[name][3]
@@ -971,13 +1106,17 @@ def test_every_error_is_problem_json_whatever_the_client_accepts(answer, name, a
     assert isinstance(problem["detail"], str)
 
 
-@pytest.mark.parametrize("accept", ["application/json", "text/html", "application/xml", "*/*;q=0", ""])
+@pytest.mark.parametrize(
+    "accept", ["application/json", "text/html", "application/xml", "*/*;q=0", ""]
+)
 @pytest.mark.parametrize("name", ["list", "read", "create"])
 def test_every_success_is_json_whatever_the_client_accepts(answer, name, accept):
     assert answer(name, {"Accept": accept}).headers["content-type"] == "application/json"
 
 
-@pytest.mark.parametrize(("name", "given"), list(zip(ANSWERS, ["x", "A-Z.a_z-09", "7" * 64] * 8, strict=False)))
+@pytest.mark.parametrize(
+    ("name", "given"), list(zip(ANSWERS, ["x", "A-Z.a_z-09", "7" * 64] * 8, strict=False))
+)
 def test_a_request_id_is_given_back(answer, lines, name, given):
     assert answer(name, {"X-Request-ID": given}).headers["x-request-id"] == given
     assert any(given in line for line in lines)
@@ -988,8 +1127,15 @@ def test_a_request_id_is_given_back(answer, lines, name, given):
 )  # fmt: skip
 def test_a_request_id_that_cannot_stand_in_a_log_is_replaced(settled, lines, given):
     ids = {
-        settled.client.simulate_get(path, headers={"X-Request-ID": given} | headers).headers["x-request-id"]
-        for path, headers in [(COLLECTION, bearer()), (COLLECTION, {}), ("/nowhere", {}), ("/healthz", {})]
+        settled.client.simulate_get(path, headers={"X-Request-ID": given} | headers).headers[
+            "x-request-id"
+        ]
+        for path, headers in [
+            (COLLECTION, bearer()),
+            (COLLECTION, {}),
+            ("/nowhere", {}),
+            ("/healthz", {}),
+        ]
     }
     assert len(ids) == 4
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{8,64}", new) for new in ids)
@@ -1000,8 +1146,12 @@ def test_a_request_id_that_cannot_stand_in_a_log_is_replaced(settled, lines, giv
 def test_every_request_has_one_line_in_the_log_and_nothing_secret_is_in_it(alice, lines):
     secret = token("alice")
     headers = {"Authorization": f"Bearer {secret}"}
-    alice.client.simulate_post(f"{COLLECTION}?token={secret}", headers=headers, json={"title": "Milk", "x": "Cream"})
-    alice.client.simulate_post(COLLECTION, headers=headers, json={"title": "Milk", "description": "Cream"})
+    alice.client.simulate_post(
+        f"{COLLECTION}?token={secret}", headers=headers, json={"title": "Milk", "x": "Cream"}
+    )
+    alice.client.simulate_post(
+        COLLECTION, headers=headers, json={"title": "Milk", "description": "Cream"}
+    )
     alice.client.simulate_get(ITEM, headers=headers)
     alice.client.simulate_get(ITEM, headers={"Authorization": f"Bearer {secret}x"})
     alice.client.simulate_get("/nowhere/Milk?Cream", headers=headers)
@@ -1057,14 +1207,18 @@ FOREIGN = [
 
 
 def varies_by_origin(response):
-    return "origin" in [name.strip().lower() for name in response.headers.get("vary", "").split(",")]
+    return "origin" in [
+        name.strip().lower() for name in response.headers.get("vary", "").split(",")
+    ]
 
 
 @pytest.mark.parametrize(("name", "origin"), list(zip(ANSWERS, ORIGINS * 11, strict=True)))
 def test_every_answer_can_be_read_by_a_page_of_a_configured_origin(answer, name, origin):
     response = answer(name, {"Origin": origin}, cors_origins=ORIGINS)
     assert response.headers["access-control-allow-origin"] == origin
-    exposed = {header.strip() for header in response.headers["access-control-expose-headers"].split(",")}
+    exposed = {
+        header.strip() for header in response.headers["access-control-expose-headers"].split(",")
+    }
     assert exposed == {"Location", "Link", "ETag", "X-Request-ID"}
     assert "access-control-allow-credentials" not in response.headers
     assert varies_by_origin(response)
@@ -1106,11 +1260,17 @@ def test_a_preflight_needs_no_token_and_says_what_is_allowed(make_app, path):
         response = preflight(client, path, method)
         assert response.status_code in (200, 204)
         assert response.headers["access-control-allow-origin"] == ORIGINS[0]
-        methods = {name.strip() for name in response.headers["access-control-allow-methods"].split(",")}
+        methods = {
+            name.strip() for name in response.headers["access-control-allow-methods"].split(",")
+        }
         assert methods - {"OPTIONS"} == ALLOWED[path]
-        allowed = {name.strip() for name in response.headers["access-control-allow-headers"].split(",")}
+        allowed = {
+            name.strip() for name in response.headers["access-control-allow-headers"].split(",")
+        }
         assert allowed == {"Authorization", "Content-Type", "If-Match", "Idempotency-Key"}
-        assert {name.strip() for name in response.headers["allow"].split(",")} - {"OPTIONS"} == ALLOWED[path]
+        assert {name.strip() for name in response.headers["allow"].split(",")} - {
+            "OPTIONS"
+        } == ALLOWED[path]
         assert varies_by_origin(response)
 
 
@@ -1177,16 +1337,29 @@ def test_a_method_that_nobody_knows_is_401_404_or_405_and_nothing_else(client, a
     ("body", "headers", "status", "detail"),
     [
         (b"", {"Content-Type": "application/json"}, 400, "send a JSON object as the body"),
-        (b"{}", {}, 415, "send plain JSON in UTF-8, with the header Content-Type: application/json"),
+        (
+            b"{}",
+            {},
+            415,
+            "send plain JSON in UTF-8, with the header Content-Type: application/json",
+        ),
         (
             b"{}",
             {"Content-Type": "application/json", "Content-Encoding": "gzip"},
             415,
             "send plain JSON in UTF-8, with the header Content-Type: application/json",
         ),
-        (b" " * 65_537, {"Content-Type": "application/json"}, 413, "send a body of at most 65536 bytes"),
+        (
+            b" " * 65_537,
+            {"Content-Type": "application/json"},
+            413,
+            "send a body of at most 65536 bytes",
+        ),
     ],
 )
 def test_a_body_that_is_refused_says_what_to_send(alice, body, headers, status, detail):
     for method, path in (("POST", ""), ("PUT", "/1")):
-        assert assert_problem(alice.call(method, path, body=body, headers=headers), status)["detail"] == detail
+        assert (
+            assert_problem(alice.call(method, path, body=body, headers=headers), status)["detail"]
+            == detail
+        )

@@ -50,7 +50,9 @@ pytestmark = pytest.mark.sqlite("what deploy/ sets up keeps its tasks in a file"
 
 
 def needs(program: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not shutil.which(program), reason=f"install {program} to run this test")
+    return pytest.mark.skipif(
+        not shutil.which(program), reason=f"install {program} to run this test"
+    )
 
 
 def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -62,7 +64,11 @@ def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def lines_of(unit: str) -> list[str]:
-    return [line for line in (DEPLOY / unit).read_text().splitlines() if line and not line.startswith("#")]
+    return [
+        line
+        for line in (DEPLOY / unit).read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
 
 
 def exposure(unit: str) -> float:
@@ -77,7 +83,9 @@ def exposure(unit: str) -> float:
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     for unit in UNITS:  # with programs that are here, because it looks whether there are such
         text = (DEPLOY / unit).read_text()
-        text = text.replace("/opt/taskd/.venv/bin/python", sys.executable).replace("/opt/taskd", str(ROOT))
+        text = text.replace("/opt/taskd/.venv/bin/python", sys.executable).replace(
+            "/opt/taskd", str(ROOT)
+        )
         (tmp_path / unit).write_text(text)
     answer = run("systemd-analyze", "verify", "--man=no", *(tmp_path / unit for unit in UNITS))
     assert [line for line in answer.stderr.splitlines() if "taskd" in line] == []
@@ -97,20 +105,27 @@ def test_the_readme_tells_the_scores_that_systemd_gives() -> None:
     assert len(told) == 2
     if f"systemd {re.findall('[0-9]+', run('systemctl', '--version').stdout)[0]}" not in readme:
         pytest.skip("another version of systemd than the README names may give another score")
-    assert [float(score) for score in told] == [exposure("taskd.service"), exposure("taskd-backup.service")]
+    assert [float(score) for score in told] == [
+        exposure("taskd.service"),
+        exposure("taskd-backup.service"),
+    ]
 
 
 def test_the_service_has_time_to_drain() -> None:
-    [seconds] = [line.partition("=")[2] for line in lines_of("taskd.service") if line.startswith("TimeoutStopSec=")]
+    [seconds] = [
+        line.partition("=")[2]
+        for line in lines_of("taskd.service")
+        if line.startswith("TimeoutStopSec=")
+    ]
     assert int(seconds) > 10
 
 
 def test_the_two_services_are_closed_in_the_same_way() -> None:
     hardening = [set(lines_of(unit)) for unit in ("taskd.service", "taskd-backup.service")]
-    closed = (
-        "Protect|Private|Restrict|Lock|Memory[D]|NoNew|Capab|Ambient|Remove|SystemCall|UMask|User|Group|State.*Mode"
+    closed = "Protect|Private|Restrict|Lock|Memory[D]|NoNew|Capab|Ambient|Remove|SystemCall|UMask|User|Group|State.*Mode"
+    of_service, of_backup = (
+        {line for line in lines if re.match(closed, line)} for lines in hardening
     )
-    of_service, of_backup = ({line for line in lines if re.match(closed, line)} for lines in hardening)
     assert of_service - of_backup == {"RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX"}
     assert of_backup - of_service == {"RestrictAddressFamilies=AF_UNIX", "PrivateNetwork=yes"}
 
@@ -130,8 +145,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_taskd_needs_no_memory_that_is_both_writable_and_code(start: Start) -> None:
-    server = start(wait=False, command=[sys.executable, "-c", FORBID_WRITABLE_CODE, str(ROOT / "taskd.py"), "--"])
-    until(lambda: "listening" in server.log or server.popen.poll() is not None, "the server listens")
+    server = start(
+        wait=False,
+        command=[sys.executable, "-c", FORBID_WRITABLE_CODE, str(ROOT / "taskd.py"), "--"],
+    )
+    until(
+        lambda: "listening" in server.log or server.popen.poll() is not None, "the server listens"
+    )
     if server.popen.poll() == 77:
         pytest.skip("this kernel cannot forbid it: Linux 6.3 or newer is needed")
     assert "listening" in server.log, server.log
@@ -148,7 +168,9 @@ def back_up(directory: Path, backups: Path) -> subprocess.CompletedProcess[str]:
     return run(DEPLOY / "backup.sh", backups, cwd=directory, env=variables)
 
 
-def test_a_backup_is_made_while_taskd_serves_and_the_last_14_stay(server: Process, tmp_path: Path) -> None:
+def test_a_backup_is_made_while_taskd_serves_and_the_last_14_stay(
+    server: Process, tmp_path: Path
+) -> None:
     backups = tmp_path / "backups"
     backups.mkdir()
     old = [backups / f"taskd-2026-01-{day:02}T030000Z.db" for day in range(1, 16)]
@@ -191,7 +213,11 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
     directory = tmp_path_factory.mktemp("certificate")
     (directory / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    plain = (
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
     (directory / "key.pem").write_bytes(key.private_bytes(*plain))
     return directory / "cert.pem", directory / "key.pem"
 
@@ -205,26 +231,38 @@ def free_port() -> int:
 class Proxy:
     """nginx or Caddy before a taskd, with the configuration of deploy/ but for addresses, ports and certificate."""
 
-    def __init__(self, program: str, taskd: Process, home: Path, certificate: tuple[Path, Path]) -> None:
+    def __init__(
+        self, program: str, taskd: Process, home: Path, certificate: tuple[Path, Path]
+    ) -> None:
         self.taskd, self.home, self.port = taskd, home, free_port()
         self._trust = ssl.create_default_context(cafile=str(certificate[0]))
         command = {"nginx": self._nginx, "caddy": self._caddy}[program](*certificate)
         self._log = (home / "proxy.log").open("wb")
         homes = environment(HOME=str(home), XDG_DATA_HOME=str(home), XDG_CONFIG_HOME=str(home))
         self.popen = subprocess.Popen(
-            command, cwd=home, env=homes, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+            command,
+            cwd=home,
+            env=homes,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
         )
         until(self._serves, "the proxy serves")
 
     def _nginx(self, certificate: Path, key: Path) -> list[str]:
-        site = (DEPLOY / "nginx.conf").read_text().replace("127.0.0.1:8000", f"127.0.0.1:{self.taskd.port}")
+        site = (
+            (DEPLOY / "nginx.conf")
+            .read_text()
+            .replace("127.0.0.1:8000", f"127.0.0.1:{self.taskd.port}")
+        )
         site = site.replace("listen 443 ", f"listen 127.0.0.1:{self.port} ")
         site = site.replace("listen 80;", f"listen 127.0.0.1:{free_port()};")
         site = re.sub(r" *listen \[::\]:.*\n", "", site)
         site = re.sub(r"/etc/letsencrypt/\S+/fullchain\.pem", str(certificate), site)
         site = re.sub(r"/etc/letsencrypt/\S+/privkey\.pem", str(key), site)
         temporary = "".join(
-            f"{kind}_temp_path {self.home}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            f"{kind}_temp_path {self.home}/{kind};"
+            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         user = "user root;" if os.geteuid() == 0 else ""  # who can read the directory of a test
         (self.home / "nginx.conf").write_text(
@@ -234,9 +272,17 @@ class Proxy:
         return ["nginx", "-p", str(self.home), "-e", "stderr", "-c", str(self.home / "nginx.conf")]
 
     def _caddy(self, certificate: Path, key: Path) -> list[str]:
-        site = (DEPLOY / "Caddyfile").read_text().replace("127.0.0.1:8000", f"127.0.0.1:{self.taskd.port}")
-        site = site.replace(f"{NAME} {{", f"{NAME}:{self.port} {{\n\tbind 127.0.0.1\n\ttls {certificate} {key}")
-        (self.home / "Caddyfile").write_text(f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{site}")
+        site = (
+            (DEPLOY / "Caddyfile")
+            .read_text()
+            .replace("127.0.0.1:8000", f"127.0.0.1:{self.taskd.port}")
+        )
+        site = site.replace(
+            f"{NAME} {{", f"{NAME}:{self.port} {{\n\tbind 127.0.0.1\n\ttls {certificate} {key}"
+        )
+        (self.home / "Caddyfile").write_text(
+            f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{site}"
+        )
         return ["caddy", "run", "--adapter", "caddyfile", "--config", str(self.home / "Caddyfile")]
 
     def _serves(self) -> bool:
@@ -260,7 +306,11 @@ class Proxy:
         connection: http.client.HTTPConnection | None = None,
     ) -> Answer:
         """Send a request over TLS, on a connection of its own unless there is one."""
-        with contextlib.closing(self.connect()) if connection is None else contextlib.nullcontext(connection) as used:
+        with (
+            contextlib.closing(self.connect())
+            if connection is None
+            else contextlib.nullcontext(connection) as used
+        ):
             answer = ask(used, method, path, body, headers)
         assert len(set(answer.names)) == len(answer.names), f"a header comes twice: {answer.names}"
         return answer
@@ -303,24 +353,39 @@ def test_any_user_id_goes_through_a_proxy(proxy: Proxy, user: str) -> None:
     path = "/api/" + "".join(f"%{byte:02X}" for byte in user.encode()) + "/tasks"
     created = proxy.request("POST", path, {"title": "x"}, bearer(user))
     assert (created.status_code, created.json["user_id"]) == (201, user)
-    assert proxy.request("GET", created.headers["location"], None, bearer(user)).json == created.json
+    assert (
+        proxy.request("GET", created.headers["location"], None, bearer(user)).json == created.json
+    )
 
 
 def test_the_headers_are_taskds_own(proxy: Proxy) -> None:
-    answer = proxy.request("POST", "/api/alice/tasks", {"title": "x"}, bearer() | {"X-Request-ID": "mine"})
+    answer = proxy.request(
+        "POST", "/api/alice/tasks", {"title": "x"}, bearer() | {"X-Request-ID": "mine"}
+    )
     assert answer.headers["x-request-id"] == "mine"
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["strict-transport-security"] == "max-age=31536000"
     assert answer.headers.get("server", "nginx") == "nginx"
-    same = proxy.request("GET", answer.headers["location"], None, bearer() | {"If-None-Match": answer.headers["etag"]})
+    same = proxy.request(
+        "GET",
+        answer.headers["location"],
+        None,
+        bearer() | {"If-None-Match": answer.headers["etag"]},
+    )
     assert (same.status_code, same.content) == (304, b"")
     refused = proxy.request("GET", "/api/alice/tasks")
     assert refused.headers["www-authenticate"] == 'Bearer realm="taskd"'
 
 
-def test_the_log_has_the_clients_address_from_the_proxy_and_not_from_the_client(proxy: Proxy) -> None:
-    lies = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Prefix": "/evil", "X-Forwarded-Host": "evil.example"}
+def test_the_log_has_the_clients_address_from_the_proxy_and_not_from_the_client(
+    proxy: Proxy,
+) -> None:
+    lies = {
+        "X-Forwarded-For": "6.6.6.6",
+        "X-Forwarded-Prefix": "/evil",
+        "X-Forwarded-Host": "evil.example",
+    }
     answer = proxy.request("POST", "/api/alice/tasks", {"title": "x"}, bearer() | lies)
     assert answer.headers["location"] == f"/api/alice/tasks/{answer.json['id']}"
     until(lambda: answer.headers["x-request-id"] in proxy.taskd.log, "a line in the log")
@@ -333,7 +398,9 @@ def test_a_body_that_is_too_large_is_refused_in_the_shape_of_all_errors(proxy: P
         answer = proxy.request("POST", "/api/alice/tasks", {"title": "x" * size}, bearer())
         assert_problem(answer, 413)
     with contextlib.closing(proxy.connect()) as connection:  # one that does not say how large it is
-        connection.request("POST", "/api/alice/tasks", iter([b"x" * 100_000] * 15), bearer(), encode_chunked=True)
+        connection.request(
+            "POST", "/api/alice/tasks", iter([b"x" * 100_000] * 15), bearer(), encode_chunked=True
+        )
         assert_problem(Answer(connection.getresponse()), 413)
     assert proxy.request("GET", "/api/alice/tasks", None, bearer()).json == []
 
@@ -381,7 +448,9 @@ def test_the_metrics_are_not_public(proxy: Proxy) -> None:
     assert proxy.request("GET", "/readyz").status_code == 200
 
 
-def test_while_taskd_is_away_the_proxy_says_so_and_goes_on_when_it_is_back(proxy: Proxy, start: Start) -> None:
+def test_while_taskd_is_away_the_proxy_says_so_and_goes_on_when_it_is_back(
+    proxy: Proxy, start: Start
+) -> None:
     proxy.taskd.terminate()
     answer = proxy.request("POST", "/api/alice/tasks", {"title": "x"}, bearer())
     assert_problem(answer, 503)
@@ -395,8 +464,14 @@ def test_while_taskd_is_away_the_proxy_says_so_and_goes_on_when_it_is_back(proxy
 
 def instructions() -> list[tuple[str, str]]:
     """Return the instructions of the Containerfile, with lines that go on joined."""
-    text = re.sub(r"^\s*#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
-    return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in text.splitlines() if line.strip()]
+    text = re.sub(
+        r"^\s*#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE
+    ).replace("\\\n", " ")
+    return [
+        (line.split(None, 1)[0], line.split(None, 1)[1].strip())
+        for line in text.splitlines()
+        if line.strip()
+    ]
 
 
 def instruction(name: str) -> str:
@@ -417,7 +492,9 @@ def image(tmp_path: Path) -> Path:
         elif word == "COPY":
             *sources, target = rest.split()
             for source in sources:
-                assert source.rstrip("/") in allowed, f"the ignore file keeps {source} from the build"
+                assert source.rstrip("/") in allowed, (
+                    f"the ignore file keeps {source} from the build"
+                )
                 into = root / here.relative_to("/") / target
                 if source.endswith("/"):
                     shutil.copytree(ROOT / source, into)
@@ -440,10 +517,15 @@ def unshared(image: Path, *command: str) -> list[str]:
 
 
 def can_unshare() -> bool:
-    return bool(shutil.which("unshare")) and run("unshare", "--map-root-user", "--mount", "true").returncode == 0
+    return (
+        bool(shutil.which("unshare"))
+        and run("unshare", "--map-root-user", "--mount", "true").returncode == 0
+    )
 
 
-needs_namespaces = pytest.mark.skipif(not can_unshare(), reason="needs unshare(1) and leave to use it")
+needs_namespaces = pytest.mark.skipif(
+    not can_unshare(), reason="needs unshare(1) and leave to use it"
+)
 
 
 @needs_namespaces
@@ -454,7 +536,9 @@ def test_what_the_image_holds_serves_from_a_root_that_is_read_only(image: Path) 
     assert "Read-only file system" in read_only.stderr
     server = Image(image, unshared(image, sys.executable, *command[1:]))
     try:
-        assert server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer()).status_code == 201
+        assert (
+            server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer()).status_code == 201
+        )
         for path in ("/readyz", "/docs", "/openapi.json"):
             assert server.request("GET", path).status_code == 200
         assert health(server.port) == 0
@@ -470,9 +554,13 @@ class Image(Process):
 
     def __init__(self, directory: Path, command: list[str]) -> None:
         self.log_path = directory / "stderr.log"
-        variables = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0", TASKD_HOST="127.0.0.1", PYTHONPATH="")
+        variables = environment(
+            BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0", TASKD_HOST="127.0.0.1", PYTHONPATH=""
+        )
         with self.log_path.open("wb") as log:
-            self.popen = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.popen = subprocess.Popen(
+                command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         self.port = self._wait_for_port()
 
 
@@ -486,22 +574,43 @@ def health(port: int) -> int:
 def test_the_image_runs_as_nobody_in_particular_and_keeps_its_data_in_a_volume() -> None:
     words = [word for word, _ in instructions()]
     assert instruction("USER") == "10001"
-    assert words.index("USER") > max(number for number, word in enumerate(words) if word in ("RUN", "COPY"))
+    assert words.index("USER") > max(
+        number for number, word in enumerate(words) if word in ("RUN", "COPY")
+    )
     assert json.loads(instruction("VOLUME")) == ["/data"]
     assert [rest for word, rest in instructions() if word == "WORKDIR"][-1] == "/data"
     assert re.fullmatch(r"docker\.io/library/python:3\.1[1-9]-slim-[a-z]+", instruction("FROM"))
 
 
 def test_no_secret_and_no_database_gets_into_the_image(image: Path) -> None:
-    found = [str(path) for path in image.rglob("*") if path.name == ".env" or fnmatch.fnmatch(path.name, "*.db*")]
+    found = [
+        str(path)
+        for path in image.rglob("*")
+        if path.name == ".env" or fnmatch.fnmatch(path.name, "*.db*")
+    ]
     assert found == []
 
 
 # --- Litestream -----------------------------------------------------------------------------------------------------
 
 # Of Litestream 0.5's Config, DBConfig and ReplicaSettings (cmd/litestream/main.go); those that we may come to use.
-LITESTREAM = {"dbs", "snapshot", "levels", "logging", "l0-retention", "exec", "shutdown-sync-timeout"}
-LITESTREAM_DATABASE = {"path", "replica", "busy-timeout", "monitor-interval", "checkpoint-interval", "meta-path"}
+LITESTREAM = {
+    "dbs",
+    "snapshot",
+    "levels",
+    "logging",
+    "l0-retention",
+    "exec",
+    "shutdown-sync-timeout",
+}
+LITESTREAM_DATABASE = {
+    "path",
+    "replica",
+    "busy-timeout",
+    "monitor-interval",
+    "checkpoint-interval",
+    "meta-path",
+}
 LITESTREAM_REPLICA = {
     "type", "bucket", "path", "endpoint", "region", "access-key-id", "secret-access-key", "sync-interval", "url",
 }  # fmt: skip
@@ -524,7 +633,9 @@ def test_litestream_knows_every_key_of_its_example_and_finds_the_database_of_the
 
 def guide(heading: str) -> list[str]:
     """Return the shell blocks under a heading of docs/self-hosting.md."""
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", GUIDE.read_text(), re.MULTILINE | re.DOTALL
+    )
     assert found, f"the guide has no section {heading!r}"
     return re.findall(r"^```sh\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
 
@@ -551,7 +662,9 @@ class Machine:
         taskctl.chmod(0o755)
 
     def _moved(self, text: str) -> str:
-        text = text.replace("/opt/taskd/.venv/bin/python", sys.executable).replace("/opt/taskd", str(ROOT))
+        text = text.replace("/opt/taskd/.venv/bin/python", sys.executable).replace(
+            "/opt/taskd", str(ROOT)
+        )
         return text.replace("/var/lib/taskd", str(self.state)).replace(":8000", f":{self._port}")
 
     def follow(self, heading: str) -> str:
@@ -566,7 +679,9 @@ class Machine:
             if part.startswith("systemctl "):
                 self.systemctl(*part.split()[1:])
             else:
-                answer = run("bash", "-euo", "pipefail", "-c", self._moved(part), env=self._environment())
+                answer = run(
+                    "bash", "-euo", "pipefail", "-c", self._moved(part), env=self._environment()
+                )
                 assert answer.returncode == 0, (part, answer.stdout, answer.stderr)
                 printed += answer.stdout
         return printed
@@ -576,7 +691,12 @@ class Machine:
 
     def systemctl(self, verb: str, *rest: str) -> None:
         if rest and rest[-1] == "taskd-backup":
-            answer = run(DEPLOY / "backup.sh", self.backups, cwd=self.state, env=environment(PYTHON=sys.executable))
+            answer = run(
+                DEPLOY / "backup.sh",
+                self.backups,
+                cwd=self.state,
+                env=environment(PYTHON=sys.executable),
+            )
             assert answer.returncode == 0, answer.stderr
         elif rest and rest[-1] == "taskd":
             if verb in ("stop", "restart"):
@@ -601,7 +721,9 @@ class Machine:
         return [*settings.secrets, *filter(None, [settings.secret])]
 
 
-needs_shell = pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="install bash and curl")
+needs_shell = pytest.mark.skipif(
+    not (shutil.which("bash") and shutil.which("curl")), reason="install bash and curl"
+)
 
 
 @pytest.fixture
@@ -624,7 +746,7 @@ def test_the_guide_leads_to_a_service_that_passes_the_smoke_test(tmp_path: Path)
     machine.stop()
     assert printed.startswith('{"status": "ok"}')
     assert "GET" in printed
-    assert "OFF" not in printed
+    assert "FAIL" not in printed
 
 
 @needs_shell
@@ -645,7 +767,9 @@ def test_the_guide_s_backup_upgrade_and_restore_keep_every_task(machine: Machine
 
 
 @needs_shell
-def test_the_guide_s_upgrade_brings_a_database_of_the_first_version_up_to_date_and_keeps_a_copy(tmp_path: Path) -> None:
+def test_the_guide_s_upgrade_brings_a_database_of_the_first_version_up_to_date_and_keeps_a_copy(
+    tmp_path: Path,
+) -> None:
     machine = Machine(tmp_path)
     machine.follow("3. The settings")
     (machine.state / "taskd.db").unlink()
@@ -657,7 +781,9 @@ def test_the_guide_s_upgrade_brings_a_database_of_the_first_version_up_to_date_a
     [copy] = machine.state.glob("taskd.db.v1-*")
     assert stored(copy) == before
     after = stored(machine.state / "taskd.db")
-    assert {number: {name: task[name] for name in TASK_KEYS} for number, task in after.items()} == before
+    assert {
+        number: {name: task[name] for name in TASK_KEYS} for number, task in after.items()
+    } == before
 
 
 def backup_of_this_second(backups: Path) -> Path:
@@ -665,16 +791,22 @@ def backup_of_this_second(backups: Path) -> Path:
 
 
 @needs_shell
-def test_the_guide_s_rotation_accepts_both_secrets_and_then_only_the_new_one(machine: Machine) -> None:
+def test_the_guide_s_rotation_accepts_both_secrets_and_then_only_the_new_one(
+    machine: Machine,
+) -> None:
     [old] = machine.secrets()
     first, second = guide("Rotate the secret")
     machine.type(first)
     new, also = machine.secrets()
     assert also == old
-    assert [machine.call("GET", "/api/alice/tasks", secret).status_code for secret in (old, new)] == [200, 200]
+    assert [
+        machine.call("GET", "/api/alice/tasks", secret).status_code for secret in (old, new)
+    ] == [200, 200]
     machine.type(second)
     assert machine.secrets() == [new]
-    assert [machine.call("GET", "/api/alice/tasks", secret).status_code for secret in (old, new)] == [401, 200]
+    assert [
+        machine.call("GET", "/api/alice/tasks", secret).status_code for secret in (old, new)
+    ] == [401, 200]
     assert {path.name for path in machine.state.glob(".env*")} == {".env"}
     assert (machine.state / ".env").stat().st_mode & 0o777 == 0o600
 

@@ -23,7 +23,9 @@ from support import DEADLINE, ROOT, Process, environment, stored, token, until
 pytestmark = pytest.mark.sqlite("it is about a page")
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-HOSTILE = "<img src=x onerror=document.title='gone'> </pre><b>\u202e \U0001f4a9 ' \" \\ & ${x} `y` é"
+HOSTILE = (
+    "<img src=x onerror=document.title='gone'> </pre><b>\u202e \U0001f4a9 ' \" \\ & ${x} `y` é"
+)
 ODD_USER = '<i>o\'hara $HOME `id` "é" 100% \\'
 FIVE_HOURS = 5 * 60 * 60 + 30 * 60  # seconds, and half an hour
 OPERATIONS = 26  # of the document
@@ -74,7 +76,10 @@ class Page:
         return self
 
     def wait_until_ready(self) -> None:
-        until(lambda: self.run("return document.documentElement.dataset.ready"), "the page shows the document")
+        until(
+            lambda: self.run("return document.documentElement.dataset.ready"),
+            "the page shows the document",
+        )
 
     def run(self, script: str, *arguments: object) -> Any:
         return self.browser.execute_script(script, *arguments)
@@ -101,18 +106,31 @@ class Page:
         self.run("document.querySelector(arguments[0] + ' ~ .result').replaceChildren()", form)
         self.find(f"{form} button[type=submit]").send_keys(Keys.ENTER)
         until(
-            lambda: self.run("return document.querySelector(arguments[0] + ' ~ .result .outcome')", form), "an answer"
+            lambda: self.run(
+                "return document.querySelector(arguments[0] + ' ~ .result .outcome')", form
+            ),
+            "an answer",
         )
         body = self.browser.find_elements(By.CSS_SELECTOR, f"{form} ~ .result pre")
-        return self.find(f"{form} ~ .result .status").text, body[0].get_property("textContent") if body else ""
+        return self.find(f"{form} ~ .result .status").text, body[0].get_property(
+            "textContent"
+        ) if body else ""
 
     def open_everything(self) -> None:
         self.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-        until(lambda: self.run("return document.querySelectorAll('form').length") == OPERATIONS, "all calls are open")
+        until(
+            lambda: self.run("return document.querySelectorAll('form').length") == OPERATIONS,
+            "all calls are open",
+        )
 
     def headers(self, operation: str) -> dict[str, str]:
         names, values = (
-            [one.text for one in self.browser.find_elements(By.CSS_SELECTOR, f"#try-{operation} ~ .result {tag}")]
+            [
+                one.text
+                for one in self.browser.find_elements(
+                    By.CSS_SELECTOR, f"#try-{operation} ~ .result {tag}"
+                )
+            ]
             for tag in ("dt", "dd")
         )
         return dict(zip(names, values, strict=True))
@@ -133,7 +151,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     profile = tmp_path_factory.mktemp("chromium")
-    for argument in ["headless=new", "hide-scrollbars", "no-first-run", "no-proxy-server", f"user-data-dir={profile}"]:
+    for argument in [
+        "headless=new",
+        "hide-scrollbars",
+        "no-first-run",
+        "no-proxy-server",
+        f"user-data-dir={profile}",
+    ]:
         options.add_argument(f"--{argument}")
     for feature in QUIET:
         options.add_argument(f"--disable-{feature}")
@@ -164,12 +188,18 @@ def page(browser: webdriver.Chrome, server: Process, tmp_path: Path) -> Page:
 def test_a_person_can_paste_a_token_create_a_task_and_list_it(page):
     page.log_in("alice")
     assert page.find("#token-state").text.startswith("For alice, good for another 5 hours")
-    page.paste("#try-createTask-body", json.dumps({"title": "Buy oat milk", "description": "2 litres"}))
+    page.paste(
+        "#try-createTask-body", json.dumps({"title": "Buy oat milk", "description": "2 litres"})
+    )
     status, body = page.send("createTask")
     (task,) = stored(page.database).values()
     assert status == "201 Created"
     assert json.loads(body) == task | {"completed": False}
-    assert (task["user_id"], task["title"], task["description"]) == ("alice", "Buy oat milk", "2 litres")
+    assert (task["user_id"], task["title"], task["description"]) == (
+        "alice",
+        "Buy oat milk",
+        "2 litres",
+    )
     assert page.headers("createTask")["location"] == f"/api/alice/tasks/{task['id']}"
     assert page.find("#try-createTask ~ .result .time").text.endswith(" ms")
     status, body = page.send("listTasks")
@@ -205,14 +235,20 @@ def test_a_person_can_narrow_sort_and_page_a_list(page):
     page.paste("#try-listTasks-limit", "2")
     assert "/tasks?completed=false&q=S%C3%9CSSE&sort=-id&limit=2'" in page.curl("listTasks")
     status, body = page.send("listTasks")
-    assert (status, [task["title"] for task in json.loads(body)]) == ("200 OK", ["SÜSSE ÄPFEL?", "süße äpfel"])
+    assert (status, [task["title"] for task in json.loads(body)]) == (
+        "200 OK",
+        ["SÜSSE ÄPFEL?", "süße äpfel"],
+    )
     assert page.headers("listTasks")["link"].startswith(
         "</api/alice/tasks?completed=false&q=S%C3%9CSSE&sort=-id&limit=2&after="
     )
     button = page.find("#try-listTasks ~ .result button")
     assert button.text == "Next page"
     button.send_keys(Keys.ENTER)
-    until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#try-listTasks ~ .result button"), "the last page")
+    until(
+        lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#try-listTasks ~ .result button"),
+        "the last page",
+    )
     shown = page.find("#try-listTasks ~ .result pre").get_property("textContent")
     assert [task["title"] for task in json.loads(shown)] == ["Süße Birnen & Äpfel"]
     assert "link" not in page.headers("listTasks")
@@ -259,7 +295,9 @@ def test_the_curl_command_makes_the_same_request(page):
     command = page.curl("createTask")
     assert secret not in command
     words = ["sh", "-c", command.replace("curl", "curl --silent --include", 1)]
-    finished = subprocess.run(words, env=environment(TOKEN=secret), capture_output=True, text=True, timeout=DEADLINE)
+    finished = subprocess.run(
+        words, env=environment(TOKEN=secret), capture_output=True, text=True, timeout=DEADLINE
+    )
     head, _, body = finished.stdout.replace("\r\n", "\n").partition("\n\n")
     (task,) = stored(page.database).values()
     assert (task["title"], task["user_id"]) == (HOSTILE, ODD_USER)
@@ -301,7 +339,11 @@ def test_the_page_says_what_it_thinks_of_a_token(page):
 def test_the_token_is_kept_nowhere(page):
     secret = page.log_in("alice")
     page.send("listTasks")
-    assert page.run("return [localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    assert page.run("return [localStorage.length, sessionStorage.length, document.cookie]") == [
+        0,
+        0,
+        "",
+    ]
     assert secret not in page.run("return document.documentElement.outerHTML")
     assert secret not in page.browser.current_url
     page.browser.refresh()
@@ -319,7 +361,10 @@ def test_what_cannot_be_sent_is_said(page):
     page.paste("#try-readTask-user_id", "alice")
     page.paste("#try-readTask-If-None-Match", '"1-\u2026"')
     assert page.send("readTask")[0] == "Not sent"
-    assert "If-None-Match holds a character that no header can." in page.find("#try-readTask ~ .result").text
+    assert (
+        "If-None-Match holds a character that no header can."
+        in page.find("#try-readTask ~ .result").text
+    )
     assert page.run(HOSTS)[0] == 2, "nothing was sent"
     page.paste("#try-listTasks-user_id", "alice")
     page.server.kill()
@@ -353,7 +398,10 @@ def test_the_page_works_with_a_trailing_slash(page):
 def test_an_address_with_a_name_leads_to_that_call(page, name):
     page.browser.get("about:blank")
     page.open(f"/docs#{name}")
-    until(lambda: page.run("return document.getElementById(`try-${arguments[0]}`)", name), "the call is open")
+    until(
+        lambda: page.run("return document.getElementById(`try-${arguments[0]}`)", name),
+        "the call is open",
+    )
     until(lambda: 0 <= page.run("return document.getElementById(arguments[0]).getBoundingClientRect().top", name) < 100,
           "the call is in view")  # fmt: skip
     assert page.find(f"#try-{name} button").is_displayed()
@@ -381,9 +429,14 @@ def test_nothing_is_wider_than_the_window(page):
     page.send("listTasks")
     page.open_everything()
     for width in [320, 360, 600, 1000, 1400, 2560]:
-        page.emulate("setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+        page.emulate(
+            "setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False
+        )
         page.open_everything()  # the contents open and close with the width
-        assert page.run("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
+        assert page.run("return [innerWidth, document.documentElement.scrollWidth]") == [
+            width,
+            width,
+        ]
     page.emulate("clearDeviceMetricsOverride")
 
 
@@ -392,7 +445,9 @@ def test_everything_that_can_be_used_has_a_name(page):
     assert page.run(NAMELESS) == []
     ids = page.run("return [...document.querySelectorAll('[id]')].map((one) => one.id)")
     assert len(ids) == len(set(ids))
-    levels = page.run("return [...document.querySelectorAll('main :is(h1, h2, h3, h4)')].map((one) => +one.tagName[1])")
+    levels = page.run(
+        "return [...document.querySelectorAll('main :is(h1, h2, h3, h4)')].map((one) => +one.tagName[1])"
+    )
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 

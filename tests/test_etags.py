@@ -45,7 +45,9 @@ WRITES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 NOTHING: tuple[str, str, dict[str, Any]] = ("PUT", "", {"json": {}})
 
-each_write = pytest.mark.parametrize("write", WRITES, ids=[" ".join(map(str, write)) for write in WRITES])
+each_write = pytest.mark.parametrize(
+    "write", WRITES, ids=[" ".join(map(str, write)) for write in WRITES]
+)
 each_write_or_none = pytest.mark.parametrize("write", [*WRITES, NOTHING], ids=str)
 
 Start = Callable[..., Process]
@@ -85,7 +87,10 @@ def test_every_answer_with_one_task_has_its_strong_tag(alice: Person) -> None:
         created,
         alice.call("GET", one),
         alice.call("HEAD", one),
-        *(alice.call(method, one + path, **options) for method, path, options in [NOTHING, *WRITES]),
+        *(
+            alice.call(method, one + path, **options)
+            for method, path, options in [NOTHING, *WRITES]
+        ),
     ]
     for answer in answers:
         assert STRONG.fullmatch(tag(answer))
@@ -111,12 +116,16 @@ def test_the_tag_stays_as_long_as_the_task_does(alice: Person) -> None:
 
 @pytest.mark.usefixtures("either_thread")
 @pytest.mark.parametrize("clock", ["running", "standing still", "going back"])
-def test_the_tag_changes_with_every_change(alice: Person, monkeypatch: pytest.MonkeyPatch, clock: str) -> None:
+def test_the_tag_changes_with_every_change(
+    alice: Person, monkeypatch: pytest.MonkeyPatch, clock: str
+) -> None:
     times = iter(range(999, 0, -1))
     if clock == "standing still":
         monkeypatch.setattr(taskd, "timestamp", lambda when: "2026-11-21T00:00:00.000Z")
     elif clock == "going back":
-        monkeypatch.setattr(taskd, "timestamp", lambda when: f"2026-11-21T00:00:00.{next(times):03}Z")
+        monkeypatch.setattr(
+            taskd, "timestamp", lambda when: f"2026-11-21T00:00:00.{next(times):03}Z"
+        )
     one, first = new(alice)
     seen = [first]
     for number in range(15):
@@ -151,7 +160,9 @@ def test_tags_survive_a_restart(start: Start) -> None:
     for number in range(1, 4):
         answer = server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer())
         for _ in range(number):
-            answer = server.request("PATCH", f"/api/alice/tasks/{number}/complete", headers=bearer())
+            answer = server.request(
+                "PATCH", f"/api/alice/tasks/{number}/complete", headers=bearer()
+            )
         tags[f"/api/alice/tasks/{number}"] = tag(answer)
     assert server.terminate() == 0
     server = start()
@@ -175,7 +186,9 @@ def test_who_has_the_task_as_it_is_gets_304_without_a_body(alice: Person, method
         assert (answer.status_code, answer.content) == (304, b""), known
         assert answer.headers["etag"] == now
         assert answer.headers["cache-control"] == "no-store"
-        assert not {"content-type", "content-length", "transfer-encoding"} & {name.lower() for name in answer.headers}
+        assert not {"content-type", "content-length", "transfer-encoding"} & {
+            name.lower() for name in answer.headers
+        }
 
 
 @pytest.mark.usefixtures("either_thread")
@@ -184,14 +197,25 @@ def test_who_has_it_otherwise_gets_the_task(alice: Person, method: str) -> None:
     one, before = new(alice)
     task = alice.call("PATCH", f"{one}/complete").json
     now = tag(alice.call("GET", one))
-    for known in (before, OLD, f"{before}, W/{OLD}", '""', '"*"', now.lower(), f'"{now[2:]}', f'{now[:-1]}x"'):
+    for known in (
+        before,
+        OLD,
+        f"{before}, W/{OLD}",
+        '""',
+        '"*"',
+        now.lower(),
+        f'"{now[2:]}',
+        f'{now[:-1]}x"',
+    ):
         answer = alice.call(method, one, headers={"If-None-Match": known})
         assert (answer.status_code, tag(answer)) == (200, now), known
         assert answer.content == (b"" if method == "HEAD" else taskd.to_json(task))
 
 
 @pytest.mark.parametrize("known", ["*", OLD, f"W/{OLD}"])
-def test_a_task_that_is_not_yours_or_not_there_is_404_whatever_one_has(alice: Person, bob: Person, known: str) -> None:
+def test_a_task_that_is_not_yours_or_not_there_is_404_whatever_one_has(
+    alice: Person, bob: Person, known: str
+) -> None:
     one, now = new(alice)
     gone, last = new(bob)
     assert bob.call("DELETE", gone).status_code == 200
@@ -214,10 +238,16 @@ def test_304_keeps_the_connection_for_the_next_request(server: Process) -> None:
         created = wire.answer()
         one, lines = created.headers["location"], [f"If-None-Match: {tag(created)}"]
         for method in ("GET", "HEAD", "GET"):
-            answer = wire.send(written(method, one, None, *lines, user="alice")).answer(bodiless=True)
+            answer = wire.send(written(method, one, None, *lines, user="alice")).answer(
+                bodiless=True
+            )
             assert (answer.line, tag(answer)) == ("HTTP/1.1 304 Not Modified", tag(created))
-            assert not {"connection", "content-length", "transfer-encoding", "content-type"} & set(answer.headers)
-        many = written("GET", one, None, *lines, user="alice") * 3 + written("GET", one, user="alice")
+            assert not {"connection", "content-length", "transfer-encoding", "content-type"} & set(
+                answer.headers
+            )
+        many = written("GET", one, None, *lines, user="alice") * 3 + written(
+            "GET", one, user="alice"
+        )
         wire.send(many)  # pipelined
         assert [wire.answer(bodiless=True).status_code for _ in range(3)] == [304] * 3
         last = wire.answer()
@@ -231,16 +261,23 @@ def test_304_over_http_1_0_ends_the_connection(server: Process) -> None:
     created = server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer())
     line = f"If-None-Match: {tag(created)}"
     with Wire(server) as wire:
-        wire.send(written("GET", created.headers["location"], None, line, user="alice", version="1.0"))
+        wire.send(
+            written("GET", created.headers["location"], None, line, user="alice", version="1.0")
+        )
         assert wire.answer(bodiless=True).status_code == 304
         assert wire.is_closed()
 
 
-def test_a_page_of_another_origin_may_read_the_tag_of_304_and_412(make_app: Callable[..., taskd.App]) -> None:
+def test_a_page_of_another_origin_may_read_the_tag_of_304_and_412(
+    make_app: Callable[..., taskd.App],
+) -> None:
     app = make_app(cors_origins=("https://a.example",))
     alice = Person(testing.TestClient(app), "alice")
     one, now = new(alice)
-    for method, header, status in (("GET", {"If-None-Match": now}, 304), ("DELETE", {"If-Match": OLD}, 412)):
+    for method, header, status in (
+        ("GET", {"If-None-Match": now}, 304),
+        ("DELETE", {"If-Match": OLD}, 412),
+    ):
         answer = alice.call(method, one, headers={"Origin": "https://a.example"} | header)
         assert answer.status_code == status
         assert answer.headers["etag"] == now
@@ -253,7 +290,14 @@ def test_a_page_of_another_origin_may_read_the_tag_of_304_and_412(make_app: Call
 
 def hits(now: str) -> list[str]:
     """Return values of If-Match with which a task of this tag may be changed."""
-    return [now, "*", f"{OLD},{now}", f"{now}, {OLD}", f'"x",W/"y" , {now},', f'W/{now}, {now}, "{"z" * 500}"']
+    return [
+        now,
+        "*",
+        f"{OLD},{now}",
+        f"{now}, {OLD}",
+        f'"x",W/"y" , {now},',
+        f'W/{now}, {now}, "{"z" * 500}"',
+    ]
 
 
 @each_write
@@ -293,7 +337,9 @@ MISSES: dict[str, Callable[[str], str]] = {
 
 @each_write_or_none
 @pytest.mark.usefixtures("either_thread")
-def test_a_write_that_names_another_tag_is_412_with_the_tag_and_changes_nothing(alice: Person, write: Write) -> None:
+def test_a_write_that_names_another_tag_is_412_with_the_tag_and_changes_nothing(
+    alice: Person, write: Write
+) -> None:
     one, now = new(alice)
     before = state(alice, one)
     for name, miss in MISSES.items():
@@ -325,7 +371,9 @@ def test_a_put_of_nothing_under_if_match_changes_nothing(alice: Person) -> None:
 
 @each_write_or_none
 @pytest.mark.usefixtures("either_thread")
-def test_a_task_that_is_not_there_or_anothers_is_404_and_never_412(alice: Person, bob: Person, write: Write) -> None:
+def test_a_task_that_is_not_there_or_anothers_is_404_and_never_412(
+    alice: Person, bob: Person, write: Write
+) -> None:
     hers, now = new(alice)
     gone, last = new(bob)
     assert bob.call("DELETE", gone).status_code == 200
@@ -415,7 +463,11 @@ def test_a_malformed_header_is_400_and_changes_nothing(pair: Pair, value: str) -
         wire.send(written("POST", "/api/malformed/tasks", {"title": "x"}, user="malformed"))
         created = wire.answer()
         one = created.headers["location"]
-        for method, path, body in (("PUT", "", {"title": "y"}), ("PUT", "", {}), ("PATCH", "/complete", None)):
+        for method, path, body in (
+            ("PUT", "", {"title": "y"}),
+            ("PUT", "", {}),
+            ("PATCH", "/complete", None),
+        ):
             wire.send(written(method, one + path, body, f"If-Match: {value}", user="malformed"))
             assert "If-Match" in assert_problem(wire.answer(), 400)["detail"]
         wire.send(written("DELETE", one, None, f"If-Match: {value}", user="malformed"))
@@ -436,7 +488,10 @@ def test_a_control_character_is_400_whoever_notices(pair: Pair, header: str, val
     one = created.headers["location"]
     with Wire(server) as wire:
         method = "GET" if header == "If-None-Match" else "DELETE"
-        assert_problem(wire.send(written(method, one, None, f"{header}: {value}", user="controls")).answer(), 400)
+        assert_problem(
+            wire.send(written(method, one, None, f"{header}: {value}", user="controls")).answer(),
+            400,
+        )
     assert server.request("GET", one, headers=bearer("controls")).content == created.content
 
 
@@ -458,12 +513,16 @@ def test_an_odd_but_good_header_is_understood(pair: Pair, value: str) -> None:
 @pytest.mark.parametrize("header", ["If-Match", "If-None-Match"])
 def test_a_header_given_twice_is_one_list(pair: Pair, header: str) -> None:
     with Wire(pair[0][0]) as wire:
-        created = wire.send(written("POST", "/api/twice/tasks", {"title": "x"}, user="twice")).answer()
+        created = wire.send(
+            written("POST", "/api/twice/tasks", {"title": "x"}, user="twice")
+        ).answer()
         one, now = created.headers["location"], tag(created)
         method, body, good = ("PUT", {}, 200) if header == "If-Match" else ("GET", None, 304)
         for pair_of_tags in ((OLD, now), (now, OLD), (now, now)):
             lines = [f"{header}: {value}" for value in pair_of_tags]
-            answer = wire.send(written(method, one, body, *lines, user="twice")).answer(bodiless=good == 304)
+            answer = wire.send(written(method, one, body, *lines, user="twice")).answer(
+                bodiless=good == 304
+            )
             assert answer.status_code == good
         lines = [f"{header}: {value}" for value in ("*", now)]
         assert_problem(wire.send(written(method, one, body, *lines, user="twice")).answer(), 400)
@@ -481,13 +540,33 @@ def parsed(value: str) -> list[str] | None:
         if not rest.startswith('"') or (end := rest.find('"', 1)) < 0:
             return None
         opaque, rest = rest[1:end], rest[end + 1 :].lstrip(" \t")
-        if any(letter <= " " or letter == "\x7f" for letter in opaque) or (not rest.startswith(",") and rest):
+        if any(letter <= " " or letter == "\x7f" for letter in opaque) or (
+            not rest.startswith(",") and rest
+        ):
             return None
         tags.append(f'{weak}"{opaque}"')
     return tags or None
 
 
-PIECES = ['"', "W/", "*", ",", " ", "\t", "NOW", "W/NOW", OLD, '"x"', '"a,b"', "w/", ";", "a", "\xffa", '""', ", "]
+PIECES = [
+    '"',
+    "W/",
+    "*",
+    ",",
+    " ",
+    "\t",
+    "NOW",
+    "W/NOW",
+    OLD,
+    '"x"',
+    '"a,b"',
+    "w/",
+    ";",
+    "a",
+    "\xffa",
+    '""',
+    ", ",
+]
 LISTS = strategies.lists(
     strategies.sampled_from(["NOW", "W/NOW", OLD, '""', '"a,b"', 'W/"\xff"', ""]).flatmap(
         lambda element: strategies.sampled_from([element, f" {element}", f"{element}\t "])
@@ -500,18 +579,24 @@ LISTS = strategies.lists(
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     database = database_url(tmp_path_factory.mktemp("fuzzed") / "taskd.db")
     app = taskd.create_app(taskd.Settings(secret="x" * 32, database_url=database))
-    client = testing.TestClient(app, headers={"Authorization": f"Bearer {token('alice', secret='x' * 32)}"})
+    client = testing.TestClient(
+        app, headers={"Authorization": f"Bearer {token('alice', secret='x' * 32)}"}
+    )
     client.simulate_post("/api/alice/tasks", json={"title": "x"})
     yield client
     app.store.close()
 
 
 @pytest.mark.sqlite("it is about a header")
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(value=LISTS | strategies.lists(strategies.sampled_from(PIECES), max_size=8).map("".join))
 @example(value="*")
 @example(value="W/NOW,NOW")
-def test_any_value_is_understood_as_a_small_parser_of_rfc_9110_does(fuzzed: testing.TestClient, value: str) -> None:
+def test_any_value_is_understood_as_a_small_parser_of_rfc_9110_does(
+    fuzzed: testing.TestClient, value: str
+) -> None:
     one = "/api/alice/tasks/1"
     now = fuzzed.simulate_get(one).headers["etag"]
     value = value.replace("NOW", now)
@@ -529,12 +614,18 @@ def test_any_value_is_understood_as_a_small_parser_of_rfc_9110_does(fuzzed: test
     assert (after != now) == (changed == 200)
 
 
-def test_who_calls_is_checked_first_then_the_path_then_the_header_then_the_body(alice: Person, bob: Person) -> None:
+def test_who_calls_is_checked_first_then_the_path_then_the_header_then_the_body(
+    alice: Person, bob: Person
+) -> None:
     one, now = new(alice)
     for tags in ("not good", OLD, now):
         for method, path, options in WRITES:
             options = {**options, "headers": {"If-Match": tags}}
-            for bad in ({"Authorization": ""}, bearer("alice", secret=OTHER_SECRET), bearer("alice", exp=1)):
+            for bad in (
+                {"Authorization": ""},
+                bearer("alice", secret=OTHER_SECRET),
+                bearer("alice", exp=1),
+            ):
                 again = {**options, "headers": options["headers"] | bad}
                 assert_problem(alice.call(method, one + path, **again), 401)
             assert_problem(bob.call(method, alice.tasks + one + path, **options), 403)
@@ -549,14 +640,19 @@ def test_who_calls_is_checked_first_then_the_path_then_the_header_then_the_body(
         for status, options in bad_bodies:
             for tags, expected in (("not good", 400), (OLD, status), (now, status), ("*", status)):
                 headers = options.get("headers", {}) | {"If-Match": tags}
-                problem = assert_problem(alice.call(method, one + path, **{**options, "headers": headers}), expected)
+                problem = assert_problem(
+                    alice.call(method, one + path, **{**options, "headers": headers}), expected
+                )
                 assert ("If-Match" in problem["detail"]) == (tags == "not good")
     assert state(alice, one)[1] == now
 
 
 LONG = 60_000  # characters; the server takes 64 KiB of header
 HUGE: dict[str, tuple[str, int]] = {
-    "tags of other tasks": (",".join(f'"{number}-2026-11-21T00:00:00.000Z"' for number in range(1800)), 412),
+    "tags of other tasks": (
+        ",".join(f'"{number}-2026-11-21T00:00:00.000Z"' for number in range(1800)),
+        412,
+    ),
     "tags that begin as this one": ("NOW-,".replace("NOW-", 'NOW_"') * 1700, 412),
     "short tags": ('"1-Z",' * (LONG // 6), 412),
     "empty tags": ('"",' * (LONG // 3), 412),
@@ -579,15 +675,24 @@ HUGE: dict[str, tuple[str, int]] = {
 @pytest.mark.parametrize(("value", "status"), HUGE.values(), ids=HUGE)
 def test_a_huge_header_is_answered_at_once(pair: Pair, value: str, status: int) -> None:
     with Wire(pair[0][0]) as wire:
-        created = wire.send(written("POST", "/api/huge/tasks", {"title": "x"}, user="huge")).answer()
+        created = wire.send(
+            written("POST", "/api/huge/tasks", {"title": "x"}, user="huge")
+        ).answer()
         one, now = created.headers["location"], tag(created)
-        value = value.replace('NOW_"', f'{now[:-2]}0Z"' if now[-3] != "0" else f'{now[:-2]}1Z"').replace("NOW", now)
+        value = value.replace(
+            'NOW_"', f'{now[:-2]}0Z"' if now[-3] != "0" else f'{now[:-2]}1Z"'
+        ).replace("NOW", now)
         value = value[: LONG + 2000]
-        for method, header, body in (("PUT", "If-Match", {"title": "y"}), ("GET", "If-None-Match", None)):
+        for method, header, body in (
+            ("PUT", "If-Match", {"title": "y"}),
+            ("GET", "If-None-Match", None),
+        ):
             started = time.monotonic()
             wire.send(written(method, one, body, f"{header}: {value}", user="huge"))
             answer = wire.answer()
-            assert time.monotonic() - started < 10  # one that tries every way to read it takes minutes
+            assert (
+                time.monotonic() - started < 10
+            )  # one that tries every way to read it takes minutes
             assert answer.status_code == (status if method == "PUT" or status == 400 else 200)
 
 
@@ -598,10 +703,14 @@ def conditional(method: str, one: str, body: object, if_match: str, user: str) -
     return written(method, one, body, f"If-Match: {if_match}", user=user)
 
 
-def one_wins(servers: list[Process], requests: list[bytes], lock: Path | None) -> tuple[WireAnswer, list[WireAnswer]]:
+def one_wins(
+    servers: list[Process], requests: list[bytes], lock: Path | None
+) -> tuple[WireAnswer, list[WireAnswer]]:
     """Send all at once, and return the answer of the one that was done, and those of the others."""
     answers = at_once(servers, requests, lock)
-    assert [answer.status_code for answer in answers].count(200) == 1, Counter(answer.text for answer in answers)
+    assert [answer.status_code for answer in answers].count(200) == 1, Counter(
+        answer.text for answer in answers
+    )
     [winner] = [answer for answer in answers if answer.status_code == 200]
     return winner, [answer for answer in answers if answer is not winner]
 
@@ -613,7 +722,9 @@ processes = pytest.mark.parametrize("processes", [1, 2])
 @meetings
 @processes
 @pytest.mark.parametrize(
-    ("method", "path"), [("PATCH", "/complete"), ("PUT", ""), ("both", "")], ids=["toggles", "puts", "both"]
+    ("method", "path"),
+    [("PATCH", "/complete"), ("PUT", ""), ("both", "")],
+    ids=["toggles", "puts", "both"],
 )
 def test_of_writers_that_saw_the_same_task_exactly_one_wins(
     pair: Pair, processes: int, meeting: str, method: str, path: str
@@ -623,7 +734,10 @@ def test_of_writers_that_saw_the_same_task_exactly_one_wins(
     for size in (2, 16):
         created = servers[0].request("POST", "/api/race/tasks", {"title": "x"}, bearer("race"))
         one = created.headers["location"]
-        put = [conditional("PUT", one, {"title": f"{number}"}, tag(created), "race") for number in range(size)]
+        put = [
+            conditional("PUT", one, {"title": f"{number}"}, tag(created), "race")
+            for number in range(size)
+        ]
         toggle = [conditional("PATCH", f"{one}/complete", None, tag(created), "race")] * size
         requests = {"PUT": put, "PATCH": toggle, "both": put[::2] + toggle[::2]}[method]
         winner, losers = one_wins(servers[:processes], requests, lock)
@@ -636,7 +750,9 @@ def test_of_writers_that_saw_the_same_task_exactly_one_wins(
 
 @meetings
 @processes
-def test_of_a_delete_and_a_change_of_the_same_task_exactly_one_wins(pair: Pair, processes: int, meeting: str) -> None:
+def test_of_a_delete_and_a_change_of_the_same_task_exactly_one_wins(
+    pair: Pair, processes: int, meeting: str
+) -> None:
     servers, database = pair
     lock = database if meeting == "in the worker threads" else None
     for turn in range(6):
@@ -651,7 +767,9 @@ def test_of_a_delete_and_a_change_of_the_same_task_exactly_one_wins(pair: Pair, 
             assert {loser.status_code for loser in losers} == {404}
             assert_problem(left, 404)
         else:
-            assert {(loser.status_code, loser.headers["etag"]) for loser in losers} == {(412, tag(winner))}
+            assert {(loser.status_code, loser.headers["etag"]) for loser in losers} == {
+                (412, tag(winner))
+            }
             assert (left.content, tag(left)) == (winner.content, tag(winner))
 
 

@@ -41,7 +41,9 @@ from support import (
     written,
 )
 
-pytestmark = pytest.mark.sqlite("it is about SQLite's files, locks and disk; test_postgresql.py has its like")
+pytestmark = pytest.mark.sqlite(
+    "it is about SQLite's files, locks and disk; test_postgresql.py has its like"
+)
 
 ROUNDS = int(os.environ.get("TASKD_TEST_ROUNDS", "6"))
 WRITERS = 8  # that are at work when taskd is killed
@@ -79,7 +81,9 @@ def sound(database: Path) -> None:
 def assert_unavailable(answer: Answer) -> None:
     body = assert_problem(answer, 503)
     assert int(answer.headers["retry-after"]) > 0
-    assert not [word for word in ("sqlite", "disk", "/", "SELECT", "INSERT") if word in body["detail"]]
+    assert not [
+        word for word in ("sqlite", "disk", "/", "SELECT", "INSERT") if word in body["detail"]
+    ]
 
 
 # --- kill -9 --------------------------------------------------------------------------------------------------------
@@ -92,7 +96,9 @@ class Writer:
         self.user, self.chance, self.path = user, chance, f"/api/{user}/tasks"
         self.tasks: Tasks = {}
         self.acknowledged = self.count = 0
-        self.asked: tuple[str, int, str] | None = None  # what was sent and not answered: method, task, title
+        self.asked: tuple[str, int, str] | None = (
+            None  # what was sent and not answered: method, task, title
+        )
 
     def work(self, server: Process) -> None:
         """Go on until the server is gone."""
@@ -102,12 +108,21 @@ class Writer:
 
     def _change(self, wire: Wire) -> None:
         self.count += 1
-        method = self.chance.choice(["POST", "POST", "PUT", "PATCH", "DELETE"]) if self.tasks else "POST"
+        method = (
+            self.chance.choice(["POST", "POST", "PUT", "PATCH", "DELETE"]) if self.tasks else "POST"
+        )
         task = self.chance.choice(sorted(self.tasks)) if method != "POST" else 0
         title = f"{self.user} {self.count} " + "x" * self.chance.randrange(150)
         path = self.path + (f"/{task}" if task else "") + ("/complete" if method == "PATCH" else "")
         self.asked = (method, task, title)
-        wire.send(written(method, path, {"title": title} if method in ("POST", "PUT") else None, user=self.user))
+        wire.send(
+            written(
+                method,
+                path,
+                {"title": title} if method in ("POST", "PUT") else None,
+                user=self.user,
+            )
+        )
         answer = wire.answer()
         if answer.status_code not in (200, 201):
             raise RuntimeError(f"{method} was answered {answer.status_code}: {answer.text}")
@@ -156,7 +171,10 @@ def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path) -> 
         acknowledged = sum(writer.acknowledged for writer in writers)
         with ThreadPoolExecutor(WRITERS) as pool:
             working = [pool.submit(writer.work, server) for writer in writers]
-            until(lambda: sum(writer.acknowledged for writer in writers) > acknowledged + 20, "they work")  # noqa: B023
+            until(
+                lambda: sum(writer.acknowledged for writer in writers) > acknowledged + 20,  # noqa: B023
+                "they work",
+            )
             time.sleep(chance.uniform(0, 0.4))
             server.kill()
         for work in working:
@@ -215,7 +233,10 @@ def test_a_write_is_on_disk_before_it_is_answered(start: Start, tmp_path: Path) 
     until(lambda: "exited with 0" in trace.read_text(), "strace has written everything")
     answered, synced = 0, False
     for line in trace.read_text().splitlines():
-        if re.search(r"f(data)?sync\([0-9]+<[^>]*taskd\.db-wal>\) += 0|<\.\.\. f(data)?sync resumed>.* = 0", line):
+        if re.search(
+            r"f(data)?sync\([0-9]+<[^>]*taskd\.db-wal>\) += 0|<\.\.\. f(data)?sync resumed>.* = 0",
+            line,
+        ):
             synced = True
         elif re.search(r'(send|write)\S*\(.*"HTTP/1.1 20', line):
             assert synced, f"answer {answered} went out before the log was on disk: {line}"
@@ -226,7 +247,9 @@ def test_a_write_is_on_disk_before_it_is_answered(start: Start, tmp_path: Path) 
 # --- The write lock is elsewhere ------------------------------------------------------------------------------------
 
 
-def keep_asking(server: Process, headers: dict[str, str], status: int, ended: threading.Event) -> list[float]:
+def keep_asking(
+    server: Process, headers: dict[str, str], status: int, ended: threading.Event
+) -> list[float]:
     """Ask for the list again and again, and return how many seconds each answer took."""
     taken = []
     while not ended.is_set():
@@ -239,19 +262,25 @@ def keep_asking(server: Process, headers: dict[str, str], status: int, ended: th
 
 def write(server: Process, number: int) -> tuple[Answer, float]:
     started = time.monotonic()
-    answer = server.request("POST", TASKS, {"title": f"Buy milk {number}"}, bearer(), timeout=2 * DEADLINE)
+    answer = server.request(
+        "POST", TASKS, {"title": f"Buy milk {number}"}, bearer(), timeout=2 * DEADLINE
+    )
     return answer, time.monotonic() - started
 
 
 @pytest.mark.parametrize("seconds", [2, 12])
-def test_a_lock_held_elsewhere_delays_writes_alone(start: Start, tmp_path: Path, seconds: int) -> None:
+def test_a_lock_held_elsewhere_delays_writes_alone(
+    start: Start, tmp_path: Path, seconds: int
+) -> None:
     server, ended = start(), threading.Event()
     write(server, 0)
     with ThreadPoolExecutor(20) as pool:
         with locked(tmp_path / "taskd.db"):
             writes = [pool.submit(write, server, number) for number in range(1, 17)]
             reads = pool.submit(keep_asking, server, bearer(), 200, ended)
-            refusals = pool.submit(keep_asking, server, {"Authorization": "Bearer nonsense"}, 401, ended)
+            refusals = pool.submit(
+                keep_asking, server, {"Authorization": "Bearer nonsense"}, 401, ended
+            )
             time.sleep(seconds)
         done = [work.result() for work in writes]
         ended.set()
@@ -264,7 +293,9 @@ def test_a_lock_held_elsewhere_delays_writes_alone(start: Start, tmp_path: Path,
     for answer in answers:
         if answer.status_code == 503:
             assert_unavailable(answer)
-    made = {answer.json["id"]: answer.json["title"] for answer in answers if answer.status_code == 201}
+    made = {
+        answer.json["id"]: answer.json["title"] for answer in answers if answer.status_code == 201
+    }
     kept = {key: task["title"] for key, task in stored(tmp_path / "taskd.db").items()}
     assert kept == made | {1: "Buy milk 0"}
     if seconds < 4:
@@ -317,7 +348,9 @@ def test_a_lock_held_elsewhere_at_the_start_does_not_stop_it(start: Start, tmp_p
     assert second.request("POST", TASKS, {"title": "Buy tea"}, bearer()).status_code == 201
 
 
-def test_a_lock_held_elsewhere_before_the_first_request_stops_no_read(start: Start, tmp_path: Path) -> None:
+def test_a_lock_held_elsewhere_before_the_first_request_stops_no_read(
+    start: Start, tmp_path: Path
+) -> None:
     server = start()
     with locked(tmp_path / "taskd.db"):
         answer = server.request("GET", TASKS, headers=bearer())
@@ -337,7 +370,9 @@ def refuses_writes(server: Process, made: list[int]) -> None:
     deadline, refused = time.monotonic() + DEADLINE, 0
     while refused < 5:
         assert time.monotonic() < deadline, "the fault does not show"
-        answer = server.request("POST", TASKS, {"title": "Buy milk", "description": "x" * 10_000}, bearer())
+        answer = server.request(
+            "POST", TASKS, {"title": "Buy milk", "description": "x" * 10_000}, bearer()
+        )
         if answer.status_code == 201:
             made.append(answer.json["id"])
             continue
@@ -357,7 +392,11 @@ def refuses_writes(server: Process, made: list[int]) -> None:
 def recovers(server: Process, made: list[int]) -> None:
     """See that writes work again without a restart, and that a restart finds the same."""
     tea = {"title": "Buy tea"}
-    until(lambda: server.request("POST", TASKS, tea, bearer()).status_code == 201, "writes work again", 5)
+    until(
+        lambda: server.request("POST", TASKS, tea, bearer()).status_code == 201,
+        "writes work again",
+        5,
+    )
     listed = server.request("GET", TASKS, headers=bearer()).json
     assert [task["id"] for task in listed][: len(made)] == made
 
@@ -365,7 +404,9 @@ def recovers(server: Process, made: list[int]) -> None:
 def few_tasks(server: Process) -> list[int]:
     made = []
     for _ in range(20):
-        answer = server.request("POST", TASKS, {"title": "Buy milk", "description": "x" * 10_000}, bearer())
+        answer = server.request(
+            "POST", TASKS, {"title": "Buy milk", "description": "x" * 10_000}, bearer()
+        )
         made.append(answer.json["id"])
     return made
 
@@ -389,13 +430,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
         pytest.skip("mounting a small file system is not allowed here")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_is_503_until_there_is_room(start: Start, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_503_until_there_is_room(
+    start: Start, tmp_path: Path, small_disk: Path
+) -> None:
     server = start(DATABASE_URL=f"sqlite:///{small_disk}/taskd.db")
     made = few_tasks(server)
     ballast = small_disk / "ballast"
@@ -410,7 +456,9 @@ def test_a_full_disk_is_503_until_there_is_room(start: Start, tmp_path: Path, sm
     server.kill()
     sound(small_disk / "taskd.db")
     again = start(DATABASE_URL=f"sqlite:///{small_disk}/taskd.db")
-    assert [task["id"] for task in again.request("GET", TASKS, headers=bearer()).json][: len(made)] == made
+    assert [task["id"] for task in again.request("GET", TASKS, headers=bearer()).json][
+        : len(made)
+    ] == made
     assert again.terminate() == 0
 
 
@@ -429,7 +477,9 @@ def failing(server: Process, calls: str, error: str) -> Iterator[None]:
     def attached() -> bool:
         if tracer.poll() is not None:
             pytest.skip("strace may not attach to a process here")
-        return all("TracerPid:\t0" not in (task / "status").read_text() for task in status.iterdir())
+        return all(
+            "TracerPid:\t0" not in (task / "status").read_text() for task in status.iterdir()
+        )
 
     try:
         until(attached, "strace is attached to every thread")
@@ -450,18 +500,24 @@ def failing(server: Process, calls: str, error: str) -> Iterator[None]:
         ("fsync,fdatasync", "EIO"),
     ],
 )
-def test_a_disk_that_fails_is_503_and_taskd_recovers(start: Start, tmp_path: Path, calls: str, error: str) -> None:
+def test_a_disk_that_fails_is_503_and_taskd_recovers(
+    start: Start, tmp_path: Path, calls: str, error: str
+) -> None:
     server = start()
     made = few_tasks(server)
     with failing(server, calls, error):
         for _ in range(5):
-            answer = server.request("POST", TASKS, {"title": "Buy milk", "description": "x" * 10_000}, bearer())
+            answer = server.request(
+                "POST", TASKS, {"title": "Buy milk", "description": "x" * 10_000}, bearer()
+            )
             assert_unavailable(answer)
             listed = server.request("GET", TASKS, headers=bearer())
             assert listed.status_code == 200, listed.text
             keys = [task["id"] for task in listed.json]
             assert keys[: len(made)] == made
-            if "sync" not in calls:  # a commit that was written but not confirmed may be there or not
+            if (
+                "sync" not in calls
+            ):  # a commit that was written but not confirmed may be there or not
                 assert keys == made
             assert_problem(server.request("GET", TASKS), 401)
     recovers(server, made)
@@ -484,7 +540,9 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize(("filling", "kept"), [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE])
+@pytest.mark.parametrize(
+    ("filling", "kept"), [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE]
+)
 def test_a_database_that_is_damaged_is_503_or_correct_and_never_500(
     start: Start, tmp_path: Path, filling: bytes, kept: int
 ) -> None:
@@ -515,13 +573,19 @@ def test_a_database_that_is_damaged_is_503_or_correct_and_never_500(
     for answer in lists:
         assert answer.status_code in (200, 503), answer.text
         if answer.status_code == 200:
-            assert [task for task in answer.json if task["title"] != "Buy tea"] == list(tasks.values())
+            assert [task for task in answer.json if task["title"] != "Buy tea"] == list(
+                tasks.values()
+            )
     for key, task in tasks.items():
         answer = server.request("GET", f"{TASKS}/{key}", headers=bearer())
         assert answer.status_code in (200, 503), answer.text
         if answer.status_code == 200:
             assert answer.json == task
-    for method, path, changes in (("PUT", "/2", new), ("PATCH", "/3/complete", None), ("DELETE", "/4", None)):
+    for method, path, changes in (
+        ("PUT", "/2", new),
+        ("PATCH", "/3/complete", None),
+        ("DELETE", "/4", None),
+    ):
         answer = server.request(method, TASKS + path, changes, bearer())
         assert answer.status_code in (200, 503), answer.text
     assert server.request("GET", "/healthz").status_code == 200

@@ -31,8 +31,27 @@ MILK = b'{"title": "Buy milk"}'
 JSON = "Content-Type: application/json"
 SOON = 5  # seconds; for what takes milliseconds unless it hangs
 SLOWEST = 1  # second within which an ordinary request is answered, whatever the others do
-NEVER_SHOWN = ("Traceback", "sqlite", "peewee", "waitress", "SELECT", "INSERT", "taskd.db", ".py", str(ROOT))
-NEVER_LOGGED = ("Traceback", "uncaptured", "unhandled", "Exception", " 500 ", " 501 ", " 502 ", " 503 ")
+NEVER_SHOWN = (
+    "Traceback",
+    "sqlite",
+    "peewee",
+    "waitress",
+    "SELECT",
+    "INSERT",
+    "taskd.db",
+    ".py",
+    str(ROOT),
+)
+NEVER_LOGGED = (
+    "Traceback",
+    "uncaptured",
+    "unhandled",
+    "Exception",
+    " 500 ",
+    " 501 ",
+    " 502 ",
+    " 503 ",
+)
 
 
 class Shared:
@@ -46,7 +65,9 @@ class Shared:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     shared = Shared()
     shared.directory = tmp_path_factory.mktemp("shared")
-    database_url(shared.directory / "taskd.db")  # taken here, it is nobody else's as long as this lasts
+    database_url(
+        shared.directory / "taskd.db"
+    )  # taken here, it is nobody else's as long as this lasts
     yield shared
     if shared.process:
         shared.process.kill()
@@ -62,7 +83,9 @@ def server(shared: Shared) -> Iterator[Process]:
     shared.process = None
     try:
         unharmed(process, logged)
-        assert len(tasks_of(process)) == tasks, "a test must leave the tasks as they were, and so must its clients"
+        assert len(tasks_of(process)) == tasks, (
+            "a test must leave the tasks as they were, and so must its clients"
+        )
         shared.process = process
     finally:
         if not shared.process:
@@ -78,7 +101,10 @@ def unharmed(process: Process, logged: int = 0) -> None:
     assert process.request("GET", "/healthz", timeout=SOON).status_code == 200
     created = process.request("POST", TASKS, {"title": "Buy milk"}, bearer(), timeout=SOON)
     assert created.status_code == 201, created.text
-    assert process.request("DELETE", f"{TASKS}/{created.json['id']}", headers=bearer()).json == created.json
+    assert (
+        process.request("DELETE", f"{TASKS}/{created.json['id']}", headers=bearer()).json
+        == created.json
+    )
     log = process.log[logged:]
     assert not [bad for bad in NEVER_LOGGED if bad in log], log
 
@@ -163,22 +189,30 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sent", "status"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+@pytest.mark.parametrize(
+    ("sent", "status"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG]
+)
 def test_a_request_that_is_wrong_harms_nobody(
     server: Process, sent: bytes, status: int | tuple[int, ...] | None
 ) -> None:
     with Wire(server, timeout=SOON) as wire:
         wire.send(sent)
-        if status is not None:  # else it is not finished yet, and the server rightly waits for the rest
+        if (
+            status is not None
+        ):  # else it is not finished yet, and the server rightly waits for the rest
             answer = decent(wire.answer())
-            assert answer.status_code in (status if isinstance(status, tuple) else (status,)), answer.text
+            assert answer.status_code in (status if isinstance(status, tuple) else (status,)), (
+                answer.text
+            )
 
 
 def test_garbage_of_every_byte_is_answered_or_cut_off(server: Process) -> None:
     for byte in range(256):
         with Wire(server, timeout=SOON) as wire:
             wire.send(bytes([byte]) * 64 + b"\r\n\r\n")
-            if bytes([byte]).strip():  # empty lines before a request are let pass (RFC 9112, section 2.2)
+            if bytes(
+                [byte]
+            ).strip():  # empty lines before a request are let pass (RFC 9112, section 2.2)
                 assert decent(wire.answer()).status_code in (400, 404, 405)
 
 
@@ -192,7 +226,9 @@ def test_a_length_that_is_too_large_makes_no_task_when_the_client_leaves(server:
         assert wire.is_closed()
 
 
-def test_after_a_length_that_is_too_small_the_rest_is_not_taken_for_a_request(server: Process) -> None:
+def test_after_a_length_that_is_too_small_the_rest_is_not_taken_for_a_request(
+    server: Process,
+) -> None:
     with Wire(server) as wire:
         wire.send(written("POST", TASKS, MILK, JSON, "Content-Length: 5", user="alice"))
         assert decent(wire.answer()).status_code == 400
@@ -200,21 +236,27 @@ def test_after_a_length_that_is_too_small_the_rest_is_not_taken_for_a_request(se
         assert wire.is_closed()
 
 
-def test_what_is_hidden_behind_two_kinds_of_length_is_not_answered_as_a_second_request(server: Process) -> None:
+def test_what_is_hidden_behind_two_kinds_of_length_is_not_answered_as_a_second_request(
+    server: Process,
+) -> None:
     hidden = written("DELETE", f"{TASKS}/1", user="alice")
     both = ("Content-Length: 5", "Transfer-Encoding: chunked")
     for lines in (both, both[::-1]):
         with Wire(server) as wire:
             wire.send(written("POST", TASKS, b"0\r\n\r\n" + hidden, JSON, *lines, user="alice"))
             assert decent(wire.answer()).status_code == 400
-            assert wire.is_closed(), "RFC 9112, section 6.1: the connection cannot be trusted any more"
+            assert wire.is_closed(), (
+                "RFC 9112, section 6.1: the connection cannot be trusted any more"
+            )
 
 
 @pytest.mark.parametrize("cut", [1, 3, 20, 24, 26, 29])
 def test_a_chunked_body_that_ends_too_early_makes_no_task(server: Process, cut: int) -> None:
     body = b"15\r\n" + MILK + b"\r\n0\r\n\r\n"
     with Wire(server) as wire:
-        wire.send(written("POST", TASKS, body[:cut], JSON, "Transfer-Encoding: chunked", user="alice"))
+        wire.send(
+            written("POST", TASKS, body[:cut], JSON, "Transfer-Encoding: chunked", user="alice")
+        )
         wire.socket.shutdown(socket.SHUT_WR)
         assert wire.is_closed()
 
@@ -231,7 +273,10 @@ def test_300_clients_that_leave_in_mid_body_leave_nothing_behind(server: Process
                 wire.reset()
     assert tasks_of(server) == []
     if descriptors.exists():
-        until(lambda: len(list(descriptors.iterdir())) <= before, "the connections and their files are closed")
+        until(
+            lambda: len(list(descriptors.iterdir())) <= before,
+            "the connections and their files are closed",
+        )
 
 
 def test_clients_that_leave_before_their_answer_leave_nothing_half_done(server: Process) -> None:
@@ -305,11 +350,22 @@ def fill(server: Process, count: int) -> None:
 def test_readers_that_do_not_read_delay_nobody(start: Callable[..., Process]) -> None:
     server = start()
     fill(server, 100)
-    readers = [Wire(server, receive_buffer=4096).send(written("GET", TASKS, user="alice")) for _ in range(10)]
+    readers = [
+        Wire(server, receive_buffer=4096).send(written("GET", TASKS, user="alice"))
+        for _ in range(10)
+    ]
     started = time.monotonic()
     for _ in range(20):
-        assert server.request("GET", f"{TASKS}/1", headers=bearer(), timeout=DEADLINE).status_code == 200
-        assert server.request("PATCH", f"{TASKS}/1/complete", headers=bearer(), timeout=DEADLINE).status_code == 200
+        assert (
+            server.request("GET", f"{TASKS}/1", headers=bearer(), timeout=DEADLINE).status_code
+            == 200
+        )
+        assert (
+            server.request(
+                "PATCH", f"{TASKS}/1/complete", headers=bearer(), timeout=DEADLINE
+            ).status_code
+            == 200
+        )
     assert time.monotonic() - started < 20 * SLOWEST
     assert len(readers[0].answer().json) == 100
     for reader in readers:
@@ -317,7 +373,9 @@ def test_readers_that_do_not_read_delay_nobody(start: Callable[..., Process]) ->
     unharmed(server)
 
 
-def test_a_reader_that_pipelines_and_does_not_read_stops_nobody(start: Callable[..., Process]) -> None:
+def test_a_reader_that_pipelines_and_does_not_read_stops_nobody(
+    start: Callable[..., Process],
+) -> None:
     server = start()
     fill(server, 30)
     request = written("GET", TASKS, user="alice")
@@ -326,7 +384,9 @@ def test_a_reader_that_pipelines_and_does_not_read_stops_nobody(start: Callable[
         assert max(timed(server, 10)) < SOON
         status = Path(f"/proc/{server.popen.pid}/status")
         if status.exists():
-            resident = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+            resident = next(
+                line for line in status.read_text().splitlines() if line.startswith("VmRSS")
+            )
             assert int(resident.split()[1]) < 150_000, "answers that nobody takes must not pile up"
         for _ in range(60):
             assert len(decent(wire.answer()).json) == 30
@@ -344,7 +404,9 @@ def test_more_pipelined_requests_than_fit_into_one_read_are_all_answered(server:
 
 def test_one_client_that_pipelines_does_not_delay_the_others(server: Process) -> None:
     with Wire(server) as wire:
-        sending = threading.Thread(target=wire.send, args=(written("GET", TASKS, user="alice") * 1000,))
+        sending = threading.Thread(
+            target=wire.send, args=(written("GET", TASKS, user="alice") * 1000,)
+        )
         sending.start()
         assert max(timed(server, 20)) < SLOWEST
         for _ in range(1000):
@@ -357,13 +419,23 @@ def test_more_connections_than_descriptors_stop_new_ones_only_until_some_are_clo
 ) -> None:
     server = start(command=["sh", "-c", 'ulimit -n 100; exec "$@"', "sh"])
     with Wire(server) as old:
-        assert old.send(written("POST", TASKS, {"title": "Buy milk"}, user="alice")).answer().status_code == 201
+        assert (
+            old.send(written("POST", TASKS, {"title": "Buy milk"}, user="alice"))
+            .answer()
+            .status_code
+            == 201
+        )
         flood = [Wire(server) for _ in range(150)]
         assert old.send(written("GET", TASKS, user="alice")).answer().status_code == 200
-        assert old.send(written("POST", TASKS, {"title": "Buy tea"}, user="alice")).answer().status_code in (201, 503)
+        assert old.send(
+            written("POST", TASKS, {"title": "Buy tea"}, user="alice")
+        ).answer().status_code in (201, 503)
         for wire in flood:
             wire.close()
-        until(lambda: server.request("GET", TASKS, headers=bearer()).status_code == 200, "it answers again")
+        until(
+            lambda: server.request("GET", TASKS, headers=bearer()).status_code == 200,
+            "it answers again",
+        )
     assert server.request("POST", TASKS, {"title": "Buy milk"}, bearer()).status_code == 201
     assert "Traceback" not in server.log
     assert server.terminate() == 0
@@ -371,12 +443,16 @@ def test_more_connections_than_descriptors_stop_new_ones_only_until_some_are_clo
 
 def test_bodies_that_nobody_may_send_are_not_kept(server: Process) -> None:
     """Read 64 bodies of 900 KB without a token: refused each, and the memory is given back."""
-    before = resource.getpagesize() * int(Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1])
+    before = resource.getpagesize() * int(
+        Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1]
+    )
     for _ in range(64):
         with Wire(server) as wire:
             wire.send(written("POST", TASKS, b"x" * 900_000, JSON, "Content-Length: 900000"))
             assert decent(wire.answer()).status_code == 401
-    after = resource.getpagesize() * int(Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1])
+    after = resource.getpagesize() * int(
+        Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1]
+    )
     assert after - before < 20_000_000
 
 

@@ -110,7 +110,9 @@ def test_a_repeated_create_gets_the_first_answer_again_and_creates_nothing(alice
 
 
 @pytest.mark.usefixtures("either_thread")
-def test_a_replay_says_what_the_task_was_after_it_has_changed_and_after_it_is_gone(alice: Person) -> None:
+def test_a_replay_says_what_the_task_was_after_it_has_changed_and_after_it_is_gone(
+    alice: Person,
+) -> None:
     first = create(alice, "k")
     one = f"/{first.json['id']}"
     for change in (
@@ -137,7 +139,14 @@ def test_a_replay_leaves_the_number_of_the_next_task_alone(alice: Person) -> Non
 def test_creates_without_a_key_and_with_different_keys_are_different_creates(alice: Person) -> None:
     answers = [create(alice, "k"), create(alice, "K"), create(alice, "k "), create(alice, "kk")]
     alone = [alice.call("POST", json={"title": "Buy milk"}) for _ in range(2)]
-    assert [is_replayed(answer) for answer in answers + alone] == [False, False, True, False, False, False]
+    assert [is_replayed(answer) for answer in answers + alone] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert len(alice.call("GET").json) == 5
 
 
@@ -181,9 +190,14 @@ def test_the_same_key_with_another_body_is_422(alice: Person, other: dict[str, A
     refused = create(alice, "k", other)
     problem = assert_problem(refused, 422)
     assert problem["errors"] == [
-        {"field": "Idempotency-Key", "message": "was used for another task; send a new one with a new task"}
+        {
+            "field": "Idempotency-Key",
+            "message": "was used for another task; send a new one with a new task",
+        }
     ]
-    assert not {"location", "etag", "idempotency-replayed"} & {name.lower() for name in refused.headers}
+    assert not {"location", "etag", "idempotency-replayed"} & {
+        name.lower() for name in refused.headers
+    }
     assert alice.call("GET").json == [first.json]
     assert shown(create(alice, "k")) == shown(first)
     assert create(alice, "k2", other).status_code == 201
@@ -294,17 +308,25 @@ def test_a_key_may_be_any_visible_ascii(alice: Person, path: Path, key: str) -> 
     assert keys(path) == [("alice", key)]
 
 
-@pytest.mark.parametrize("values", [*([key] for key in BAD_KEYS), ["a", "b"], ["a", "a"], ["a", ""], ["", ""]])
-def test_a_malformed_key_is_400_and_the_create_is_not_done(bad_server: Process, values: list[str]) -> None:
+@pytest.mark.parametrize(
+    "values", [*([key] for key in BAD_KEYS), ["a", "b"], ["a", "a"], ["a", ""], ["", ""]]
+)
+def test_a_malformed_key_is_400_and_the_create_is_not_done(
+    bad_server: Process, values: list[str]
+) -> None:
     lines = [f"Idempotency-Key: {value}" for value in values]
     with Wire(bad_server) as wire:
-        problem = assert_problem(wire.send(written("POST", TASKS, {"title": "x"}, *lines, user="alice")).answer(), 400)
+        problem = assert_problem(
+            wire.send(written("POST", TASKS, {"title": "x"}, *lines, user="alice")).answer(), 400
+        )
         assert problem["detail"] == FORM
         assert wire.send(written("GET", TASKS, user="alice")).answer().json == []
 
 
 @pytest.mark.parametrize("key", CONTROLS)
-def test_a_key_with_a_control_character_is_400_whoever_notices(bad_server: Process, key: str) -> None:
+def test_a_key_with_a_control_character_is_400_whoever_notices(
+    bad_server: Process, key: str
+) -> None:
     with Wire(bad_server) as wire:
         wire.send(written("POST", TASKS, {"title": "x"}, f"Idempotency-Key: {key}", user="alice"))
         assert_problem(wire.answer(), 400)
@@ -326,7 +348,11 @@ def test_who_calls_is_checked_before_the_key_and_the_key_before_the_body(
 ) -> None:
     used = create(alice, "used")
     for key in ("used", "new", "not good"):
-        for headers in ({"Authorization": ""}, bearer("alice", secret=OTHER_SECRET), bearer("alice", exp=1)):
+        for headers in (
+            {"Authorization": ""},
+            bearer("alice", secret=OTHER_SECRET),
+            bearer("alice", exp=1),
+        ):
             assert_problem(create(alice, key, headers=headers), 401)
         assert_problem(create(bob, key, path=TASKS), 403)
     for _, options in REFUSED:
@@ -389,10 +415,18 @@ def plant(path: Path, count: int, age: timedelta, user: str = "carol") -> None:
     when = taskd.timestamp(datetime.now(UTC) - age)
     numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})"
     columns = "idempotency_key (user_id, name, body, answer, created_at)"
-    run(path, f"INSERT INTO {columns} {numbers} SELECT ?, ? || i, '', '', ? FROM n", user, f"{user}-{age}-", when)
+    run(
+        path,
+        f"INSERT INTO {columns} {numbers} SELECT ?, ? || i, '', '', ? FROM n",
+        user,
+        f"{user}-{age}-",
+        when,
+    )
 
 
-def test_creates_with_a_key_remove_the_expired_keys_of_anybody_a_few_at_a_time(alice: Person, path: Path) -> None:
+def test_creates_with_a_key_remove_the_expired_keys_of_anybody_a_few_at_a_time(
+    alice: Person, path: Path
+) -> None:
     alice.add()
     plant(path, 50, DAY + timedelta(hours=1))
     plant(path, 20, DAY - timedelta(hours=1), user="dave")
@@ -407,7 +441,9 @@ def test_creates_with_a_key_remove_the_expired_keys_of_anybody_a_few_at_a_time(a
     assert len(keys(path)) == 20 + 60
 
 
-def test_the_table_of_keys_does_not_grow_when_every_day_brings_as_many(alice: Person, path: Path) -> None:
+def test_the_table_of_keys_does_not_grow_when_every_day_brings_as_many(
+    alice: Person, path: Path
+) -> None:
     sizes = []
     for day in range(4):
         for number in range(20):
@@ -419,12 +455,17 @@ def test_the_table_of_keys_does_not_grow_when_every_day_brings_as_many(alice: Pe
 
 @pytest.mark.sqlite("it needs a trigger in SQLite's words")
 @pytest.mark.parametrize("user", ["alice", "carol"])
-def test_a_create_without_a_key_does_not_touch_the_keys(alice: Person, path: Path, user: str) -> None:
+def test_a_create_without_a_key_does_not_touch_the_keys(
+    alice: Person, path: Path, user: str
+) -> None:
     alice.add()
     plant(path, 10, DAY + timedelta(hours=1), user=user)
     everything = "SELECT * FROM idempotency_key ORDER BY id"
     before = rows(path, everything)
-    run(path, "CREATE TRIGGER touched BEFORE INSERT ON idempotency_key BEGIN SELECT RAISE(ABORT, 'touched'); END")
+    run(
+        path,
+        "CREATE TRIGGER touched BEFORE INSERT ON idempotency_key BEGIN SELECT RAISE(ABORT, 'touched'); END",
+    )
     for _ in range(3):
         alice.add()
     for refused in ("not good", "x" * 256):
@@ -433,7 +474,9 @@ def test_a_create_without_a_key_does_not_touch_the_keys(alice: Person, path: Pat
 
 
 @pytest.mark.sqlite("it is about SQLite's file")
-def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(alice: Person, path: Path) -> None:
+def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(
+    alice: Person, path: Path
+) -> None:
     def work() -> int:
         """Return how many hundreds of steps SQLite's machine took for a create and its replay."""
         steps = 0
@@ -442,7 +485,7 @@ def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(alic
             nonlocal steps
             steps += 1
 
-        connection = alice.client.app.store._database._patient.connection()
+        connection = alice.client.app.store._database._worker_connection.connection()
         connection.set_progress_handler(step, 10)
         for _ in range(2):
             assert create(alice, f"k{len(keys(path))}").status_code == 201
@@ -462,7 +505,9 @@ def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(alic
 
 
 def keyed(key: str, title: str = "Buy milk", user: str = "alice") -> bytes:
-    return written("POST", f"/api/{user}/tasks", {"title": title}, f"Idempotency-Key: {key}", user=user)
+    return written(
+        "POST", f"/api/{user}/tasks", {"title": title}, f"Idempotency-Key: {key}", user=user
+    )
 
 
 def titles(path: Path, user: str) -> Counter[str]:
@@ -487,7 +532,9 @@ def test_of_simultaneous_creates_with_one_key_exactly_one_is_done_and_all_get_it
 
 def test_of_simultaneous_creates_with_one_key_and_different_bodies_one_wins(pair: Pair) -> None:
     servers, path = pair
-    answers = at_once(servers, [keyed("k", f"Buy {number}", "one-wins") for number in range(16)], path)
+    answers = at_once(
+        servers, [keyed("k", f"Buy {number}", "one-wins") for number in range(16)], path
+    )
     assert Counter(answer.status_code for answer in answers) == {201: 1, 422: 15}
     [winner] = [answer.json["title"] for answer in answers if answer.status_code == 201]
     assert titles(path, "one-wins") == {winner: 1}
@@ -498,7 +545,9 @@ def test_of_simultaneous_creates_with_one_key_and_different_bodies_one_wins(pair
 
 def test_simultaneous_creates_of_many_users_and_keys_do_not_disturb_each_other(pair: Pair) -> None:
     servers, path = pair
-    wanted = [(user, key) for user in ("many-1", "many-2", "many-3") for key in ("1", "2", "3", "4")]
+    wanted = [
+        (user, key) for user in ("many-1", "many-2", "many-3") for key in ("1", "2", "3", "4")
+    ]
     requests = [keyed(key, f"{user} {key}", user) for user, key in wanted * 3]
     answers = at_once(servers, requests, path)
     assert len({shown(answer) for answer in answers}) == len(wanted)
@@ -512,7 +561,10 @@ def test_16_clients_that_each_repeat_the_same_keys_make_each_task_once(pair: Pai
 
     def work(number: int) -> list[tuple[object, ...]]:
         with Wire(servers[number % 2]) as wire:
-            return [shown(wire.send(keyed(f"k{key}", f"task {key}", "sixteen")).answer()) for key in range(25)]
+            return [
+                shown(wire.send(keyed(f"k{key}", f"task {key}", "sixteen")).answer())
+                for key in range(25)
+            ]
 
     with ThreadPoolExecutor(16) as pool:
         seen = list(pool.map(work, range(16)))
@@ -526,11 +578,13 @@ def test_16_clients_that_each_repeat_the_same_keys_make_each_task_once(pair: Pai
 @pytest.fixture
 def small_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make applications wait briefly for a lock; ask for it before `app`."""
-    monkeypatch.setattr(taskd, "BUSY", 0.05)
+    monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.05)
 
 
 @pytest.mark.usefixtures("small_patience")
-def test_a_create_that_finds_the_database_locked_is_503_and_succeeds_when_repeated(alice: Person, path: Path) -> None:
+def test_a_create_that_finds_the_database_locked_is_503_and_succeeds_when_repeated(
+    alice: Person, path: Path
+) -> None:
     alice.add()
     with locked(path):
         for _ in range(2):
@@ -551,8 +605,8 @@ def test_the_thread_of_the_sockets_waits_for_no_lock_and_leaves_no_key(
 ) -> None:
     alice.add()
     with locked(path), monkeypatch.context() as hurried:
-        hurried.setattr(taskd.this_thread, "hurried", True)
-        with pytest.raises(taskd.Blocked):
+        hurried.setattr(taskd.thread_state, "in_event_loop", True)
+        with pytest.raises(taskd.WouldBlock):
             create(alice, "k")
     assert keys(path) == []
     assert not is_replayed(create(alice, "k"))
@@ -563,8 +617,8 @@ def test_the_thread_of_the_sockets_waits_for_no_lock_and_leaves_no_key(
 def test_the_thread_of_the_sockets_leaves_a_keyed_create_to_another_while_a_write_is_under_way(
     alice: Person, app: taskd.App, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taskd.this_thread, "hurried", True)
-    with app.store._database._turn, pytest.raises(taskd.Blocked):
+    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+    with app.store._database._turn, pytest.raises(taskd.WouldBlock):
         create(alice, "k")
     assert keys(path) == []
 
@@ -598,7 +652,9 @@ def test_whatever_fails_halfway_neither_a_task_nor_a_key_stays_behind(
 
 @pytest.mark.sqlite("it is about SQLite's file")
 @pytest.mark.usefixtures("either_thread")
-def test_on_a_full_database_a_create_is_503_and_leaves_no_key(alice: Person, app: taskd.App, path: Path) -> None:
+def test_on_a_full_database_a_create_is_503_and_leaves_no_key(
+    alice: Person, app: taskd.App, path: Path
+) -> None:
     database = app.store._database._here()
     [[pages]] = database.execute_sql("PRAGMA page_count").fetchall()
     database.execute_sql(f"PRAGMA max_page_count = {pages + 2}")
@@ -606,7 +662,9 @@ def test_on_a_full_database_a_create_is_503_and_leaves_no_key(alice: Person, app
     assert_problem(create(alice, "k", task), 503)
     assert keys(path) == []
     assert alice.call("GET").json == []
-    answers = [create(alice, "k", task) for _ in range(2)]  # on a fresh connection, without that limit
+    answers = [
+        create(alice, "k", task) for _ in range(2)
+    ]  # on a fresh connection, without that limit
     assert [is_replayed(answer) for answer in answers] == [False, True]
 
 
@@ -640,7 +698,10 @@ class Customer:
         with contextlib.suppress(OSError, AssertionError), Wire(server) as wire:
             while True:
                 again = self.answers and self.chance.random() < 0.2
-                self._create(wire, self.chance.choice(list(self.answers)) if again else f"k{len(self.answers)}")
+                self._create(
+                    wire,
+                    self.chance.choice(list(self.answers)) if again else f"k{len(self.answers)}",
+                )
 
     def _create(self, wire: Wire, key: str) -> WireAnswer:
         self.waiting = key
@@ -662,23 +723,32 @@ class Customer:
             for key in self.chance.sample(sorted(self.answers), min(5, len(self.answers))):
                 assert is_replayed(self._create(wire, key))
         tasks = server.request("GET", f"/api/{self.user}/tasks", headers=bearer(self.user)).json
-        assert Counter(task["title"] for task in tasks) == {f"{self.user} {key}": 1 for key in self.answers}
+        assert Counter(task["title"] for task in tasks) == {
+            f"{self.user} {key}": 1 for key in self.answers
+        }
         assert sorted(task["id"] for task in tasks) == sorted(
             json.loads(str(content, "utf-8"))["id"] for _, content, *_ in self.answers.values()
         )
 
 
-def test_after_kill_9_at_any_moment_a_client_that_repeats_has_exactly_one_task_for_each_key(start: Start) -> None:
+def test_after_kill_9_at_any_moment_a_client_that_repeats_has_exactly_one_task_for_each_key(
+    start: Start,
+) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    customers = [Customer(f"user-{number}", random.Random(seed + number)) for number in range(CLIENTS)]
+    customers = [
+        Customer(f"user-{number}", random.Random(seed + number)) for number in range(CLIENTS)
+    ]
     server = start()
     for _ in range(ROUNDS):
         done = sum(len(customer.answers) for customer in customers)
         with ThreadPoolExecutor(CLIENTS) as pool:
             working = [pool.submit(customer.work, server) for customer in customers]
-            until(lambda: sum(len(customer.answers) for customer in customers) > done + 20, "they work")  # noqa: B023
+            until(
+                lambda: sum(len(customer.answers) for customer in customers) > done + 20,  # noqa: B023
+                "they work",
+            )
             moment = time.monotonic() + chance.uniform(0, 0.1)
             until(lambda: time.monotonic() > moment, "the moment comes")  # noqa: B023
             server.kill()
@@ -688,7 +758,9 @@ def test_after_kill_9_at_any_moment_a_client_that_repeats_has_exactly_one_task_f
         for customer in customers:
             customer.check(server)
     unanswered = sum(customer.unanswered for customer in customers)
-    print(f"{unanswered} were not answered, {sum(customer.found for customer in customers)} of them had been done")
+    print(
+        f"{unanswered} were not answered, {sum(customer.found for customer in customers)} of them had been done"
+    )
     assert unanswered >= ROUNDS
     assert server.terminate() == 0
 
@@ -734,7 +806,9 @@ def test_a_create_and_its_key_reach_the_disk_together_before_the_answer(
     calls = "trace=fsync,fdatasync,sendto,sendmsg,write,writev"
     server = start(command=["strace", "-D", "-f", "-y", "-s", "16", "-o", str(trace), "-e", calls])
     with Wire(server) as wire:
-        assert wire.send(written("POST", TASKS, {"title": "the first writes the log's head"}, user="alice")).answer()
+        assert wire.send(
+            written("POST", TASKS, {"title": "the first writes the log's head"}, user="alice")
+        ).answer()
         for key in ("1", "2", "3"):
             assert wire.send(keyed(key)).answer().status_code == 201
         for key in ("1", "2", "3"):
@@ -747,9 +821,14 @@ def test_a_create_and_its_key_reach_the_disk_together_before_the_answer(
     until(lambda: "exited with 0" in trace.read_text(), "strace has written everything")
     synced = [0]  # how often the log was, before each answer to a create
     for line in trace.read_text().splitlines():
-        if re.search(r"f(data)?sync\([0-9]+<[^>]*taskd\.db-wal>\) += 0|<\.\.\. f(data)?sync resumed>.* = 0", line):
+        if re.search(
+            r"f(data)?sync\([0-9]+<[^>]*taskd\.db-wal>\) += 0|<\.\.\. f(data)?sync resumed>.* = 0",
+            line,
+        ):
             synced[-1] += 1
         elif re.search(r'(send|write)\S*\(.*"HTTP/1.1 201', line):
             synced.append(0)
     assert synced[0] >= 1
-    assert synced[1:8] == [1, 1, 1, 0, 0, 0, 1], "one transaction each, and none to repeat an answer"
+    assert synced[1:8] == [1, 1, 1, 0, 0, 0, 1], (
+        "one transaction each, and none to repeat an answer"
+    )

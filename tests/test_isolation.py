@@ -17,7 +17,15 @@ from urllib.parse import quote
 import pytest
 from falcon import testing
 from hypothesis import HealthCheck, settings, strategies
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 import support
 import taskd
@@ -30,9 +38,13 @@ USERS = ["alice", "Alice", "é", "e\u0301", "alice ", "%", "1", "1.0", "' OR 1=1
 FEW = "8" if support.postgresql else "25"
 EXPIRED = -60  # seconds from now
 TITLES = strategies.text(
-    strategies.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=200
+    strategies.characters(exclude_categories=["Cs"], exclude_characters="\0"),
+    min_size=1,
+    max_size=200,
 ).filter(lambda title: title.strip() != "")
-TEXTS = strategies.none() | strategies.text(strategies.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+TEXTS = strategies.none() | strategies.text(
+    strategies.characters(exclude_categories=["Cs"], exclude_characters="\0")
+)
 CHANGES = strategies.fixed_dictionaries(
     {}, optional={"title": TITLES, "description": TEXTS, "completed": strategies.booleans()}
 )
@@ -47,7 +59,10 @@ ON_ONE_TASK: list[tuple[str, str, dict[str, Any]]] = [
     ("PATCH", "/complete", {}),
     ("PATCH", "/complete", {"json": {"completed": True}}),
 ]
-ON_ALL_TASKS: list[tuple[str, str, dict[str, Any]]] = [("GET", "", {}), ("POST", "", {"json": {"title": "planted"}})]
+ON_ALL_TASKS: list[tuple[str, str, dict[str, Any]]] = [
+    ("GET", "", {}),
+    ("POST", "", {"json": {"title": "planted"}}),
+]
 
 
 def tasks_of(user: str) -> str:
@@ -73,14 +88,23 @@ class Isolation(RuleBasedStateMachine):
         self.directory.cleanup()
 
     def call(
-        self, user: str, method: str, path: str, headers: dict[str, str] | None = None, **options: Any
+        self,
+        user: str,
+        method: str,
+        path: str,
+        headers: dict[str, str] | None = None,
+        **options: Any,
     ) -> testing.Result:
-        return self.client.simulate_request(method, path, headers=headers or bearer(user), **options)
+        return self.client.simulate_request(
+            method, path, headers=headers or bearer(user), **options
+        )
 
     def find(self, owner: str, task_id: int) -> dict[str, Any] | None:
         return next((task for task in self.model[owner] if task["id"] == task_id), None)
 
-    def check_change(self, response: testing.Result, owner: str, task_id: int, changes: dict[str, Any]) -> None:
+    def check_change(
+        self, response: testing.Result, owner: str, task_id: int, changes: dict[str, Any]
+    ) -> None:
         """Check the answer to a change, and make the same change to the model."""
         task = self.find(owner, task_id)
         if task is None:
@@ -89,7 +113,11 @@ class Isolation(RuleBasedStateMachine):
         assert response.status_code == 200, response.text
         answer = response.json
         assert list(answer) == TASK_KEYS
-        assert answer["updated_at"] >= task["updated_at"] if changes else answer["updated_at"] == task["updated_at"]
+        assert (
+            answer["updated_at"] >= task["updated_at"]
+            if changes
+            else answer["updated_at"] == task["updated_at"]
+        )
         assert answer == task | changes | {"updated_at": answer["updated_at"]}
         task.update(answer)
 
@@ -116,7 +144,9 @@ class Isolation(RuleBasedStateMachine):
         return self.create(owner, more.pop("title", title), more)
 
     @rule(target=known, owner=PEOPLE, pretended=PEOPLE, task=known)
-    def the_owner_creates_in_the_name_of_another(self, owner: str, pretended: str, task: tuple[str, int]) -> Any:
+    def the_owner_creates_in_the_name_of_another(
+        self, owner: str, pretended: str, task: tuple[str, int]
+    ) -> Any:
         body = {"title": "mine", "user_id": pretended, "id": task[1]}
         response = self.call(owner, "POST", tasks_of(owner), json=body)
         assert response.status_code == 201
@@ -136,17 +166,29 @@ class Isolation(RuleBasedStateMachine):
             assert (response.status_code, response.json) == (200, expected)
 
     @rule(task=known, changes=CHANGES, pretended=PEOPLE)
-    def the_owner_updates(self, task: tuple[str, int], changes: dict[str, Any], pretended: str) -> None:
+    def the_owner_updates(
+        self, task: tuple[str, int], changes: dict[str, Any], pretended: str
+    ) -> None:
         owner, task_id = task
         body = changes | {"user_id": pretended, "id": 1}
-        self.check_change(self.call(owner, "PUT", f"{tasks_of(owner)}/{task_id}", json=body), owner, task_id, changes)
+        self.check_change(
+            self.call(owner, "PUT", f"{tasks_of(owner)}/{task_id}", json=body),
+            owner,
+            task_id,
+            changes,
+        )
 
     @rule(task=known)
     def the_owner_toggles(self, task: tuple[str, int]) -> None:
         owner, task_id = task
         before = self.find(owner, task_id)
         changes = {"completed": not before["completed"]} if before else {}
-        self.check_change(self.call(owner, "PATCH", f"{tasks_of(owner)}/{task_id}/complete"), owner, task_id, changes)
+        self.check_change(
+            self.call(owner, "PATCH", f"{tasks_of(owner)}/{task_id}/complete"),
+            owner,
+            task_id,
+            changes,
+        )
 
     @rule(task=known, completed=strategies.booleans())
     def the_owner_sets(self, task: tuple[str, int], completed: bool) -> None:
@@ -175,7 +217,9 @@ class Isolation(RuleBasedStateMachine):
     # What others try.
 
     @rule(task=known, other=PEOPLE, call=strategies.sampled_from(ON_ONE_TASK))
-    def another_tries_on_the_owners_path(self, task: tuple[str, int], other: str, call: Any) -> None:
+    def another_tries_on_the_owners_path(
+        self, task: tuple[str, int], other: str, call: Any
+    ) -> None:
         owner, task_id = task
         if other == owner:
             return
@@ -199,13 +243,21 @@ class Isolation(RuleBasedStateMachine):
         response = self.call(other, method, f"{tasks_of(other)}/{task_id}{path}", **options)
         self.check_refusal(response, method, 404)
 
-    @rule(task=known, foreign=strategies.booleans(), call=strategies.sampled_from(ON_ONE_TASK + ON_ALL_TASKS))
-    def a_bad_token_for_the_owner_is_tried(self, task: tuple[str, int], foreign: bool, call: Any) -> None:
+    @rule(
+        task=known,
+        foreign=strategies.booleans(),
+        call=strategies.sampled_from(ON_ONE_TASK + ON_ALL_TASKS),
+    )
+    def a_bad_token_for_the_owner_is_tried(
+        self, task: tuple[str, int], foreign: bool, call: Any
+    ) -> None:
         owner, task_id = task
         method, path, options = call
         one = f"/{task_id}{path}" if call in ON_ONE_TASK else ""
         bad = {"secret": OTHER_SECRET} if foreign else {"exp": int(time.time()) + EXPIRED}
-        response = self.call(owner, method, tasks_of(owner) + one, headers=bearer(owner, **bad), **options)
+        response = self.call(
+            owner, method, tasks_of(owner) + one, headers=bearer(owner, **bad), **options
+        )
         self.check_refusal(response, method, 401)
 
     @staticmethod
@@ -238,7 +290,9 @@ TestIsolation.settings = settings(
 COLUMNS = ", ".join(f'"{{0}}"."{name}"' for name in TASK_KEYS)
 SHOWN, RETURNED = COLUMNS.format("t1"), COLUMNS.format("task") + ', "task"."version"'
 # Beside those that name the owner: what opens a connection.
-HARMLESS = re.compile(r"PRAGMA (journal_mode|synchronous) ?= ?\w+|BEGIN( IMMEDIATE)?|COMMIT|ROLLBACK|SELECT 1")
+HARMLESS = re.compile(
+    r"PRAGMA (journal_mode|synchronous) ?= ?\w+|BEGIN( IMMEDIATE)?|COMMIT|ROLLBACK|SELECT 1"
+)
 
 
 class Recorder:
@@ -283,8 +337,12 @@ class PostgresRecorder(Recorder):
         execute = psycopg.Cursor.execute
 
         def listening(cursor: Any, query: Any, values: Any = None, **options: Any) -> Any:
-            text = psycopg.ClientCursor(cursor.connection).mogrify(query, values) if values else query
-            self.statements.append(re.sub(r"(?<=[ (])E(?=')", "", text.replace("( E'", "(E'").replace("  E'", " E'")))
+            text = (
+                psycopg.ClientCursor(cursor.connection).mogrify(query, values) if values else query
+            )
+            self.statements.append(
+                re.sub(r"(?<=[ (])E(?=')", "", text.replace("( E'", "(E'").replace("  E'", " E'"))
+            )
             return execute(cursor, query, values, **options)
 
         self.undo.setattr(psycopg.Cursor, "execute", listening)
@@ -323,14 +381,14 @@ def bound_to(user: str) -> re.Pattern[str]:
     def this(table: str) -> str:
         return rf'\({mine(table)} AND \("{table}"\."id" = \d+\)\)'
 
-    expected = (
-        rf"""\(CAST\({value} AS TEXT\) IS NULL OR {value} LIKE '%"' \|\| version \|\| '-' \|\| updated_at \|\| '"%'\)"""
-    )
+    expected = rf"""\(CAST\({value} AS TEXT\) IS NULL OR {value} LIKE '%"' \|\| version \|\| '-' \|\| updated_at \|\| '"%'\)"""
     contains = rf"\(REPLACE\(title_folded, {text}, ''\) <> title_folded OR"
     contains += rf" REPLACE\(description_folded, {text}, ''\) <> description_folded\)"
     key = rf"\({mine('idempotency_key')} AND \({key_name}\)\)"
     number = '"idempotency_key"."id"'
-    oldest = re.escape(f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2')
+    oldest = re.escape(
+        f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2'
+    )
 
     def half(table: str) -> str:
         """Return a page's tasks, or those of them that are open or done; what else it asks can only make them fewer."""
@@ -364,16 +422,30 @@ def bound_to(user: str) -> re.Pattern[str]:
     )
 
 
-LISTINGS = ["completed=true", "q='", "sort=-title", "sort=updated_at&q=%25'&completed=false&limit=1", "sort=title&q=m"]
+LISTINGS = [
+    "completed=true",
+    "q='",
+    "sort=-title",
+    "sort=updated_at&q=%25'&completed=false&limit=1",
+    "sort=title&q=m",
+]
 ROUTES: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "", {}),
     ("HEAD", "", {}),
     ("POST", "", {"json": {"title": "it's", "description": "' OR 1=1 --", "completed": True}}),
     ("POST", "", {"json": {"title": "it's"}, "headers": {"Idempotency-Key": "it's"}}),
     *(("GET", "", {"query_string": query}) for query in LISTINGS),
-    *((method, f"/{{id}}{path}", options) for method, path, options in ON_ONE_TASK if method != "DELETE"),
+    *(
+        (method, f"/{{id}}{path}", options)
+        for method, path, options in ON_ONE_TASK
+        if method != "DELETE"
+    ),
     ("PUT", "/{id}", {"json": {"title": "a", "description": None, "completed": False}}),
-    ("PUT", "/{id}", {"json": {"title": "x"}, "headers": {"If-Match": '"1-2026-11-21T00:00:00.000Z"'}}),
+    (
+        "PUT",
+        "/{id}",
+        {"json": {"title": "x"}, "headers": {"If-Match": '"1-2026-11-21T00:00:00.000Z"'}},
+    ),
     ("DELETE", "/{id}", {"headers": {"If-Match": '"it\'s"'}}),
     ("DELETE", "/{id}", {}),
 ]
@@ -381,14 +453,14 @@ ROUTES: list[tuple[str, str, dict[str, Any]]] = [
 
 def serve(person: Person, method: str, path: str, **options: Any) -> testing.Result:
     """Call as the server does: in the thread that serves the sockets, and once more in a worker if it must wait."""
-    taskd.this_thread.hurried = True
+    taskd.thread_state.in_event_loop = True
     try:
         return person.call(method, path, **options)
-    except taskd.Blocked:
-        taskd.this_thread.hurried = False
+    except taskd.WouldBlock:
+        taskd.thread_state.in_event_loop = False
         return person.call(method, path, **options)
     finally:
-        taskd.this_thread.hurried = False
+        taskd.thread_state.in_event_loop = False
 
 
 def everything_by(person: Person, ids: list[int], call: Callable[..., testing.Result]) -> list[int]:
@@ -412,14 +484,21 @@ def test_every_statement_that_runs_for_a_user_is_bound_to_that_user(
 ) -> None:
     person, other = Person(client, name), Person(client, "bob")
     theirs = [other.add()["id"] for _ in range(2)]
-    mine = [call(person, "POST", tasks_of(name), json={"title": "mine"}).json["id"] for _ in range(2)]
+    mine = [
+        call(person, "POST", tasks_of(name), json={"title": "mine"}).json["id"] for _ in range(2)
+    ]
     assert call(person, "GET", tasks_of(name)).status_code == 200
     recorder.start()
     statuses = everything_by(person, [*mine, *theirs, 2**63 - 1], call)
     ran = recorder.finish()
     assert set(statuses) == {200, 201, 404, 412}
     assert len(ran) >= len(statuses)
-    assert {statement.split(" ", 1)[0].lstrip("(") for statement in ran} == {"SELECT", "INSERT", "UPDATE", "DELETE"}
+    assert {statement.split(" ", 1)[0].lstrip("(") for statement in ran} == {
+        "SELECT",
+        "INSERT",
+        "UPDATE",
+        "DELETE",
+    }
     bound = bound_to(name)
     assert [statement for statement in ran if not bound.fullmatch(statement)] == []
     assert [task["id"] for task in other.call("GET").json] == theirs
@@ -436,7 +515,11 @@ def test_no_statement_runs_for_whom_the_token_does_not_let_pass(
     for method, path, options in ROUTES:
         url = tasks_of("alice") + path.format(id=task["id"])
         assert call(bob, method, url, **options).status_code == 403
-        for headers in ({"Authorization": ""}, bearer("alice", secret=OTHER_SECRET), bearer("alice", exp=1)):
+        for headers in (
+            {"Authorization": ""},
+            bearer("alice", secret=OTHER_SECRET),
+            bearer("alice", exp=1),
+        ):
             assert call(alice, method, url, **{**options, "headers": headers}).status_code == 401
     assert recorder.finish() == []
     assert call(alice, "GET", tasks_of("alice")).json == [task]

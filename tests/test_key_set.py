@@ -33,10 +33,16 @@ WEAK = rsa.generate_private_key(65537, 1024)
 def public(private: Any, algorithm: str, kid: str | None, **more: str) -> dict[str, Any]:
     """Return the JWK of a private key's public half."""
     jwk = jwt.get_algorithm_by_name(algorithm).to_jwk(private.public_key(), as_dict=True)
-    return {name: value for name, value in {**jwk, "alg": algorithm, "kid": kid, **more}.items() if value is not None}
+    return {
+        name: value
+        for name, value in {**jwk, "alg": algorithm, "kid": kid, **more}.items()
+        if value is not None
+    }
 
 
-def signed(private: Any, algorithm: str, kid: str | None, user: str = "alice", **claims: Any) -> dict[str, str]:
+def signed(
+    private: Any, algorithm: str, kid: str | None, user: str = "alice", **claims: Any
+) -> dict[str, str]:
     """Return the Authorization header of a token signed with a private key."""
     payload = {"sub": user, "exp": int(time.time()) + 900} | claims
     made = jwt.encode(payload, private, algorithm, headers={"kid": kid} if kid else {})
@@ -75,7 +81,9 @@ class AuthServer:
         self.well(request)
 
     @staticmethod
-    def send(request: http.server.BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+    def send(
+        request: http.server.BaseHTTPRequestHandler, status: int, body: bytes, **headers: str
+    ) -> None:
         request.send_response(status)
         for name, value in headers.items():
             request.send_header(name, value)
@@ -100,7 +108,9 @@ UNKNOWN_KEY = "the key set has no key for this kid and alg"
 
 
 @pytest.fixture
-def call(auth_server: AuthServer, make_app: Callable[..., taskd.App]) -> Callable[..., testing.Result]:
+def call(
+    auth_server: AuthServer, make_app: Callable[..., taskd.App]
+) -> Callable[..., testing.Result]:
     """List alice's tasks with the given header, at a taskd that has a secret and this key set."""
     client = testing.TestClient(make_app(jwks_url=auth_server.url))
     return lambda headers, user="alice": client.simulate_get(f"/api/{user}/tasks", headers=headers)
@@ -142,7 +152,9 @@ def test_a_server_with_a_key_set_alone_cannot_mint(auth_server):
 
 def test_without_a_key_set_a_token_of_better_auths_own_key_says_what_to_set(make_app):
     client = testing.TestClient(make_app())
-    refused = client.simulate_get("/api/alice/tasks", headers=signed(PRIVATE["EdDSA"], "EdDSA", "EdDSA"))
+    refused = client.simulate_get(
+        "/api/alice/tasks", headers=signed(PRIVATE["EdDSA"], "EdDSA", "EdDSA")
+    )
     assert "set TASKD_JWKS_URL" in assert_problem(refused, 401)["detail"]
 
 
@@ -168,14 +180,23 @@ def test_hs256_signed_with_a_public_key_is_401(call, auth_server, algorithm):
     text = json.dumps(key)
     for secret in (text, key.get("x", ""), key.get("n", "")):
         forged = sign(
-            {"alg": "HS256", "kid": algorithm}, {"sub": "alice", "exp": int(time.time()) + 900}, secret or "x"
+            {"alg": "HS256", "kid": algorithm},
+            {"sub": "alice", "exp": int(time.time()) + 900},
+            secret or "x",
         )
         assert_problem(call({"Authorization": f"Bearer {forged}"}), 401)
 
 
-def test_a_set_that_holds_secrets_weak_keys_or_keys_for_other_uses_offers_none_of_them(call, auth_server):
+def test_a_set_that_holds_secrets_weak_keys_or_keys_for_other_uses_offers_none_of_them(
+    call, auth_server
+):
     auth_server.keys += [
-        {"kty": "oct", "k": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA", "alg": "HS256", "kid": "secret"},
+        {
+            "kty": "oct",
+            "k": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA",
+            "alg": "HS256",
+            "kid": "secret",
+        },
         public(WEAK, "RS256", "weak"),
         public(NEW, "EdDSA", "enc", use="enc"),
     ]
@@ -189,7 +210,8 @@ def test_a_set_that_holds_secrets_weak_keys_or_keys_for_other_uses_offers_none_o
 
 
 @pytest.mark.parametrize(
-    "claims", [{"exp": 1}, {"exp": None}, {"exp": "9999999999"}, {"sub": ""}, {"nbf": 2**40}, {"iat": 2**40}]
+    "claims",
+    [{"exp": 1}, {"exp": None}, {"exp": "9999999999"}, {"sub": ""}, {"nbf": 2**40}, {"iat": 2**40}],
 )
 def test_the_claims_of_such_a_token_count_as_much(call, claims):
     assert_problem(call(signed(PRIVATE["ES256"], "ES256", "ES256", **claims)), 401)
@@ -204,7 +226,10 @@ def test_a_token_for_bob_cannot_read_alices_tasks(call):
     [
         (lambda request: AuthServer.send(request, 500, b"oh no"), "an error"),
         (lambda request: AuthServer.send(request, 404, b"{}"), "nothing there"),
-        (lambda request: AuthServer.send(request, 302, b"", Location="http://127.0.0.1:1/"), "a redirect"),
+        (
+            lambda request: AuthServer.send(request, 302, b"", Location="http://127.0.0.1:1/"),
+            "a redirect",
+        ),
         (lambda request: AuthServer.send(request, 200, b"<html>"), "no JSON"),
         (lambda request: AuthServer.send(request, 200, b"\xff\xfe"), "no text"),
         (lambda request: AuthServer.send(request, 200, b"[]"), "no object"),
@@ -243,7 +268,9 @@ def test_known_keys_go_on_while_the_set_cannot_be_had(call, auth_server):
     assert call(signed(PRIVATE["EdDSA"], "EdDSA", "EdDSA")).status_code == 200
 
 
-def test_a_set_that_does_not_answer_is_503_after_the_wait_and_not_later(call, auth_server, monkeypatch):
+def test_a_set_that_does_not_answer_is_503_after_the_wait_and_not_later(
+    call, auth_server, monkeypatch
+):
     monkeypatch.setattr(taskd, "KEYS_WAIT", 0.2)
     auth_server.answer = auth_server.late
     started = time.monotonic()
@@ -276,8 +303,8 @@ def test_only_so_many_requests_wait_for_the_set(auth_server):
 def test_the_thread_that_serves_the_sockets_never_waits_for_the_set(auth_server, monkeypatch):
     auth_server.answer = auth_server.late
     keys = taskd.KeySet(auth_server.url, waiting=1)
-    monkeypatch.setattr(taskd.this_thread, "hurried", True)
-    with pytest.raises(taskd.Blocked):
+    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+    with pytest.raises(taskd.WouldBlock):
         keys.find("ES256")
     auth_server.free.set()
     deadline = time.monotonic() + 10
@@ -364,7 +391,7 @@ def test_a_key_set_from_anywhere_else_is_refused(url, tmp_path):
 
 
 def test_verified_tokens_are_remembered_but_only_so_many(monkeypatch):
-    monkeypatch.setattr(taskd, "REMEMBERED", 3)
+    monkeypatch.setattr(taskd, "TOKEN_CACHE_SIZE", 3)
     tokens = taskd.Tokens(taskd.Settings(secret=SECRET))
     made = [token(f"user-{number}") for number in range(7)]
     for text in made:
@@ -399,7 +426,9 @@ def test_the_answer_says_that_it_is_the_key_set_that_cannot_be_had(call, auth_se
     assert refused["detail"] == "the key set cannot be used right now; try again"
 
 
-def test_a_set_that_comes_byte_by_byte_is_waited_for_no_longer_than_the_wait(auth_server, monkeypatch):
+def test_a_set_that_comes_byte_by_byte_is_waited_for_no_longer_than_the_wait(
+    auth_server, monkeypatch
+):
     def drip(request: http.server.BaseHTTPRequestHandler) -> None:
         request.send_response(200)
         request.end_headers()
@@ -413,7 +442,9 @@ def test_a_set_that_comes_byte_by_byte_is_waited_for_no_longer_than_the_wait(aut
         keys.find("ES256")
     assert caught.value.args == ("the key set", "no answer within 0.4 s")
     assert not keys._finished.is_set(), "the fetch goes on, and no second one beside it"
-    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    assert all(
+        thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()
+    )
 
 
 def test_a_fetch_that_nobody_answers_gives_up_by_itself(auth_server, monkeypatch):

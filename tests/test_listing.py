@@ -39,7 +39,9 @@ from support import (
 
 Start = Callable[..., Process]
 TASKS = "/api/alice/tasks"
-SORTS = [f"{sign}{name}" for sign in ("", "-") for name in ("id", "created_at", "updated_at", "title")]
+SORTS = [
+    f"{sign}{name}" for sign in ("", "-") for name in ("id", "created_at", "updated_at", "title")
+]
 
 
 def listed(person: Person, **query: Any) -> list[dict[str, Any]]:
@@ -77,11 +79,17 @@ def walk(person: Person, **query: Any) -> Iterator[list[dict[str, Any]]]:
 def keep(path: Path, count: int, user: str = "alice") -> None:
     """Put that many tasks into the database, as taskd would."""
     when = "2026-11-21T00:00:00.000Z"
-    rows = ((user, f"Task {n}", f"note {n}", n % 3 == 0, when, when, f"task {n}", f"note {n}") for n in range(count))
+    rows = (
+        (user, f"Task {n}", f"note {n}", n % 3 == 0, when, when, f"task {n}", f"note {n}")
+        for n in range(count)
+    )
     columns = "user_id, title, description, completed, created_at, updated_at, title_folded, description_folded"
     if support.postgresql:
         copying = f"COPY task ({columns}) FROM STDIN".encode()
-        with support.postgresql.connect(str(path)) as session, session.cursor().copy(copying) as copy:
+        with (
+            support.postgresql.connect(str(path)) as session,
+            session.cursor().copy(copying) as copy,
+        ):
             for row in rows:
                 copy.write_row(row)
         return
@@ -96,9 +104,23 @@ WRONG = [
     *[("q", value) for value in ("a" * 1001, "\0", "a\0b")],
     *[
         ("sort", value)
-        for value in ("", "Id", "--id", "+id", "user_id", "id,title", "completed", "id;", "version", "-")
+        for value in (
+            "",
+            "Id",
+            "--id",
+            "+id",
+            "user_id",
+            "id,title",
+            "completed",
+            "id;",
+            "version",
+            "-",
+        )
     ],
-    *[("limit", value) for value in ("", "0", "1001", "-1", "1.0", "1e2", "05", "+5", " 5", "٣", "9" * 400, "x")],
+    *[
+        ("limit", value)
+        for value in ("", "0", "1001", "-1", "1.0", "1e2", "05", "+5", " 5", "٣", "9" * 400, "x")
+    ],
     *[("after", value) for value in ("", "x", "AAAA", "é", "a b", "=", "A" * 5000)],
 ]
 
@@ -116,27 +138,38 @@ def test_a_wrong_value_is_422_and_named(alice: Person, name: str, value: str) ->
 
 @pytest.mark.sqlite("it is not about the database")
 @pytest.mark.parametrize("name", taskd.PARAMETERS)
-def test_a_parameter_that_is_given_twice_is_422_even_with_one_value(alice: Person, name: str) -> None:
+def test_a_parameter_that_is_given_twice_is_422_even_with_one_value(
+    alice: Person, name: str
+) -> None:
     good = {"completed": "true", "q": "a", "sort": "id", "limit": "5", "after": "A"}[name]
     problem = assert_problem(alice.call("GET", query_string=f"{name}={good}&{name}={good}"), 422)
     assert [error["field"] for error in problem["errors"]] == [name]
 
 
 def test_all_that_is_wrong_is_named_at_once(alice: Person) -> None:
-    problem = assert_problem(alice.call("GET", query_string="limit=0&sort=x&completed=maybe&q=%00&unknown=1"), 422)
+    problem = assert_problem(
+        alice.call("GET", query_string="limit=0&sort=x&completed=maybe&q=%00&unknown=1"), 422
+    )
     assert {error["field"] for error in problem["errors"]} == {"limit", "sort", "completed", "q"}
 
 
-def test_a_cursor_is_not_blamed_for_an_order_that_is_wrong_but_beside_any_other_fault(alice: Person) -> None:
+def test_a_cursor_is_not_blamed_for_an_order_that_is_wrong_but_beside_any_other_fault(
+    alice: Person,
+) -> None:
     for _ in range(2):
         alice.add()
     good = cursor(alice)
-    for query, wrong in ((f"sort=x&after={good}", ["sort"]), ("limit=0&after=AAAA", ["limit", "after"])):
+    for query, wrong in (
+        (f"sort=x&after={good}", ["sort"]),
+        ("limit=0&after=AAAA", ["limit", "after"]),
+    ):
         problem = assert_problem(alice.call("GET", query_string=query), 422)
         assert [error["field"] for error in problem["errors"]] == wrong
 
 
-@pytest.mark.parametrize("query", ["", "page=2", "Limit=0", "completed[]=x", "&&", "a=b&a=c", "=", "%00=x", "limits=0"])
+@pytest.mark.parametrize(
+    "query", ["", "page=2", "Limit=0", "completed[]=x", "&&", "a=b&a=c", "=", "%00=x", "limits=0"]
+)
 def test_what_is_not_known_is_ignored(alice: Person, query: str) -> None:
     tasks = [alice.add() for _ in range(3)]
     assert alice.call("GET", query_string=query).json == tasks
@@ -220,19 +253,29 @@ def test_a_description_that_is_cleared_is_found_no_more(alice: Person) -> None:
 
 def test_a_search_sees_nobody_elses_tasks(alice: Person, bob: Person) -> None:
     alice.add(title="secret plan")
-    for query in ({"q": "secret"}, {"q": "%"}, {"q": ""}, {"sort": "-title"}, {"completed": "false", "limit": 1}):
+    for query in (
+        {"q": "secret"},
+        {"q": "%"},
+        {"q": ""},
+        {"sort": "-title"},
+        {"completed": "false", "limit": 1},
+    ):
         assert listed(bob, **query) == []
 
 
 @pytest.mark.parametrize("sort", SORTS)
-def test_each_order_and_its_reverse_with_the_id_where_tasks_are_equal(alice: Person, sort: str) -> None:
+def test_each_order_and_its_reverse_with_the_id_where_tasks_are_equal(
+    alice: Person, sort: str
+) -> None:
     for title in ("b", "a", "C", "ä", "b", "🌧", "a", "\uffff"):
         alice.add(title=title)
     for number in (3, 1, 3):
         alice.call("PATCH", f"/{number}/complete")
     everything = listed(alice)
     key = sort.lstrip("-")
-    expected = sorted(everything, key=lambda task: (task[key], task["id"]), reverse=sort.startswith("-"))
+    expected = sorted(
+        everything, key=lambda task: (task[key], task["id"]), reverse=sort.startswith("-")
+    )
     assert listed(alice, sort=sort) == expected
     assert [task for page in walk(alice, sort=sort, limit=3) for task in page] == expected
 
@@ -283,7 +326,9 @@ def test_the_link_keeps_the_other_parameters(alice: Person) -> None:
     assert following
     *kept, (name, _) = parse_qsl(following, keep_blank_values=True)
     assert (kept, name) == (query, "after")
-    *again, (name, _) = parse_qsl(next_query(alice.call("GET", query_string=following)) or "", keep_blank_values=True)
+    *again, (name, _) = parse_qsl(
+        next_query(alice.call("GET", query_string=following)) or "", keep_blank_values=True
+    )
     assert sorted([*again, (name, "")]) == sorted([*query, ("after", "")])
 
 
@@ -321,9 +366,17 @@ def test_a_cursor_that_was_tampered_with_is_422_and_reveals_nothing(alice: Perso
         alice.add()
     good = cursor(alice)
     letters = string.ascii_letters + string.digits + "-_"
-    changed = [f"{good[:at]}{letters[(letters.index(good[at]) + 1) % 64]}{good[at + 1 :]}" for at in range(len(good))]
+    changed = [
+        f"{good[:at]}{letters[(letters.index(good[at]) + 1) % 64]}{good[at + 1 :]}"
+        for at in range(len(good))
+    ]
     changed += [base64url(b"x" * 16 + end) for end in (b"", b"[1,2]", b'"x"', b"[" * 5000)]
-    changed += [good[:at] for at in range(1, len(good))] + [f"{good}A", f"A{good}", f"{good}AAAA", good.swapcase()]
+    changed += [good[:at] for at in range(1, len(good))] + [
+        f"{good}A",
+        f"A{good}",
+        f"{good}AAAA",
+        good.swapcase(),
+    ]
     assert len({refusal(alice, after) for after in changed}) == 1
     assert listed(alice, after=good)
 
@@ -331,11 +384,17 @@ def test_a_cursor_that_was_tampered_with_is_422_and_reveals_nothing(alice: Perso
 def test_a_cursor_of_another_user_order_or_database_is_422_with_the_same_words(
     alice: Person, bob: Person, make_app: Callable[..., taskd.App], tmp_path: Path
 ) -> None:
-    elsewhere = Person(testing.TestClient(make_app(database_url=database_url(tmp_path / "other.db"))), "alice")
+    elsewhere = Person(
+        testing.TestClient(make_app(database_url=database_url(tmp_path / "other.db"))), "alice"
+    )
     for person in (alice, bob, elsewhere):
         for _ in range(3):
             person.add()
-    refusals = {refusal(bob, cursor(alice)), refusal(alice, cursor(bob)), refusal(alice, cursor(elsewhere))}
+    refusals = {
+        refusal(bob, cursor(alice)),
+        refusal(alice, cursor(bob)),
+        refusal(alice, cursor(elsewhere)),
+    }
     for sort in SORTS:
         refusals |= {refusal(alice, cursor(alice, sort), other) for other in SORTS if other != sort}
     assert len(refusals) == 1
@@ -345,7 +404,9 @@ def test_a_cursor_survives_a_restart(start: Start) -> None:
     server = start()
     for _ in range(3):
         server.request("POST", TASKS, {"title": "x"}, bearer())
-    link = re.fullmatch("<(.*)>.*", server.request("GET", f"{TASKS}?limit=1", headers=bearer()).headers["link"])
+    link = re.fullmatch(
+        "<(.*)>.*", server.request("GET", f"{TASKS}?limit=1", headers=bearer()).headers["link"]
+    )
     assert link
     assert server.terminate() == 0
     assert [task["id"] for task in start().request("GET", link[1], headers=bearer()).json] == [2]
@@ -372,7 +433,7 @@ def test_a_walk_shows_what_was_there_all_the_time_exactly_once(alice: Person, so
 @pytest.mark.sqlite("it counts SQLite's instructions")
 def test_page_1000_costs_what_page_1_costs(app: taskd.App, tmp_path: Path) -> None:
     keep(tmp_path / "taskd.db", 20_000)
-    database = app.store._database._patient  # type: ignore[union-attr]
+    database = app.store._database._worker_connection  # type: ignore[union-attr]
     steps: list[int] = []
     for sort in SORTS:
         listing: taskd.Listing | None = taskd.Listing(sort=sort, limit=10)
@@ -404,8 +465,14 @@ queries = st.fixed_dictionaries(
 )
 
 
-@given(tasks=st.lists(new_tasks, max_size=9), asked=st.lists(queries, min_size=1, max_size=6), data=st.data())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tasks=st.lists(new_tasks, max_size=9),
+    asked=st.lists(queries, min_size=1, max_size=6),
+    data=st.data(),
+)
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_list_is_what_a_model_of_it_says(
     client: testing.TestClient,
     tasks: list[tuple[str, str | None, bool]],
@@ -413,7 +480,9 @@ def test_a_list_is_what_a_model_of_it_says(
     data: st.DataObject,
 ) -> None:
     person = Person(client, f"user-{time.monotonic_ns()}")
-    model = [person.add(title=title, description=text, completed=done) for title, text, done in tasks]
+    model = [
+        person.add(title=title, description=text, completed=done) for title, text, done in tasks
+    ]
     for _ in range(data.draw(st.integers(0, 3)) if model else 0):
         at = data.draw(st.integers(0, len(model) - 1))
         model[at] = dict(person.call("PATCH", f"/{model[at]['id']}/complete").json)
@@ -422,10 +491,13 @@ def test_a_list_is_what_a_model_of_it_says(
         expected = [
             task
             for task in model
-            if str(task["completed"]).lower() == query.get("completed", str(task["completed"]).lower())
+            if str(task["completed"]).lower()
+            == query.get("completed", str(task["completed"]).lower())
             and any(q in (task[name] or "").casefold() for name in ("title", "description"))
         ]
-        expected.sort(key=lambda task: (task[sort.lstrip("-")], task["id"]), reverse=sort.startswith("-"))
+        expected.sort(
+            key=lambda task: (task[sort.lstrip("-")], task["id"]), reverse=sort.startswith("-")
+        )
         assert [task for page in walk(person, **query) for task in page] == expected
         if "limit" in query:
             assert listed(person, **query) == expected[: query["limit"]]
@@ -435,14 +507,18 @@ def test_a_list_is_what_a_model_of_it_says(
 
 
 @pytest.mark.parametrize("count", [0, 1, 99, 100, 101, 200, 201, 1001])
-def test_a_list_around_the_size_of_a_piece_is_whole(app: taskd.App, alice: Person, tmp_path: Path, count: int) -> None:
+def test_a_list_around_the_size_of_a_piece_is_whole(
+    app: taskd.App, alice: Person, tmp_path: Path, count: int
+) -> None:
     keep(tmp_path / "taskd.db", count)
     assert titles(alice) == [f"Task {number}" for number in range(count)]
     assert len(listed(alice, q="TASK", sort="-title")) == count
     assert alice.call("HEAD").text == ""
 
 
-@pytest.mark.parametrize("query", ["", "?q=note", "?sort=-title", "?completed=false&sort=created_at"])
+@pytest.mark.parametrize(
+    "query", ["", "?q=note", "?sort=-title", "?completed=false&sort=created_at"]
+)
 def test_a_long_list_over_a_socket_is_one_array(start: Start, tmp_path: Path, query: str) -> None:
     server = start()
     keep(tmp_path / "taskd.db", 3000)
@@ -495,12 +571,17 @@ def resident(server: Process, what: str = "VmRSS") -> int:
 
 
 @pytest.mark.sqlite("it is not about the database")
-def test_a_hundred_thousand_tasks_take_no_memory_and_hold_nobody_up(start: Start, tmp_path: Path) -> None:
+def test_a_hundred_thousand_tasks_take_no_memory_and_hold_nobody_up(
+    start: Start, tmp_path: Path
+) -> None:
     server = start()
     keep(tmp_path / "taskd.db", 100_000)
     assert server.request("GET", f"{TASKS}/1", headers=bearer()).status_code == 200
     idle = resident(server)
-    slow = [Wire(server, receive_buffer=4096).send(written("GET", TASKS, user="alice")) for _ in range(5)]
+    slow = [
+        Wire(server, receive_buffer=4096).send(written("GET", TASKS, user="alice"))
+        for _ in range(5)
+    ]
     for wire in slow:
         assert wire.socket.recv(1000).startswith(b"HTTP/1.1 200 OK")
     for _ in range(50):
@@ -522,7 +603,9 @@ def test_clients_that_break_off_leave_nothing_behind(start: Start, tmp_path: Pat
 
     def sockets() -> int:
         descriptors = Path(f"/proc/{server.popen.pid}/fd").iterdir()
-        return sum("socket:" in str(descriptor.resolve()) for descriptor in descriptors)  # some vanish meanwhile
+        return sum(
+            "socket:" in str(descriptor.resolve()) for descriptor in descriptors
+        )  # some vanish meanwhile
 
     before = sockets()
     for query in ("", "?q=note") * 10:
@@ -534,7 +617,9 @@ def test_clients_that_break_off_leave_nothing_behind(start: Start, tmp_path: Pat
     assert "Traceback" not in server.log
 
 
-def test_sigterm_lets_a_list_be_finished_by_a_client_that_reads(start: Start, tmp_path: Path) -> None:
+def test_sigterm_lets_a_list_be_finished_by_a_client_that_reads(
+    start: Start, tmp_path: Path
+) -> None:
     server = start()
     keep(tmp_path / "taskd.db", 50_000)
     with Wire(server, receive_buffer=4096) as wire:
@@ -547,17 +632,21 @@ def test_sigterm_lets_a_list_be_finished_by_a_client_that_reads(start: Start, tm
     assert server.popen.wait(DEADLINE) == 0
 
 
-def test_a_list_whose_tasks_all_vanish_in_the_middle_is_an_array_all_the_same(app: taskd.App, tmp_path: Path) -> None:
+def test_a_list_whose_tasks_all_vanish_in_the_middle_is_an_array_all_the_same(
+    app: taskd.App, tmp_path: Path
+) -> None:
     keep(tmp_path / "taskd.db", 401)
     tasks, rest = app.store.page("alice", taskd.Listing())
     assert rest
     pieces = taskd.LongList(app.store, "alice", tasks, rest)
     first = next(pieces)
     sql(tmp_path / "taskd.db", "DELETE FROM task")
-    assert len(json.loads(first + b"".join(pieces))) == taskd.PIECE
+    assert len(json.loads(first + b"".join(pieces))) == taskd.CHUNK
 
 
-def test_a_database_that_fails_in_the_middle_ends_the_list_without_its_end(start: Start, tmp_path: Path) -> None:
+def test_a_database_that_fails_in_the_middle_ends_the_list_without_its_end(
+    start: Start, tmp_path: Path
+) -> None:
     server = start()
     keep(tmp_path / "taskd.db", 50_000)
     with Wire(server, receive_buffer=4096) as wire:

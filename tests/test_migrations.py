@@ -23,7 +23,9 @@ from support import COLD, DEADLINE, ROOT, Process, bearer, environment
 pytestmark = pytest.mark.sqlite("PostgreSQL has had no earlier version of the schema")
 
 Start = Callable[..., Process]
-OLD = (ROOT / "tests" / "version-1.sql").read_text()  # made by 0.1.0's schema.sql, with tasks of three users
+OLD = (
+    ROOT / "tests" / "version-1.sql"
+).read_text()  # made by 0.1.0's schema.sql, with tasks of three users
 MANY = 60_000  # tasks, so that a migration takes long enough to be killed in the middle
 COLUMNS = "id, user_id, title, description, completed, created_at, updated_at"
 
@@ -79,7 +81,9 @@ def test_an_old_database_is_brought_up_to_date_with_all_that_it_has(
     assert tasks(path) == before
     assert version(path) == [(taskd.VERSION,)]
     alice, bob = Person(client, "alice"), Person(client, "bob")
-    assert [tuple(task.values()) for task in alice.call("GET").json] == [row for row in before if row[1] == "alice"]
+    assert [tuple(task.values()) for task in alice.call("GET").json] == [
+        row for row in before if row[1] == "alice"
+    ]
     assert bob.call("GET", "/2").headers["etag"] == '"1-2026-11-02T09:30:00.250Z"'
     for query, found in (
         ("q=éCOLE", [5]),
@@ -91,7 +95,9 @@ def test_an_old_database_is_brought_up_to_date_with_all_that_it_has(
         assert [task["id"] for task in alice.call("GET", query_string=query).json] == found, query
     assert [task["id"] for task in bob.call("GET", query_string="q=STRASSE").json] == [2]
     assert alice.add()["id"] == 10, "an id that was used is used again"
-    toggled = alice.call("PATCH", "/1/complete", headers={"If-Match": '"1-2026-11-01T08:00:00.000Z"'})
+    toggled = alice.call(
+        "PATCH", "/1/complete", headers={"If-Match": '"1-2026-11-01T08:00:00.000Z"'}
+    )
     assert toggled.json["completed"] is True
 
 
@@ -113,12 +119,17 @@ def test_a_copy_of_what_it_was_stays_beside_it_and_is_its_owners_alone(
     assert copies(path) == [copy], "the second start made another"
 
 
-def test_the_copy_can_be_brought_up_to_date_too(make_app: Callable[..., taskd.App], path: Path) -> None:
+def test_the_copy_can_be_brought_up_to_date_too(
+    make_app: Callable[..., taskd.App], path: Path
+) -> None:
     make_old(path)
     make_app()
     [copy] = copies(path)
     app = make_app(database_url=f"sqlite:///{copy}")
-    assert [task["id"] for task in Person(testing.TestClient(app), "alice").call("GET").json] == [1, 5]
+    assert [task["id"] for task in Person(testing.TestClient(app), "alice").call("GET").json] == [
+        1,
+        5,
+    ]
 
 
 def test_a_new_database_leaves_no_copy(make_app: Callable[..., taskd.App], path: Path) -> None:
@@ -127,11 +138,13 @@ def test_a_new_database_leaves_no_copy(make_app: Callable[..., taskd.App], path:
     assert copies(path) == []
 
 
-def test_a_migrated_database_and_a_new_one_have_the_same_tables(make_app: Callable[..., taskd.App], path: Path) -> None:
+def test_a_migrated_database_and_a_new_one_have_the_same_tables(
+    make_app: Callable[..., taskd.App], path: Path
+) -> None:
     make_old(path)
     make_app()
     make_app(database_url=f"sqlite:///{path}.new")
-    for describe in (taskd.statements_kept, taskd.columns_and_indexes):
+    for describe in (taskd.sqlite_definitions, taskd.portable_definitions):
         found = []
         for name in (str(path), f"{path}.new"):
             database = taskd.connect(name, 1)
@@ -139,7 +152,10 @@ def test_a_migrated_database_and_a_new_one_have_the_same_tables(make_app: Callab
             database.close()
         assert found[0] == found[1]
     with closing(sqlite3.connect(path)) as database:
-        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")]
+        names = [
+            name
+            for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")
+        ]
     assert "task_user_id_id" not in names
 
 
@@ -149,7 +165,8 @@ MISFITS = {
     "a column of another name": OLD + "ALTER TABLE task RENAME COLUMN completed TO done;",
     "another type": OLD.replace("updated_at  TEXT", "updated_at  REAL"),
     "ids that are used again": OLD.replace(" AUTOINCREMENT", ""),
-    "another's table about": OLD + "CREATE TABLE about (version TEXT); INSERT INTO about VALUES ('two');",
+    "another's table about": OLD
+    + "CREATE TABLE about (version TEXT); INSERT INTO about VALUES ('two');",
     "a table in the place of ours": OLD + "CREATE TABLE idempotency_key (x);",
 }
 
@@ -169,7 +186,9 @@ def test_an_old_database_that_does_not_fit_is_refused_and_left_as_it_was(
     assert [file.name for file in path.parent.iterdir()] == ["taskd.db"]
 
 
-def test_a_newer_database_is_refused_in_one_line_and_left_as_it_was(start: Start, path: Path) -> None:
+def test_a_newer_database_is_refused_in_one_line_and_left_as_it_was(
+    start: Start, path: Path
+) -> None:
     assert start().terminate() == 0
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE about SET version = version + 1")
@@ -177,7 +196,9 @@ def test_a_newer_database_is_refused_in_one_line_and_left_as_it_was(start: Start
     before = path.read_bytes()
     process = start(wait=False)
     assert process.popen.wait(DEADLINE) == 2
-    assert re.fullmatch(r"taskd: taskd\.db was made by a newer taskd: [^\n]* update taskd\n", process.log)
+    assert re.fullmatch(
+        r"taskd: taskd\.db was made by a newer taskd: [^\n]* update taskd\n", process.log
+    )
     assert path.read_bytes() == before
     assert copies(path) == []
 
@@ -185,7 +206,7 @@ def test_a_newer_database_is_refused_in_one_line_and_left_as_it_was(start: Start
 def test_a_database_that_somebody_is_writing_to_is_refused_and_left_as_it_was(
     make_app: Callable[..., taskd.App], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taskd, "BUSY", 0.1)
+    monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.1)
     make_old(path)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -197,7 +218,9 @@ def test_a_database_that_somebody_is_writing_to_is_refused_and_left_as_it_was(
     assert len(copies(path)) == 1
 
 
-def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(start: Start, path: Path) -> None:
+def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(
+    start: Start, path: Path
+) -> None:
     make_old(path)
     fill(path)
     before = tasks(path)
@@ -216,7 +239,9 @@ def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(start: St
     assert version(path) == [(taskd.VERSION,)]
     assert all(tasks(copy) == before for copy in copies(path))
     assert (
-        server.request("GET", "/api/user-7/tasks?q=TASK%207&limit=1", headers=bearer("user-7")).json[0]["title"]
+        server.request(
+            "GET", "/api/user-7/tasks?q=TASK%207&limit=1", headers=bearer("user-7")
+        ).json[0]["title"]
         == "Task 7"
     )
     with closing(sqlite3.connect(path)) as database:
@@ -225,7 +250,9 @@ def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(start: St
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_processes_that_start_at_the_same_time_all_serve(start: Start, path: Path, old: bool) -> None:
+def test_processes_that_start_at_the_same_time_all_serve(
+    start: Start, path: Path, old: bool
+) -> None:
     if old:
         make_old(path)
         fill(path)
@@ -237,7 +264,12 @@ def test_processes_that_start_at_the_same_time_all_serve(start: Start, path: Pat
         thread.join()
     assert len(servers) == 3
     for number, server in enumerate(servers):
-        assert server.request("POST", "/api/dora/tasks", {"title": str(number)}, bearer("dora")).status_code == 201
+        assert (
+            server.request(
+                "POST", "/api/dora/tasks", {"title": str(number)}, bearer("dora")
+            ).status_code
+            == 201
+        )
     assert len(servers[0].request("GET", "/api/dora/tasks", headers=bearer("dora")).json) == 3
     assert version(path) == [(taskd.VERSION,)]
     assert len(copies(path)) == old

@@ -10,7 +10,9 @@ import falcon.inspect
 import jsonschema_rs
 import msgspec
 import pytest
-from schemathesis.specs.openapi.definitions import OPENAPI_31  # the official schema of OpenAPI documents
+from schemathesis.specs.openapi.definitions import (
+    OPENAPI_31,
+)  # the official schema of OpenAPI documents
 
 import taskd
 from support import ROOT, TASK_KEYS, bearer
@@ -19,15 +21,30 @@ pytestmark = pytest.mark.sqlite("it is about a document")
 
 DOCUMENT: dict[str, Any] = json.loads((ROOT / "openapi.json").read_text())
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
-LIST, ONE, DONE = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}", "/api/{user_id}/tasks/{task_id}/complete"
+LIST, ONE, DONE = (
+    "/api/{user_id}/tasks",
+    "/api/{user_id}/tasks/{task_id}",
+    "/api/{user_id}/tasks/{task_id}/complete",
+)
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
-BODY_TYPES = {"NewTask": taskd.NewTask, "TaskChanges": taskd.TaskChanges, "Completion": taskd.Completion}
+BODY_TYPES = {
+    "NewTask": taskd.NewTask,
+    "TaskChanges": taskd.TaskChanges,
+    "Completion": taskd.Completion,
+}
 OWNED = {"id", "user_id", "created_at", "updated_at"}
 ON_EVERY_ANSWER = {"X-Request-ID"}
 ON_EVERY_API_ANSWER = ON_EVERY_ANSWER | {"Cache-Control", "X-Content-Type-Options"}
 ON_SOME_ANSWERS = {"Link", "Idempotency-Replayed"}  # of an operation with the same status
 KEPT = ["localStorage", "sessionStorage", "document.cookie", "indexedDB"]
-MARKUP = ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", ".style.cssText"]
+MARKUP = [
+    "innerHTML",
+    "outerHTML",
+    "insertAdjacentHTML",
+    "document.write",
+    "eval(",
+    ".style.cssText",
+]
 LOADED = ["@import", "url(", "<link", "<img", "src="]
 PAGES = [("/openapi.json", "application/json"), ("/docs", "text/html; charset=utf-8")]
 TYPES = {**dict(PAGES), "/metrics": "text/plain"}
@@ -61,17 +78,22 @@ def responses(operation: dict[str, Any]) -> dict[int, dict[str, Any]]:
 def walk(node: object) -> Iterator[dict[str, Any]]:
     if isinstance(node, dict):
         yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else []:
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+    ):
         yield from walk(child)
 
 
 def validator(schema: dict[str, Any]) -> Any:
     """Return what checks a value against a schema of the document, formats included."""
-    return jsonschema_rs.Draft202012Validator(schema | {"components": DOCUMENT["components"]}, validate_formats=True)
+    return jsonschema_rs.Draft202012Validator(
+        schema | {"components": DOCUMENT["components"]}, validate_formats=True
+    )
 
 
 ALL = [
-    pytest.param(*case, id=f"{case[1].upper()} {case[0]}") for case in sorted(operations(), key=lambda case: case[:2])
+    pytest.param(*case, id=f"{case[1].upper()} {case[0]}")
+    for case in sorted(operations(), key=lambda case: case[:2])
 ]
 PRIVATE = [case for case in ALL if "/api/" in case.id and "OPTIONS" not in case.id]
 
@@ -83,7 +105,9 @@ def test_the_document_is_openapi_3_1_in_structure():
     assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
     official = jsonschema_rs.validator_for(OPENAPI_31)
     assert [error.message for error in official.iter_errors(DOCUMENT)] == []
-    assert not official.is_valid(DOCUMENT | {"paths": {"/": {"get": {"responses": {"two hundred": {}}}}}})
+    assert not official.is_valid(
+        DOCUMENT | {"paths": {"/": {"get": {"responses": {"two hundred": {}}}}}}
+    )
 
 
 def test_the_document_has_the_version_of_the_code():
@@ -107,7 +131,9 @@ def test_every_schema_is_a_json_schema():
     schemas = [node["schema"] for node in walk(DOCUMENT) if isinstance(node.get("schema"), dict)]
     assert len(schemas) > 30
     for schema in [*SCHEMAS.values(), *schemas]:
-        jsonschema_rs.meta.validate({"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema)
+        jsonschema_rs.meta.validate(
+            {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
+        )
 
 
 def test_operation_ids_are_unique_and_each_operation_has_a_declared_tag_and_a_summary():
@@ -164,7 +190,9 @@ def test_every_method_of_the_document_is_known_to_its_path_and_every_other_is_40
     for path, item in DOCUMENT["paths"].items():
         url = path.replace("{user_id}", "alice").replace("{task_id}", "1")
         allowed = client.simulate_options(url).headers["allow"].split(", ")
-        assert {method.upper() for method in METHODS & item.keys()} - {"OPTIONS"} == set(allowed) - {"OPTIONS"}
+        assert {method.upper() for method in METHODS & item.keys()} - {"OPTIONS"} == set(
+            allowed
+        ) - {"OPTIONS"}
         for method in METHODS - item.keys():
             assert client.simulate_request(method.upper(), url, headers=bearer()).status_code == 405
 
@@ -173,7 +201,10 @@ def test_what_the_document_calls_private_is_what_asks_for_a_token(client):
     for path, method, operation in operations():
         url = path.replace("{user_id}", "alice").replace("{task_id}", "1")
         private = operation.get("security", DOCUMENT["security"]) != []
-        assert (client.simulate_request(method.upper(), url).status_code == 401) == private, (method, path)
+        assert (client.simulate_request(method.upper(), url).status_code == 401) == private, (
+            method,
+            path,
+        )
         assert (401 in responses(operation)) == private, (method, path)
     scheme = DOCUMENT["components"]["securitySchemes"]["token"]
     assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
@@ -193,12 +224,16 @@ def test_the_statuses_of_an_operation_are_those_of_the_contract(path, method, op
         expected |= {400} if "{task_id}" in path else {422}
         expected |= {412} if method in ("put", "patch", "delete") else set()
         expected |= {304} if path == ONE and method in ("get", "head") else set()
-    expected |= {"/readyz": {503}, "/metrics": {404}}.get(path, set()) if method != "options" else set()
+    expected |= (
+        {"/readyz": {503}, "/metrics": {404}}.get(path, set()) if method != "options" else set()
+    )
     assert set(responses(operation)) == expected
 
 
 def shows_a_task(path: str, method: str, status: int) -> bool:
-    return status in (201, 304, 412) or ("{task_id}" in path and status == 200 and method != "options")
+    return status in (201, 304, 412) or (
+        "{task_id}" in path and status == 200 and method != "options"
+    )
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), ALL)
@@ -206,14 +241,20 @@ def test_every_answer_declares_the_headers_that_it_carries(path, method, operati
     for status, response in responses(operation).items():
         expected = ON_EVERY_API_ANSWER if path.startswith("/api/") else ON_EVERY_ANSWER
         expected = expected | ({"Location", "Idempotency-Replayed"} if status == 201 else set())
-        expected = expected | ({"Link"} if path == LIST and status == 200 and method != "options" else set())
+        expected = expected | (
+            {"Link"} if path == LIST and status == 200 and method != "options" else set()
+        )
         expected = expected | ({"ETag"} if shows_a_task(path, method, status) else set())
         expected = expected | ({"WWW-Authenticate"} if status == 401 else set())
         expected = expected | ({"Retry-After"} if status == 503 else set())
         expected = expected | ({"Allow"} if method == "options" else set())
-        expected = expected | ({"Content-Security-Policy"} if path in dict(PAGES) and method != "options" else set())
+        expected = expected | (
+            {"Content-Security-Policy"} if path in dict(PAGES) and method != "options" else set()
+        )
         assert set(response["headers"]) == expected, status
-        optional = {name for name, header in response["headers"].items() if not resolve(header)["required"]}
+        optional = {
+            name for name, header in response["headers"].items() if not resolve(header)["required"]
+        }
         assert optional == expected & ON_SOME_ANSWERS
 
 
@@ -241,7 +282,10 @@ def test_a_405_is_a_problem_with_allow():
 
 
 def examples() -> Iterator[tuple[str, Any, Any]]:
-    holders = [(f"{method} {path}", operation.get("requestBody", {})) for path, method, operation in operations()]
+    holders = [
+        (f"{method} {path}", operation.get("requestBody", {}))
+        for path, method, operation in operations()
+    ]
     holders += [(f"{method} {path} {status}", response) for path, method, operation in operations()
                 for status, response in responses(operation).items()]  # fmt: skip
     holders += list(DOCUMENT["components"]["responses"].items())
@@ -263,7 +307,10 @@ def test_every_example_fits_its_schema():
 
 @pytest.mark.parametrize(("path", "method", "operation"), ALL)
 def test_every_body_has_an_example(path, method, operation):
-    bodies = [*responses(operation).values(), *([operation["requestBody"]] if "requestBody" in operation else [])]
+    bodies = [
+        *responses(operation).values(),
+        *([operation["requestBody"]] if "requestBody" in operation else []),
+    ]
     for body in bodies:
         assert all(media["examples"] for media in body.get("content", {}).values())
 
@@ -319,16 +366,27 @@ def taken(operation: dict[str, Any], path: str, place: str, name: str, text: str
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), ALL)
-def test_an_operation_has_the_parameters_that_it_looks_at_and_no_other(path, method, operation, alice):
+def test_an_operation_has_the_parameters_that_it_looks_at_and_no_other(
+    path, method, operation, alice
+):
     """One that looks at a parameter refuses a value that cannot be; nobody else minds."""
     declared = set(parameters(path, operation))
     url = path.replace("{user_id}", "alice").replace("{task_id}", str(alice.add()["id"]))
     body = {"json": {"title": "x"}} if method in ("post", "put") else {}
-    for place, name, status in [("query", name, 422) for name in QUERY] + [("header", name, 400) for name in HEADERS]:
-        wrong: dict[str, Any] = {"params": {name: "\0"}} if place == "query" else {"headers": {name: "\t\xe9"}}
+    for place, name, status in [("query", name, 422) for name in QUERY] + [
+        ("header", name, 400) for name in HEADERS
+    ]:
+        wrong: dict[str, Any] = (
+            {"params": {name: "\0"}} if place == "query" else {"headers": {name: "\t\xe9"}}
+        )
         headers = bearer() | wrong.pop("headers", {})
-        response = alice.client.simulate_request(method.upper(), url, headers=headers, **wrong, **body)
-        assert (response.status_code == status) == ((place, name) in declared), (name, response.text)
+        response = alice.client.simulate_request(
+            method.upper(), url, headers=headers, **wrong, **body
+        )
+        assert (response.status_code == status) == ((place, name) in declared), (
+            name,
+            response.text,
+        )
         if method == "delete":
             url = path.replace("{user_id}", "alice").replace("{task_id}", str(alice.add()["id"]))
 
@@ -354,7 +412,9 @@ def test_document_and_server_agree_which_values_a_parameter_of_the_query_can_hav
         assert (response.status_code == 200) == (declared and name != "after"), ascii(
             text
         )  # this server made no cursor
-        assert response.status_code == 200 or response.json["errors"] == [{"field": name, "message": rule}]
+        assert response.status_code == 200 or response.json["errors"] == [
+            {"field": name, "message": rule}
+        ]
 
 
 def test_what_a_parameter_of_the_query_is_when_left_out_is_what_the_document_says(alice):
@@ -378,7 +438,9 @@ def test_document_and_server_agree_which_values_a_header_can_have(name, alice):
             task, body = alice.add(), {"json": {"title": "x"}} if method in ("post", "put") else {}
             url = path.replace("{user_id}", "alice").replace("{task_id}", str(task["id"]))
             response = alice.call(method.upper(), url, headers={name: text}, **body)
-            assert (response.status_code != 400) == taken(operation, path, "header", name, text), ascii(text)
+            assert (response.status_code != 400) == taken(operation, path, "header", name, text), (
+                ascii(text)
+            )
             assert response.status_code in (200, 201, 304, 412, 400), ascii(text)
 
 
@@ -418,7 +480,9 @@ def schema_of(body_type: type) -> dict[str, Any]:
 def test_a_body_has_the_members_of_its_type_and_no_other(name):
     fields = {field.name: field for field in msgspec.structs.fields(BODY_TYPES[name])}
     assert set(SCHEMAS[name]["properties"]) == set(fields)
-    assert set(SCHEMAS[name].get("required", [])) == {field.name for field in fields.values() if field.required}
+    assert set(SCHEMAS[name].get("required", [])) == {
+        field.name for field in fields.values() if field.required
+    }
     assert SCHEMAS[name]["additionalProperties"] is False
     assert schema_of(BODY_TYPES[name])["additionalProperties"] is False
 
@@ -432,7 +496,9 @@ def test_a_body_has_the_types_limits_and_defaults_of_its_type(name):
         mine, other = ours[field.name], theirs[field.name]
         assert types(mine) == types(other), field.name
         assert limits(mine) == string_limits(other), field.name
-        default = field.default if field.default not in (msgspec.NODEFAULT, msgspec.UNSET) else "none"
+        default = (
+            field.default if field.default not in (msgspec.NODEFAULT, msgspec.UNSET) else "none"
+        )
         assert mine.get("default", "none") == default, field.name
 
 
@@ -462,23 +528,32 @@ def test_a_task_shows_what_a_body_may_set():
 
 
 # Every character up to the end of those that anything takes for white space, and those elsewhere that look like it.
-CHARACTERS = [chr(code) for code in [*range(0x3100), 0xFEFF, 0xFFFC, 0xFFFF, 0x1F4A9, sys.maxunicode]]
+CHARACTERS = [
+    chr(code) for code in [*range(0x3100), 0xFEFF, 0xFFFC, 0xFFFF, 0x1F4A9, sys.maxunicode]
+]
 
 
 def test_no_white_space_is_beyond_the_characters_that_are_tried():
-    assert {chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()} <= set(CHARACTERS)
+    assert {chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()} <= set(
+        CHARACTERS
+    )
 
 
 @pytest.mark.parametrize("member", ["title", "description"])
 def test_document_and_server_agree_for_each_character_whether_it_makes_a_text(member, alice):
     schema = SCHEMAS["NewTask"]["properties"][member]
-    declared, taken = validator(schema).is_valid, msgspec.json.Decoder(taskd.RULES[member][0]).decode
+    declared, taken = (
+        validator(schema).is_valid,
+        msgspec.json.Decoder(taskd.RULES[member][0]).decode,
+    )
     for character in CHARACTERS:
         try:
             accepted = taken(msgspec.json.encode(character)) != "\0"
         except msgspec.ValidationError:
             accepted = False
-        assert declared(character) == accepted == bool(re.search(schema["pattern"], character)), ascii(character)
+        assert declared(character) == accepted == bool(re.search(schema["pattern"], character)), (
+            ascii(character)
+        )
         if character.isspace() or not accepted:
             response = alice.call("POST", json={"title": "a title"} | {member: character})
             assert (response.status_code == 201) == accepted, ascii(character)
@@ -490,13 +565,18 @@ def test_document_and_server_agree_for_each_character_whether_it_makes_a_text(me
 def checked(response: Any, method: str, path: str) -> None:
     """Check that an answer is one of those that the document has for its operation: status, headers, body."""
     described = responses(DOCUMENT["paths"][path][method])[response.status_code]
-    carried = {name for name in DOCUMENT["components"]["headers"] if name.lower() in response.headers}
+    carried = {
+        name for name in DOCUMENT["components"]["headers"] if name.lower() in response.headers
+    }
     assert carried - ON_SOME_ANSWERS == set(described["headers"]) - ON_SOME_ANSWERS
     assert carried <= set(described["headers"])
     for name in carried:
         header, given = described["headers"][name], response.headers[name.lower()]
         schema = resolve(header)["schema"]
-        assert validator(schema).is_valid(int(given) if schema["type"] == "integer" else given), (name, given)
+        assert validator(schema).is_valid(int(given) if schema["type"] == "integer" else given), (
+            name,
+            given,
+        )
     if "content" in described:
         media = described["content"][response.headers["content-type"]]
         assert validator(media["schema"]).is_valid(json.loads(response.text)), response.text
@@ -557,10 +637,14 @@ def test_the_servers_answers_are_those_of_the_document(alice):
         response = alice.call(method.upper(), url, **options)
         assert response.status_code == status, (method, path, options)
         checked(response, method, path)
-        seen |= {(path, method, name) for name in ON_SOME_ANSWERS if name.lower() in response.headers}
+        seen |= {
+            (path, method, name) for name in ON_SOME_ANSWERS if name.lower() in response.headers
+        }
     declared = {(path, method, name) for path, method, operation in operations()
                 for response in responses(operation).values() for name in response["headers"]}  # fmt: skip
-    assert seen == {one for one in declared if one[2] in ON_SOME_ANSWERS}, "each was seen, with a value that fits"
+    assert seen == {one for one in declared if one[2] in ON_SOME_ANSWERS}, (
+        "each was seen, with a value that fits"
+    )
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), PRIVATE)
@@ -592,7 +676,9 @@ def test_the_document_and_its_page_are_served_without_a_token(client, path, cont
 
 
 @pytest.mark.parametrize(("path", "content_type"), PAGES)
-def test_the_document_and_its_page_may_load_and_call_nothing_but_this_server(client, path, content_type):
+def test_the_document_and_its_page_may_load_and_call_nothing_but_this_server(
+    client, path, content_type
+):
     policy = dict(
         directive.strip().partition(" ")[::2]
         for directive in client.simulate_get(path).headers["content-security-policy"].split(";")

@@ -23,7 +23,20 @@ from prometheus_client.parser import text_string_to_metric_families as families
 
 import taskd
 from conftest import Person
-from support import DEADLINE, ROOT, SECRET, Answer, Process, Wire, assert_problem, bearer, locked, sql, until, written
+from support import (
+    DEADLINE,
+    ROOT,
+    SECRET,
+    Answer,
+    Process,
+    Wire,
+    assert_problem,
+    bearer,
+    locked,
+    sql,
+    until,
+    written,
+)
 
 pytestmark = pytest.mark.sqlite("most of it is about log lines, numbers and proxies")
 
@@ -52,13 +65,17 @@ def path_of(user: str) -> str:
 
 @pytest.mark.both_engines
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_a_server_whose_database_answers_is_ready_without_a_token(server: Process, method: str) -> None:
+def test_a_server_whose_database_answers_is_ready_without_a_token(
+    server: Process, method: str
+) -> None:
     answer = server.request(method, "/readyz")
     assert answer.status_code == 200
     assert answer.text == ('{"status": "ok"}' if method == "GET" else "")
 
 
-FIT_WORDS = r"the database(, whose [a-z ]+,)? cannot be used right now; try again"  # no path, no SQL
+FIT_WORDS = (
+    r"the database(, whose [a-z ]+,)? cannot be used right now; try again"  # no path, no SQL
+)
 UNREADY = {
     "a column is gone": "ALTER TABLE task DROP COLUMN description",
     "a column has another name": "ALTER TABLE task RENAME COLUMN title TO name",
@@ -80,7 +97,12 @@ def test_a_database_that_no_longer_fits_is_not_ready_and_the_log_says_why(
     assert int(answer.headers["retry-after"]) > 0
     assert re.fullmatch(FIT_WORDS, problem["detail"])
     assert server.request("GET", "/healthz").status_code == 200
-    until(lambda: re.search("ERROR the database(, whose schema does not fit,)? cannot be used: ", server.log), "a line")
+    until(
+        lambda: re.search(
+            "ERROR the database(, whose schema does not fit,)? cannot be used: ", server.log
+        ),
+        "a line",
+    )
 
 
 @pytest.mark.both_engines
@@ -91,7 +113,9 @@ def test_it_is_ready_again_when_the_database_fits_again(server: Process, tmp_pat
 
 
 @pytest.mark.both_engines
-def test_another_process_that_writes_does_not_make_it_unready(server: Process, tmp_path: Path) -> None:
+def test_another_process_that_writes_does_not_make_it_unready(
+    server: Process, tmp_path: Path
+) -> None:
     with locked(tmp_path / "taskd.db"):
         assert server.request("GET", "/readyz").status_code == 200
 
@@ -103,7 +127,9 @@ def replace(file: Path, other: Path) -> None:
     other.rename(file)
 
 
-def test_a_database_whose_file_is_gone_or_another_one_is_not_ready(server: Process, tmp_path: Path) -> None:
+def test_a_database_whose_file_is_gone_or_another_one_is_not_ready(
+    server: Process, tmp_path: Path
+) -> None:
     file, away = tmp_path / "taskd.db", tmp_path / "away.db"
     assert server.request("POST", TASKS, {"title": "x"}, bearer()).status_code == 201
     file.rename(away)
@@ -117,16 +143,20 @@ def test_a_database_whose_file_is_gone_or_another_one_is_not_ready(server: Proce
     assert server.terminate() == 0
 
 
-def test_the_thread_of_the_sockets_leaves_the_check_to_another(app: taskd.App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taskd.this_thread, "hurried", True)
-    with pytest.raises(taskd.Blocked):
+def test_the_thread_of_the_sockets_leaves_the_check_to_another(
+    app: taskd.App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+    with pytest.raises(taskd.WouldBlock):
         app.store.check()
 
 
 def test_a_damaged_database_is_not_ready(server: Process, tmp_path: Path) -> None:
     for user in range(40):
         body = {"title": "x", "description": "y" * 2000}
-        assert server.request("POST", path_of(f"u{user}"), body, bearer(f"u{user}")).status_code == 201
+        assert (
+            server.request("POST", path_of(f"u{user}"), body, bearer(f"u{user}")).status_code == 201
+        )
     assert server.terminate() == 0
     file = tmp_path / "taskd.db"
     whole = file.read_bytes()
@@ -147,7 +177,10 @@ def samples(answer: Answer | testing.Result) -> dict[tuple[str, ...], float]:
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=")
     return {
-        (sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items()))): sample.value
+        (
+            sample.name,
+            *(f"{name}={value}" for name, value in sorted(sample.labels.items())),
+        ): sample.value
         for family in families(answer.text)
         for sample in family.samples
     }
@@ -163,14 +196,18 @@ def test_without_the_setting_there_are_no_metrics(start: Start, setting: dict[st
 def test_the_library_is_loaded_only_with_the_setting(tmp_path: Path, metrics: bool) -> None:
     settings = f"secret={SECRET!r}, database_url='sqlite:///{tmp_path}/taskd.db', metrics={metrics}"
     code = f"import sys, taskd; taskd.create_app(taskd.Settings({settings})); print('prometheus_client' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE
+    )
     assert (done.stdout, done.stderr) == (f"{metrics}\n", "")
 
 
 def test_requests_are_counted_by_route_method_and_status(make_app: MakeApp) -> None:
     client = testing.TestClient(make_app(metrics=True))
 
-    def ask(method: str, path: str, body: object = None, headers: dict[str, str] | None = None) -> testing.Result:
+    def ask(
+        method: str, path: str, body: object = None, headers: dict[str, str] | None = None
+    ) -> testing.Result:
         return client.simulate_request(method, path, json=body, headers=headers)
 
     made = [ask("POST", TASKS, {"title": "x"}, bearer()).json["id"] for _ in range(3)]
@@ -201,11 +238,16 @@ def test_requests_are_counted_by_route_method_and_status(make_app: MakeApp) -> N
         ("method=GET", "route=-", "status=404"): 3,
         ("method=TRACE", everything, "status=405"): 2,
     }
-    assert {key[1:]: count for key, count in found.items() if key[0] == "taskd_requests_total"} == expected
+    assert {
+        key[1:]: count for key, count in found.items() if key[0] == "taskd_requests_total"
+    } == expected
     for (method, route, _), _ in expected.items():
         assert found["taskd_request_seconds_count", method, route] >= 1
         assert 0 < found["taskd_request_seconds_sum", method, route] < DEADLINE
-    written = {name: found["taskd_tasks_written_total", f"change={name}"] for name in ("created", "changed", "deleted")}
+    written = {
+        name: found["taskd_tasks_written_total", f"change={name}"]
+        for name in ("created", "changed", "deleted")
+    }
     assert written == {"created": 4, "changed": 2, "deleted": 1}
     for statement, least in (("insert", 4), ("update", 2), ("delete", 1), ("select", 1)):
         assert found["taskd_database_seconds_count", f"statement={statement}"] >= least
@@ -214,14 +256,22 @@ def test_requests_are_counted_by_route_method_and_status(make_app: MakeApp) -> N
     assert found["process_open_fds",] > 0
     for name in ("taskd_request_seconds_bucket", "taskd_database_seconds_bucket"):
         limits = {
-            float(label[3:]) for sample, *labels in found if sample == name for label in labels if label[:3] == "le="
+            float(label[3:])
+            for sample, *labels in found
+            if sample == name
+            for label in labels
+            if label[:3] == "le="
         }
         assert (min(limits), *sorted(limits)[-2:]) == (0.0005, 10, math.inf)
 
 
 def test_each_metric_says_in_a_sentence_what_it_is(make_app: MakeApp) -> None:
     shown = testing.TestClient(make_app(metrics=True)).simulate_get("/metrics").text
-    told = {family.name: family.documentation for family in families(shown) if family.name.startswith("taskd_")}
+    told = {
+        family.name: family.documentation
+        for family in families(shown)
+        if family.name.startswith("taskd_")
+    }
     assert len(told) == 6
     assert all(re.fullmatch("[A-Z][a-z ,]+[.]", sentence) for sentence in told.values()), told
 
@@ -240,10 +290,16 @@ def test_no_metric_tells_anything_about_a_user_or_a_task(start: Start) -> None:
     shown = server.request("GET", "/metrics").text
     for hidden in ("wonderland", "rabbit", "forged", "bob"):
         assert hidden not in shown
-    assert set(re.findall(r'route="([^"]*)"', shown)) <= {"-", "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}"}
+    assert set(re.findall(r'route="([^"]*)"', shown)) <= {
+        "-",
+        "/api/{user_id}/tasks",
+        "/api/{user_id}/tasks/{task_id}",
+    }
 
 
-def test_a_write_that_had_to_wait_in_another_thread_is_one_statement(start: Start, tmp_path: Path) -> None:
+def test_a_write_that_had_to_wait_in_another_thread_is_one_statement(
+    start: Start, tmp_path: Path
+) -> None:
     server = start(TASKD_METRICS="1")
     with Wire(server) as wire:
         with locked(tmp_path / "taskd.db"):
@@ -252,7 +308,10 @@ def test_a_write_that_had_to_wait_in_another_thread_is_one_statement(start: Star
         assert wire.answer().status_code == 201
     found = samples(server.request("GET", "/metrics"))
     assert found["taskd_database_seconds_count", "statement=insert"] == 1
-    assert found["taskd_requests_total", "method=POST", "route=/api/{user_id}/tasks", "status=201"] == 1
+    assert (
+        found["taskd_requests_total", "method=POST", "route=/api/{user_id}/tasks", "status=201"]
+        == 1
+    )
 
 
 @pytest.mark.both_engines
@@ -260,14 +319,18 @@ def test_statements_that_belong_together_are_timed_with_their_commit(start: Star
     server = start(TASKD_METRICS="1")
     server.request("POST", TASKS, {"title": "x"}, bearer() | {"Idempotency-Key": "k"})
     found = samples(server.request("GET", "/metrics"))
-    parts = sum(found["taskd_database_seconds_sum", f"statement={part}"] for part in ("insert", "delete"))
+    parts = sum(
+        found["taskd_database_seconds_sum", f"statement={part}"] for part in ("insert", "delete")
+    )
     assert found["taskd_database_seconds_count", "statement=transaction"] == 1
     assert found["taskd_database_seconds_sum", "statement=transaction"] > parts
 
 
 @pytest.mark.both_engines
 def test_metrics_that_fail_break_no_request(
-    make_app: Callable[..., taskd.App], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_app: Callable[..., taskd.App],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     alice = Person(testing.TestClient(make_app(metrics=True)), "alice")
     monkeypatch.setattr(taskd, "CHANGES", None)
@@ -283,7 +346,9 @@ def test_a_database_that_cannot_be_used_is_counted_as_503(start: Start, tmp_path
     sql(tmp_path / "taskd.db", "DROP TABLE task")
     assert_problem(server.request("GET", TASKS, headers=bearer()), 503)
     found = samples(server.request("GET", "/metrics"))
-    assert found["taskd_requests_total", "method=GET", "route=/api/{user_id}/tasks", "status=503"] == 1
+    assert (
+        found["taskd_requests_total", "method=GET", "route=/api/{user_id}/tasks", "status=503"] == 1
+    )
 
 
 # --- Log lines ------------------------------------------------------------------------------------------------------
@@ -306,14 +371,21 @@ def fields(server: Process) -> list[dict[str, Any]]:
 
 def test_a_line_has_the_time_to_the_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskd.time, "time", lambda: 1795208401.123456)
-    request = taskd.RequestLine({"method": "GET", "route": "-", "status": 404, "ms": 0.5, "id": "mine", "user": None})
+    request = taskd.AccessLogRecord(
+        {"method": "GET", "route": "-", "status": 404, "ms": 0.5, "id": "mine", "user": None}
+    )
     line = "2026-11-20T21:00:01.123Z INFO GET - 404 0.5ms id=mine user=-"
     assert taskd.TextLines().format(request) == line
 
 
 @pytest.mark.parametrize("user", NASTY)
 def test_no_user_can_forge_a_line_of_text(server: Process, user: str) -> None:
-    assert server.request("GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"}).status_code == 200
+    assert (
+        server.request(
+            "GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"}
+        ).status_code
+        == 200
+    )
     until(lambda: lines(server), "a line in the log")
     [line] = lines(server)
     assert (found := LINE.fullmatch(line))
@@ -322,7 +394,9 @@ def test_no_user_can_forge_a_line_of_text(server: Process, user: str) -> None:
 
 
 @pytest.mark.parametrize("user", NASTY)
-def test_no_user_can_forge_a_field_even_for_who_splits_a_line_at_its_spaces(server: Process, user: str) -> None:
+def test_no_user_can_forge_a_field_even_for_who_splits_a_line_at_its_spaces(
+    server: Process, user: str
+) -> None:
     server.request("GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"})
     until(lambda: lines(server), "a line in the log")
     [line] = lines(server)
@@ -337,12 +411,18 @@ def test_a_user_called_dash_is_told_from_nobody(start: Start) -> None:
         server.request("GET", path_of("-"), headers=bearer("-"))
         server.request("GET", path_of("-"))
         until(lambda server=server: len(lines(server)) == 2, "two lines in the log")  # type: ignore[misc]
-        found = fields(server) if log_format == "json" else [LINE.fullmatch(line) for line in lines(server)]
+        found = (
+            fields(server)
+            if log_format == "json"
+            else [LINE.fullmatch(line) for line in lines(server)]
+        )
         assert [line["user"] for line in found if line] == users
 
 
 def test_every_line_is_json_from_the_first_one_on(start: Start) -> None:
-    server = start(TASKD_LOG_FORMAT="json", TASKD_LOG="warning", TASKD_JWKS_URL="http://127.0.0.1:9/jwks")
+    server = start(
+        TASKD_LOG_FORMAT="json", TASKD_LOG="warning", TASKD_JWKS_URL="http://127.0.0.1:9/jwks"
+    )
     assert server.terminate() == 0
     warned, listening = [json.loads(line) for line in server.log.splitlines()]
     assert (warned["level"], listening["level"]) == ("WARNING", "INFO")
@@ -355,7 +435,7 @@ def test_a_request_takes_tenths_of_a_millisecond_and_gets_an_id_of_16_digits(
     with caplog.at_level("INFO", logger="taskd"):
         for _ in range(10):
             alice.call("GET")
-    seen = [record.fields for record in caplog.records if isinstance(record, taskd.RequestLine)]
+    seen = [record.fields for record in caplog.records if isinstance(record, taskd.AccessLogRecord)]
     assert len(seen) == 10
     for request in seen:
         assert request["ms"] == round(request["ms"], 1)
@@ -365,13 +445,24 @@ def test_a_request_takes_tenths_of_a_millisecond_and_gets_an_id_of_16_digits(
 @pytest.mark.parametrize("user", NASTY)
 def test_no_user_can_forge_a_line_of_json(start: Start, user: str) -> None:
     server = start(TASKD_LOG_FORMAT="json")
-    assert server.request("GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"}).status_code == 200
+    assert (
+        server.request(
+            "GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"}
+        ).status_code
+        == 200
+    )
     until(lambda: lines(server), "a line in the log")
     [line] = fields(server)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
     assert line["ms"] == round(line["ms"], 1)
     assert 0 <= line.pop("ms") < 5000
-    expected = {"level": "INFO", "method": "GET", "route": "/api/{user_id}/tasks", "status": 200, "id": "mine"}
+    expected = {
+        "level": "INFO",
+        "method": "GET",
+        "route": "/api/{user_id}/tasks",
+        "status": 200,
+        "id": "mine",
+    }
     assert line == expected | {"user": user}
 
 
@@ -382,9 +473,14 @@ def test_each_request_has_its_line_whatever_became_of_it(start: Start) -> None:
     server.request("GET", TASKS)
     server.request("GET", "/nowhere?token=secret")
     with Wire(server) as wire:
-        assert wire.send(written("POST", TASKS, None, "Content-Length: 1048577")).answer().status_code == 413
+        assert (
+            wire.send(written("POST", TASKS, None, "Content-Length: 1048577")).answer().status_code
+            == 413
+        )
     until(lambda: len(lines(server)) == 5, "five lines in the log")
-    found = [(line["method"], line["route"], line["status"], line["user"]) for line in fields(server)]
+    found = [
+        (line["method"], line["route"], line["status"], line["user"]) for line in fields(server)
+    ]
     route = "/api/{user_id}/tasks"
     assert found[:4] == [
         ("POST", route, 201, "alice"), ("GET", route, 200, "alice"), ("GET", route, 401, None), ("GET", "-", 404, None)
@@ -413,12 +509,18 @@ def raised(text: str) -> Any:
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_traceback_forges_no_line_either(text: str) -> None:
-    record = logging.LogRecord("taskd", logging.ERROR, "", 0, "unhandled exception id=%s", ("mine",), raised(text))
+    record = logging.LogRecord(
+        "taskd", logging.ERROR, "", 0, "unhandled exception id=%s", ("mine",), raised(text)
+    )
     line = taskd.JsonLines().format(record)
     assert len(line.splitlines()) == 1
     assert (found := json.loads(line))["message"] == "unhandled exception id=mine"
     assert "RuntimeError" in found["traceback"]
-    first, *rest = taskd.TextLines().format(logging.makeLogRecord(record.__dict__ | {"exc_text": None})).split("\n")
+    first, *rest = (
+        taskd.TextLines()
+        .format(logging.makeLogRecord(record.__dict__ | {"exc_text": None}))
+        .split("\n")
+    )
     assert first.endswith("ERROR unhandled exception id=mine")
     assert rest
     assert all(line.startswith("    ") and line.isprintable() for line in rest)
@@ -426,10 +528,15 @@ def test_a_traceback_forges_no_line_either(text: str) -> None:
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_message_forges_no_line_whatever_another_server_has_answered(text: str) -> None:
-    record = logging.LogRecord("taskd", logging.ERROR, "", 0, "the key set cannot be used: %s", (text,), None)
+    record = logging.LogRecord(
+        "taskd", logging.ERROR, "", 0, "the key set cannot be used: %s", (text,), None
+    )
     line = taskd.TextLines().format(record)
     assert line.isprintable()
-    assert json.loads(taskd.JsonLines().format(record))["message"] == f"the key set cannot be used: {text}"
+    assert (
+        json.loads(taskd.JsonLines().format(record))["message"]
+        == f"the key set cannot be used: {text}"
+    )
 
 
 def test_the_level_leaves_out_the_line_of_a_request(start: Start) -> None:
@@ -460,7 +567,10 @@ FORWARDED = [  # what the proxy sends, and which client it tells
 def test_a_trusted_proxy_tells_the_client(start: Start, proxy: str) -> None:
     server = start(TASKD_TRUSTED_PROXY=proxy)
     for forwarded, _ in FORWARDED:
-        assert server.request("GET", "/healthz", headers={"X-Forwarded-For": forwarded}).status_code == 200
+        assert (
+            server.request("GET", "/healthz", headers={"X-Forwarded-For": forwarded}).status_code
+            == 200
+        )
     until(lambda: len(lines(server)) == len(FORWARDED), "a line for each")
     found = [match["client"] for line in lines(server) if (match := LINE.fullmatch(line))]
     assert found == [client for _, client in FORWARDED]
@@ -488,14 +598,26 @@ def test_a_proxy_is_known_however_its_address_is_spelt(start: Start) -> None:
 @pytest.mark.parametrize(("forwarded", "client"), FORWARDED)
 @pytest.mark.parametrize("proxy", ["127.0.0.1", "*", "10.0.0.1", None])
 def test_only_the_trusted_proxy_is_believed_who_the_client_is(
-    make_app: MakeApp, caplog: pytest.LogCaptureFixture, proxy: str | None, forwarded: str, client: str
+    make_app: MakeApp,
+    caplog: pytest.LogCaptureFixture,
+    proxy: str | None,
+    forwarded: str,
+    client: str,
 ) -> None:
     caplog.set_level("INFO", "taskd")
     headers = bearer() | {"X-Forwarded-For": forwarded, "X-Request-ID": "mine"}
-    testing.TestClient(make_app(trusted_proxies=(proxy,) if proxy else ())).simulate_get(TASKS, headers=headers)
+    testing.TestClient(make_app(trusted_proxies=(proxy,) if proxy else ())).simulate_get(
+        TASKS, headers=headers
+    )
     [line] = caplog.messages
     assert (found := LINE.fullmatch(f"2026-11-21T00:00:00.000Z INFO {line}"))
-    expected = {"method": "GET", "route": "/api/{user_id}/tasks", "status": "200", "id": "mine", "user": "'alice'"}
+    expected = {
+        "method": "GET",
+        "route": "/api/{user_id}/tasks",
+        "status": "200",
+        "id": "mine",
+        "user": "'alice'",
+    }
     believed = {None: None, "10.0.0.1": "127.0.0.1"}.get(proxy, client)
     assert found.groupdict() == expected | {"client": believed}
     assert 0 <= float(line.split()[3].removesuffix("ms")) < DEADLINE * 1000
@@ -511,7 +633,11 @@ def test_the_client_is_in_the_json_too(start: Start) -> None:
 @pytest.mark.parametrize("settings", [{}, {"TASKD_TRUSTED_PROXY": "10.0.0.1"}])
 def test_nobody_else_is_believed(start: Start, settings: dict[str, str]) -> None:
     server = start(**settings)
-    headers = bearer() | {"X-Forwarded-For": "10.1.2.3", "X-Forwarded-Prefix": "/todo", "Forwarded": "for=10.1.2.3"}
+    headers = bearer() | {
+        "X-Forwarded-For": "10.1.2.3",
+        "X-Forwarded-Prefix": "/todo",
+        "Forwarded": "for=10.1.2.3",
+    }
     headers |= {"X-Forwarded-Proto": "gopher", "X-Forwarded-Host": "evil", "X-Forwarded-Port": "x"}
     answer = server.request("POST", TASKS, {"title": "x"}, headers)
     assert answer.headers["location"] == f"{TASKS}/{answer.json['id']}"
@@ -535,11 +661,16 @@ def test_nobody_else_is_believed(start: Start, settings: dict[str, str]) -> None
         ('/"><x', ""),
     ],
 )
-def test_a_trusted_proxy_tells_where_it_has_put_taskd(make_app: MakeApp, prefix: str, shown: str) -> None:
+def test_a_trusted_proxy_tells_where_it_has_put_taskd(
+    make_app: MakeApp, prefix: str, shown: str
+) -> None:
     client = testing.TestClient(make_app(trusted_proxies=("127.0.0.1",)))
     user = "a/ä"
     headers = bearer(user) | {"X-Forwarded-Prefix": prefix}
-    extras = {"REQUEST_URI": path_of(user), "PATH_INFO": f"/api/{user}/tasks".encode().decode("latin-1")}
+    extras = {
+        "REQUEST_URI": path_of(user),
+        "PATH_INFO": f"/api/{user}/tasks".encode().decode("latin-1"),
+    }
     for _ in range(2):
         answer = client.simulate_post("/", headers=headers, extras=extras, json={"title": "x"})
         assert answer.headers["location"] == f"{shown}{path_of(user)}/{answer.json['id']}"
@@ -551,7 +682,9 @@ def test_what_a_trusted_proxy_tells_counts_for_its_own_request_only(start: Start
     server = start(TASKD_TRUSTED_PROXY="127.0.0.1")
     user = "a/ä"
     for prefix in ("/todo", "", "/a/b"):
-        answer = server.request("POST", path_of(user), {"title": "x"}, bearer(user) | {"X-Forwarded-Prefix": prefix})
+        answer = server.request(
+            "POST", path_of(user), {"title": "x"}, bearer(user) | {"X-Forwarded-Prefix": prefix}
+        )
         assert answer.headers["location"] == f"{prefix}{path_of(user)}/{answer.json['id']}"
 
 
@@ -570,7 +703,9 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("variable", "value"), UNUSABLE)
-def test_a_setting_that_cannot_be_used_stops_the_start(tmp_path: Path, variable: str, value: str) -> None:
+def test_a_setting_that_cannot_be_used_stops_the_start(
+    tmp_path: Path, variable: str, value: str
+) -> None:
     process = Process(tmp_path, wait=False, **{variable: value})
     assert process.terminate(0) == 2
     assert re.fullmatch(rf"taskd: {variable} must be [^\n]+\n", process.log)

@@ -81,7 +81,11 @@ def create(server: Process, number: object, key: str = "") -> Answer:
 def assert_unavailable(answer: Answer | testing.Result) -> None:
     problem = assert_problem(answer, 503)
     assert int(answer.headers["retry-after"]) > 0
-    assert not [word for word in ("FATAL", "psycopg", "connection", "127.0.0.1") if word in problem["detail"]]
+    assert not [
+        word
+        for word in ("FATAL", "psycopg", "connection", "127.0.0.1")
+        if word in problem["detail"]
+    ]
 
 
 # --- The server goes away -------------------------------------------------------------------------------------------
@@ -129,10 +133,16 @@ def test_a_crash_of_the_server_is_503_until_it_is_back_and_loses_nothing(
             enough.set()
     assert set(statuses) == {201, 503}
     assert sum(customer.result() for customer in customers) == len(acknowledged)
-    tasks = {task["title"]: task["id"] for task in server.request("GET", TASKS, headers=bearer()).json}
+    tasks = {
+        task["title"]: task["id"] for task in server.request("GET", TASKS, headers=bearer()).json
+    }
     assert acknowledged.items() <= tasks.items()
-    assert len(tasks.keys() - acknowledged) <= 8, "at most the last one of each customer was not acknowledged"
-    assert ask(empty, "SELECT COUNT(*), COUNT(DISTINCT title) FROM task") == [(len(tasks), len(tasks))]
+    assert len(tasks.keys() - acknowledged) <= 8, (
+        "at most the last one of each customer was not acknowledged"
+    )
+    assert ask(empty, "SELECT COUNT(*), COUNT(DISTINCT title) FROM task") == [
+        (len(tasks), len(tasks))
+    ]
     assert server.terminate() == 0
     assert "Traceback" not in server.log
 
@@ -145,7 +155,10 @@ def test_a_crash_in_the_middle_of_a_transaction_leaves_nothing_of_it(
         other.execute("LOCK TABLE task IN EXCLUSIVE MODE")
         creating = pool.submit(create, server, 1, "once")
         waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO \"task\"%'"
-        until(lambda: ask(cluster.url(), waiting), "the key is claimed, and the task waits for the lock")
+        until(
+            lambda: ask(cluster.url(), waiting),
+            "the key is claimed, and the task waits for the lock",
+        )
         cluster.stop()
         assert_unavailable(creating.result())
         other.close()
@@ -157,7 +170,9 @@ def test_a_crash_in_the_middle_of_a_transaction_leaves_nothing_of_it(
     assert ask(empty, "SELECT title FROM task") == [("Task 1",)]
 
 
-def test_idle_connections_that_the_server_ended_are_replaced_without_an_error(start: Start, tmp_path: Path) -> None:
+def test_idle_connections_that_the_server_ended_are_replaced_without_an_error(
+    start: Start, tmp_path: Path
+) -> None:
     server = start()
     assert {create(server, number).status_code for number in range(5)} == {201}
     sql(
@@ -168,7 +183,9 @@ def test_idle_connections_that_the_server_ended_are_replaced_without_an_error(st
     assert {create(server, number).status_code for number in range(5)} == {201}
 
 
-def test_a_lock_held_elsewhere_is_503_within_the_time_limit_and_stops_no_read(start: Start, tmp_path: Path) -> None:
+def test_a_lock_held_elsewhere_is_503_within_the_time_limit_and_stops_no_read(
+    start: Start, tmp_path: Path
+) -> None:
     server = start(TASKD_THREADS="4")
     task = create(server, 1).json
     with locked(tmp_path / "taskd.db"), ThreadPoolExecutor(2) as pool:
@@ -180,16 +197,25 @@ def test_a_lock_held_elsewhere_is_503_within_the_time_limit_and_stops_no_read(st
             assert_unavailable(write.result())
         assert time.monotonic() - started < PATIENCE
     assert create(server, 4).status_code == 201
-    assert [task["title"] for task in stored(tmp_path / "taskd.db").values()] == ["Task 1", "Task 4"]
+    assert [task["title"] for task in stored(tmp_path / "taskd.db").values()] == [
+        "Task 1",
+        "Task 4",
+    ]
 
 
-def test_a_read_only_server_is_503_for_writes_and_goes_on_reading(start: Start, tmp_path: Path) -> None:
+def test_a_read_only_server_is_503_for_writes_and_goes_on_reading(
+    start: Start, tmp_path: Path
+) -> None:
     database = tmp_path / "taskd.db"
     task = create(start(), 1).json
     name = sql(database, "SELECT current_database()")[0][0]
     sql(database, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     server = start()  # as one does on a replica
-    for method, path, body in (("POST", "", {"title": "x"}), ("PUT", "/1", {"title": "x"}), ("DELETE", "/1", None)):
+    for method, path, body in (
+        ("POST", "", {"title": "x"}),
+        ("PUT", "/1", {"title": "x"}),
+        ("DELETE", "/1", None),
+    ):
         assert_unavailable(server.request(method, TASKS + path, body, bearer()))
     assert_unavailable(create(server, 2, "key"))
     assert_unavailable(server.request("PATCH", f"{TASKS}/1/complete", headers=bearer()))
@@ -198,7 +224,9 @@ def test_a_read_only_server_is_503_for_writes_and_goes_on_reading(start: Start, 
     assert "Traceback" not in server.log
 
 
-def test_a_column_that_changes_under_a_prepared_statement_is_no_500(start: Start, tmp_path: Path) -> None:
+def test_a_column_that_changes_under_a_prepared_statement_is_no_500(
+    start: Start, tmp_path: Path
+) -> None:
     server = start(TASKD_THREADS="2")
     create(server, 1)
     for _ in range(20):
@@ -221,15 +249,25 @@ def guarded(cluster: Cluster) -> str:
     return cluster.url(user=f"guarded:{PASSWORD}")
 
 
-def run(directory: Path, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    directory: Path, program: str, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     settings = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0", **variables)
     command = [sys.executable, str(ROOT / program), *arguments]
     return subprocess.run(
-        command, cwd=directory, env=settings, capture_output=True, text=True, timeout=DEADLINE, check=False
+        command,
+        cwd=directory,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
     )
 
 
-def test_with_the_right_password_it_serves_and_nothing_shows_it(guarded: str, start: Start, tmp_path: Path) -> None:
+def test_with_the_right_password_it_serves_and_nothing_shows_it(
+    guarded: str, start: Start, tmp_path: Path
+) -> None:
     server = start(DATABASE_URL=made(guarded), TASKD_LOG="debug")
     assert create(server, 1).status_code == 201
     assert server.terminate() == 0
@@ -243,16 +281,34 @@ def test_with_the_right_password_it_serves_and_nothing_shows_it(guarded: str, st
 
 
 UNUSABLE = {
-    "a wrong password": ("postgresql://guarded:wrong-{password}@127.0.0.1:{port}/postgres", "password"),
+    "a wrong password": (
+        "postgresql://guarded:wrong-{password}@127.0.0.1:{port}/postgres",
+        "password",
+    ),
     "no such user": ("postgresql://nobody:{password}@127.0.0.1:{port}/postgres", "nobody"),
     "no such database": ("postgresql://guarded:{password}@127.0.0.1:{port}/nowhere", "nowhere"),
     "no such host": ("postgresql://guarded:{password}@host.invalid/postgres", "host.invalid"),
     "nobody listens": ("postgresql://guarded:{password}@127.0.0.1:{free}/postgres", "refused"),
-    "a percent sign in the password": ("postgresql://guarded:{password}%zz@127.0.0.1:{port}/postgres", "read"),
-    "a slash in the password": ("postgresql://guarded:{password}/x@127.0.0.1:{port}/postgres", "DATABASE_URL"),
-    "an @ in the password": ("postgresql://guarded:{password}@x@127.0.0.1:{port}/postgres", "DATABASE_URL"),
-    "an unknown parameter": ("postgresql://guarded:{password}@127.0.0.1:{port}/postgres?hurry=1", "read"),
-    "a wrong password as a parameter": ("postgresql://127.0.0.1:{port}/d?user=guarded&password=x{password}", "pass"),
+    "a percent sign in the password": (
+        "postgresql://guarded:{password}%zz@127.0.0.1:{port}/postgres",
+        "read",
+    ),
+    "a slash in the password": (
+        "postgresql://guarded:{password}/x@127.0.0.1:{port}/postgres",
+        "DATABASE_URL",
+    ),
+    "an @ in the password": (
+        "postgresql://guarded:{password}@x@127.0.0.1:{port}/postgres",
+        "DATABASE_URL",
+    ),
+    "an unknown parameter": (
+        "postgresql://guarded:{password}@127.0.0.1:{port}/postgres?hurry=1",
+        "read",
+    ),
+    "a wrong password as a parameter": (
+        "postgresql://127.0.0.1:{port}/d?user=guarded&password=x{password}",
+        "pass",
+    ),
 }
 
 
@@ -274,11 +330,23 @@ def test_a_server_that_cannot_be_used_stops_the_start_with_one_line_without_the_
 
 
 UNFIT = {
-    "a column is gone": ("ALTER TABLE task DROP COLUMN description", "it lacks task.description TEXT"),
-    "a column may be null": ("ALTER TABLE task ALTER COLUMN title DROP NOT NULL", "it lacks task.title TEXT NOT NULL"),
+    "a column is gone": (
+        "ALTER TABLE task DROP COLUMN description",
+        "it lacks task.description TEXT",
+    ),
+    "a column may be null": (
+        "ALTER TABLE task ALTER COLUMN title DROP NOT NULL",
+        "it lacks task.title TEXT NOT NULL",
+    ),
     "an index is gone": ("DROP INDEX task_id", "it lacks index on task (user_id, id)"),
-    "a column has come": ("ALTER TABLE task ADD COLUMN priority INTEGER", "it has task.priority INTEGER"),
-    "it is newer": ("ALTER TABLE about ALTER version TYPE integer USING 99", "was made by a newer taskd"),
+    "a column has come": (
+        "ALTER TABLE task ADD COLUMN priority INTEGER",
+        "it has task.priority INTEGER",
+    ),
+    "it is newer": (
+        "ALTER TABLE about ALTER version TYPE integer USING 99",
+        "was made by a newer taskd",
+    ),
 }
 
 
@@ -293,7 +361,9 @@ def test_a_schema_that_does_not_fit_stops_the_start_naming_the_difference(
     assert named in ended.stderr
 
 
-def test_processes_that_start_at_once_on_an_empty_database_all_serve(empty: str, start: Start) -> None:
+def test_processes_that_start_at_once_on_an_empty_database_all_serve(
+    empty: str, start: Start
+) -> None:
     servers = [start(DATABASE_URL=empty, wait=False) for _ in range(3)]
     for server in servers:
         server.port = server._wait_for_port()
@@ -309,7 +379,9 @@ def two(start: Start) -> list[Process]:
     return [start(TASKD_THREADS="32"), start(TASKD_THREADS="32")]
 
 
-def test_every_toggle_of_a_storm_across_two_processes_counts(two: list[Process], tmp_path: Path) -> None:
+def test_every_toggle_of_a_storm_across_two_processes_counts(
+    two: list[Process], tmp_path: Path
+) -> None:
     create(two[0], 1)
     toggle = written("PATCH", f"{TASKS}/1/complete", user="alice")
     answers = at_once(two, [toggle] * 25, tmp_path / "taskd.db")
@@ -330,13 +402,21 @@ def test_of_16_keyed_creates_across_two_processes_one_is_done_and_all_get_its_an
     assert len(stored(tmp_path / "taskd.db")) == 1
 
 
-def test_of_16_conditional_changes_across_two_processes_one_wins(two: list[Process], tmp_path: Path) -> None:
+def test_of_16_conditional_changes_across_two_processes_one_wins(
+    two: list[Process], tmp_path: Path
+) -> None:
     tag = create(two[0], 1).headers["etag"]
-    puts = [written("PUT", f"{TASKS}/1", {"title": f"of {n}"}, f"If-Match: {tag}", user="alice") for n in range(16)]
+    puts = [
+        written("PUT", f"{TASKS}/1", {"title": f"of {n}"}, f"If-Match: {tag}", user="alice")
+        for n in range(16)
+    ]
     answers = at_once(two, puts, tmp_path / "taskd.db")
     assert Counter(answer.status_code for answer in answers) == {200: 1, 412: 15}
     [won] = [answer.json for answer in answers if answer.status_code == 200]
-    assert [server.request("GET", f"{TASKS}/1", headers=bearer()).json for server in two] == [won, won]
+    assert [server.request("GET", f"{TASKS}/1", headers=bearer()).json for server in two] == [
+        won,
+        won,
+    ]
 
 
 def test_users_of_two_processes_see_their_own_tasks_and_nothing_else(two: list[Process]) -> None:
@@ -345,16 +425,29 @@ def test_users_of_two_processes_see_their_own_tasks_and_nothing_else(two: list[P
         mine: list[int] = []
         for turn in range(12):
             server, other = two[turn % 2], two[1 - turn % 2]
-            answer = server.request("POST", f"/api/{user}/tasks", {"title": f"{user} {turn}"}, bearer(user))
+            answer = server.request(
+                "POST", f"/api/{user}/tasks", {"title": f"{user} {turn}"}, bearer(user)
+            )
             mine.append(answer.json["id"])
             listed = other.request("GET", f"/api/{user}/tasks", headers=bearer(user)).json
-            assert [(task["user_id"], task["id"]) for task in listed] == [(user, key) for key in mine]
-            foreign = other.request("DELETE", f"/api/{user}/tasks/{mine[-1]}", headers=bearer(f"not-{user}"))
+            assert [(task["user_id"], task["id"]) for task in listed] == [
+                (user, key) for key in mine
+            ]
+            foreign = other.request(
+                "DELETE", f"/api/{user}/tasks/{mine[-1]}", headers=bearer(f"not-{user}")
+            )
             assert foreign.status_code == 403
-            stolen = other.request("PUT", f"/api/thief/tasks/{mine[-1]}", {"title": "x"}, bearer("thief"))
+            stolen = other.request(
+                "PUT", f"/api/thief/tasks/{mine[-1]}", {"title": "x"}, bearer("thief")
+            )
             assert stolen.status_code == 404
             if turn % 3 == 2:
-                assert other.request("DELETE", f"/api/{user}/tasks/{mine[0]}", headers=bearer(user)).status_code == 200
+                assert (
+                    other.request(
+                        "DELETE", f"/api/{user}/tasks/{mine[0]}", headers=bearer(user)
+                    ).status_code
+                    == 200
+                )
                 del mine[0]
         return mine
 
@@ -363,7 +456,9 @@ def test_users_of_two_processes_see_their_own_tasks_and_nothing_else(two: list[P
     assert len({key for keys in left for key in keys}) == 8 * 8
 
 
-def test_more_requests_at_once_than_connections_are_all_answered(start: Start, tmp_path: Path) -> None:
+def test_more_requests_at_once_than_connections_are_all_answered(
+    start: Start, tmp_path: Path
+) -> None:
     server = start(TASKD_THREADS="2")
     answers = at_once([server], [written("POST", TASKS, {"title": "x"}, user="alice")] * 64)
     assert {answer.status_code for answer in answers} == {201}
@@ -371,7 +466,9 @@ def test_more_requests_at_once_than_connections_are_all_answered(start: Start, t
     assert sql(tmp_path / "taskd.db", open_sessions)[0][0] <= 2 + 1
 
 
-def test_a_sigterm_with_requests_waiting_in_the_threads_answers_them_all(two: list[Process], tmp_path: Path) -> None:
+def test_a_sigterm_with_requests_waiting_in_the_threads_answers_them_all(
+    two: list[Process], tmp_path: Path
+) -> None:
     puts = [written("POST", TASKS, {"title": f"{number}"}, user="alice") for number in range(40)]
     waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     with ThreadPoolExecutor(1) as pool:
@@ -391,25 +488,35 @@ def test_titles_are_sorted_by_code_point_whatever_the_language_of_the_server(
     cluster: Cluster, make_app: Callable[..., taskd.App]
 ) -> None:
     german = made(cluster.url(), "TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'de-DE'")
-    assert ask(german, "SELECT 'B' > 'a'") == [(True,)], "this server would sort otherwise by itself"
+    assert ask(german, "SELECT 'B' > 'a'") == [(True,)], (
+        "this server would sort otherwise by itself"
+    )
     alice = Person(testing.TestClient(make_app(database_url=german)), "alice")
     titles = [*"bBaAäéßZ_~9", "a\u0308", "ss", " x", "10", "\uffee", "\U0001f600"]
     for title in titles:
         alice.add(title=title)
     for sort, wanted in (("title", sorted(titles)), ("-title", sorted(titles, reverse=True))):
-        assert [task["title"] for task in alice.call("GET", query_string=f"sort={sort}").json] == wanted
+        assert [
+            task["title"] for task in alice.call("GET", query_string=f"sort={sort}").json
+        ] == wanted
         paged = alice.call("GET", query_string=f"sort={sort}&limit=5")
         assert [task["title"] for task in paged.json] == wanted[:5]
 
 
-@pytest.mark.parametrize("user", ["%", "' OR ''='", "\\", "%s %(id)s :id", "\u202e\U0001f600", "x" * 1000])
+@pytest.mark.parametrize(
+    "user", ["%", "' OR ''='", "\\", "%s %(id)s :id", "\u202e\U0001f600", "x" * 1000]
+)
 def test_users_with_odd_names_keep_their_tasks(client: testing.TestClient, user: str) -> None:
     path = f"/api/{quote(user, safe='')}/tasks"
     title = "".join(chr(0x1F300 + number) for number in range(200))  # four bytes each
-    created = client.simulate_post(path, headers=bearer(user) | {"Idempotency-Key": "k" * 255}, json={"title": title})
+    created = client.simulate_post(
+        path, headers=bearer(user) | {"Idempotency-Key": "k" * 255}, json={"title": title}
+    )
     assert created.status_code == 201, created.text
     assert client.simulate_get(path, headers=bearer(user)).json == [created.json]
-    assert client.simulate_get(path, params={"q": title[:9]}, headers=bearer(user)).json == [created.json]
+    assert client.simulate_get(path, params={"q": title[:9]}, headers=bearer(user)).json == [
+        created.json
+    ]
 
 
 def test_the_longest_user_id_and_title_fit_into_the_indexes_even_if_nothing_repeats_in_them(
@@ -418,10 +525,17 @@ def test_the_longest_user_id_and_title_fit_into_the_indexes_even_if_nothing_repe
     user = os.urandom(500).hex()  # 1,000 bytes: Better Auth's have 32
     title = "".join(chr(0x20000 + int.from_bytes(os.urandom(2))) for _ in range(200))
     headers = bearer(user) | {"Idempotency-Key": os.urandom(127).hex()}
-    assert client.simulate_post(f"/api/{user}/tasks", headers=headers, json={"title": title}).status_code == 201
+    assert (
+        client.simulate_post(
+            f"/api/{user}/tasks", headers=headers, json={"title": title}
+        ).status_code
+        == 201
+    )
 
 
-@pytest.mark.parametrize("user", ["\0", "alice\0", os.urandom(2000).hex()], ids=["a NUL", "one at the end", "too long"])
+@pytest.mark.parametrize(
+    "user", ["\0", "alice\0", os.urandom(2000).hex()], ids=["a NUL", "one at the end", "too long"]
+)
 def test_a_user_id_that_postgresql_cannot_keep_is_503_and_stops_nobody(
     client: testing.TestClient, alice: Person, user: str
 ) -> None:
@@ -432,7 +546,10 @@ def test_a_user_id_that_postgresql_cannot_keep_is_503_and_stops_nobody(
         )
         assert_unavailable(response)
         assert_problem(response, 503)
-    assert client.simulate_get(path, headers=bearer(user, email=None, name=None)).status_code in (200, 503)
+    assert client.simulate_get(path, headers=bearer(user, email=None, name=None)).status_code in (
+        200,
+        503,
+    )
     assert alice.call("GET").json == []
     assert alice.add()["user_id"] == "alice"
 
@@ -444,7 +561,13 @@ def test_taskctl_shows_and_seeds_what_taskd_serves(start: Start, tmp_path: Path)
     server = start()
 
     def taskctl(*arguments: str) -> Any:
-        ended = run(tmp_path, "taskctl.py", *arguments, "--json", DATABASE_URL=database_url(tmp_path / "taskd.db"))
+        ended = run(
+            tmp_path,
+            "taskctl.py",
+            *arguments,
+            "--json",
+            DATABASE_URL=database_url(tmp_path / "taskd.db"),
+        )
         assert (ended.returncode, ended.stderr) == (0, "")
         return taskd.json.loads(ended.stdout)
 
@@ -463,7 +586,9 @@ def test_taskctl_shows_and_seeds_what_taskd_serves(start: Start, tmp_path: Path)
 @pytest.mark.parametrize("arguments", [["backup", "copy.db"], ["restore", "copy.db"]])
 def test_taskctl_says_that_pg_dump_is_the_way(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "copy.db").touch()
-    ended = run(tmp_path, "taskctl.py", *arguments, DATABASE_URL=database_url(tmp_path / "taskd.db"))
+    ended = run(
+        tmp_path, "taskctl.py", *arguments, DATABASE_URL=database_url(tmp_path / "taskd.db")
+    )
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "pg_dump" in ended.stderr
     assert ended.stderr.count("\n") == 1

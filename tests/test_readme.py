@@ -53,7 +53,9 @@ Row = list[str]
 
 def section(heading: str) -> str:
     """Return what stands under a heading of the second level."""
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL
+    )
     assert found, f"README has no section {heading!r}"
     return found[1]
 
@@ -61,7 +63,10 @@ def section(heading: str) -> str:
 def table(heading: str, first: str) -> list[Row]:
     """Return the rows of this section's table whose first column has this name."""
     for block in re.findall(r"(?:^\|.*\n)+", section(heading), re.MULTILINE):
-        rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
+        rows = [
+            [cell.strip() for cell in line.strip().strip("|").split("|")]
+            for line in block.splitlines()
+        ]
         if rows[0][0] == first:
             assert {len(row) for row in rows} == {len(rows[0])}, block
             return rows[2:]
@@ -107,7 +112,8 @@ def test_the_endpoints_are_the_routes_and_methods_of_the_router(app: taskd.App) 
         (method.method, route.path)
         for route in falcon.inspect.inspect_routes(app)
         for method in route.methods
-        if not method.internal and method.method not in ("HEAD", "OPTIONS")  # promised for all of them at once
+        if not method.internal
+        and method.method not in ("HEAD", "OPTIONS")  # promised for all of them at once
     }
     listed = [(row[0].split()[0], code(row[0])) for row in table("Endpoints", "method and path")]
     assert sorted(listed) == sorted(routes)
@@ -134,13 +140,21 @@ def test_the_tables_are_those_of_the_code() -> None:
 
 def test_the_errors_are_all_that_taskd_can_answer() -> None:
     tree = ast.parse((ROOT / "taskd.py").read_text())
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} - {"HTTPError"}
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} - {
+        "HTTPError"
+    }
     kinds = [getattr(falcon, name, None) for name in names]
-    raised = {kind().status_code for kind in kinds if isinstance(kind, type) and issubclass(kind, falcon.HTTPError)}
+    raised = {
+        kind().status_code
+        for kind in kinds
+        if isinstance(kind, type) and issubclass(kind, falcon.HTTPError)
+    }
     by_server = {
         kind.code
         for kind in vars(waitress.utilities).values()
-        if isinstance(kind, type) and issubclass(kind, waitress.utilities.Error) and hasattr(kind, "code")
+        if isinstance(kind, type)
+        and issubclass(kind, waitress.utilities.Error)
+        and hasattr(kind, "code")
     } - {501}  # which taskd makes 400
     possible = raised | by_server | set(taskd.DETAILS)
     assert possible >= {400, 401, 403, 404, 405, 413, 415, 422, 431, 500, 503}
@@ -155,8 +169,12 @@ def test_the_error_that_is_shown_is_the_one_that_comes(alice: Person) -> None:
 
 def test_the_settings_are_those_of_the_code_with_their_defaults() -> None:
     listed = {code(row[0]): row[1] for row in table("Settings", "variable")}
-    fields = {field.metadata["variable"]: field.default for field in dataclasses.fields(taskd.Settings)}
-    assert listed == {name: f"`{default}`" if default else "none" for name, default in fields.items()}
+    fields = {
+        field.metadata["variable"]: field.default for field in dataclasses.fields(taskd.Settings)
+    }
+    assert listed == {
+        name: f"`{default}`" if default else "none" for name, default in fields.items()
+    }
     assert list(listed) == list(fields)
 
 
@@ -167,7 +185,11 @@ def test_the_commands_are_those_of_taskctl_and_have_the_options_that_are_shown()
     for name, row in rows.items():
         options = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"`(--[a-z-]+)", row[1])) <= options, name
-        arguments = [parameter for parameter in commands[name].params if parameter.param_type_name == "argument"]
+        arguments = [
+            parameter
+            for parameter in commands[name].params
+            if parameter.param_type_name == "argument"
+        ]
         assert bool(arguments) == (" " in code(row[0])), name
 
 
@@ -201,7 +223,11 @@ def test_every_link_inside_the_repository_leads_somewhere(clone: Path) -> None:
 
 
 def test_every_file_that_is_named_exists(clone: Path) -> None:
-    named = set(re.findall(r"`((?!/)[\w./-]+\.(?:py|sql|md|txt|json|toml|html|mjs|db)[\w-]*|\.env)`", README))
+    named = set(
+        re.findall(
+            r"`((?!/)[\w./-]+\.(?:py|sql|md|txt|json|toml|html|mjs|db)[\w-]*|\.env)`", README
+        )
+    )
     assert {"taskd.py", "taskctl.py", "schema.sql"} <= named
     assert sorted(name for name in named - MADE_BY_TASKD if not (clone / name).exists()) == []
 
@@ -220,7 +246,9 @@ def test_no_file_names_a_package_registry_or_a_path_of_somebodys_machine(clone: 
     found = []
     for path in sorted(path for path in clone.rglob("*") if path.is_file()):
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-            found += [(str(path.relative_to(clone)), number, text) for text in FORBIDDEN if text in line]
+            found += [
+                (str(path.relative_to(clone)), number, text) for text in FORBIDDEN if text in line
+            ]
     assert found == []
 
 
@@ -258,7 +286,9 @@ def told(commands: str, port: int) -> list[str]:
 
 def shell_environment(home: Path, port: int) -> dict[str, str]:
     path = f"{home}/.venv/bin:{os.environ['PATH']}"
-    return environment(TASKD_PORT=str(port), PATH=path, PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    return environment(
+        TASKD_PORT=str(port), PATH=path, PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1"
+    )
 
 
 @contextlib.contextmanager
@@ -317,7 +347,9 @@ def test_the_quick_start_works_line_by_line(fresh: Path, port: int) -> None:
         assert {".venv", ".env", "taskd.db"} <= {path.name for path in fresh.iterdir()}
         tasks = answers(printed(use, fresh, port))
         smoked = [line.split() for line in printed(smoke, fresh, port).splitlines()]
-    assert re.sub(TIME, "T", json.dumps(tasks[0])) == re.sub(TIME, "T", json.dumps(json.loads(shown)))
+    assert re.sub(TIME, "T", json.dumps(tasks[0])) == re.sub(
+        TIME, "T", json.dumps(json.loads(shown))
+    )
     created, listed, read, changed, completed, deleted = tasks
     assert list(created) == TASK_KEYS
     assert (listed, read) == ([created], created)
@@ -334,7 +366,9 @@ def responses(shown: str) -> list[tuple[str, dict[str, str], Any]]:
     for text in shown.split("HTTP/1.1 ")[1:]:
         head, _, body = text.partition("\n\n")
         status, *lines = head.splitlines()
-        header = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        header = {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in lines)
+        }
         found.append((status, header, json.loads(body) if body else None))
     return found
 
@@ -352,22 +386,47 @@ def test_lists_and_retries_work_as_they_are_shown(fresh: Path, port: int) -> Non
         once, again = responses(printed(f"{given}\n{create}", fresh, port))
         unchanged, changed, refused = responses(printed(f"{given}\n{change}", fresh, port))
     milk, table_at_the_cafe, dentist = created
-    assert [task["title"] for task in created] == ["Buy milk", "Book a table at the CAFÉ", "Call the dentist"]
-    assert (still_open, found, titles) == (created, [table_at_the_cafe], [dentist, milk, table_at_the_cafe])
+    assert [task["title"] for task in created] == [
+        "Buy milk",
+        "Book a table at the CAFÉ",
+        "Call the dentist",
+    ]
+    assert (still_open, found, titles) == (
+        created,
+        [table_at_the_cafe],
+        [dentist, milk, table_at_the_cafe],
+    )
     assert pages == [[milk, table_at_the_cafe], [dentist]]
     assert (once[0], again[0]) == ("201 Created", "201 Created")
     assert (once[1].get("idempotency-replayed"), again[1]["idempotency-replayed"]) == (None, "true")
     assert once[2] == again[2]
-    assert once[1]["etag"] == again[1]["etag"] == unchanged[1]["etag"] != changed[1]["etag"] == refused[1]["etag"]
+    assert (
+        once[1]["etag"]
+        == again[1]["etag"]
+        == unchanged[1]["etag"]
+        != changed[1]["etag"]
+        == refused[1]["etag"]
+    )
     assert (unchanged[0], unchanged[2]) == ("304 Not Modified", None)
-    assert (changed[0], changed[2]["id"], changed[2]["completed"]) == ("200 OK", once[2]["id"], True)
+    assert (changed[0], changed[2]["id"], changed[2]["completed"]) == (
+        "200 OK",
+        once[2]["id"],
+        True,
+    )
     assert (refused[0], refused[2]["status"]) == ("412 Precondition Failed", 412)
 
 
 def test_it_works_without_make_too(fresh: Path, port: int) -> None:
     *_, commands = blocks("Try it in a minute", "sh")
-    assert commands.splitlines() == ["pip install -r requirements.txt", "python taskctl.py init", "python taskd.py"]
-    with serving(commands, fresh, port), contextlib.closing(socket.create_connection(("127.0.0.1", port))) as client:
+    assert commands.splitlines() == [
+        "pip install -r requirements.txt",
+        "python taskctl.py init",
+        "python taskd.py",
+    ]
+    with (
+        serving(commands, fresh, port),
+        contextlib.closing(socket.create_connection(("127.0.0.1", port))) as client,
+    ):
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert client.recv(100).startswith(b"HTTP/1.0 200 OK\r\n")
     assert {".env", "taskd.db"} <= {path.name for path in fresh.iterdir()}

@@ -92,7 +92,10 @@ FUZZING = "coverage,fuzzing" if EXAMPLES else "fuzzing"
 
 RUNS: dict[str, tuple[str, list[str]]] = {
     "alice_on_her_own_path": (ALICE + COMMON, ["--phases", "examples,coverage,fuzzing,stateful"]),
-    "carol_on_the_paths_of_others": (CAROL + REFUSED.format(status=403) + COMMON, ["--phases", FUZZING, *NO_405]),
+    "carol_on_the_paths_of_others": (
+        CAROL + REFUSED.format(status=403) + COMMON,
+        ["--phases", FUZZING, *NO_405],
+    ),
     "nobody_without_a_token": (REFUSED.format(status=401) + COMMON, ["--phases", FUZZING, *NO_405]),
 }
 
@@ -117,18 +120,34 @@ def people(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def schemathesis(tmp_path: Path, server: Process) -> Callable[..., subprocess.CompletedProcess[str]]:
+def schemathesis(
+    tmp_path: Path, server: Process
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(config: str, options: list[str]) -> subprocess.CompletedProcess[str]:
         (tmp_path / "schemathesis.toml").write_text(config)
         (tmp_path / "hooks.py").write_text(HOOKS)
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", "schemathesis.toml"]
-        command += ["run", str(ROOT / "openapi.json"), "--url", f"http://127.0.0.1:{server.port}", "--no-color"]
+        command += [
+            "run",
+            str(ROOT / "openapi.json"),
+            "--url",
+            f"http://127.0.0.1:{server.port}",
+            "--no-color",
+        ]
         command += ["--checks", "all", "--max-examples", EXAMPLES or FEW, "--request-timeout", "20"]
-        command += ["--workers", "1"]  # with two, Python 3.11's parser fails inside Hypothesis now and then
+        command += [
+            "--workers",
+            "1",
+        ]  # with two, Python 3.11's parser fails inside Hypothesis now and then
         command += ["--generation-database", "none"] if EXAMPLES else ["--generation-deterministic"]
         settings = environment(PYTHONUTF8="1", NO_PROXY="127.0.0.1")
         return subprocess.run(
-            command + options, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=PATIENCE
+            command + options,
+            cwd=tmp_path,
+            env=settings,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
 
     return run

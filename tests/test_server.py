@@ -42,7 +42,13 @@ Start = Callable[..., Process]
 
 EXIT = 10  # seconds that the contract gives taskd after SIGTERM
 SOON = 5  # seconds; for what takes milliseconds unless it hangs
-WITHOUT = ["env", "-u", "BETTER_AUTH_SECRET", "-u", "TASKD_PORT"]  # and with that, run the command after it
+WITHOUT = [
+    "env",
+    "-u",
+    "BETTER_AUTH_SECRET",
+    "-u",
+    "TASKD_PORT",
+]  # and with that, run the command after it
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"
 TASKS = "/api/alice/tasks"
 
@@ -82,12 +88,19 @@ def test_the_start_line_names_the_port_that_the_system_chose(start: Start) -> No
     assert (answer.status_code, answer.json) == (200, {"status": "ok"})
 
 
-@pytest.mark.parametrize("variables", [{"TASKD_LOG": "debug"}, {"DATABASE_URL": "nonsense"}], ids=["good", "bad"])
-def test_a_forked_server_is_like_one_from_the_start(start: Start, variables: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "variables", [{"TASKD_LOG": "debug"}, {"DATABASE_URL": "nonsense"}], ids=["good", "bad"]
+)
+def test_a_forked_server_is_like_one_from_the_start(
+    start: Start, variables: dict[str, str]
+) -> None:
     seen = []
     for command in (COLD, None):
         server = start(command=command, wait=False, **variables)
-        until(lambda server=server: "listening" in server.log or server.popen.poll() is not None, "it listens, or not")
+        until(
+            lambda server=server: "listening" in server.log or server.popen.poll() is not None,
+            "it listens, or not",
+        )
         seen.append((server.terminate(), re.sub(r":\d+\n", "", server.log)))
     assert seen[0] == seen[1]
     assert seen[0][0] == (2 if "DATABASE_URL" in variables else 0)
@@ -116,7 +129,9 @@ def test_the_dotenv_file_of_the_working_directory_is_read(start: Start, tmp_path
 
 @pytest.mark.sqlite("it is about settings")
 def test_the_environment_wins_over_the_dotenv_file(start: Start, tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text(f"BETTER_AUTH_SECRET={OTHER_SECRET}\nDATABASE_URL=sqlite:///from-dotenv.db\n")
+    (tmp_path / ".env").write_text(
+        f"BETTER_AUTH_SECRET={OTHER_SECRET}\nDATABASE_URL=sqlite:///from-dotenv.db\n"
+    )
     server = start(DATABASE_URL="sqlite:///from-environment.db")
     assert server.request("GET", TASKS, headers=bearer()).status_code == 200
     assert server.request("GET", TASKS, headers=bearer(secret=OTHER_SECRET)).status_code == 401
@@ -125,7 +140,9 @@ def test_the_environment_wins_over_the_dotenv_file(start: Start, tmp_path: Path)
 
 
 @pytest.mark.sqlite("it is about a file")
-def test_the_database_is_readable_by_its_owner_alone_whatever_the_umask(start: Start, tmp_path: Path) -> None:
+def test_the_database_is_readable_by_its_owner_alone_whatever_the_umask(
+    start: Start, tmp_path: Path
+) -> None:
     server = start(command=["sh", "-c", 'umask 0; exec "$@"', "sh"])
     assert server.request("POST", TASKS, milk(), bearer()).status_code == 201
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("taskd.db*")}
@@ -196,7 +213,9 @@ UNUSABLE = [
 
 @pytest.mark.sqlite("it is about settings")
 @pytest.mark.parametrize(("variable", "value"), UNUSABLE)
-def test_an_unusable_setting_stops_the_start_and_touches_nothing(tmp_path: Path, variable: str, value: str) -> None:
+def test_an_unusable_setting_stops_the_start_and_touches_nothing(
+    tmp_path: Path, variable: str, value: str
+) -> None:
     line = refusal(tmp_path, **{variable: value})
     assert variable in line
     if value and "SECRET" in variable:
@@ -232,7 +251,9 @@ def test_a_directory_that_does_not_exist_stops_the_start(tmp_path: Path) -> None
 
 @pytest.mark.sqlite("it is about a file")
 def test_a_path_with_a_line_break_is_refused_in_one_line(tmp_path: Path) -> None:
-    assert "nowhere" in refusal(tmp_path, DATABASE_URL="sqlite:///nowhere\ntaskd: all is well/taskd.db")
+    assert "nowhere" in refusal(
+        tmp_path, DATABASE_URL="sqlite:///nowhere\ntaskd: all is well/taskd.db"
+    )
 
 
 @pytest.mark.sqlite("it is about a file")
@@ -252,7 +273,11 @@ MISFITS = [
     ("wal", "CREATE TABLE task (id INTEGER PRIMARY KEY, title TEXT)", "user_id"),
     ("delete", "{schema} DROP INDEX task_id;", "task_id"),
     ("wal", "{schema} ALTER TABLE task DROP COLUMN description;", "description"),
-    ("delete", "{schema} ALTER TABLE task ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;", "priority"),
+    (
+        "delete",
+        "{schema} ALTER TABLE task ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;",
+        "priority",
+    ),
 ]
 
 
@@ -264,7 +289,9 @@ def test_a_schema_that_does_not_fit_stops_the_start_naming_the_difference(
     database = sqlite3.connect(tmp_path / "taskd.db")
     database.execute(f"PRAGMA journal_mode = {journal}")
     database.executescript(
-        script.replace("{schema}", (ROOT / "schema.sql").read_text() + "INSERT INTO about VALUES (2, 'x');")
+        script.replace(
+            "{schema}", (ROOT / "schema.sql").read_text() + "INSERT INTO about VALUES (2, 'x');"
+        )
     )
     database.close()
     assert named in refusal(tmp_path)
@@ -327,7 +354,9 @@ def test_another_wsgi_server_can_run_it(start: Start) -> None:
     assert created.headers["location"] == f"{TASKS}/{created.json['id']}"
     assert server.request("GET", TASKS, headers=bearer()).json == [created.json]
     assert_problem(server.request("GET", TASKS), 401)
-    assert_problem(server.request("POST", TASKS, b"{", {"Content-Type": "application/json"} | bearer()), 400)
+    assert_problem(
+        server.request("POST", TASKS, b"{", {"Content-Type": "application/json"} | bearer()), 400
+    )
     assert_problem(server.request("POST", TASKS, b"x" * 70_000, bearer()), 413)
 
 
@@ -356,7 +385,9 @@ def test_signals_again_and_again_while_it_ends_change_nothing(start: Start) -> N
 
 
 @pytest.mark.parametrize(("threads", "writes"), [("4", 24), ("16", 48)])
-def test_every_write_in_flight_at_sigterm_is_answered(start: Start, tmp_path: Path, threads: str, writes: int) -> None:
+def test_every_write_in_flight_at_sigterm_is_answered(
+    start: Start, tmp_path: Path, threads: str, writes: int
+) -> None:
     server = start(TASKD_THREADS=threads)
     assert server.request("POST", "/api/bob/tasks", milk(), bearer("bob")).status_code == 201
     wires = [Wire(server) for _ in range(writes)]
@@ -370,7 +401,9 @@ def test_every_write_in_flight_at_sigterm_is_answered(start: Start, tmp_path: Pa
     assert server.popen.wait(DEADLINE) == 0
     assert time.monotonic() - asked < EXIT
     assert Counter(answer.status_code for answer in answers).keys() <= {201, 503}
-    made = {answer.json["id"]: answer.json["title"] for answer in answers if answer.status_code == 201}
+    made = {
+        answer.json["id"]: answer.json["title"] for answer in answers if answer.status_code == 201
+    }
     assert made, "one of them at least had the time to be written"
     tasks = stored(tmp_path / "taskd.db")
     assert {key: task["title"] for key, task in tasks.items() if task["user_id"] == "alice"} == made
@@ -395,7 +428,9 @@ def test_requests_that_were_pipelined_before_sigterm_are_answered_in_order(
         with locked(tmp_path / "taskd.db"):
             for part in range(sends):
                 wire.send(b"".join(requests[part * 6 // sends : (part + 1) * 6 // sends]))
-                assert server.request("GET", "/healthz").status_code == 200  # so that this part has arrived alone
+                assert (
+                    server.request("GET", "/healthz").status_code == 200
+                )  # so that this part has arrived alone
             server.popen.send_signal(signal.SIGTERM)
             time.sleep(0.3)
         made = [wire.answer().json["title"] for _ in range(5)]
@@ -410,7 +445,9 @@ def test_idle_and_half_sent_connections_do_not_hold_sigterm_up(start: Start) -> 
     for wire in idle:
         assert wire.send(written("GET", "/healthz")).answer().status_code == 200
     whole = written("POST", TASKS, milk(), user="alice")
-    halves = [Wire(server).send(whole[:cut]) for cut in (1, 10, 40, len(whole) - 20, len(whole) - 1)]
+    halves = [
+        Wire(server).send(whole[:cut]) for cut in (1, 10, 40, len(whole) - 20, len(whole) - 1)
+    ]
     assert server.request("GET", "/healthz").status_code == 200
     asked = time.monotonic()
     assert server.terminate() == 0
@@ -437,7 +474,14 @@ def test_each_request_has_one_line_in_the_log(start: Start) -> None:
     requests = [
         ("POST", TASKS, milk(), "/api/{user_id}/tasks", 201, "'alice'"),
         ("GET", f"{TASKS}/1?title=private", None, "/api/{user_id}/tasks/{task_id}", 200, "'alice'"),
-        ("PATCH", f"{TASKS}/1/complete", None, "/api/{user_id}/tasks/{task_id}/complete", 200, "'alice'"),
+        (
+            "PATCH",
+            f"{TASKS}/1/complete",
+            None,
+            "/api/{user_id}/tasks/{task_id}/complete",
+            200,
+            "'alice'",
+        ),
         ("GET", f"{TASKS}/2", None, "/api/{user_id}/tasks/{task_id}", 404, "'alice'"),
         ("PUT", f"{TASKS}/1", {"title": ""}, "/api/{user_id}/tasks/{task_id}", 422, "'alice'"),
         ("GET", "/api/bob/tasks", None, "/api/{user_id}/tasks", 403, "-"),
@@ -445,11 +489,16 @@ def test_each_request_has_one_line_in_the_log(start: Start) -> None:
         ("GET", "/nowhere", None, "-", 404, "-"),
     ]
     for number, (method, path, body, _, status, _) in enumerate(requests):
-        answer = server.request(method, path, body, bearer() | {"X-Request-ID": f"request-{number}"})
+        answer = server.request(
+            method, path, body, bearer() | {"X-Request-ID": f"request-{number}"}
+        )
         assert answer.status_code == status
         assert answer.headers["x-request-id"] == f"request-{number}"
     matches = [LINE.fullmatch(line) for line in log_lines(server)[1:]]
-    found = [match.group("method", "route", "status", "id", "user") if match else None for match in matches]
+    found = [
+        match.group("method", "route", "status", "id", "user") if match else None
+        for match in matches
+    ]
     assert found == [
         (method, route, str(status), f"request-{number}", user)
         for number, (method, _, _, route, status, user) in enumerate(requests)
@@ -468,11 +517,19 @@ def test_the_log_tells_the_time_in_utc(start: Start) -> None:
 
 def test_no_secret_token_or_content_reaches_the_log_or_an_answer(start: Start) -> None:
     server = start(TASKD_LOG="debug", BETTER_AUTH_SECRETS=f"2:{SECRET},1:{OTHER_SECRET}")
-    tokens = [token(), token(secret=OTHER_SECRET), token(secret="not-one-of-the-two-that-this-server-knows")]
+    tokens = [
+        token(),
+        token(secret=OTHER_SECRET),
+        token(secret="not-one-of-the-two-that-this-server-knows"),
+    ]
     task = {"title": "Buy nitroglycerine", "description": "for the old bridge"}
     seen = ""
     for sent in tokens:
-        headers = {"Authorization": f"Bearer {sent}", "X-Request-ID": sent[:80], "Cookie": f"session={sent}"}
+        headers = {
+            "Authorization": f"Bearer {sent}",
+            "X-Request-ID": sent[:80],
+            "Cookie": f"session={sent}",
+        }
         for method, path, body in [
             ("POST", TASKS, task),
             ("POST", TASKS, task | {"nitroglycerine": 1}),
@@ -495,8 +552,12 @@ def test_no_secret_token_or_content_reaches_the_log_or_an_answer(start: Start) -
 FORGED = "2026-11-20T21:00:00.000Z INFO DELETE - 200 1.0ms id=forged user='mallory'"
 
 
-@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
-def test_a_user_id_with_line_breaks_cannot_forge_a_log_line(server: Process, line_break: str) -> None:
+@pytest.mark.parametrize(
+    "line_break", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"]
+)
+def test_a_user_id_with_line_breaks_cannot_forge_a_log_line(
+    server: Process, line_break: str
+) -> None:
     user = f"mallory{line_break}{FORGED}"
     path = "/api/" + "".join(f"%{byte:02x}" for byte in user.encode()) + "/tasks"
     before = len(log_lines(server))
@@ -507,7 +568,9 @@ def test_a_user_id_with_line_breaks_cannot_forge_a_log_line(server: Process, lin
     assert all(LINE.fullmatch(line) for line in lines)
 
 
-@pytest.mark.parametrize("given", [f"a\r\n {FORGED}", f"a\u0085{FORGED}", f"a {FORGED}", "a" * 65, "ä", ""])
+@pytest.mark.parametrize(
+    "given", [f"a\r\n {FORGED}", f"a\u0085{FORGED}", f"a {FORGED}", "a" * 65, "ä", ""]
+)
 def test_a_request_id_that_cannot_stand_in_a_log_is_replaced(server: Process, given: str) -> None:
     with Wire(server) as wire:
         answer = wire.send(written("GET", "/healthz", None, f"X-Request-ID: {given}")).answer()
@@ -518,7 +581,9 @@ def test_a_request_id_that_cannot_stand_in_a_log_is_replaced(server: Process, gi
     assert f" id={answer.headers['x-request-id']} " in line
 
 
-def test_a_client_that_leaves_while_its_write_waits_cannot_forge_a_log_line(start: Start, tmp_path: Path) -> None:
+def test_a_client_that_leaves_while_its_write_waits_cannot_forge_a_log_line(
+    start: Start, tmp_path: Path
+) -> None:
     server = start()
     user = f"mallory\n{FORGED}"
     tasks = "/api/" + "".join(f"%{byte:02x}" for byte in user.encode()) + "/tasks"
@@ -528,7 +593,10 @@ def test_a_client_that_leaves_while_its_write_waits_cannot_forge_a_log_line(star
     with locked(tmp_path / "taskd.db"):
         wires = [Wire(server, receive_buffer=4096) for _ in range(8)]
         for number, wire in enumerate(wires):
-            wire.send(written("GET", tasks, user=user) * number + written("POST", tasks, milk(), user=user) * 2)
+            wire.send(
+                written("GET", tasks, user=user) * number
+                + written("POST", tasks, milk(), user=user) * 2
+            )
         time.sleep(0.3)
         for wire in wires:
             wire.reset()
@@ -575,9 +643,14 @@ def test_a_connection_serves_many_requests(server: Process) -> None:
         for number in range(1, 21):
             created = wire.send(written("POST", TASKS, milk(number), user="alice")).answer()
             assert (created.status_code, created.json["id"]) == (201, number)
-            assert wire.send(written("GET", f"{TASKS}/99", user="alice")).answer().status_code == 404
+            assert (
+                wire.send(written("GET", f"{TASKS}/99", user="alice")).answer().status_code == 404
+            )
             assert wire.send(written("GET", TASKS)).answer().status_code == 401
-            assert wire.send(written("DELETE", f"{TASKS}/{number}", user="alice")).answer().status_code == 200
+            assert (
+                wire.send(written("DELETE", f"{TASKS}/{number}", user="alice")).answer().status_code
+                == 200
+            )
 
 
 def test_pipelined_requests_are_answered_in_order(server: Process) -> None:
@@ -596,7 +669,9 @@ def test_a_read_that_was_pipelined_behind_a_waiting_write_stays_behind_it(server
     with Wire(server) as wire:
         assert wire.send(written("GET", TASKS, user="alice")).answer().json == []
         with locked(database_of(server)):
-            wire.send(written("POST", TASKS, milk(), user="alice") + written("GET", TASKS, user="alice"))
+            wire.send(
+                written("POST", TASKS, milk(), user="alice") + written("GET", TASKS, user="alice")
+            )
             time.sleep(0.3)
         created, listed = wire.answer(), wire.answer()
         assert created.status_code == 201
@@ -620,14 +695,18 @@ def test_http_1_0_is_answered_and_closed(server: Process) -> None:
 def test_http_1_0_may_keep_the_connection(server: Process) -> None:
     with Wire(server) as wire:
         for _ in range(3):
-            wire.send(written("GET", TASKS, None, "Connection: keep-alive", user="alice", version="1.0"))
+            wire.send(
+                written("GET", TASKS, None, "Connection: keep-alive", user="alice", version="1.0")
+            )
             answer = wire.answer()
             assert (answer.json, answer.headers["connection"].lower()) == ([], "keep-alive")
 
 
 def test_head_has_no_body_and_keeps_the_connection(server: Process) -> None:
     with Wire(server) as wire:
-        assert wire.send(written("HEAD", TASKS, user="alice")).answer(bodiless=True).status_code == 200
+        assert (
+            wire.send(written("HEAD", TASKS, user="alice")).answer(bodiless=True).status_code == 200
+        )
         assert wire.send(written("GET", TASKS, user="alice")).answer().json == []
 
 
@@ -643,7 +722,9 @@ CHUNKED = ("Transfer-Encoding: chunked", "Content-Type: application/json")
 def test_a_chunked_body_is_read(server: Process, size: int) -> None:
     content = json.dumps({"title": "Übung", "description": "€" * 100}, ensure_ascii=False).encode()
     with Wire(server) as wire:
-        answer = wire.send(written("POST", TASKS, chunked(content, size), *CHUNKED, user="alice")).answer()
+        answer = wire.send(
+            written("POST", TASKS, chunked(content, size), *CHUNKED, user="alice")
+        ).answer()
         assert answer.status_code == 201, answer.text
         assert (answer.json["title"], answer.json["description"]) == ("Übung", "€" * 100)
         assert wire.send(written("GET", TASKS, user="alice")).answer().json == [answer.json]
@@ -655,7 +736,9 @@ def test_a_chunked_body_may_set_completion_and_an_empty_one_toggles(server: Proc
         path = f"{TASKS}/1/complete"
         states = []
         for body in (b'{"completed": true}', b'{"completed": true}', b"", b""):
-            answer = wire.send(written("PATCH", path, chunked(body, 5), *CHUNKED, user="alice")).answer()
+            answer = wire.send(
+                written("PATCH", path, chunked(body, 5), *CHUNKED, user="alice")
+            ).answer()
             states.append(answer.json["completed"])
         assert states == [True, True, False, True]
 
@@ -663,8 +746,15 @@ def test_a_chunked_body_may_set_completion_and_an_empty_one_toggles(server: Proc
 def test_expect_100_continue_is_answered_before_the_body(server: Process) -> None:
     content = json.dumps(milk()).encode()
     with Wire(server) as wire:
-        lines = ("Expect: 100-continue", "Content-Type: application/json", f"Content-Length: {len(content)}")
-        assert wire.send(written("POST", TASKS, None, *lines, user="alice")).answer().status_code == 100
+        lines = (
+            "Expect: 100-continue",
+            "Content-Type: application/json",
+            f"Content-Length: {len(content)}",
+        )
+        assert (
+            wire.send(written("POST", TASKS, None, *lines, user="alice")).answer().status_code
+            == 100
+        )
         assert wire.send(content).answer().status_code == 201
         assert wire.send(written("GET", "/healthz")).answer().status_code == 200
 
@@ -700,13 +790,23 @@ REFUSED = [
     ("headers over 64 KiB", written("GET", "/healthz", None, f"X-Long: {'x' * 70_000}"), 431),
     ("a path over 64 KiB", written("GET", f"/{'x' * 70_000}"), 431),
     ("Transfer-Encoding: gzip", written("POST", TASKS, None, "Transfer-Encoding: gzip"), 400),
-    ("Transfer-Encoding: gzip, chunked", written("POST", TASKS, None, "Transfer-Encoding: gzip, chunked"), 400),
-    ("Transfer-Encoding: identity", written("POST", TASKS, None, "Transfer-Encoding: identity"), 400),
+    (
+        "Transfer-Encoding: gzip, chunked",
+        written("POST", TASKS, None, "Transfer-Encoding: gzip, chunked"),
+        400,
+    ),
+    (
+        "Transfer-Encoding: identity",
+        written("POST", TASKS, None, "Transfer-Encoding: identity"),
+        400,
+    ),
     ("chunks that are none", written("POST", TASKS, b"zz\r\n", "Transfer-Encoding: chunked"), 400),
 ]
 
 
-@pytest.mark.parametrize(("sent", "status"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+@pytest.mark.parametrize(
+    ("sent", "status"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
+)
 def test_what_the_server_refuses_by_its_own_hand_has_the_shape_of_all_errors(
     server: Process, sent: bytes, status: int
 ) -> None:
@@ -718,15 +818,26 @@ def test_what_the_server_refuses_by_its_own_hand_has_the_shape_of_all_errors(
 
 
 @pytest.mark.parametrize("size", [64 * 1024 + 1, 600_000, 1_048_500])
-def test_a_body_between_64_kib_and_1_mib_is_413_and_keeps_the_connection(server: Process, size: int) -> None:
+def test_a_body_between_64_kib_and_1_mib_is_413_and_keeps_the_connection(
+    server: Process, size: int
+) -> None:
     with Wire(server) as wire:
-        for content, line in ((b"x" * size, f"Content-Length: {size}"), (chunked(b"x" * size, size), CHUNKED[0])):
-            wire.send(written("POST", TASKS, content, "Content-Type: application/json", line, user="alice"))
+        for content, line in (
+            (b"x" * size, f"Content-Length: {size}"),
+            (chunked(b"x" * size, size), CHUNKED[0]),
+        ):
+            wire.send(
+                written(
+                    "POST", TASKS, content, "Content-Type: application/json", line, user="alice"
+                )
+            )
             assert "bytes" in assert_problem(wire.answer(), 413)["detail"]
         assert wire.send(written("GET", TASKS, user="alice")).answer().json == []
 
 
-def test_a_client_that_sends_2_mb_without_looking_up_learns_why_they_are_refused(server: Process) -> None:
+def test_a_client_that_sends_2_mb_without_looking_up_learns_why_they_are_refused(
+    server: Process,
+) -> None:
     with Wire(server) as wire:
         sent = written("POST", TASKS, b"x" * 2_000_000, "Content-Length: 2000000", user="alice")
         with contextlib.suppress(ConnectionError):  # it need not take them all
@@ -742,11 +853,16 @@ def test_8_users_at_once_each_see_their_own_tasks_and_nothing_else(server: Proce
         path, titles, done = f"/api/{user}/tasks", [], []
         with Wire(server) as wire:
             for number in range(15):
-                created = wire.send(written("POST", path, {"title": f"{user} {number}"}, user=user)).answer()
+                created = wire.send(
+                    written("POST", path, {"title": f"{user} {number}"}, user=user)
+                ).answer()
                 assert created.status_code == 201
                 task = created.json
                 titles.append(f"{user} {number}")
-                assert wire.send(written("GET", f"{path}/{task['id']}", user=user)).answer().json == task
+                assert (
+                    wire.send(written("GET", f"{path}/{task['id']}", user=user)).answer().json
+                    == task
+                )
                 wire.send(written("PATCH", f"{path}/{task['id']}/complete", user=user))
                 assert wire.answer().json["completed"] is True
                 done.append(task["id"])
@@ -757,7 +873,11 @@ def test_8_users_at_once_each_see_their_own_tasks_and_nothing_else(server: Proce
         return done
 
     with ThreadPoolExecutor(8) as pool:
-        keys = [key for keys in pool.map(live, [f"user-{number}" for number in range(8)]) for key in keys]
+        keys = [
+            key
+            for keys in pool.map(live, [f"user-{number}" for number in range(8)])
+            for key in keys
+        ]
     assert len(set(keys)) == 8 * 15
 
 

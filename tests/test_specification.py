@@ -9,7 +9,16 @@ import time
 import pytest
 
 import taskd
-from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer, database_url, sign, token
+from support import (
+    OTHER_SECRET,
+    SECRET,
+    TASK_KEYS,
+    assert_problem,
+    bearer,
+    database_url,
+    sign,
+    token,
+)
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 ROUTES = [  # method, path, body
@@ -37,7 +46,9 @@ def expired():
 def every_route(client, headers, user="alice", task_id=1):
     """Call all six routes and return the answers."""
     return [
-        client.simulate_request(method, path.format(user=user, id=task_id), headers=headers, json=body)
+        client.simulate_request(
+            method, path.format(user=user, id=task_id), headers=headers, json=body
+        )
         for method, path, body in ROUTES
     ]
 
@@ -46,7 +57,10 @@ def every_route(client, headers, user="alice", task_id=1):
 
 
 def test_us1_scenario_1_a_user_with_a_token_lists_only_their_own_tasks(alice, bob):
-    milk, bread = alice.add(title="Milk"), alice.add(title="Bread", description="Rye", completed=True)
+    milk, bread = (
+        alice.add(title="Milk"),
+        alice.add(title="Bread", description="Rye", completed=True),
+    )
     bob.add(title="Bob's secret")
     response = alice.call("GET")
     assert response.status_code == 200
@@ -102,7 +116,9 @@ def test_us2_scenario_1_a_created_task_belongs_to_the_user_of_the_token(alice):
     ],
     ids=["none", "garbage", "another secret", "expired", "changed"],
 )
-def test_us2_scenario_2_with_an_invalid_or_expired_token_creating_is_401(client, alice, authorization):
+def test_us2_scenario_2_with_an_invalid_or_expired_token_creating_is_401(
+    client, alice, authorization
+):
     headers = {"Authorization": authorization} if authorization else {}
     response = client.simulate_post("/api/alice/tasks", headers=headers, json={"title": "Buy milk"})
     assert_problem(response, 401)
@@ -122,7 +138,9 @@ def test_us3_scenario_1_an_owner_reads_a_task(alice):
 
 def test_us3_scenario_2_an_owner_updates_a_task(alice):
     task = alice.add(title="Milk", description="2 litres")
-    response = alice.call("PUT", f"/{task['id']}", json={"title": "Oat milk", "description": None, "completed": True})
+    response = alice.call(
+        "PUT", f"/{task['id']}", json={"title": "Oat milk", "description": None, "completed": True}
+    )
     assert response.status_code == 200
     updated = response.json
     assert updated == task | {
@@ -175,7 +193,9 @@ def test_edge_case_another_users_task_is_404_below_ones_own_url(alice, bob):
 
 def test_edge_case_an_invalid_token_is_401_and_says_why(client):
     for bad in ["x", "a.b", "a.b.c", token(secret=OTHER_SECRET)]:
-        response = client.simulate_get("/api/alice/tasks", headers={"Authorization": f"Bearer {bad}"})
+        response = client.simulate_get(
+            "/api/alice/tasks", headers={"Authorization": f"Bearer {bad}"}
+        )
         assert_problem(response, 401)
         assert 'error="invalid_token"' in response.headers["www-authenticate"]
 
@@ -213,18 +233,27 @@ def test_fr_001_every_task_route_requires_a_token_in_the_header(client, alice):
     for method, path, body in ROUTES:
         path = path.format(user="alice", id=task["id"])
         assert_problem(client.simulate_request(method, f"{path}?token={token()}", json=body), 401)
-        assert_problem(client.simulate_request(method, path, cookies={"token": token()}, json=body), 401)
+        assert_problem(
+            client.simulate_request(method, path, cookies={"token": token()}, json=body), 401
+        )
     assert alice.call("GET").json == [task]
 
 
 def test_fr_002_the_secret_comes_from_better_auth_secret(make_app, tmp_path):
     from falcon import testing
 
-    environ = {"BETTER_AUTH_SECRET": OTHER_SECRET, "DATABASE_URL": database_url(tmp_path / "taskd.db")}
+    environ = {
+        "BETTER_AUTH_SECRET": OTHER_SECRET,
+        "DATABASE_URL": database_url(tmp_path / "taskd.db"),
+    }
     settings = taskd.Settings.load(environ, tmp_path / "none.env")
-    client = testing.TestClient(make_app(secret=settings.secret, database_url=settings.database_url))
+    client = testing.TestClient(
+        make_app(secret=settings.secret, database_url=settings.database_url)
+    )
     signed_by = {
-        secret: client.simulate_get("/api/alice/tasks", headers={"Authorization": f"Bearer {token(secret=secret)}"})
+        secret: client.simulate_get(
+            "/api/alice/tasks", headers={"Authorization": f"Bearer {token(secret=secret)}"}
+        )
         for secret in (OTHER_SECRET, SECRET, OTHER_SECRET + " ", OTHER_SECRET.upper())
     }
     assert {secret: response.status_code for secret, response in signed_by.items()} == {
@@ -240,29 +269,50 @@ def test_fr_002_every_bit_of_the_signature_is_verified(client):
     start = good.rindex(".") + 1
     for position in range(start, len(good)):
         changed = good[:position] + ("A" if good[position] != "A" else "B") + good[position + 1 :]
-        response = client.simulate_get("/api/alice/tasks", headers={"Authorization": f"Bearer {changed}"})
+        response = client.simulate_get(
+            "/api/alice/tasks", headers={"Authorization": f"Bearer {changed}"}
+        )
         assert_problem(response, 401)
     for bad in (good[:start], good[:-1], good[: start + 10]):
-        assert_problem(client.simulate_get("/api/alice/tasks", headers={"Authorization": f"Bearer {bad}"}), 401)
+        assert_problem(
+            client.simulate_get("/api/alice/tasks", headers={"Authorization": f"Bearer {bad}"}), 401
+        )
 
 
 def test_fr_003_the_user_id_of_the_token_must_be_the_user_id_of_the_url(client):
     expected = {"alice": 200, "bob": 403, "Alice": 403, "alice%20": 403, "alic": 403, "alicee": 403}
-    answers = {user: client.simulate_get(f"/api/{user}/tasks", headers=bearer("alice")) for user in expected}
+    answers = {
+        user: client.simulate_get(f"/api/{user}/tasks", headers=bearer("alice"))
+        for user in expected
+    }
     assert {user: response.status_code for user, response in answers.items()} == expected
 
 
 def test_fr_003_the_user_id_is_the_sub_claim_and_no_other(client):
-    claims = {"userId": "alice", "user_id": "alice", "id": "alice", "email": "alice", "uid": "alice"}
+    claims = {
+        "userId": "alice",
+        "user_id": "alice",
+        "id": "alice",
+        "email": "alice",
+        "uid": "alice",
+    }
     mail_link = sign({"alg": "HS256"}, claims | {"exp": int(time.time()) + 900})
-    assert_problem(client.simulate_get("/api/alice/tasks", headers={"Authorization": f"Bearer {mail_link}"}), 401)
+    assert_problem(
+        client.simulate_get("/api/alice/tasks", headers={"Authorization": f"Bearer {mail_link}"}),
+        401,
+    )
     login = {"Authorization": f"Bearer {token('bob', **claims)}"}
     assert_problem(client.simulate_get("/api/alice/tasks", headers=login), 403)
     assert client.simulate_get("/api/bob/tasks", headers=login).status_code == 200
 
 
 def test_fr_004_without_a_valid_token_every_route_answers_401_whatever_else_is_wrong(client):
-    for headers in ({}, expired(), {"Authorization": "Basic YWxpY2U6eA=="}, bearer(secret=OTHER_SECRET)):
+    for headers in (
+        {},
+        expired(),
+        {"Authorization": "Basic YWxpY2U6eA=="},
+        bearer(secret=OTHER_SECRET),
+    ):
         for response in every_route(client, headers, task_id=0):
             assert_problem(response, 401)
             assert response.headers["www-authenticate"].startswith('Bearer realm="taskd"')
@@ -323,9 +373,13 @@ def test_fr_009_a_user_toggles_their_own_tasks_but_not_anothers(alice, bob):
 
 def test_fr_010_the_middleware_leaves_the_user_in_the_request_context(app, client):
     app.add_route("/api/{user_id}/whoami", WhoAmI())
-    response = client.simulate_get("/api/alice/whoami", headers=bearer("alice", email="a@example.com", name="Alice"))
+    response = client.simulate_get(
+        "/api/alice/whoami", headers=bearer("alice", email="a@example.com", name="Alice")
+    )
     assert response.json == {"id": "alice", "email": "a@example.com", "name": "Alice"}
-    response = client.simulate_get("/api/alice/whoami", headers=bearer("alice", email=None, name=None))
+    response = client.simulate_get(
+        "/api/alice/whoami", headers=bearer("alice", email=None, name=None)
+    )
     assert response.json == {"id": "alice", "email": None, "name": None}
 
 
@@ -339,7 +393,10 @@ def test_fr_010_the_middleware_guards_a_route_that_knows_nothing_of_tokens(app, 
 def test_fr_011_ownership_holds_on_every_operation(client, alice, bob):
     task = alice.add()
     statuses = [
-        [response.status_code for response in every_route(client, bearer("bob"), user=user, task_id=task["id"])]
+        [
+            response.status_code
+            for response in every_route(client, bearer("bob"), user=user, task_id=task["id"])
+        ]
         for user in ("alice", "bob")
     ]
     assert statuses == [[403] * 6, [200, 201, 404, 404, 404, 404]]
@@ -365,7 +422,9 @@ def test_sc_001_and_sc_004_every_request_of_an_authenticated_user_succeeds(alice
     assert statuses == [200] * 250
 
 
-@pytest.mark.parametrize("headers", [{}, bearer(secret=OTHER_SECRET), expired()], ids=["none", "wrong", "expired"])
+@pytest.mark.parametrize(
+    "headers", [{}, bearer(secret=OTHER_SECRET), expired()], ids=["none", "wrong", "expired"]
+)
 def test_sc_002_a_401_takes_less_than_100_ms(client, headers):
     def once():
         started = time.perf_counter()
@@ -376,12 +435,34 @@ def test_sc_002_a_401_takes_less_than_100_ms(client, headers):
 
 
 def test_sc_003_no_request_of_another_user_reads_or_changes_anything(client, alice):
-    tasks = [alice.add(title=f"Secret {number}", description="Nobody's business") for number in range(3)]
-    for user in ("alice", "bob", "ALICE", "alice%00", "%61lice", "*", "%25", "_", "", "..", "alice'--"):
+    tasks = [
+        alice.add(title=f"Secret {number}", description="Nobody's business") for number in range(3)
+    ]
+    for user in (
+        "alice",
+        "bob",
+        "ALICE",
+        "alice%00",
+        "%61lice",
+        "*",
+        "%25",
+        "_",
+        "",
+        "..",
+        "alice'--",
+    ):
         for slashes in ("", "/", "//"):
             for task in tasks:
-                for headers in (bearer("bob"), bearer("*"), bearer("%"), bearer("alice' OR 1=1--"), {}):
-                    for response in every_route(client, headers, user=user, task_id=f"{slashes}{task['id']}"):
+                for headers in (
+                    bearer("bob"),
+                    bearer("*"),
+                    bearer("%"),
+                    bearer("alice' OR 1=1--"),
+                    {},
+                ):
+                    for response in every_route(
+                        client, headers, user=user, task_id=f"{slashes}{task['id']}"
+                    ):
                         assert response.status_code in (200, 201, 401, 403, 404)
                         assert "Secret" not in response.text
                         assert "Nobody" not in response.text

@@ -39,8 +39,8 @@ def path(tmp_path):
 @pytest.fixture
 def small_patience(monkeypatch):
     """Make applications wait briefly for a lock; ask for it before `app`."""
-    monkeypatch.setattr(taskd, "BUSY", 0.05)
-    monkeypatch.setattr(taskd, "QUEUE", 0.05)
+    monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", 0.05)
 
 
 @contextmanager
@@ -99,13 +99,18 @@ def test_the_peewee_models_and_schema_sql_are_the_same_tables(tmp_path, model):
         database.create_tables([model])
     database.close()
     table = model._meta.table_name
-    of_schema, of_model = columns(tmp_path / "schema.db", table), columns(tmp_path / "model.db", table)
+    of_schema, of_model = (
+        columns(tmp_path / "schema.db", table),
+        columns(tmp_path / "model.db", table),
+    )
     assert [row[0] for row in of_schema] == [row[0] for row in of_model]
     for (name, kind, required, key), (_, *of_model_column) in zip(of_schema, of_model, strict=True):
         model_kind, model_required, model_key = of_model_column
         assert (name, key) == (name, model_key)
         assert key or required == model_required
-        assert model_kind == {"BOOLEAN": "INTEGER"}.get(kind, kind)  # Peewee's word for it on SQLite
+        assert model_kind == {"BOOLEAN": "INTEGER"}.get(
+            kind, kind
+        )  # Peewee's word for it on SQLite
 
 
 def test_a_new_database_has_the_schema_of_schema_sql(app, path, tmp_path):
@@ -129,7 +134,10 @@ def test_a_new_database_has_the_schema_of_schema_sql(app, path, tmp_path):
 
 def test_ids_are_autoincrement(app, path):
     with connected(path) as connection:
-        assert "AUTOINCREMENT" in connection.execute("SELECT sql FROM sqlite_master WHERE name='task'").fetchone()[0]
+        assert (
+            "AUTOINCREMENT"
+            in connection.execute("SELECT sql FROM sqlite_master WHERE name='task'").fetchone()[0]
+        )
         assert connection.execute("SELECT count(*) FROM sqlite_sequence").fetchone() == (0,)
 
 
@@ -157,7 +165,10 @@ def test_every_connection_writes_ahead_and_syncs_fully(app, alice, path):
 
         def pragmas():
             try:
-                return [database.execute_sql("PRAGMA synchronous").fetchone() for database in databases(app.store)]
+                return [
+                    database.execute_sql("PRAGMA synchronous").fetchone()
+                    for database in databases(app.store)
+                ]
             finally:
                 app.store.close()
 
@@ -168,18 +179,31 @@ DIFFERENT = {  # what a database has, and what the message must name
     "another table": ("CREATE TABLE task (x INTEGER);", ["user_id", "title"]),
     "no description": (altered("description TEXT,", ""), ["description"]),
     "no completed": (
-        re.sub("CREATE INDEX task_completed.*?;", "", altered("completed BOOLEAN NOT NULL DEFAULT FALSE,", "")),
+        re.sub(
+            "CREATE INDEX task_completed.*?;",
+            "",
+            altered("completed BOOLEAN NOT NULL DEFAULT FALSE,", ""),
+        ),
         ["task.completed"],
     ),
     "no version": (altered("version INTEGER NOT NULL DEFAULT 1,", ""), ["task.version"]),
     "an extra column": (altered("title TEXT", "priority INTEGER, title TEXT"), ["priority"]),
-    "an extra column that is required": (altered("title TEXT", "priority INTEGER NOT NULL, title TEXT"), ["priority"]),
+    "an extra column that is required": (
+        altered("title TEXT", "priority INTEGER NOT NULL, title TEXT"),
+        ["priority"],
+    ),
     "a column of another type": (altered("title TEXT", "title BLOB"), ["title", "BLOB"]),
     "a time that is a number": (altered("created_at TEXT", "created_at REAL"), ["created_at"]),
     "an owner that is a number": (altered("user_id TEXT", "user_id INTEGER"), ["user_id"]),
     "an owner that may be null": (altered("user_id TEXT NOT NULL", "user_id TEXT"), ["user_id"]),
-    "a description that may not": (altered("description TEXT", "description TEXT NOT NULL"), ["description"]),
-    "an owner without case": (altered("user_id TEXT NOT NULL", "user_id TEXT NOT NULL COLLATE NOCASE"), ["user_id"]),
+    "a description that may not": (
+        altered("description TEXT", "description TEXT NOT NULL"),
+        ["description"],
+    ),
+    "an owner without case": (
+        altered("user_id TEXT NOT NULL", "user_id TEXT NOT NULL COLLATE NOCASE"),
+        ["user_id"],
+    ),
     "a column of another name": (
         altered("completed BOOLEAN", "done BOOLEAN").replace(", completed", ", done"),
         ["done"],
@@ -189,24 +213,37 @@ DIFFERENT = {  # what a database has, and what the message must name
         altered("task_id ON task (user_id, id)", "task_id ON task (title)"),
         ["index task_id"],
     ),
-    "an index the other way round": (altered("ON task (user_id, id)", "ON task (id, user_id)"), ["index task_id"]),
+    "an index the other way round": (
+        altered("ON task (user_id, id)", "ON task (id, user_id)"),
+        ["index task_id"],
+    ),
     "ids that are used again": (altered(" AUTOINCREMENT", ""), ["task.id"]),
     "ids that are used again, beside others that are not": (
-        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);" + altered(" AUTOINCREMENT", ""),
+        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);"
+        + altered(" AUTOINCREMENT", ""),
         ["id"],
     ),
     "ids that are no key": (
-        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);" + altered(" PRIMARY KEY AUTOINCREMENT", ""),
+        "CREATE TABLE other (id INTEGER PRIMARY KEY AUTOINCREMENT);"
+        + altered(" PRIMARY KEY AUTOINCREMENT", ""),
         ["id"],
     ),
-    "keys that are not their user's": (altered("UNIQUE (user_id, name)", "UNIQUE (name)"), ["idempotency_key"]),
-    "a cursor key that may be null": (altered("cursor_key TEXT NOT NULL", "cursor_key TEXT"), ["about.cursor_key"]),
+    "keys that are not their user's": (
+        altered("UNIQUE (user_id, name)", "UNIQUE (name)"),
+        ["idempotency_key"],
+    ),
+    "a cursor key that may be null": (
+        altered("cursor_key TEXT NOT NULL", "cursor_key TEXT"),
+        ["about.cursor_key"],
+    ),
 }
 
 
 @pytest.mark.parametrize("journal", ["DELETE", "WAL"])
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_a_database_that_does_not_fit_is_refused_by_name_and_left_as_it_was(make_app, path, name, journal):
+def test_a_database_that_does_not_fit_is_refused_by_name_and_left_as_it_was(
+    make_app, path, name, journal
+):
     statements, named = DIFFERENT[name]
     make_database(path, statements, journal)
     before, files = path.read_bytes(), sorted(file.name for file in path.parent.iterdir())
@@ -223,7 +260,11 @@ def test_a_database_that_does_not_fit_is_refused_by_name_and_left_as_it_was(make
 
 @pytest.mark.parametrize(
     "content",
-    [b"This is a letter to my grandmother.\n", b"\x89PNG\r\n\x1a\n" + b"x" * 5000, b"SQLite format 2\0" + b"\0" * 5000],
+    [
+        b"This is a letter to my grandmother.\n",
+        b"\x89PNG\r\n\x1a\n" + b"x" * 5000,
+        b"SQLite format 2\0" + b"\0" * 5000,
+    ],
     ids=["text", "picture", "older"],
 )
 def test_a_file_that_is_no_database_is_refused_and_left_as_it_was(make_app, path, content):
@@ -296,12 +337,20 @@ def test_an_old_database_is_opened_with_its_tasks(make_app, path):
 def statements(store):
     """Return every SQL statement that the store has compiled, by the name under which it keeps it."""
     verbs = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE)
-    return {name: value for name, value in vars(store).items() if isinstance(value, str) and verbs.match(value)}
+    return {
+        name: value
+        for name, value in vars(store).items()
+        if isinstance(value, str) and verbs.match(value)
+    }
 
 
 def lists(store):
     """Return every statement of a page that the store can compile, by its shape."""
-    sorts = [f"{sign}{name}" for sign in ("", "-") for name in ("id", "created_at", "updated_at", "title")]
+    sorts = [
+        f"{sign}{name}"
+        for sign in ("", "-")
+        for name in ("id", "created_at", "updated_at", "title")
+    ]
     shapes = itertools.product([True, False], [True, False], sorts, [True, False])
     return {shape: store._select(*shape) for shape in shapes}
 
@@ -311,28 +360,60 @@ def test_every_statement_of_the_store_names_the_owner(app):
     assert len(found) >= 40
     for name, statement in found.items():
         if statement.startswith("INSERT"):
-            assert re.match(r'INSERT (OR IGNORE )?INTO "\w+" \("user_id",.*\) VALUES \(:user_id,', statement), name
+            assert re.match(
+                r'INSERT (OR IGNORE )?INTO "\w+" \("user_id",.*\) VALUES \(:user_id,', statement
+            ), name
         elif name != "_expire":  # it looks at the oldest keys of all, and only at how old they are
             for half in statement.split(" UNION ALL "):
                 assert re.match(
-                    r'\(*"\w+"."user_id" = :user_id\) AND |[^ ]* = :user_id\) ORDER', half.partition(" WHERE ")[2]
+                    r'\(*"\w+"."user_id" = :user_id\) AND |[^ ]* = :user_id\) ORDER',
+                    half.partition(" WHERE ")[2],
                 )
 
 
 def test_every_statement_finds_its_rows_by_an_index_in_their_order(app, path):
-    names = ["user_id", "id", "title", "description", "completed", "described", "now", "expected", "name", "body"]
-    names += ["before", "answer", "title_folded", "description_folded", "limit", "value", "last", "q"]
+    names = [
+        "user_id",
+        "id",
+        "title",
+        "description",
+        "completed",
+        "described",
+        "now",
+        "expected",
+        "name",
+        "body",
+    ]
+    names += [
+        "before",
+        "answer",
+        "title_folded",
+        "description_folded",
+        "limit",
+        "value",
+        "last",
+        "q",
+    ]
     with connected(path) as connection:
         for name, statement in (statements(app.store) | lists(app.store)).items():
             rows = connection.execute(f"EXPLAIN QUERY PLAN {statement}", dict.fromkeys(names, 1))
             plan = [row[3] for row in rows]
-            assert statement.startswith("INSERT") or any("USING" in step for step in plan), (name, plan)
-            assert not any("TEMP B-TREE" in step or step == "SCAN task" for step in plan), (name, plan)
+            assert statement.startswith("INSERT") or any("USING" in step for step in plan), (
+                name,
+                plan,
+            )
+            assert not any("TEMP B-TREE" in step or step == "SCAN task" for step in plan), (
+                name,
+                plan,
+            )
             for step in plan if isinstance(name, tuple) else ():
                 assert re.match(
-                    r"SEARCH t[1-4] USING INDEX task_\w+ \(user_id=\?|MERGE \(UNION ALL\)|LEFT|RIGHT", step
+                    r"SEARCH t[1-4] USING INDEX task_\w+ \(user_id=\?|MERGE \(UNION ALL\)|LEFT|RIGHT",
+                    step,
                 ), plan
-                if not name[3] and step.startswith("SEARCH"):  # a later page begins where the one before ended
+                if not name[3] and step.startswith(
+                    "SEARCH"
+                ):  # a later page begins where the one before ended
                     assert re.search(r"[<>]", step), (name, plan)
 
 
@@ -352,7 +433,9 @@ def test_no_method_of_the_store_reaches_anothers_task(app, alice):
 def test_what_was_answered_is_in_the_file_for_everyone_to_see(alice, path):
     task = alice.add(title="Milk", description="2 litres", completed=True)
     with connected(path) as connection:
-        rows = connection.execute("SELECT id, user_id, title, description, completed, created_at FROM task").fetchall()
+        rows = connection.execute(
+            "SELECT id, user_id, title, description, completed, created_at FROM task"
+        ).fetchall()
     assert rows == [(1, "alice", "Milk", "2 litres", 1, task["created_at"])]
     alice.call("DELETE", "/1")
     with connected(path) as connection:
@@ -382,7 +465,10 @@ def test_refusals_do_not_wait_for_a_locked_database(small_patience, client, alic
     with connected(path) as other:
         other.execute("BEGIN EXCLUSIVE")
         assert_problem(client.simulate_post("/api/alice/tasks", json={"title": "x"}), 401)
-        assert_problem(client.simulate_post("/api/alice/tasks", headers=bearer("bob"), json={"title": "x"}), 403)
+        assert_problem(
+            client.simulate_post("/api/alice/tasks", headers=bearer("bob"), json={"title": "x"}),
+            403,
+        )
         assert_problem(alice.call("POST", json={}), 422)
         assert_problem(alice.call("DELETE", "/x"), 404)
         assert client.simulate_get("/healthz").status_code == 200
@@ -435,14 +521,18 @@ def test_a_read_only_database_is_503_for_writes_and_recovers(app, alice, method,
 def test_a_full_database_is_503_for_what_needs_room_and_recovers(app, alice):
     task = alice.add()
     for database in databases(app.store):
-        database.execute_sql("PRAGMA max_page_count = 1")  # SQLite takes the number of pages that there are
+        database.execute_sql(
+            "PRAGMA max_page_count = 1"
+        )  # SQLite takes the number of pages that there are
     responses = []
     while len(responses) < 20 and (not responses or responses[-1].status_code == 201):
         responses.append(alice.call("POST", json={"title": "x", "description": "x" * 10_000}))
     assert_unavailable(responses[-1])
     assert alice.call("GET", "/1").json == task
     response = alice.call("POST", json={"title": "x", "description": "x" * 10_000})
-    assert response.status_code == 201  # what was full was this connection, and it has made way for another
+    assert (
+        response.status_code == 201
+    )  # what was full was this connection, and it has made way for another
     numbers = [task["id"] for task in alice.call("GET").json]
     assert len(numbers) == len(set(numbers)) == len(responses) + 1
 
@@ -493,7 +583,10 @@ def test_a_damaged_database_is_503_and_recovers_when_it_is_mended(app, alice, pa
 
 def test_a_full_disk_is_503_and_the_server_goes_on_when_there_is_room_again(server):
     """The disk is full for this process alone: no file of it may grow."""
-    answered = [server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice")) for _ in range(3)]
+    answered = [
+        server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice"))
+        for _ in range(3)
+    ]
     assert [response.status_code for response in answered] == [201, 201, 201]
     tasks = [response.json for response in answered]
     unlimited = resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE)
@@ -501,7 +594,9 @@ def test_a_full_disk_is_503_and_the_server_goes_on_when_there_is_room_again(serv
     for _ in range(3):
         response = server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice"))
         assert_unavailable(response)
-        assert_unavailable(server.request("PATCH", "/api/alice/tasks/1/complete", headers=bearer("alice")))
+        assert_unavailable(
+            server.request("PATCH", "/api/alice/tasks/1/complete", headers=bearer("alice"))
+        )
     assert server.request("GET", "/healthz").status_code == 200
     reads = [server.request("GET", "/api/alice/tasks", headers=bearer("alice")) for _ in range(3)]
     resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, unlimited)
@@ -540,9 +635,9 @@ def test_a_store_can_be_closed_twice_and_used_again(app, alice):
 
 
 @pytest.fixture
-def hurried(monkeypatch):
+def in_event_loop(monkeypatch):
     """Let this thread be the one that serves the sockets, and must not wait."""
-    monkeypatch.setattr(taskd.this_thread, "hurried", True)
+    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
 
 
 def titles(store: taskd.TaskStore) -> list[str]:
@@ -553,46 +648,46 @@ def new_task(title: str = "Buy milk") -> taskd.NewTask:
     return taskd.NewTask(title=title)
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("in_event_loop")
 def test_the_thread_of_the_sockets_writes_by_itself_while_nothing_is_in_its_way(app, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW", 99)
+    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
     for number in range(1, 4):
         assert app.store.add("alice", new_task()).task.id == number
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("in_event_loop")
 def test_it_leaves_a_write_to_another_thread_while_one_is_under_way(app, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW", 99)
-    with app.store._database._turn, pytest.raises(taskd.Blocked):
+    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
+    with app.store._database._turn, pytest.raises(taskd.WouldBlock):
         app.store.add("alice", new_task())
     assert titles(app.store) == []
     assert app.store.add("alice", new_task()).task.id == 1
 
 
 def test_it_leaves_writes_to_other_threads_while_the_disk_is_slow(app, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW", -1)
+    monkeypatch.setattr(taskd, "SLOW_WRITE", -1)
     app.store.add("alice", new_task())
-    monkeypatch.setattr(taskd.this_thread, "hurried", True)
-    monkeypatch.setattr(taskd, "SLOW", 99)
-    with pytest.raises(taskd.Blocked):
+    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
+    with pytest.raises(taskd.WouldBlock):
         app.store.add("alice", new_task())
     assert len(titles(app.store)) == 1
-    monkeypatch.setattr(taskd.this_thread, "hurried", False)
+    monkeypatch.setattr(taskd.thread_state, "in_event_loop", False)
     app.store.add("alice", new_task())
-    monkeypatch.setattr(taskd.this_thread, "hurried", True)
+    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     assert app.store.add("alice", new_task()).task.id == 3
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("in_event_loop")
 def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW", 99)
+    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
     app.store.add("alice", new_task())
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
-    with pytest.raises(taskd.Blocked):
+    with pytest.raises(taskd.WouldBlock):
         app.store.add("alice", new_task())
-    assert time.monotonic() - started < taskd.BUSY / 2
+    assert time.monotonic() - started < taskd.LOCK_TIMEOUT / 2
     assert len(titles(app.store)) == 1, "reads go on"
     other.execute("ROLLBACK")
     other.close()
@@ -603,7 +698,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
 
 
 def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):
-    monkeypatch.setattr(taskd, "QUEUE", 0.05)
+    monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", 0.05)
     for _ in range(3):  # each gives back its leave to wait
         with app.store._database._turn, pytest.raises(taskd.Unavailable) as caught:
             app.store.add("alice", new_task())
@@ -612,8 +707,8 @@ def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, mon
 
 
 def test_only_so_many_writes_wait(path, monkeypatch):
-    monkeypatch.setattr(taskd, "QUEUE", DEADLINE)
-    monkeypatch.setattr(taskd, "SLOT", 0.05)
+    monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", DEADLINE)
+    monkeypatch.setattr(taskd, "QUEUE_PLACE_TIMEOUT", 0.05)
     database = taskd.Sqlite(str(path), waiting=1)
     store = taskd.TaskStore(database)
     with ThreadPoolExecutor(1) as another:
@@ -638,10 +733,19 @@ def pragma(database: peewee.SqliteDatabase, name: str) -> object:
 
 
 def test_the_connection_of_the_sockets_keeps_more_pages_and_waits_for_no_lock(app):
-    hurried, patient = app.store._database._hurried, app.store._database._patient
-    assert (pragma(hurried, "cache_size"), pragma(hurried, "busy_timeout")) == (-16000, 0)
-    assert (pragma(patient, "cache_size"), pragma(patient, "busy_timeout")) == (-2000, taskd.BUSY * 1000)
-    for database in (hurried, patient):
+    in_event_loop, patient = (
+        app.store._database._event_loop_connection,
+        app.store._database._worker_connection,
+    )
+    assert (pragma(in_event_loop, "cache_size"), pragma(in_event_loop, "busy_timeout")) == (
+        -16000,
+        0,
+    )
+    assert (pragma(patient, "cache_size"), pragma(patient, "busy_timeout")) == (
+        -2000,
+        taskd.LOCK_TIMEOUT * 1000,
+    )
+    for database in (in_event_loop, patient):
         assert (pragma(database, "journal_mode"), pragma(database, "synchronous")) == ("wal", 2)
 
 
@@ -650,8 +754,11 @@ def test_comments_and_layout_are_no_difference_and_several_differences_are_told_
         database.executescript(GOOD)
     taskd.prepare_database(str(path))
     with closing(sqlite3.connect(path)) as database:
-        database.executescript("ALTER TABLE task ADD COLUMN a TEXT; ALTER TABLE task ADD COLUMN b TEXT;")
+        database.executescript(
+            "ALTER TABLE task ADD COLUMN a TEXT; ALTER TABLE task ADD COLUMN b TEXT;"
+        )
     with pytest.raises(
-        taskd.DatabaseError, match=r"does not fit schema\.sql: it has task\.a TEXT; it has task\.b TEXT$"
+        taskd.DatabaseError,
+        match=r"does not fit schema\.sql: it has task\.a TEXT; it has task\.b TEXT$",
     ):
         taskd.prepare_database(str(path))

@@ -68,9 +68,33 @@ OPTIONS = {
     "users": ["--json"],
     "verify": ["--json"],
 }
-MILK = ["1", "alice", "Buy milk", "2 litres", "no", "2026-01-02T03:04:05.006Z", "2026-01-02T03:04:05.006Z"]
-DENTIST = ["3", "alice", "Call the dentist", "-", "yes", "2026-01-03T03:04:05.006Z", "2026-01-05T03:04:05.006Z"]
-LETTER = ["2", "bob", "Write a letter", "-", "no", "2026-01-01T03:04:05.006Z", "2026-01-04T03:04:05.006Z"]
+MILK = [
+    "1",
+    "alice",
+    "Buy milk",
+    "2 litres",
+    "no",
+    "2026-01-02T03:04:05.006Z",
+    "2026-01-02T03:04:05.006Z",
+]
+DENTIST = [
+    "3",
+    "alice",
+    "Call the dentist",
+    "-",
+    "yes",
+    "2026-01-03T03:04:05.006Z",
+    "2026-01-05T03:04:05.006Z",
+]
+LETTER = [
+    "2",
+    "bob",
+    "Write a letter",
+    "-",
+    "no",
+    "2026-01-01T03:04:05.006Z",
+    "2026-01-04T03:04:05.006Z",
+]
 SHOWN = {"-": None, "yes": True, "no": False}
 
 
@@ -90,11 +114,19 @@ with contextlib.redirect_stdout(io.StringIO()):
 def environment(**variables: str) -> dict[str, str]:
     """Return a process environment in which nothing decides how a terminal looks."""
     looks = {"COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH"}
-    kept = {name: value for name, value in support.environment(**variables).items() if name not in looks}
+    kept = {
+        name: value for name, value in support.environment(**variables).items() if name not in looks
+    }
     return {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | kept | variables
 
 
-def run(directory: Path, *arguments: str, stdin: str | bytes = "", secret: str = SECRET, **variables: str) -> Answer:
+def run(
+    directory: Path,
+    *arguments: str,
+    stdin: str | bytes = "",
+    secret: str = SECRET,
+    **variables: str,
+) -> Answer:
     """Run taskctl there. It never prints a traceback or a secret, whatever else it does."""
     if secret:
         variables = {"BETTER_AUTH_SECRET": secret} | variables
@@ -102,7 +134,9 @@ def run(directory: Path, *arguments: str, stdin: str | bytes = "", secret: str =
     with tempfile.TemporaryDirectory() as name:
         files = {stream: Path(name, stream) for stream in ("stdin", "stdout", "stderr")}
         files["stdin"].write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
-        child = nursery.fork(*arguments, directory=directory, variables=environment(**variables), **files)
+        child = nursery.fork(
+            *arguments, directory=directory, variables=environment(**variables), **files
+        )
         try:
             status = child.wait(DEADLINE)
         finally:
@@ -135,7 +169,9 @@ def one_line(answer: Answer, status: int) -> str:
 
 def parts(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a token's header and claims."""
-    header, claims, _ = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in text.split("."))
+    header, claims, _ = (
+        base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in text.split(".")
+    )
     return json.loads(header), json.loads(claims)
 
 
@@ -152,19 +188,28 @@ def keep(path: Path, rows: list[list[Any]]) -> None:
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     """A database with two tasks of alice's and one of bob's."""
-    keep(tmp_path / "taskd.db", [[SHOWN.get(cell, cell) for cell in row] for row in (MILK, LETTER, DENTIST)])
+    keep(
+        tmp_path / "taskd.db",
+        [[SHOWN.get(cell, cell) for cell in row] for row in (MILK, LETTER, DENTIST)],
+    )
     return tmp_path / "taskd.db"
 
 
 @pytest.mark.parametrize("command", ["users", "mint", "verify x"])
-def test_a_forked_run_is_like_one_from_the_start(taskctl: Taskctl, kept: Path, command: str) -> None:
+def test_a_forked_run_is_like_one_from_the_start(
+    taskctl: Taskctl, kept: Path, command: str
+) -> None:
     variables = environment(BETTER_AUTH_SECRET=SECRET)
     cold = subprocess.run(
         [*COMMAND, *command.split()], cwd=kept.parent, env=variables, stdin=subprocess.DEVNULL, capture_output=True,
         text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     forked = taskctl(*command.split())
-    assert (cold.returncode, cold.stdout, cold.stderr) == (forked.returncode, forked.stdout, forked.stderr)
+    assert (cold.returncode, cold.stdout, cold.stderr) == (
+        forked.returncode,
+        forked.stdout,
+        forked.stderr,
+    )
 
 
 # --- Help and usage -------------------------------------------------------------------------------------------------
@@ -215,7 +260,9 @@ USAGE_ERRORS = {
 
 
 @pytest.mark.parametrize("arguments", USAGE_ERRORS.values(), ids=USAGE_ERRORS)
-def test_wrong_usage_is_explained_on_stderr_with_status_2(taskctl: Taskctl, kept: Path, arguments: list[str]) -> None:
+def test_wrong_usage_is_explained_on_stderr_with_status_2(
+    taskctl: Taskctl, kept: Path, arguments: list[str]
+) -> None:
     before = stored(kept)
     answer = taskctl(*arguments)
     assert (answer.returncode, answer.stdout) == (2, "")
@@ -233,7 +280,10 @@ def test_a_shell_can_complete_commands_and_options(taskctl: Taskctl, tmp_path: P
     found = re.search(r"(\S+_COMPLETE)=complete_bash", shown.stdout)
     assert found, shown.stdout
     complete = partial(taskctl, **{found[1]: "complete_bash"})
-    assert sorted(complete(COMP_WORDS="taskctl.py se", COMP_CWORD="1").stdout.split()) == ["seed", "settings"]
+    assert sorted(complete(COMP_WORDS="taskctl.py se", COMP_CWORD="1").stdout.split()) == [
+        "seed",
+        "settings",
+    ]
     assert complete(COMP_WORDS="taskctl.py mint --t", COMP_CWORD="2").stdout.split() == ["--ttl"]
 
 
@@ -258,11 +308,15 @@ def test_init_writes_a_fresh_secret_for_its_owner_alone_and_makes_the_database(
     assert re.search(r"^taskctl: .*taskd\.db", answer.stderr, re.MULTILINE)
 
 
-def test_what_init_made_is_all_that_taskd_needs(taskctl: Taskctl, start: Start, tmp_path: Path) -> None:
+def test_what_init_made_is_all_that_taskd_needs(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
     taskctl("init", secret="")
     server = start(command=["env", "-u", "BETTER_AUTH_SECRET"])
     minted = taskctl("mint", "alice", secret="").stdout.strip()
-    answer = server.request("GET", "/api/alice/tasks", headers={"Authorization": f"Bearer {minted}"})
+    answer = server.request(
+        "GET", "/api/alice/tasks", headers={"Authorization": f"Bearer {minted}"}
+    )
     assert (answer.status_code, answer.json) == (200, [])
 
 
@@ -286,10 +340,18 @@ def test_no_two_secrets_are_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "before",
-    [b"TASKD_PORT=8001\n", b"TASKD_PORT=8001", b"# caf\xc3\xa9\r\nTASKD_PORT=8001\r\n", b"BETTER_AUTH_SECRET=\n", b""],
+    [
+        b"TASKD_PORT=8001\n",
+        b"TASKD_PORT=8001",
+        b"# caf\xc3\xa9\r\nTASKD_PORT=8001\r\n",
+        b"BETTER_AUTH_SECRET=\n",
+        b"",
+    ],
     ids=["a line", "no final newline", "CRLF and UTF-8", "an empty secret", "an empty file"],
 )
-def test_init_adds_to_a_dotenv_file_without_losing_a_byte(taskctl: Taskctl, tmp_path: Path, before: bytes) -> None:
+def test_init_adds_to_a_dotenv_file_without_losing_a_byte(
+    taskctl: Taskctl, tmp_path: Path, before: bytes
+) -> None:
     (tmp_path / ".env").write_bytes(before)
     answer = taskctl("init", secret="")
     assert (answer.returncode, answer.stdout) == (0, "")
@@ -299,7 +361,9 @@ def test_init_adds_to_a_dotenv_file_without_losing_a_byte(taskctl: Taskctl, tmp_
     assert data(taskctl("settings", "--json", secret=""))["BETTER_AUTH_SECRET"] == "(set)"
 
 
-def test_a_dotenv_file_that_gets_the_secret_is_for_its_owner_alone(taskctl: Taskctl, tmp_path: Path) -> None:
+def test_a_dotenv_file_that_gets_the_secret_is_for_its_owner_alone(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
     (tmp_path / ".env").write_text("TASKD_PORT=8001\n")
     (tmp_path / ".env").chmod(0o644)
     taskctl("init", secret="")
@@ -367,8 +431,12 @@ def test_every_option_of_mint_becomes_a_claim_of_its_json_type(taskctl: Taskctl)
         "gone": ("null", None), "groups": ('["a", 1]', ["a", 1]), "org": ('{"id": 7}', {"id": 7}),
         "quoted": ('"3"', "3"), "sum": ("1+1=2", "1+1=2"), "empty": ("", ""), "word": ("caf\u00e9", "caf\u00e9"),
     }  # fmt: skip
-    options = [option for name, (text, _) in given.items() for option in ("--claim", f"{name}={text}")]
-    shown = data(taskctl("mint", "alice", "--email", "a@b.example", "--name", "Al Ice", "--json", *options))
+    options = [
+        option for name, (text, _) in given.items() for option in ("--claim", f"{name}={text}")
+    ]
+    shown = data(
+        taskctl("mint", "alice", "--email", "a@b.example", "--name", "Al Ice", "--json", *options)
+    )
     claims = shown["claims"]
     assert claims == {
         "sub": "alice", "email": "a@b.example", "name": "Al Ice", "iat": claims["iat"], "exp": claims["iat"] + 3600,
@@ -379,19 +447,34 @@ def test_every_option_of_mint_becomes_a_claim_of_its_json_type(taskctl: Taskctl)
 
 
 @pytest.mark.parametrize(
-    ("ttl", "seconds"), [("90", 90), ("90s", 90), ("15m", 900), ("1h", 3600), ("7d", 604_800), ("0", 0), ("-1h", -3600)]
+    ("ttl", "seconds"),
+    [
+        ("90", 90),
+        ("90s", 90),
+        ("15m", 900),
+        ("1h", 3600),
+        ("7d", 604_800),
+        ("0", 0),
+        ("-1h", -3600),
+    ],
 )
-def test_the_time_to_live_has_units_and_may_have_passed(taskctl: Taskctl, ttl: str, seconds: int) -> None:
+def test_the_time_to_live_has_units_and_may_have_passed(
+    taskctl: Taskctl, ttl: str, seconds: int
+) -> None:
     claims = data(taskctl("mint", "alice", "--ttl", ttl, "--json"))["claims"]
     assert claims["exp"] - claims["iat"] == seconds
 
 
-def test_a_minted_token_is_accepted_by_a_real_server_and_only_for_its_user(taskctl: Taskctl, server: Process) -> None:
+def test_a_minted_token_is_accepted_by_a_real_server_and_only_for_its_user(
+    taskctl: Taskctl, server: Process
+) -> None:
     sent = {"Authorization": f"Bearer {taskctl('mint', 'alice').stdout.strip()}"}
     assert server.request("GET", "/api/alice/tasks", headers=sent).status_code == 200
     assert server.request("GET", "/api/bob/tasks", headers=sent).status_code == 403
     expired = taskctl("mint", "alice", "--ttl", "-1m").stdout.strip()
-    answer = server.request("GET", "/api/alice/tasks", headers={"Authorization": f"Bearer {expired}"})
+    answer = server.request(
+        "GET", "/api/alice/tasks", headers={"Authorization": f"Bearer {expired}"}
+    )
     assert answer.status_code == 401
 
 
@@ -410,7 +493,10 @@ def parts_as_sent(text: str) -> list[bytes]:
 def test_mint_puts_in_the_issuer_and_audience_that_taskd_asks_for(taskctl: Taskctl) -> None:
     names = {"TASKD_ISSUER": "https://auth.example", "TASKD_AUDIENCE": "taskd"}
     shown = data(taskctl("mint", "alice", "--json", **names))
-    assert {name: shown["claims"][name] for name in ("iss", "aud")} == {"iss": "https://auth.example", "aud": "taskd"}
+    assert {name: shown["claims"][name] for name in ("iss", "aud")} == {
+        "iss": "https://auth.example",
+        "aud": "taskd",
+    }
     assert data(taskctl("verify", shown["token"], "--json", **names))["accepted"] is True
 
 
@@ -442,14 +528,20 @@ BAD_TOKENS = {
     "alg none": (sign({"alg": "none"}, {"sub": "alice", "exp": NOW + 900}), "alg"),
     "another alg": (sign({"alg": "HS512"}, {"sub": "alice", "exp": NOW + 900}), "alg"),
     "no alg": (sign({"typ": "JWT"}, {"sub": "alice", "exp": NOW + 900}), "alg"),
-    "Better Auth's own key": (sign({"alg": "EdDSA", "kid": "k"}, {"sub": "alice", "exp": NOW + 900}), "TASKD_JWKS_URL"),
+    "Better Auth's own key": (
+        sign({"alg": "EdDSA", "kid": "k"}, {"sub": "alice", "exp": NOW + 900}),
+        "TASKD_JWKS_URL",
+    ),
     "crit": (sign({"alg": "HS256", "crit": ["exp"]}, {"sub": "alice", "exp": NOW + 900}), "crit"),
     "no exp": (token(exp=None), "exp"),
     "exp as text": (token(exp=str(NOW + 900)), "exp"),
     "no sub": (sign({"alg": "HS256"}, {"exp": NOW + 900}), "sub"),
     "an empty sub": (token(sub=""), "sub"),
     "a sub that is a number": (token(sub=1), "sub"),
-    "an e-mail-verification link": (sign({"alg": "HS256"}, {"email": "a@b", "userId": "7", "exp": NOW + 9}), "sub"),
+    "an e-mail-verification link": (
+        sign({"alg": "HS256"}, {"email": "a@b", "userId": "7", "exp": NOW + 9}),
+        "sub",
+    ),
     "a payload that is a list": (sign({"alg": "HS256"}, ["alice"]), "malformed"),
     "a header that is a list": (sign(["HS256"], {"sub": "alice", "exp": NOW + 900}), "malformed"),
     "a payload that is no JSON": (sign({"alg": "HS256"}, b"alice"), "malformed"),
@@ -464,7 +556,9 @@ USERS = {"a user who is a number": "1", "a user with a space and an umlaut": "J%
 
 def served(server: Process, text: str, user: str = "alice") -> tuple[int, str]:
     """Return what a real server answers to a token, and why."""
-    answer = server.request("GET", f"/api/{user}/tasks", headers={"Authorization": f"Bearer {text}"})
+    answer = server.request(
+        "GET", f"/api/{user}/tasks", headers={"Authorization": f"Bearer {text}"}
+    )
     return answer.status_code, "" if answer.status_code == 200 else answer.json["detail"]
 
 
@@ -477,7 +571,9 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 @pytest.mark.parametrize("name", GOOD_TOKENS)
-def test_verify_accepts_what_a_real_server_accepts(taskctl: Taskctl, judge: Process, name: str) -> None:
+def test_verify_accepts_what_a_real_server_accepts(
+    taskctl: Taskctl, judge: Process, name: str
+) -> None:
     assert served(judge, GOOD_TOKENS[name], USERS.get(name, "alice")) == (200, "")
     assert data(taskctl("verify", "--json", GOOD_TOKENS[name]))["accepted"] is True
 
@@ -491,7 +587,10 @@ def test_verify_refuses_what_a_real_server_refuses_and_for_the_same_reason(
     assert status == 401
     assert why in reason
     answer = taskctl("verify", "--json", text)
-    assert (answer.returncode, json.loads(answer.stdout)) == (1, {"accepted": False, "reason": reason})
+    assert (answer.returncode, json.loads(answer.stdout)) == (
+        1,
+        {"accepted": False, "reason": reason},
+    )
     assert re.fullmatch(rf"taskctl: [^\n]*{re.escape(reason)}[^\n]*\n", answer.stderr)
     assert reason in one_line(taskctl("verify", text), 1)
 
@@ -521,9 +620,19 @@ def test_verify_says_as_whom_and_until_when(taskctl: Taskctl) -> None:
         ("-", "Bearer {}\n"),
         ("-", " {}\n\n"),
     ],
-    ids=["argument", "dash", "stdin", "scheme", "scheme in small letters", "scheme on stdin", "white space around"],
+    ids=[
+        "argument",
+        "dash",
+        "stdin",
+        "scheme",
+        "scheme in small letters",
+        "scheme on stdin",
+        "white space around",
+    ],
 )
-def test_a_token_can_be_given_in_every_way_in_which_people_have_it(taskctl: Taskctl, argument: str, stdin: str) -> None:
+def test_a_token_can_be_given_in_every_way_in_which_people_have_it(
+    taskctl: Taskctl, argument: str, stdin: str
+) -> None:
     text = token()
     given = [argument.format(text)] if argument else []
     assert data(taskctl("verify", "--json", *given, stdin=stdin.format(text)))["user_id"] == "alice"
@@ -568,7 +677,9 @@ def test_an_expiry_beyond_the_calendar_is_no_trouble(taskctl: Taskctl) -> None:
 
 def test_verify_takes_any_of_several_secrets(taskctl: Taskctl) -> None:
     several = {"BETTER_AUTH_SECRETS": f"2:{OTHER_SECRET},1:{SECRET}", "secret": ""}
-    answers = [taskctl("verify", token(secret=secret), **several) for secret in (SECRET, OTHER_SECRET)]
+    answers = [
+        taskctl("verify", token(secret=secret), **several) for secret in (SECRET, OTHER_SECRET)
+    ]
     assert [answer.returncode for answer in answers] == [0, 0]
 
 
@@ -586,7 +697,9 @@ def test_verify_takes_any_of_several_secrets(taskctl: Taskctl) -> None:
 def test_verify_checks_issuer_and_audience_where_they_are_set(
     taskctl: Taskctl, claims: dict[str, object], status: int, why: str
 ) -> None:
-    answer = taskctl("verify", token(**claims), TASKD_ISSUER="https://auth.example", TASKD_AUDIENCE="taskd")
+    answer = taskctl(
+        "verify", token(**claims), TASKD_ISSUER="https://auth.example", TASKD_AUDIENCE="taskd"
+    )
     assert answer.returncode == status
     assert why in answer.stderr
 
@@ -594,7 +707,9 @@ def test_verify_checks_issuer_and_audience_where_they_are_set(
 def test_a_key_set_that_cannot_be_had_is_named_as_the_reason(taskctl: Taskctl) -> None:
     with dead_port() as port:
         answer = taskctl(
-            "verify", BAD_TOKENS["Better Auth's own key"][0], TASKD_JWKS_URL=f"http://127.0.0.1:{port}/jwks"
+            "verify",
+            BAD_TOKENS["Better Auth's own key"][0],
+            TASKD_JWKS_URL=f"http://127.0.0.1:{port}/jwks",
         )
     said = one_line(answer, 1)
     assert "key set" in said
@@ -635,12 +750,17 @@ def test_check_names_the_keys_that_it_reached(taskctl: Taskctl, kept: Path) -> N
     assert {name: found[name] for name in names} == names
 
 
-def test_check_warns_of_what_works_but_should_not_stay(taskctl: Taskctl, kept: Path, tmp_path: Path) -> None:
+def test_check_warns_of_what_works_but_should_not_stay(
+    taskctl: Taskctl, kept: Path, tmp_path: Path
+) -> None:
     kept.chmod(0o640)
     (tmp_path / ".env").write_text("TASKD_PORT=8001\n")
     (tmp_path / ".env").chmod(0o640)
     with answering(http_answer(json.dumps({"keys": [PUBLIC_KEY]}).encode())) as url:
-        variables = {"BETTER_AUTH_SECRETS": f"3:{'a' * 40},2:'{SECRET}',1:{SECRET}", "TASKD_JWKS_URL": url}
+        variables = {
+            "BETTER_AUTH_SECRETS": f"3:{'a' * 40},2:'{SECRET}',1:{SECRET}",
+            "TASKD_JWKS_URL": url,
+        }
         findings = data(taskctl("check", "--json", **variables))
     assert [finding["about"] for finding in findings if finding["result"] == "warning"] == [
         "secret 1", "secret 2", ".env", "taskd.db", "TASKD_ISSUER", "TASKD_AUDIENCE",
@@ -660,7 +780,9 @@ NO_KEY_SET = {
 
 
 @pytest.mark.parametrize("content", NO_KEY_SET.values(), ids=NO_KEY_SET)
-def test_check_says_that_a_key_set_is_off(taskctl: Taskctl, kept: Path, content: bytes | None) -> None:
+def test_check_says_that_a_key_set_is_off(
+    taskctl: Taskctl, kept: Path, content: bytes | None
+) -> None:
     kept.chmod(0o600)
     with contextlib.ExitStack() as stack:
         url = (
@@ -671,7 +793,9 @@ def test_check_says_that_a_key_set_is_off(taskctl: Taskctl, kept: Path, content:
         answer = taskctl("check", "--json", TASKD_JWKS_URL=f"{url}/jwks")
     assert answer.returncode == 1
     assert re.fullmatch(r"taskctl: 1 of \d+ [^\n]+\n", answer.stderr)
-    assert [f["about"] for f in json.loads(answer.stdout) if f["result"] == "OFF"] == [f"{url}/jwks"]
+    assert [f["about"] for f in json.loads(answer.stdout) if f["result"] == "FAIL"] == [
+        f"{url}/jwks"
+    ]
 
 
 def test_check_says_that_a_database_is_off_and_leaves_it(taskctl: Taskctl, tmp_path: Path) -> None:
@@ -762,28 +886,48 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("text", "shown"), HOSTILE.items(), ids=[f"{text!a:.12}" for text in HOSTILE])
+@pytest.mark.parametrize(
+    ("text", "shown"), HOSTILE.items(), ids=[f"{text!a:.12}" for text in HOSTILE]
+)
 def test_what_users_wrote_is_shown_whole_and_does_nothing_to_the_terminal(
     taskctl: Taskctl, tmp_path: Path, text: str, shown: str
 ) -> None:
     keep(tmp_path / "taskd.db", [[1, text, text, text, 0, *MILK[-2:]]])
-    assert cells(taskctl("tasks", text, COLUMNS="20")) == [TASK_KEYS, ["1", shown, shown, shown, "no", *MILK[-2:]]]
+    assert cells(taskctl("tasks", text, COLUMNS="20")) == [
+        TASK_KEYS,
+        ["1", shown, shown, shown, "no", *MILK[-2:]],
+    ]
     assert cells(taskctl("users", COLUMNS="20"))[1:] == [[shown, "1", "0", MILK[-1]]]
-    assert [data(taskctl("tasks", text, "--json"))[0][name] for name in ("user_id", "title", "description")] == [
-        text
-    ] * 3
+    assert [
+        data(taskctl("tasks", text, "--json"))[0][name]
+        for name in ("user_id", "title", "description")
+    ] == [text] * 3
 
 
-def test_the_longest_description_is_shown_whole_on_one_line(taskctl: Taskctl, tmp_path: Path) -> None:
+def test_the_longest_description_is_shown_whole_on_one_line(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
     description = "word " * 1999 + "end."
     keep(tmp_path / "taskd.db", [[1, "alice", "Buy milk", description, 0, *MILK[-2:]]])
-    assert cells(taskctl("tasks", "alice"))[1] == ["1", "alice", "Buy milk", description, "no", *MILK[-2:]]
+    assert cells(taskctl("tasks", "alice"))[1] == [
+        "1",
+        "alice",
+        "Buy milk",
+        description,
+        "no",
+        *MILK[-2:],
+    ]
 
 
 def test_what_users_wrote_does_nothing_to_a_real_terminal_either(tmp_path: Path) -> None:
-    keep(tmp_path / "taskd.db", [[n, text, text, None, 0, *MILK[-2:]] for n, text in enumerate(HOSTILE, 1)])
+    keep(
+        tmp_path / "taskd.db",
+        [[n, text, text, None, 0, *MILK[-2:]] for n, text in enumerate(HOSTILE, 1)],
+    )
     _, seen = on_a_terminal(tmp_path, "users", stream="stdout")
-    assert [text for text in ("\x1b[31m", "\x1b]0;", "\x9b", "\u202e", "\u2028") if text in seen] == []
+    assert [
+        text for text in ("\x1b[31m", "\x1b]0;", "\x9b", "\u202e", "\u2028") if text in seen
+    ] == []
     assert r"\x1b[31mred" in seen
 
 
@@ -798,7 +942,10 @@ def test_what_a_token_says_does_nothing_to_the_terminal(taskctl: Taskctl) -> Non
 
 @pytest.mark.parametrize("command", ["tasks alice", "settings --json"])
 def test_a_reader_who_stops_reading_causes_no_complaint(tmp_path: Path, command: str) -> None:
-    keep(tmp_path / "taskd.db", [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)])
+    keep(
+        tmp_path / "taskd.db",
+        [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)],
+    )
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -812,7 +959,10 @@ def test_a_reader_who_stops_reading_causes_no_complaint(tmp_path: Path, command:
 
 
 def test_the_first_line_of_a_long_list_can_be_had_alone(tmp_path: Path) -> None:
-    keep(tmp_path / "taskd.db", [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)])
+    keep(
+        tmp_path / "taskd.db",
+        [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)],
+    )
     answer = subprocess.run(
         ["bash", "-c", '"$@" | head -1', "bash", *COMMAND, "tasks", "alice"],
         cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET), capture_output=True, text=True, timeout=DEADLINE,
@@ -825,17 +975,30 @@ def test_the_first_line_of_a_long_list_can_be_had_alone(tmp_path: Path) -> None:
 
 
 def test_seed_gives_each_user_so_many_believable_tasks(taskctl: Taskctl, tmp_path: Path) -> None:
-    assert data(taskctl("seed", "alice", "--users", "2", "--count", "400", "--json")) == {"users": 3, "tasks": 1200}
+    assert data(taskctl("seed", "alice", "--users", "2", "--count", "400", "--json")) == {
+        "users": 3,
+        "tasks": 1200,
+    }
     made = list(stored(tmp_path / "taskd.db").values())
-    counts = {user: sum(task["user_id"] == user for task in made) for user in {task["user_id"] for task in made}}
+    counts = {
+        user: sum(task["user_id"] == user for task in made)
+        for user in {task["user_id"] for task in made}
+    }
     assert counts == {"alice": 400, "user-1": 400, "user-2": 400}
     assert all(task["title"].strip() and len(task["title"]) <= 200 for task in made)
     assert len({task["title"] for task in made}) > 10
     assert {task["description"] is None for task in made} == {True, False}
     assert {task["completed"] for task in made} == {0, 1}
     times = [(task["created_at"], task["updated_at"]) for task in made]
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text) for pair in times for text in pair)
-    assert all(datetime.fromisoformat(created) <= datetime.fromisoformat(updated) for created, updated in times)
+    assert all(
+        re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text)
+        for pair in times
+        for text in pair
+    )
+    assert all(
+        datetime.fromisoformat(created) <= datetime.fromisoformat(updated)
+        for created, updated in times
+    )
 
 
 def test_seeded_tasks_are_listed_oldest_first(taskctl: Taskctl) -> None:
@@ -845,7 +1008,10 @@ def test_seeded_tasks_are_listed_oldest_first(taskctl: Taskctl) -> None:
 
 
 def test_seed_says_on_stdout_what_it_made(taskctl: Taskctl) -> None:
-    assert cells(taskctl("seed", "alice", "bob", "--count", "3")) == [["users", "2"], ["tasks", "6"]]
+    assert cells(taskctl("seed", "alice", "bob", "--count", "3")) == [
+        ["users", "2"],
+        ["tasks", "6"],
+    ]
     assert data(taskctl("seed", "carol", "--json")) == {"users": 1, "tasks": 20}
 
 
@@ -873,25 +1039,51 @@ def test_seed_adds_and_never_deletes(taskctl: Taskctl, kept: Path) -> None:
 
 
 def test_seed_works_while_a_server_runs(taskctl: Taskctl, server: Process) -> None:
-    assert server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, bearer()).status_code == 201
+    assert (
+        server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, bearer()).status_code
+        == 201
+    )
     assert taskctl("seed", "alice", "--count", "5").returncode == 0
     listed = server.request("GET", "/api/alice/tasks", headers=bearer()).json
     assert [task["id"] for task in listed] == [1, 2, 3, 4, 5, 6]
-    assert server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, bearer()).json["id"] == 7
-    assert [task["id"] for task in data(taskctl("tasks", "alice", "--json"))] == [1, 2, 3, 4, 5, 6, 7]
+    assert (
+        server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, bearer()).json["id"] == 7
+    )
+    assert [task["id"] for task in data(taskctl("tasks", "alice", "--json"))] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
 
 
-def on_a_terminal(directory: Path, *arguments: str, stream: str, status: int = 0) -> tuple[bytes, str]:
+def on_a_terminal(
+    directory: Path, *arguments: str, stream: str, status: int = 0
+) -> tuple[bytes, str]:
     """Run taskctl with stdout or stderr on a terminal; return what went to the other one, and what was shown."""
     shown, terminal = pty.openpty()
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: terminal}
-    variables = {"BETTER_AUTH_SECRET": SECRET, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", "COLUMNS": "300"}
+    variables = {
+        "BETTER_AUTH_SECRET": SECRET,
+        "TERM": "xterm",
+        "PYTHONIOENCODING": "utf-8",
+        "COLUMNS": "300",
+    }
     with subprocess.Popen(
-        [*COMMAND, *arguments], cwd=directory, env=environment(**variables), stdin=subprocess.DEVNULL, **streams
+        [*COMMAND, *arguments],
+        cwd=directory,
+        env=environment(**variables),
+        stdin=subprocess.DEVNULL,
+        **streams,
     ) as process:
         os.close(terminal)
         seen = b""
-        with contextlib.suppress(OSError):  # which is how Linux says that nobody will write any more
+        with contextlib.suppress(
+            OSError
+        ):  # which is how Linux says that nobody will write any more
             while chunk := os.read(shown, 65536):
                 seen += chunk
         os.close(shown)
@@ -941,7 +1133,10 @@ def test_settings_shows_what_holds_and_masks_the_secrets(taskctl: Taskctl, tmp_p
         "TASKD_CORS_ORIGINS": "https://a.example,https://b.example", "TASKD_AUDIENCE": "[red]taskd",
         "TASKD_ISSUER": None,
     }  # fmt: skip
-    as_json, table = data(taskctl("settings", "--json", secret="", **given)), taskctl("settings", secret="", **given)
+    as_json, table = (
+        data(taskctl("settings", "--json", secret="", **given)),
+        taskctl("settings", secret="", **given),
+    )
     assert {name: as_json[name] for name in expected} == expected
     as_text = {None: "-"} | {value: str(value) for value in expected.values() if value}
     assert {row[0]: row[1] for row in cells(table) if row[0] in expected} == {
@@ -1010,7 +1205,9 @@ def test_smoke_tries_every_route_of_a_live_server_and_leaves_nothing_behind(
     assert stored(tmp_path / "taskd.db") == before
 
 
-def test_smoke_by_itself_tries_the_server_of_the_settings(taskctl: Taskctl, server: Process) -> None:
+def test_smoke_by_itself_tries_the_server_of_the_settings(
+    taskctl: Taskctl, server: Process
+) -> None:
     assert taskctl("smoke", TASKD_PORT=str(server.port)).returncode == 0
     assert "smoke-" in server.log
 
@@ -1024,13 +1221,17 @@ def test_smoke_by_itself_tries_the_server_of_the_settings(taskctl: Taskctl, serv
     ],
     ids=["issuer and audience", "IPv6", "several secrets"],
 )
-def test_smoke_fits_the_settings_of_the_server(taskctl: Taskctl, start: Start, variables: dict[str, str]) -> None:
+def test_smoke_fits_the_settings_of_the_server(
+    taskctl: Taskctl, start: Start, variables: dict[str, str]
+) -> None:
     server = start(**variables)
     answer = taskctl("smoke", **(variables | {"TASKD_PORT": str(server.port)}))
     assert (answer.returncode, answer.stderr) == (0, "")
 
 
-def test_smoke_with_a_wrong_secret_says_what_is_off(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
+def test_smoke_with_a_wrong_secret_says_what_is_off(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
     answer = taskctl("smoke", f"http://127.0.0.1:{server.port}", "--json", secret=OTHER_SECRET)
     assert answer.returncode == 1
     assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
@@ -1056,13 +1257,19 @@ print(server.server_port, flush=True)
 server.serve_forever()
 """
 SABOTAGE = {
-    "deletes nothing": ("if environ['REQUEST_METHOD'] == 'DELETE': environ['REQUEST_METHOD'] = 'GET'", "GET"),
+    "deletes nothing": (
+        "if environ['REQUEST_METHOD'] == 'DELETE': environ['REQUEST_METHOD'] = 'GET'",
+        "GET",
+    ),
     "completes nothing": (
         "if environ['REQUEST_METHOD'] == 'PATCH':"
         " environ.update(REQUEST_METHOD='GET', PATH_INFO=environ['PATH_INFO'].removesuffix('/complete'))",
         "PATCH",
     ),
-    "changes nothing": ("if environ['REQUEST_METHOD'] == 'PUT': environ['REQUEST_METHOD'] = 'GET'", "PUT"),
+    "changes nothing": (
+        "if environ['REQUEST_METHOD'] == 'PUT': environ['REQUEST_METHOD'] = 'GET'",
+        "PUT",
+    ),
     "repeats creates": ("environ.pop('HTTP_IDEMPOTENCY_KEY', None)", "POST"),
     "sends what is known": ("environ.pop('HTTP_IF_NONE_MATCH', None)", "GET"),
     "changes what is not known": ("environ.pop('HTTP_IF_MATCH', None)", "PATCH"),
@@ -1091,11 +1298,16 @@ def test_smoke_notices_a_server_that(taskctl: Taskctl, tmp_path: Path, fault: st
             server.kill()
     assert answer.returncode == 1
     assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
-    assert method in {call["method"] for call in json.loads(answer.stdout) if call["result"] != "ok"}
+    assert method in {
+        call["method"] for call in json.loads(answer.stdout) if call["result"] != "ok"
+    }
 
 
 def http_answer(content: bytes, status: str = "200 OK") -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode()
+        + content
+    )
 
 
 NO_TASKD = {
@@ -1110,7 +1322,9 @@ NO_TASKD = {
     "answers an empty object": http_answer(b"{}"),
     "answers a number": http_answer(b"5"),
     "answers null": http_answer(b"null"),
-    "is well but has no ids": http_answer(b'{"status": "ok", "title": "Try every route"}', "201 Created"),
+    "is well but has no ids": http_answer(
+        b'{"status": "ok", "title": "Try every route"}', "201 Created"
+    ),
     "answers no UTF-8": http_answer(b"\xff\xfe"),
     "answers without a bottom": http_answer(b"[" * 200_000),
     "breaks off": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
@@ -1141,16 +1355,44 @@ UNUSABLE = {
     "no secret": ({}, ["mint", "alice"], "BETTER_AUTH_SECRET is missing"),
     "no secret to verify with": ({}, ["verify", "x"], "BETTER_AUTH_SECRET is missing"),
     "no secret for smoke": ({}, ["smoke"], "BETTER_AUTH_SECRET is missing"),
-    "a short secret": ({"BETTER_AUTH_SECRET": "hunter2"}, ["mint", "alice"], "BETTER_AUTH_SECRET must be at least 32"),
-    "a short secret for init": ({"BETTER_AUTH_SECRET": "hunter2"}, ["init"], "BETTER_AUTH_SECRET must be at least 32"),
-    "a short secret among several": ({"BETTER_AUTH_SECRETS": "1:hunter2"}, ["settings"], "BETTER_AUTH_SECRETS must"),
-    "secrets without a number": ({"BETTER_AUTH_SECRETS": "hunter2" * 9}, ["users"], "BETTER_AUTH_SECRETS must"),
+    "a short secret": (
+        {"BETTER_AUTH_SECRET": "hunter2"},
+        ["mint", "alice"],
+        "BETTER_AUTH_SECRET must be at least 32",
+    ),
+    "a short secret for init": (
+        {"BETTER_AUTH_SECRET": "hunter2"},
+        ["init"],
+        "BETTER_AUTH_SECRET must be at least 32",
+    ),
+    "a short secret among several": (
+        {"BETTER_AUTH_SECRETS": "1:hunter2"},
+        ["settings"],
+        "BETTER_AUTH_SECRETS must",
+    ),
+    "secrets without a number": (
+        {"BETTER_AUTH_SECRETS": "hunter2" * 9},
+        ["users"],
+        "BETTER_AUTH_SECRETS must",
+    ),
     "a port": ({"TASKD_PORT": "hunter2"}, ["settings"], "TASKD_PORT must"),
     "another database": ({"DATABASE_URL": "mysql://x/hunter"}, ["stats"], "DATABASE_URL must"),
-    "a database in memory": ({"DATABASE_URL": "sqlite:///:memory:"}, ["users"], "DATABASE_URL must"),
-    "no directory": ({"DATABASE_URL": "sqlite:///no/such/taskd.db"}, ["seed", "alice"], "no/such/taskd.db cannot be"),
+    "a database in memory": (
+        {"DATABASE_URL": "sqlite:///:memory:"},
+        ["users"],
+        "DATABASE_URL must",
+    ),
+    "no directory": (
+        {"DATABASE_URL": "sqlite:///no/such/taskd.db"},
+        ["seed", "alice"],
+        "no/such/taskd.db cannot be",
+    ),
     "no secret to check": ({}, ["check"], "BETTER_AUTH_SECRET is missing"),
-    "a key set over plain http": ({"TASKD_JWKS_URL": "http://a.example/"}, ["check"], "TASKD_JWKS_URL must"),
+    "a key set over plain http": (
+        {"TASKD_JWKS_URL": "http://a.example/"},
+        ["check"],
+        "TASKD_JWKS_URL must",
+    ),
 }
 
 
@@ -1165,19 +1407,26 @@ def test_unusable_settings_are_one_line_with_status_2_and_nothing_is_touched(
 
 
 @pytest.mark.parametrize("command", ["users", "tasks alice", "stats", "stats --json"])
-def test_a_missing_database_is_not_made_by_looking_at_it(taskctl: Taskctl, tmp_path: Path, command: str) -> None:
+def test_a_missing_database_is_not_made_by_looking_at_it(
+    taskctl: Taskctl, tmp_path: Path, command: str
+) -> None:
     said = one_line(taskctl(*command.split()), 1)
     assert said == "there is no database taskd.db; make it with: python taskctl.py init"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["users", "tasks alice", "stats", "seed alice", "init"])
-def test_a_file_that_is_no_database_stays_as_it_is(taskctl: Taskctl, tmp_path: Path, command: str) -> None:
+def test_a_file_that_is_no_database_stays_as_it_is(
+    taskctl: Taskctl, tmp_path: Path, command: str
+) -> None:
     content = b"Dear diary, today I bought milk. " * 100
     (tmp_path / "taskd.db").write_bytes(content)
     answer = taskctl(*command.split())
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr.splitlines()[-1] == "taskctl: taskd.db cannot be opened: file is not a database"
+    assert (
+        answer.stderr.splitlines()[-1]
+        == "taskctl: taskd.db cannot be opened: file is not a database"
+    )
     assert (tmp_path / "taskd.db").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["taskd.db"]
 
@@ -1199,7 +1448,9 @@ def test_a_damaged_database_is_one_line(taskctl: Taskctl, kept: Path) -> None:
     assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
 
 
-def test_a_database_that_another_process_has_locked_can_be_read_but_not_written(taskctl: Taskctl, kept: Path) -> None:
+def test_a_database_that_another_process_has_locked_can_be_read_but_not_written(
+    taskctl: Taskctl, kept: Path
+) -> None:
     taskctl("stats")  # which turns on the write-ahead log, as any use by taskd does
     with locked(kept):
         assert [row["tasks"] for row in data(taskctl("users", "--json"))] == [2, 1]
@@ -1209,7 +1460,9 @@ def test_a_database_that_another_process_has_locked_can_be_read_but_not_written(
 
 
 @pytest.mark.parametrize("command", ["tasks", "seed"])
-def test_a_name_that_is_no_text_is_a_usage_error(taskctl: Taskctl, kept: Path, command: str) -> None:
+def test_a_name_that_is_no_text_is_a_usage_error(
+    taskctl: Taskctl, kept: Path, command: str
+) -> None:
     answer = taskctl(command, "\udcff")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert sorted(stored(kept)) == [1, 2, 3]

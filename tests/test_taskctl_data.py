@@ -21,7 +21,18 @@ from typing import Any
 import pytest
 
 from support import DEADLINE, SECRET, TASK_KEYS, Process, bearer, locked, stored, until
-from test_taskctl import COMMAND, NO_KEY_SET, Answer, Start, Taskctl, data, environment, on_a_terminal, one_line, run
+from test_taskctl import (
+    COMMAND,
+    NO_KEY_SET,
+    Answer,
+    Start,
+    Taskctl,
+    data,
+    environment,
+    on_a_terminal,
+    one_line,
+    run,
+)
 
 pytestmark = pytest.mark.sqlite("it is about SQLite's files")
 
@@ -62,10 +73,17 @@ def add(server: Process, user: str = "alice", **task: Any) -> dict[str, Any]:
 def fill(server: Process) -> dict[str, list[dict[str, Any]]]:
     """Give some people tasks of every kind, one of them deleted again, and return what the API answers of each."""
     for user in PEOPLE:
-        add(server, user, description=f"“2 litres”\n\t\\ of {user} \U0001f95b", completed=user == "bob")
+        add(
+            server,
+            user,
+            description=f"“2 litres”\n\t\\ of {user} \U0001f95b",
+            completed=user == "bob",
+        )
         gone = add(server, user, title="x" * 200, description="y" * 10_000)["id"]
         add(server, user, title="z" * 200, description="")
-        assert server.request("DELETE", path_of(user, gone), headers=bearer(user)).status_code == 200
+        assert (
+            server.request("DELETE", path_of(user, gone), headers=bearer(user)).status_code == 200
+        )
     return {user: listed(server, user) for user in PEOPLE}
 
 
@@ -147,7 +165,9 @@ def test_a_server_on_the_backup_answers_as_the_first_did_though_it_was_made_amid
     assert answers(copy) == before == answers(server)
     kept = [task["id"] for task in listed(copy, "busy")]
     assert earlier <= set(kept)
-    assert kept == [task["id"] for task in listed(server, "busy")][: len(kept)], "one moment, not several"
+    assert kept == [task["id"] for task in listed(server, "busy")][: len(kept)], (
+        "one moment, not several"
+    )
 
 
 def test_a_backup_holds_up_no_write_and_is_of_the_moment_at_which_it_began(
@@ -156,11 +176,24 @@ def test_a_backup_holds_up_no_write_and_is_of_the_moment_at_which_it_began(
     shutil.copy(large, tmp_path / "taskd.db")
     server = start()
     before = add(server)["id"]
-    slowed = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=2000"]
+    slowed = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        "trace=pwrite64",
+        "-e",
+        "inject=pwrite64:delay_enter=2000",
+    ]
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     backup = launched(tmp_path, "backup", "copy.db", before=slowed)
-    until(lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")), "it has begun")
+    until(
+        lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
+        "it has begun",
+    )
     during = [add(server)["id"] for _ in range(20)]
     assert not (tmp_path / "copy.db").exists(), "too late to tell"
     assert backup.wait(DEADLINE) == 0, backup.communicate()
@@ -181,10 +214,14 @@ for number in itertools.count():
 """
 
 
-def test_a_backup_ends_though_another_process_writes_without_a_pause(taskctl: Taskctl, tmp_path: Path) -> None:
+def test_a_backup_ends_though_another_process_writes_without_a_pause(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
     taskctl("init")
     wordy = MILK | {"description": "x" * 10_000}
-    said(taskctl("import", "-", stdin=lines(*(wordy | {"id": number} for number in range(1, 3001)))))
+    said(
+        taskctl("import", "-", stdin=lines(*(wordy | {"id": number} for number in range(1, 3001))))
+    )
     command = [sys.executable, "-c", HASTY, str(tmp_path / "taskd.db")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout
@@ -199,34 +236,48 @@ def test_a_backup_ends_though_another_process_writes_without_a_pause(taskctl: Ta
     assert sorted(stored(tmp_path / "copy.db")) == list(range(1, 3001))
 
 
-def test_a_backup_is_one_file_for_its_owner_alone(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
+def test_a_backup_is_one_file_for_its_owner_alone(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
     fill(server)
     (tmp_path / "backups").mkdir()
     message = said(taskctl("backup", "backups/copy.db"))
     copy = tmp_path / "backups" / "copy.db"
     assert names(tmp_path / "backups") == ["copy.db"]
     assert (mode(copy), copy.stat().st_nlink) == (0o600, 1)
-    assert message == f"taskctl: backed up taskd.db to backups/copy.db, {copy.stat().st_size} bytes\n"
+    assert (
+        message == f"taskctl: backed up taskd.db to backups/copy.db, {copy.stat().st_size} bytes\n"
+    )
     copy.chmod(0o400)
-    with contextlib.closing(sqlite3.connect(f"{copy.as_uri()}?immutable=1", uri=True)) as connection:
+    with contextlib.closing(
+        sqlite3.connect(f"{copy.as_uri()}?immutable=1", uri=True)
+    ) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert connection.execute("PRAGMA journal_mode").fetchall() == [("delete",)], "it needs no log beside it"
+        assert connection.execute("PRAGMA journal_mode").fetchall() == [("delete",)], (
+            "it needs no log beside it"
+        )
     assert dump(copy) == dump(tmp_path / "taskd.db")
 
 
-def test_a_backup_to_stdout_is_the_same_file(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
+def test_a_backup_to_stdout_is_the_same_file(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
     fill(server)
     said(taskctl("backup", "copy.db"))
     (tmp_path / "tmp").mkdir()
     before = names(tmp_path)
-    process = launched(tmp_path, "backup", "-", text=False, before=["env", f"TMPDIR={tmp_path}/tmp"])
+    process = launched(
+        tmp_path, "backup", "-", text=False, before=["env", f"TMPDIR={tmp_path}/tmp"]
+    )
     written, messages = process.communicate(timeout=DEADLINE)
     assert (process.returncode, messages) == (0, b"")
     assert written == (tmp_path / "copy.db").read_bytes()
     assert (names(tmp_path), names(tmp_path / "tmp")) == (before, [])
 
 
-@pytest.mark.parametrize("there", ["a file", "an empty file", "a directory", "a link to nowhere", "the database"])
+@pytest.mark.parametrize(
+    "there", ["a file", "an empty file", "a directory", "a link to nowhere", "the database"]
+)
 def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str) -> None:
     taskctl("seed", "alice")
     path = tmp_path / ("taskd.db" if there == "the database" else "copy.db")
@@ -235,26 +286,49 @@ def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str)
         "a link to nowhere": lambda: path.symlink_to("nowhere"), "the database": lambda: None,
     }[there]()  # fmt: skip
     before, database = names(tmp_path), (tmp_path / "taskd.db").read_bytes()
-    assert one_line(taskctl("backup", path.name), 1) == f"{path.name} is there already, and never overwritten"
+    assert (
+        one_line(taskctl("backup", path.name), 1)
+        == f"{path.name} is there already, and never overwritten"
+    )
     assert (names(tmp_path), (tmp_path / "taskd.db").read_bytes()) == (before, database)
     assert there != "a file" or path.read_text() == "precious"
 
 
 @TRACED
-def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(large: Path, tmp_path: Path) -> None:
+def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
+    large: Path, tmp_path: Path
+) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
-    slowed = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=2000"]
+    slowed = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        "trace=pwrite64",
+        "-e",
+        "inject=pwrite64:delay_enter=2000",
+    ]
     backup = launched(tmp_path, "backup", "copy.db", before=slowed)
-    until(lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")), "it has begun")
+    until(
+        lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
+        "it has begun",
+    )
     (tmp_path / "copy.db").write_text("precious")
     _, messages = backup.communicate(timeout=DEADLINE)
-    assert (backup.returncode, messages) == (1, "taskctl: copy.db is there already, and never overwritten\n")
+    assert (backup.returncode, messages) == (
+        1,
+        "taskctl: copy.db is there already, and never overwritten\n",
+    )
     assert (tmp_path / "copy.db").read_text() == "precious"
     assert [name for name in names(tmp_path) if name.startswith(".")] == []
 
 
 @TRACED
-def test_a_file_system_without_links_is_good_enough_for_a_backup(taskctl: Taskctl, tmp_path: Path) -> None:
+def test_a_file_system_without_links_is_good_enough_for_a_backup(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
     taskctl("seed", "alice")
     fault = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "inject=link,linkat:error=EPERM"]
     backup = launched(tmp_path, "backup", "copy.db", before=fault)
@@ -264,11 +338,18 @@ def test_a_file_system_without_links_is_good_enough_for_a_backup(taskctl: Taskct
 
 @TRACED
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_backup_that_is_stopped_leaves_nothing(large: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_backup_that_is_stopped_leaves_nothing(
+    large: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
     slowed = ["strace", "-D", "-f", "-qq", "-o", os.devnull, "-e", "trace=pwrite64"]
-    backup = launched(tmp_path, "backup", "copy.db", before=[*slowed, "-e", "inject=pwrite64:delay_enter=5000"])
-    until(lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")), "it has begun")
+    backup = launched(
+        tmp_path, "backup", "copy.db", before=[*slowed, "-e", "inject=pwrite64:delay_enter=5000"]
+    )
+    until(
+        lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
+        "it has begun",
+    )
     backup.send_signal(number)
     assert "Traceback" not in backup.communicate(timeout=DEADLINE)[1]
     assert backup.returncode == 128 + number
@@ -279,7 +360,9 @@ def test_a_damaged_database_gives_no_backup(taskctl: Taskctl, large: Path, tmp_p
     content = bytearray(large.read_bytes())
     content[4096 * 5 : 4096 * 500] = os.urandom(4096 * 495)
     (tmp_path / "taskd.db").write_bytes(content)
-    assert one_line(taskctl("backup", "copy.db"), 1).startswith("taskd.db cannot be backed up: it is damaged: ")
+    assert one_line(taskctl("backup", "copy.db"), 1).startswith(
+        "taskd.db cannot be backed up: it is damaged: "
+    )
     assert names(tmp_path) == ["taskd.db"]
 
 
@@ -296,13 +379,19 @@ def test_a_full_disk_gives_no_backup(large: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["backup", "copy.db"], "there is no database taskd.db; make it with: python taskctl.py init"),
+        (
+            ["backup", "copy.db"],
+            "there is no database taskd.db; make it with: python taskctl.py init",
+        ),
         (["backup", "-"], "there is no database taskd.db; make it with: python taskctl.py init"),
         (["restore", "copy.db"], "there is no file copy.db"),
         (["restore", "."], "there is no file ."),
         (["export"], "there is no database taskd.db; make it with: python taskctl.py init"),
         (["import", "-"], "there is no database taskd.db; make it with: python taskctl.py init"),
-        (["purge", "alice", "--yes"], "there is no database taskd.db; make it with: python taskctl.py init"),
+        (
+            ["purge", "alice", "--yes"],
+            "there is no database taskd.db; make it with: python taskctl.py init",
+        ),
     ],
 )
 def test_what_is_not_there_is_named_and_not_made(
@@ -320,7 +409,9 @@ def test_what_is_not_there_is_named_and_not_made(
         (["import", "."], ".: Is a directory"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_named(taskctl: Taskctl, tmp_path: Path, arguments: list[str], why: str) -> None:
+def test_a_path_that_leads_nowhere_is_named(
+    taskctl: Taskctl, tmp_path: Path, arguments: list[str], why: str
+) -> None:
     taskctl("seed", "alice")
     assert one_line(taskctl(*arguments), 1) == why
 
@@ -332,7 +423,9 @@ def test_a_terminal_is_spared_the_bytes_of_a_backup(taskctl: Taskctl, tmp_path: 
     assert messages.startswith(b"taskctl: a database is nothing for a terminal")
 
 
-def test_a_backup_shows_its_progress_where_somebody_looks(taskctl: Taskctl, large: Path, tmp_path: Path) -> None:
+def test_a_backup_shows_its_progress_where_somebody_looks(
+    taskctl: Taskctl, large: Path, tmp_path: Path
+) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
     _, seen = on_a_terminal(tmp_path, "backup", "copy.db", stream="stderr")
     assert "reading taskd.db" in seen
@@ -365,7 +458,9 @@ def test_a_restored_server_answers_as_it_did_when_the_backup_was_made(
 
     message = said(taskctl("restore", "copy.db"))
     kept = before_restore(tmp_path)
-    assert message == (f"taskctl: the old database is kept as {kept.name}\ntaskctl: restored taskd.db from copy.db\n")
+    assert message == (
+        f"taskctl: the old database is kept as {kept.name}\ntaskctl: restored taskd.db from copy.db\n"
+    )
     assert (mode(kept), mode(tmp_path / "taskd.db")) == (0o600, 0o600)
     assert names(tmp_path) == ["copy.db", "taskd.db", kept.name]
 
@@ -373,14 +468,18 @@ def test_a_restored_server_answers_as_it_did_when_the_backup_was_made(
     assert answers(restored) == before
     assert listed(restored, "carol") == []
     assert all(busy[task["id"]] == task for task in listed(restored, "busy"))
-    assert add(restored)["id"] == newest["id"] + 1, "somebody may still know a task made since by its id"
+    assert add(restored)["id"] == newest["id"] + 1, (
+        "somebody may still know a task made since by its id"
+    )
     restored.terminate()
 
     said(taskctl("restore", kept.name))
     assert (answers(again := start()), listed(again, "carol")) == (after, [newest])
 
 
-def test_what_only_the_log_of_a_killed_server_holds_is_kept_too(taskctl: Taskctl, start: Start, tmp_path: Path) -> None:
+def test_what_only_the_log_of_a_killed_server_holds_is_kept_too(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
     taskctl("seed", "alice", "--count", "3")
     taskctl("backup", "copy.db")
     server = start()
@@ -410,7 +509,10 @@ def test_an_idle_server_is_enough_for_a_restore_to_be_refused(
     taskctl("backup", "copy.db")
     newest = add(server, "carol")
     for _ in range(3):
-        assert one_line(taskctl("restore", "copy.db"), 1) == "taskd.db is open elsewhere: stop the server first"
+        assert (
+            one_line(taskctl("restore", "copy.db"), 1)
+            == "taskd.db is open elsewhere: stop the server first"
+        )
     assert (answers(server), listed(server, "carol")) == (before, [newest])
     assert add(server, "carol")["id"] == newest["id"] + 1
     assert set(names(tmp_path)) == {"copy.db", "taskd.db", "taskd.db-wal", "taskd.db-shm"}
@@ -422,7 +524,10 @@ def test_a_server_that_has_not_answered_anything_yet_is_enough_too(
     taskctl("seed", "alice", "--count", "3")
     taskctl("backup", "copy.db")
     start()
-    assert one_line(taskctl("restore", "copy.db"), 1) == "taskd.db is open elsewhere: stop the server first"
+    assert (
+        one_line(taskctl("restore", "copy.db"), 1)
+        == "taskd.db is open elsewhere: stop the server first"
+    )
 
 
 def other_database(path: Path, *statements: str) -> None:
@@ -484,7 +589,9 @@ def test_a_backup_from_before_an_upgrade_is_restored_and_brought_up_to_date(
     other_database(tmp_path / "taskd.db", *VERSION_1)
     before = dump(tmp_path / "taskd.db")
     said(taskctl("backup", "copy.db"))
-    assert dump(tmp_path / "taskd.db") == dump(tmp_path / "copy.db") == before, "a backup upgrades nothing"
+    assert dump(tmp_path / "taskd.db") == dump(tmp_path / "copy.db") == before, (
+        "a backup upgrades nothing"
+    )
     (tmp_path / "taskd.db").unlink()
     taskctl("seed", "bob", "--count", "3")
     said(taskctl("restore", "copy.db"))
@@ -493,7 +600,9 @@ def test_a_backup_from_before_an_upgrade_is_restored_and_brought_up_to_date(
     assert (listed(server, "alice"), listed(server, "bob")) == ([MILK], [])
 
 
-def test_check_says_that_a_database_awaits_its_upgrade_and_leaves_it(taskctl: Taskctl, tmp_path: Path) -> None:
+def test_check_says_that_a_database_awaits_its_upgrade_and_leaves_it(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
     other_database(tmp_path / "taskd.db", *VERSION_1)
     (tmp_path / "taskd.db").chmod(0o600)
     before = state(tmp_path)
@@ -504,9 +613,13 @@ def test_check_says_that_a_database_awaits_its_upgrade_and_leaves_it(taskctl: Ta
 
 
 @pytest.mark.parametrize("command", ["backup copy.db", "backup -", "restore copy.db"])
-def test_a_database_that_is_no_file_is_left_to_its_own_tools(taskctl: Taskctl, tmp_path: Path, command: str) -> None:
+def test_a_database_that_is_no_file_is_left_to_its_own_tools(
+    taskctl: Taskctl, tmp_path: Path, command: str
+) -> None:
     (tmp_path / "copy.db").touch()
-    message = one_line(taskctl(*command.split(), DATABASE_URL="postgresql://taskd:hunter2@localhost/tasks"), 1)
+    message = one_line(
+        taskctl(*command.split(), DATABASE_URL="postgresql://taskd:hunter2@localhost/tasks"), 1
+    )
     assert "pg_dump" in message
     assert "hunter2" not in message
     assert names(tmp_path) == ["copy.db"]
@@ -528,31 +641,43 @@ def test_a_restore_makes_a_database_that_is_not_there(taskctl: Taskctl, tmp_path
     assert dump(tmp_path / "taskd.db") == dump(tmp_path / "copy.db")
 
 
-def test_a_damaged_database_is_replaced_and_kept_as_it_is(taskctl: Taskctl, large: Path, tmp_path: Path) -> None:
+def test_a_damaged_database_is_replaced_and_kept_as_it_is(
+    taskctl: Taskctl, large: Path, tmp_path: Path
+) -> None:
     damaged = large.read_bytes()[: 4096 * 5] + os.urandom(large.stat().st_size - 4096 * 5)
     (tmp_path / "taskd.db").write_bytes(damaged)
     shutil.copy(large, tmp_path / "copy.db")
     said(taskctl("restore", "copy.db"))
-    assert before_restore(tmp_path).read_bytes()[100:] == damaged[100:], "all but the header, which counts changes"
+    assert before_restore(tmp_path).read_bytes()[100:] == damaged[100:], (
+        "all but the header, which counts changes"
+    )
     assert dump(tmp_path / "taskd.db") == dump(large)
 
 
-def test_what_lies_in_the_databases_place_but_is_none_is_left_to_a_person(taskctl: Taskctl, tmp_path: Path) -> None:
+def test_what_lies_in_the_databases_place_but_is_none_is_left_to_a_person(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
     taskctl("seed", "alice", "--count", "3")
     taskctl("backup", "copy.db")
     (tmp_path / "taskd.db").write_text("Dear diary, today I bought milk. " * 100)
     message = one_line(taskctl("restore", "copy.db"), 1)
-    assert message == ("taskd.db: file is not a database; stop the server, move all taskd.db* away, and restore again")
+    assert message == (
+        "taskd.db: file is not a database; stop the server, move all taskd.db* away, and restore again"
+    )
     assert (tmp_path / "taskd.db").read_text().startswith("Dear diary")
     assert names(tmp_path) == ["copy.db", "taskd.db"]
 
 
-def test_a_log_that_lost_its_database_is_not_mixed_into_the_restored_one(taskctl: Taskctl, tmp_path: Path) -> None:
+def test_a_log_that_lost_its_database_is_not_mixed_into_the_restored_one(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
     taskctl("seed", "alice", "--count", "3")
     taskctl("backup", "copy.db")
     (tmp_path / "taskd.db").rename(tmp_path / "elsewhere.db")
     (tmp_path / "taskd.db-wal").write_text("who knows what is in it")
-    assert "taskd.db-wal lies there without its database" in one_line(taskctl("restore", "copy.db"), 1)
+    assert "taskd.db-wal lies there without its database" in one_line(
+        taskctl("restore", "copy.db"), 1
+    )
     assert names(tmp_path) == ["copy.db", "elsewhere.db", "taskd.db-wal"]
 
 
@@ -566,7 +691,10 @@ def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
     before, after = dump(tmp_path / "old.db"), dump(large)
     trace = tmp_path / "trace"
     counted = launched(
-        tmp_path, "restore", "copy.db", before=["strace", "-f", "-e", "pwrite64,fsync", "-o", str(trace)]
+        tmp_path,
+        "restore",
+        "copy.db",
+        before=["strace", "-f", "-e", "pwrite64,fsync", "-o", str(trace)],
     )
     assert counted.communicate(timeout=DEADLINE)[1].endswith("restored taskd.db from copy.db\n")
     writes, syncs = (trace.read_text().count(f"{call}(") for call in ("pwrite64", "fsync"))
@@ -576,7 +704,15 @@ def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
         for left in tmp_path.glob("*taskd.db*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         shutil.copy(tmp_path / "old.db", tmp_path / "taskd.db")
-        fault = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"inject={call}:signal=KILL:when={when}"]
+        fault = [
+            "strace",
+            "-f",
+            "-qq",
+            "-o",
+            os.devnull,
+            "-e",
+            f"inject={call}:signal=KILL:when={when}",
+        ]
         killed = launched(tmp_path, "restore", "copy.db", before=fault)
         killed.communicate(timeout=DEADLINE)
         assert killed.returncode != 0
@@ -595,21 +731,40 @@ def findings(answer: Answer) -> dict[str, str]:
     return {finding["about"]: finding["result"] for finding in json.loads(answer.stdout)}
 
 
-def test_check_finds_a_good_server_good_while_it_writes(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
+def test_check_finds_a_good_server_good_while_it_writes(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
     fill(server)
     with writing(server):
-        result = {finding["about"]: finding["result"] for finding in data(taskctl("check", "--json"))}
+        result = {
+            finding["about"]: finding["result"] for finding in data(taskctl("check", "--json"))
+        }
     assert result == dict.fromkeys(
-        ["secret 1", "sqlite:///taskd.db", "taskd.db", "taskd.db-wal", "taskd.db-shm", "TASKD_JWKS_URL"], "ok"
+        [
+            "secret 1",
+            "sqlite:///taskd.db",
+            "taskd.db",
+            "taskd.db-wal",
+            "taskd.db-shm",
+            "TASKD_JWKS_URL",
+        ],
+        "ok",
     )
 
 
 def state(directory: Path) -> dict[str, tuple[int, int, bytes]]:
-    return {path.name: (mode(path), path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()}
+    return {
+        path.name: (mode(path), path.stat().st_mtime_ns, path.read_bytes())
+        for path in directory.iterdir()
+    }
 
 
-@pytest.mark.parametrize("logged", [False, True], ids=["closed properly", "left by a killed server"])
-def test_check_changes_nothing(taskctl: Taskctl, start: Start, tmp_path: Path, logged: bool) -> None:
+@pytest.mark.parametrize(
+    "logged", [False, True], ids=["closed properly", "left by a killed server"]
+)
+def test_check_changes_nothing(
+    taskctl: Taskctl, start: Start, tmp_path: Path, logged: bool
+) -> None:
     server = start()
     fill(server)
     server.kill() if logged else server.terminate()
@@ -645,14 +800,16 @@ def test_check_says_what_is_off_with_the_database(
     (tmp_path / "taskd.db").chmod(0o600)
     before = state(tmp_path)
     answer = taskctl("check", "--json")
-    assert (answer.returncode, answer.stderr) == (1, "taskctl: 1 of 4 things are off\n")
-    assert findings(answer)["sqlite:///taskd.db"] == "OFF"
+    assert (answer.returncode, answer.stderr) == (1, "taskctl: 1 of 4 checks failed\n")
+    assert findings(answer)["sqlite:///taskd.db"] == "FAIL"
     assert why in answer.stdout
     assert state(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", [".env", "taskd.db", "taskd.db-wal"])
-@pytest.mark.parametrize(("bits", "result"), [(0o600, "ok"), (0o640, "warning"), (0o604, "OFF"), (0o666, "OFF")])
+@pytest.mark.parametrize(
+    ("bits", "result"), [(0o600, "ok"), (0o640, "warning"), (0o604, "FAIL"), (0o666, "FAIL")]
+)
 def test_check_says_whose_files_others_can_read(
     taskctl: Taskctl, start: Start, tmp_path: Path, name: str, bits: int, result: str
 ) -> None:
@@ -664,7 +821,7 @@ def test_check_says_whose_files_others_can_read(
     answer = taskctl("check", "--json")
     assert findings(answer)[name] == result
     assert {found for about, found in findings(answer).items() if about != name} == {"ok"}
-    assert answer.returncode == (result == "OFF")
+    assert answer.returncode == (result == "FAIL")
     assert (f"chmod 600 {name}" in answer.stdout) == (result != "ok")
 
 
@@ -672,7 +829,7 @@ def test_check_counts_all_that_is_off(taskctl: Taskctl, tmp_path: Path) -> None:
     (tmp_path / "taskd.db").write_text("Dear diary, today I bought milk. " * 100)
     (tmp_path / "taskd.db").chmod(0o644)
     answer = taskctl("check")
-    assert (answer.returncode, answer.stderr) == (1, "taskctl: 2 of 4 things are off\n")
+    assert (answer.returncode, answer.stderr) == (1, "taskctl: 2 of 4 checks failed\n")
     assert NO_KEY_SET  # whose table covers the key set
 
 
@@ -707,7 +864,9 @@ def test_an_export_of_no_tasks_is_empty(taskctl: Taskctl) -> None:
     assert exported(taskctl("export")) == []
 
 
-def test_an_export_is_of_one_moment(taskctl: Taskctl, large: Path, start: Start, tmp_path: Path) -> None:
+def test_an_export_is_of_one_moment(
+    taskctl: Taskctl, large: Path, start: Start, tmp_path: Path
+) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
     server = start()
     with launched(tmp_path, "export") as export:
@@ -715,7 +874,12 @@ def test_an_export_is_of_one_moment(taskctl: Taskctl, large: Path, start: Start,
         assert export.stderr
         first = export.stdout.readline()  # the pipe is full: it waits for a reader now
         add(server, "carol")
-        assert server.request("DELETE", path_of("user-100", 15_000), headers=bearer("user-100")).status_code == 200
+        assert (
+            server.request(
+                "DELETE", path_of("user-100", 15_000), headers=bearer("user-100")
+            ).status_code
+            == 200
+        )
         rest, messages = export.stdout.read(), export.stderr.read()
     assert (export.returncode, messages) == (0, "")
     tasks = [json.loads(line) for line in (first + rest).splitlines()]
@@ -740,7 +904,9 @@ def test_export_and_import_take_no_more_memory_for_more_tasks(tmp_path: Path) ->
         home.mkdir()
         run(home, "init")
         large = MILK | {"description": "x" * 10_000}
-        (home / "tasks.jsonl").write_text(lines(*(large | {"id": number} for number in range(1, count + 1))))
+        (home / "tasks.jsonl").write_text(
+            lines(*(large | {"id": number} for number in range(1, count + 1)))
+        )
         taken.append([most(home, "import", "tasks.jsonl"), most(home, "export")])
     more = [after - before for before, after in zip(*taken, strict=True)]
     assert max(more) < 20_000, f"KB, and 40,000 are in the 4,000 tasks more: {taken}"
@@ -782,35 +948,56 @@ def test_what_was_exported_can_be_imported_into_another_database_and_answers_the
     assert run(tmp_path / "new", "export", "bob").stdout == taskctl("export", "bob").stdout
 
 
-def test_an_import_can_be_repeated_without_doubling_while_a_server_writes(taskctl: Taskctl, server: Process) -> None:
+def test_an_import_can_be_repeated_without_doubling_while_a_server_writes(
+    taskctl: Taskctl, server: Process
+) -> None:
     before = fill(server)
     text = taskctl("export").stdout
     with writing(server):
         for _ in range(3):
-            assert said(taskctl("import", "-", stdin=text)) == "taskctl: 0 imported, 6 already there, 0 updated\n"
+            assert (
+                said(taskctl("import", "-", stdin=text))
+                == "taskctl: 0 imported, 6 already there, 0 updated\n"
+            )
     assert answers(server) == before
 
 
-def test_an_import_brings_back_what_was_deleted_under_its_old_id(taskctl: Taskctl, server: Process) -> None:
+def test_an_import_brings_back_what_was_deleted_under_its_old_id(
+    taskctl: Taskctl, server: Process
+) -> None:
     before = fill(server)
     text = taskctl("export").stdout
     newest = add(server, "carol")["id"]
     for task in before["bob"]:
         server.request("DELETE", path_of("bob", task["id"]), headers=bearer("bob"))
-    assert said(taskctl("import", "-", stdin=text)) == "taskctl: 2 imported, 4 already there, 0 updated\n"
+    assert (
+        said(taskctl("import", "-", stdin=text))
+        == "taskctl: 2 imported, 4 already there, 0 updated\n"
+    )
     assert answers(server) == before
     assert add(server)["id"] == newest + 1
 
 
 def test_of_the_task_and_the_line_the_newer_one_stays(taskctl: Taskctl, server: Process) -> None:
-    tasks = [add(server, title=title) for title in ("same", "older here", "newer here", "as new here")]
+    tasks = [
+        add(server, title=title) for title in ("same", "older here", "newer here", "as new here")
+    ]
     later, earlier = "2126-01-01T00:00:00.000Z", tasks[0]["created_at"]
-    changes = [{}, {"completed": True, "description": "n", "updated_at": later}, {"completed": True}, {"title": "x"}]
-    renamed = server.request("PUT", path_of("alice", tasks[2]["id"]), {"title": "newest here"}, bearer()).json
+    changes = [
+        {},
+        {"completed": True, "description": "n", "updated_at": later},
+        {"completed": True},
+        {"title": "x"},
+    ]
+    renamed = server.request(
+        "PUT", path_of("alice", tasks[2]["id"]), {"title": "newest here"}, bearer()
+    ).json
     assert renamed["updated_at"] >= earlier
     until(
         lambda: (
-            server.request("PUT", path_of("alice", tasks[2]["id"]), {"completed": False}, bearer()).json["updated_at"]
+            server.request(
+                "PUT", path_of("alice", tasks[2]["id"]), {"completed": False}, bearer()
+            ).json["updated_at"]
             > tasks[2]["updated_at"]
         ),
         "the clock has gone on",
@@ -824,22 +1011,32 @@ def test_of_the_task_and_the_line_the_newer_one_stays(taskctl: Taskctl, server: 
 
 
 def test_ids_go_on_after_the_highest_that_was_imported(taskctl: Taskctl, server: Process) -> None:
-    assert said(taskctl("import", "-", stdin=lines(MILK | {"id": 5000}, MILK))).startswith("taskctl: 2 imported")
+    assert said(taskctl("import", "-", stdin=lines(MILK | {"id": 5000}, MILK))).startswith(
+        "taskctl: 2 imported"
+    )
     assert server.request("DELETE", path_of("alice", 5000), headers=bearer()).status_code == 200
     assert add(server)["id"] == 5001
     assert [task["id"] for task in listed(server, "alice")] == [7, 5001]
 
 
 def test_lines_made_by_other_tools_are_understood(taskctl: Taskctl, server: Process) -> None:
-    plain = {name: value for name, value in MILK.items() if name not in ("description", "completed")}
-    abroad = {"created_at": "2026-11-20T22:00:00+01:00", "updated_at": "2026-11-20T22:00:00.0009+01:00"}
+    plain = {
+        name: value for name, value in MILK.items() if name not in ("description", "completed")
+    }
+    abroad = {
+        "created_at": "2026-11-20T22:00:00+01:00",
+        "updated_at": "2026-11-20T22:00:00.0009+01:00",
+    }
     text = (
         "\r\n"
         + json.dumps(plain | abroad, indent=None, ensure_ascii=True)
         + "\r\n\n  \n"
         + json.dumps(MILK | {"id": 8})
     )
-    assert said(taskctl("import", "-", stdin=text)) == "taskctl: 2 imported, 0 already there, 0 updated\n"
+    assert (
+        said(taskctl("import", "-", stdin=text))
+        == "taskctl: 2 imported, 0 already there, 0 updated\n"
+    )
     assert listed(server, "alice") == [MILK | {"description": None}, MILK | {"id": 8}]
 
 
@@ -852,10 +1049,19 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "an empty title": ({"title": ""}, "title must not be blank"),
     "no title": ({"title": ...}, "title is missing"),
     "a title with U+0000": ({"title": "a\0"}, "title must not contain U+0000"),
-    "a long description": ({"description": "x" * 10_001}, "description must be a string of at most 10,000 characters"),
-    "a number for a description": ({"description": 5}, "description must be a string of at most 10,000 characters"),
+    "a long description": (
+        {"description": "x" * 10_001},
+        "description must be a string of at most 10,000 characters",
+    ),
+    "a number for a description": (
+        {"description": 5},
+        "description must be a string of at most 10,000 characters",
+    ),
     "completed as a number": ({"completed": 1}, "completed must be true or false"),
-    "two faults": ({"title": 1, "completed": None}, f"{TITLE_RULE}; completed must be true or false"),
+    "two faults": (
+        {"title": 1, "completed": None},
+        f"{TITLE_RULE}; completed must be true or false",
+    ),
     "a member too many": ({"colour": "red"}, "colour is not a field that can be set here"),
     "no id": ({"id": ...}, f"id {ID_RULE}"),
     "id 0": ({"id": 0}, f"id {ID_RULE}"),
@@ -866,27 +1072,40 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "no user": ({"user_id": ...}, "user_id must be a string that is not empty"),
     "no time": ({"created_at": ...}, f"created_at {TIME_RULE}"),
     "a day that is not": ({"updated_at": "2026-02-30T00:00:00.000Z"}, f"updated_at {TIME_RULE}"),
-    "a time without an offset": ({"created_at": "2026-11-20T21:00:00.000"}, f"created_at {TIME_RULE}"),
-    "a time before all times": ({"created_at": "0001-01-01T00:00:00+01:00"}, f"created_at or updated_at {TIME_RULE}"),
+    "a time without an offset": (
+        {"created_at": "2026-11-20T21:00:00.000"},
+        f"created_at {TIME_RULE}",
+    ),
+    "a time before all times": (
+        {"created_at": "0001-01-01T00:00:00+01:00"},
+        f"created_at or updated_at {TIME_RULE}",
+    ),
     "no object": ("[]", "body must be a JSON object"),
     "no JSON": ("{'id': 7}", "it must be JSON in UTF-8: "),
     "half a line": ('{"id": 7, "user_id"', "it must be JSON in UTF-8: "),
     "two on a line": (json.dumps(MILK) * 2, "it must be JSON in UTF-8: "),
     "no UTF-8": (b'{"title": "\xff"}', "it must be JSON in UTF-8: "),
     "bottomless": ("[" * 100_000, "it must be JSON in UTF-8: "),
-    "a line of 2 MB": (json.dumps(MILK | {"description": "x" * 2_000_000}), "it must be JSON in UTF-8: "),
+    "a line of 2 MB": (
+        json.dumps(MILK | {"description": "x" * 2_000_000}),
+        "it must be JSON in UTF-8: ",
+    ),
 }
 
 
 @pytest.mark.parametrize(("bad", "why"), BAD_LINES.values(), ids=BAD_LINES)
-def test_one_bad_line_is_named_and_nothing_is_imported(taskctl: Taskctl, tmp_path: Path, bad: Any, why: str) -> None:
+def test_one_bad_line_is_named_and_nothing_is_imported(
+    taskctl: Taskctl, tmp_path: Path, bad: Any, why: str
+) -> None:
     taskctl("seed", "bob", "--count", "3")
     before = dump(tmp_path / "taskd.db")
     if isinstance(bad, dict):
         bad = json.dumps({name: value for name, value in (MILK | bad).items() if value is not ...})
     bad = bad if isinstance(bad, bytes) else bad.encode()
     good = (MILK | {"id": number} for number in range(10, 1510))
-    text = lines(*itertools.islice(good, 1200)).encode() + b"\n" + bad + b"\n" + lines(*good).encode()
+    text = (
+        lines(*itertools.islice(good, 1200)).encode() + b"\n" + bad + b"\n" + lines(*good).encode()
+    )
     message = one_line(taskctl("import", "-", stdin=text), 1)
     assert message.startswith(f"line 1202: {why}")
     assert message.endswith("; nothing was imported")
@@ -901,15 +1120,22 @@ def test_a_line_with_the_id_of_another_task_is_refused_and_named(
     said(taskctl("import", "-", stdin=lines(MILK)))
     before = dump(tmp_path / "taskd.db")
     newer = MILK | {"updated_at": "2126-01-01T00:00:00.000Z"}
-    message = one_line(taskctl("import", "-", stdin=lines(MILK | {"id": 1}, newer | change, MILK | {"id": 9})), 1)
+    message = one_line(
+        taskctl("import", "-", stdin=lines(MILK | {"id": 1}, newer | change, MILK | {"id": 9})), 1
+    )
     assert message == "line 2: id 7 is that of another task here; nothing was imported"
     assert dump(tmp_path / "taskd.db") == before
 
 
 def test_an_id_that_stands_twice_is_refused_and_named(taskctl: Taskctl, tmp_path: Path) -> None:
     taskctl("init")
-    text = lines(MILK | {"id": 1}, MILK, MILK | {"id": 2}) + "\n" + lines(MILK | {"completed": True})
-    assert one_line(taskctl("import", "-", stdin=text), 1) == "line 5: id 7 is on line 2 already; nothing was imported"
+    text = (
+        lines(MILK | {"id": 1}, MILK, MILK | {"id": 2}) + "\n" + lines(MILK | {"completed": True})
+    )
+    assert (
+        one_line(taskctl("import", "-", stdin=text), 1)
+        == "line 5: id 7 is on line 2 already; nothing was imported"
+    )
     assert stored(tmp_path / "taskd.db") == {}
 
 
@@ -933,9 +1159,13 @@ def test_an_import_waits_for_no_lock_until_all_lines_are_read_and_then_imports_a
     assert sorted(stored(tmp_path / "taskd.db")) == [1]
 
 
-def test_an_import_shows_its_progress_where_somebody_looks(taskctl: Taskctl, large: Path, tmp_path: Path) -> None:
+def test_an_import_shows_its_progress_where_somebody_looks(
+    taskctl: Taskctl, large: Path, tmp_path: Path
+) -> None:
     taskctl("init")
-    (tmp_path / "tasks.jsonl").write_text(lines(*(MILK | {"id": number} for number in range(1, 3001))))
+    (tmp_path / "tasks.jsonl").write_text(
+        lines(*(MILK | {"id": number} for number in range(1, 3001)))
+    )
     _, seen = on_a_terminal(tmp_path, "import", "tasks.jsonl", stream="stderr")
     assert "reading" in seen
     assert "100%" in seen
@@ -945,7 +1175,9 @@ def test_an_import_shows_its_progress_where_somebody_looks(taskctl: Taskctl, lar
 # --- purge ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_purge_deletes_one_users_tasks_and_nobody_elses(taskctl: Taskctl, server: Process) -> None:
+def test_a_purge_deletes_one_users_tasks_and_nobody_elses(
+    taskctl: Taskctl, server: Process
+) -> None:
     before = fill(server)
     with writing(server):
         assert said(taskctl("purge", "bob", "--yes")) == "taskctl: deleted 2 tasks of bob\n"
@@ -953,7 +1185,9 @@ def test_a_purge_deletes_one_users_tasks_and_nobody_elses(taskctl: Taskctl, serv
     assert add(server, "bob")["id"] > max(task["id"] for task in listed(server, "busy"))
 
 
-def test_a_purge_leaves_no_row_of_this_user_in_any_table(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
+def test_a_purge_leaves_no_row_of_this_user_in_any_table(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
     fill(server)
     headers = bearer("bob") | {"Idempotency-Key": "once"}
     assert server.request("POST", path_of("bob"), {"title": "Buy milk"}, headers).status_code == 201
@@ -977,7 +1211,9 @@ def test_without_a_terminal_a_purge_wants_a_yes(taskctl: Taskctl, server: Proces
     assert answers(server) == before
 
 
-@pytest.mark.parametrize(("answer", "deleted"), [(b"y\n", True), (b"n\n", False), (b"\n", False), (b"\x04", False)])
+@pytest.mark.parametrize(
+    ("answer", "deleted"), [(b"y\n", True), (b"n\n", False), (b"\n", False), (b"\x04", False)]
+)
 def test_a_purge_asks_first_and_says_how_many(
     taskctl: Taskctl, server: Process, tmp_path: Path, answer: bytes, deleted: bool
 ) -> None:
@@ -1011,7 +1247,9 @@ def test_a_copy_has_all_that_the_original_has_and_never_uses_an_id_again(
     assert server.terminate() == 0
     answer = taskctl("copy", "sqlite:///taskd.db", "sqlite:///other.db")
     assert answer.returncode == 0, answer.stderr
-    assert f"copied {sum(map(len, made.values())) + 1} tasks and 1 idempotency keys" in answer.stderr
+    assert (
+        f"copied {sum(map(len, made.values())) + 1} tasks and 1 idempotency keys" in answer.stderr
+    )
     assert "checksums agree" in answer.stderr
     assert stored(tmp_path / "other.db") == stored(tmp_path / "taskd.db")
     other = start(DATABASE_URL="sqlite:///other.db")
@@ -1019,7 +1257,9 @@ def test_a_copy_has_all_that_the_original_has_and_never_uses_an_id_again(
     again = other.request("POST", path_of("alice"), {"title": "once"}, keyed)
     assert (again.json, again.headers["idempotency-replayed"]) == (first.json, "true")
     path = page.removeprefix("<").partition(">")[0]
-    assert other.request("GET", path, headers=bearer()).status_code == 200, "a cursor of before is refused"
+    assert other.request("GET", path, headers=bearer()).status_code == 200, (
+        "a cursor of before is refused"
+    )
     assert add(other)["id"] == last + 1
     assert listed(other, "alice")[-1]["id"] == last + 1
 
@@ -1040,14 +1280,21 @@ def test_a_copy_without_tasks_uses_no_id_again_either(taskctl: Taskctl, start: S
         (["sqlite:///nowhere.db", "sqlite:///other.db"], 1, "no database nowhere.db"),
         (["taskd.db", "sqlite:///other.db"], 2, "DATABASE_URL must be"),
         (["sqlite:///taskd.db", "mysql://x"], 2, "DATABASE_URL must be"),
-        (["sqlite:///taskd.db", "sqlite:///full.db"], 1, "full.db has tasks already; nothing was copied"),
+        (
+            ["sqlite:///taskd.db", "sqlite:///full.db"],
+            1,
+            "full.db has tasks already; nothing was copied",
+        ),
     ],
 )
 def test_a_copy_that_cannot_be_made_changes_nothing(
     taskctl: Taskctl, tmp_path: Path, arguments: list[str], status: int, why: str
 ) -> None:
     for name in ("taskd.db", "full.db"):
-        assert taskctl("seed", "alice", "--count", "3", DATABASE_URL=f"sqlite:///{name}").returncode == 0
+        assert (
+            taskctl("seed", "alice", "--count", "3", DATABASE_URL=f"sqlite:///{name}").returncode
+            == 0
+        )
     before = {name: dump(tmp_path / name) for name in ("taskd.db", "full.db")}
     answer = taskctl("copy", *arguments)
     assert (answer.returncode, answer.stdout) == (status, "")

@@ -15,7 +15,17 @@ import pytest
 from falcon import testing
 
 import taskd
-from support import DEADLINE, OTHER_SECRET, SECRET, assert_problem, base64url, bearer, database_url, sign, token
+from support import (
+    DEADLINE,
+    OTHER_SECRET,
+    SECRET,
+    assert_problem,
+    base64url,
+    bearer,
+    database_url,
+    sign,
+    token,
+)
 
 pytestmark = pytest.mark.sqlite("it is about tokens")
 
@@ -60,7 +70,9 @@ class WhoAmI:
 def hmac_token(header, payload, digest, secret=SECRET):
     """Return a JWS that is really signed with another hash."""
     signing_input = ".".join(base64url(json.dumps(part).encode()) for part in (header, payload))
-    return f"{signing_input}.{base64url(hmac.digest(secret.encode(), signing_input.encode(), digest))}"
+    return (
+        f"{signing_input}.{base64url(hmac.digest(secret.encode(), signing_input.encode(), digest))}"
+    )
 
 
 def with_signature(header, payload, signature):
@@ -93,7 +105,9 @@ def authorized(good):
 
 
 def status_for(client, good, user="alice"):
-    return client.simulate_get(f"/api/{quote(user, safe='')}/tasks", headers=authorized(good)).status_code
+    return client.simulate_get(
+        f"/api/{quote(user, safe='')}/tasks", headers=authorized(good)
+    ).status_code
 
 
 def challenge(response):
@@ -146,11 +160,18 @@ def test_a_request_without_a_token_is_401_and_is_told_no_error(client, authoriza
         if method != "HEAD":
             problem = assert_problem(response, 401)
             assert problem["title"] == "Unauthorized"
-            assert problem["detail"] == "send the header Authorization: Bearer <JWT>, with the token from your login"
+            assert (
+                problem["detail"]
+                == "send the header Authorization: Bearer <JWT>, with the token from your login"
+            )
 
 
-@pytest.mark.parametrize("name", ["token", "access_token", "jwt", "authorization", "Authorization", "bearer"])
-def test_a_token_in_the_query_string_a_cookie_a_form_or_another_header_is_not_looked_at(client, name):
+@pytest.mark.parametrize(
+    "name", ["token", "access_token", "jwt", "authorization", "Authorization", "bearer"]
+)
+def test_a_token_in_the_query_string_a_cookie_a_form_or_another_header_is_not_looked_at(
+    client, name
+):
     for options in (
         {"params": {name: GOOD}},
         {"params": {name: f"Bearer {GOOD}"}},
@@ -190,9 +211,18 @@ FORM = {  # not a compact JWS, or bad base64url
     "a slash": f"{HEADER}.{PAYLOAD}.{'/' + SIGNATURE[1:]}",
     "an exclamation mark": f"{HEADER}.{PAYLOAD}.{'!' + SIGNATURE[1:]}",
     "a letter too many": f"{GOOD}A",
-    **{f"a header of {size} letters": f"{'A' * size}.{PAYLOAD}.{SIGNATURE}" for size in range(1, 10)},
-    **{f"a payload of {size} letters": f"{HEADER}.{'A' * size}.{SIGNATURE}" for size in range(1, 10)},
-    **{f"a signature of {size} letters": f"{HEADER}.{PAYLOAD}.{'A' * size}" for size in range(1, 10)},
+    **{
+        f"a header of {size} letters": f"{'A' * size}.{PAYLOAD}.{SIGNATURE}"
+        for size in range(1, 10)
+    },
+    **{
+        f"a payload of {size} letters": f"{HEADER}.{'A' * size}.{SIGNATURE}"
+        for size in range(1, 10)
+    },
+    **{
+        f"a signature of {size} letters": f"{HEADER}.{PAYLOAD}.{'A' * size}"
+        for size in range(1, 10)
+    },
     "letters": "A.A.A",
     "a letter too few": GOOD[:-1],
     "other letters for the same bytes": GOOD[:-1] + chr(ord(GOOD[-1]) + 1),
@@ -226,9 +256,14 @@ FORM = {  # not a compact JWS, or bad base64url
     "one character more than may be": of_length(16 * 1024 + 1),
     "JSON": json.dumps({"protected": HEADER, "payload": PAYLOAD, "signature": SIGNATURE}),
 }
-_padded = ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode() for part in ({"alg": "HS256"}, CLAIMS))
+_padded = ".".join(
+    base64.urlsafe_b64encode(json.dumps(part).encode()).decode()
+    for part in ({"alg": "HS256"}, CLAIMS)
+)
 assert "=" in _padded
-FORM["padded before signing"] = f"{_padded}.{base64url(hmac.digest(SECRET.encode(), _padded.encode(), hashlib.sha256))}"
+FORM["padded before signing"] = (
+    f"{_padded}.{base64url(hmac.digest(SECRET.encode(), _padded.encode(), hashlib.sha256))}"
+)
 
 JSON_TEXTS = [
     "",
@@ -258,7 +293,9 @@ PARTS = {  # header or payload not an object
     "payload in Latin-1": sign(HS256, json.dumps(CLAIMS)[:-1].encode() + b',"x":"\xe9"}'),
     "header with text behind": sign(json.dumps(HS256).encode() + b"x", CLAIMS),
     "payload with text behind": sign(HS256, json.dumps(CLAIMS).encode() + b"x"),
-    "header nested without end": sign(b'{"alg":"HS256","x":' + b"[" * 5000 + b"]" * 5000 + b"}", CLAIMS),
+    "header nested without end": sign(
+        b'{"alg":"HS256","x":' + b"[" * 5000 + b"]" * 5000 + b"}", CLAIMS
+    ),
     "payload nested without end": sign(HS256, b'{"x":' + b"[" * 5000 + b"]" * 5000 + b"}"),
     "payload in base64 twice": sign(HS256, PAYLOAD.encode()),
     "sub twice": raw(f'{{"sub":"bob","exp":{NOW + 900},"sub":"alice"}}'),
@@ -318,11 +355,17 @@ SIGNATURES = {
     "of the payload alone": f"{HEADER}.{PAYLOAD}.{base64url(hmac.digest(SECRET.encode(), PAYLOAD.encode(), 'sha256'))}",
     "a plain hash": f"{HEADER}.{PAYLOAD}.{base64url(hashlib.sha256(f'{HEADER}.{PAYLOAD}'.encode()).digest())}",
     "a jwk of one's own": sign(HS256 | {"jwk": OWN_JWK}, CLAIMS, OWN_KEY),
-    "a jku of one's own": sign(HS256 | {"jku": "http://127.0.0.1:1/jwks", "kid": "x"}, CLAIMS, OWN_KEY),
+    "a jku of one's own": sign(
+        HS256 | {"jku": "http://127.0.0.1:1/jwks", "kid": "x"}, CLAIMS, OWN_KEY
+    ),
     "an x5u of one's own": sign(HS256 | {"x5u": "http://127.0.0.1:1/x"}, CLAIMS, OWN_KEY),
-    "an x5c of one's own": sign(HS256 | {"x5c": [base64.b64encode(OWN_KEY.encode()).decode()]}, CLAIMS, OWN_KEY),
+    "an x5c of one's own": sign(
+        HS256 | {"x5c": [base64.b64encode(OWN_KEY.encode()).decode()]}, CLAIMS, OWN_KEY
+    ),
     "a kid that is a path": sign(HS256 | {"kid": "../../../../dev/null"}, CLAIMS, ""),
-    "a kid that is a statement": sign(HS256 | {"kid": f"x' UNION SELECT '{OWN_KEY}"}, CLAIMS, OWN_KEY),
+    "a kid that is a statement": sign(
+        HS256 | {"kid": f"x' UNION SELECT '{OWN_KEY}"}, CLAIMS, OWN_KEY
+    ),
 }
 
 CRITS = [
@@ -344,8 +387,14 @@ CRITS = [
 ]
 EXTENSIONS = {
     **{f"crit {json.dumps(crit)}": sign(HS256 | {"crit": crit, "x": 1}, CLAIMS) for crit in CRITS},
-    **{f"crit {json.dumps(crit)}, b64 true": sign(HS256 | {"crit": crit, "b64": True}, CLAIMS) for crit in CRITS},
-    **{f"crit {json.dumps(crit)}, b64 false": sign(HS256 | {"crit": crit, "b64": False}, CLAIMS) for crit in CRITS},
+    **{
+        f"crit {json.dumps(crit)}, b64 true": sign(HS256 | {"crit": crit, "b64": True}, CLAIMS)
+        for crit in CRITS
+    },
+    **{
+        f"crit {json.dumps(crit)}, b64 false": sign(HS256 | {"crit": crit, "b64": False}, CLAIMS)
+        for crit in CRITS
+    },
     "crit twice": raw_header('{"alg":"HS256","crit":["x"],"crit":["b64"],"b64":true}'),
     "b64 false": sign(HS256 | {"b64": False}, CLAIMS),
     "b64 0": sign(HS256 | {"b64": 0}, CLAIMS),
@@ -442,7 +491,9 @@ def test_a_bad_token_is_401_on_every_route_and_is_told_why(client, name):
 @pytest.mark.both_engines
 def test_no_bad_token_did_anything(client):
     for bad in BAD_TOKENS.values():
-        response = client.simulate_post("/api/alice/tasks", headers=authorized(bad), json={"title": "x"})
+        response = client.simulate_post(
+            "/api/alice/tasks", headers=authorized(bad), json={"title": "x"}
+        )
         assert_problem(response, 401)
     tasks = client.simulate_get("/api/alice/tasks", headers=authorized(GOOD)).json
     assert [task["title"] for task in tasks] == ["Milk"]
@@ -485,7 +536,10 @@ def test_the_reason_names_what_is_wrong(client, bad, reason):
 
 
 def test_a_token_that_passed_is_refused_once_it_has_expired(client):
-    exp, deadline = int(time.time() - 8.5), time.time() + DEADLINE  # a second of the leeway is left, more or less
+    exp, deadline = (
+        int(time.time() - 8.5),
+        time.time() + DEADLINE,
+    )  # a second of the leeway is left, more or less
     short = sign(HS256, claims(exp=exp))
     assert status_for(client, short) == 200
     while status_for(client, short) == 200 and time.time() < deadline:
@@ -522,7 +576,9 @@ GOOD_TOKENS = {
     "as long as may be": of_length(16 * 1024),
     "kid": sign(HS256 | {"kid": "any"}, CLAIMS),
     "jwk, well signed all the same": sign(HS256 | {"jwk": OWN_JWK}, CLAIMS),
-    "jku, well signed all the same": sign(HS256 | {"jku": "http://127.0.0.1:1/", "x5u": "http://127.0.0.1:1/"}, CLAIMS),
+    "jku, well signed all the same": sign(
+        HS256 | {"jku": "http://127.0.0.1:1/", "x5u": "http://127.0.0.1:1/"}, CLAIMS
+    ),
     "exp in a year": sign(HS256, claims(exp=NOW + 365 * DAY)),
     "exp as a float": sign(HS256, claims(exp=NOW + DAY + 0.5)),
     "exp in scientific notation": numeric("exp", "4e9"),
@@ -535,8 +591,12 @@ GOOD_TOKENS = {
     "nbf now": sign(HS256, claims(nbf=NOW)),
     "nbf as a float": sign(HS256, claims(nbf=NOW - 0.5)),
     "nbf negative": sign(HS256, claims(nbf=-1)),
-    "other claims of any kind": sign(HS256, claims(scope=["a"], role=None, x={"y": [1, 2.5, True, "\u05d0\0"]})),
-    "white space in the JSON": sign(b' {\n"alg" : "HS256" }\t', json.dumps(CLAIMS, indent=4).encode()),
+    "other claims of any kind": sign(
+        HS256, claims(scope=["a"], role=None, x={"y": [1, 2.5, True, "\u05d0\0"]})
+    ),
+    "white space in the JSON": sign(
+        b' {\n"alg" : "HS256" }\t', json.dumps(CLAIMS, indent=4).encode()
+    ),
     "ten kilobytes": sign(HS256, claims(x="x" * 8000)),
 }
 
@@ -562,17 +622,24 @@ def test_clocks_may_differ_by_no_more(client, seconds):
     assert status_for(client, sign(HS256, claims(iat=now + seconds))) == 401
 
 
-@pytest.mark.parametrize("prefix", ["Bearer ", "bearer ", "BEARER ", "bEaReR ", "Bearer  ", "Bearer      "])
+@pytest.mark.parametrize(
+    "prefix", ["Bearer ", "bearer ", "BEARER ", "bEaReR ", "Bearer  ", "Bearer      "]
+)
 def test_the_scheme_is_case_insensitive_and_spaces_do_not_matter(client, prefix):
     for suffix in ("", " ", "   "):
-        extras = {"HTTP_AUTHORIZATION": f"{prefix}{GOOD}{suffix}"}  # falcon's client would strip a header
+        extras = {
+            "HTTP_AUTHORIZATION": f"{prefix}{GOOD}{suffix}"
+        }  # falcon's client would strip a header
         response = client.simulate_get("/api/alice/tasks", extras=extras)
         assert response.status_code == 200
 
 
 @pytest.mark.parametrize("value", [f"Bearer \t{GOOD}", f"Bearer {GOOD}\t", f"Bearer\t{GOOD}"])
 def test_other_white_space_is_none(client, value):
-    assert client.simulate_get("/api/alice/tasks", extras={"HTTP_AUTHORIZATION": value}).status_code == 401
+    assert (
+        client.simulate_get("/api/alice/tasks", extras={"HTTP_AUTHORIZATION": value}).status_code
+        == 401
+    )
 
 
 @pytest.mark.parametrize(
@@ -599,13 +666,24 @@ STRANGE = [  # JSON, more or less, in a header and in a payload: to refuse or to
         *('{"a":' * depth + "1" + "}" * depth for depth in (300, 990, 1000, 2000)),
     )
 ]  # fmt: skip
-STRANGE += [json.dumps(CLAIMS | HS256).encode(coding) for coding in ("utf-16", "utf-32", "utf-8-sig")]
-STRANGE += [b'{"alg":"HS256","\\ud800":1}', b'{"alg":"HS256","\xed\xa0\x80":1}', b'{"alg":"HS256","":{"":[]}}']
+STRANGE += [
+    json.dumps(CLAIMS | HS256).encode(coding) for coding in ("utf-16", "utf-32", "utf-8-sig")
+]
+STRANGE += [
+    b'{"alg":"HS256","\\ud800":1}',
+    b'{"alg":"HS256","\xed\xa0\x80":1}',
+    b'{"alg":"HS256","":{"":[]}}',
+]
 
 
 @pytest.mark.parametrize("text", STRANGE)
 def test_strange_json_in_a_token_is_never_our_fault(client, text):
-    for strange in (sign(text, CLAIMS), sign(HS256, text), sign(text, text), f"{base64url(text)}.x.x"):
+    for strange in (
+        sign(text, CLAIMS),
+        sign(HS256, text),
+        sign(text, text),
+        f"{base64url(text)}.x.x",
+    ):
         response = client.simulate_get("/api/alice/tasks", headers=authorized(strange))
         if response.status_code != 200:
             assert_problem(response, 401)
@@ -699,14 +777,24 @@ SAME = [
 
 
 @pytest.mark.parametrize(("subject", "user"), OTHERS)
-def test_a_token_is_403_where_the_url_is_another_users_code_point_for_code_point(client, subject, user):
+def test_a_token_is_403_where_the_url_is_another_users_code_point_for_code_point(
+    client, subject, user
+):
     headers = authorized(sign(HS256, claims(sub=subject)))
     path = f"/api/{user}/tasks"
-    for method, suffix in [("GET", ""), ("POST", ""), ("GET", "/1"), ("PUT", "/1"), ("DELETE", "/1")]:
+    for method, suffix in [
+        ("GET", ""),
+        ("POST", ""),
+        ("GET", "/1"),
+        ("PUT", "/1"),
+        ("DELETE", "/1"),
+    ]:
         response = simulate(client, method, path + suffix, headers)
         problem = assert_problem(response, 403)
         assert problem["title"] == "Forbidden"
-        assert problem["detail"] == "this token is not for the user in the URL; use your own user id"
+        assert (
+            problem["detail"] == "this token is not for the user in the URL; use your own user id"
+        )
         assert "www-authenticate" not in response.headers
     assert_problem(simulate(client, "PATCH", f"{path}/1/complete", headers), 403)
     assert simulate(client, "HEAD", path, headers).status_code == 403
@@ -728,9 +816,17 @@ def test_a_token_passes_where_the_url_is_its_users_and_the_tasks_are_theirs(clie
 @pytest.mark.parametrize("rest", ["tasks", "tasks/", "tasks?q=%2F", "tasks/?q=/"])
 @pytest.mark.parametrize(
     ("user", "subject"),
-    [("a%2fb", "a/b"), ("a%2Fb", "a/b"), ("%61%2F%62", "a/b"), ("a+b%2Fc", "a+b/c"), ("alice", "alice")],
+    [
+        ("a%2fb", "a/b"),
+        ("a%2Fb", "a/b"),
+        ("%61%2F%62", "a/b"),
+        ("a+b%2Fc", "a+b/c"),
+        ("alice", "alice"),
+    ],
 )
-def test_a_slash_is_part_of_a_user_id_where_it_is_encoded_and_only_there(client, user, subject, rest):
+def test_a_slash_is_part_of_a_user_id_where_it_is_encoded_and_only_there(
+    client, user, subject, rest
+):
     sent, decoded = f"/api/{user}/{rest}", f"/api/{subject}/{rest.partition('?')[0]}"
     headers = authorized(sign(HS256, claims(sub=subject)))
     extras = {"REQUEST_URI": sent, "PATH_INFO": decoded, "QUERY_STRING": rest.partition("?")[2]}
@@ -742,7 +838,12 @@ def simulate(client, method, path, headers, body=None):
     decoded = re.sub(r"%([0-9A-Fa-f]{2})", lambda code: chr(int(code[1], 16)), path)
     content = json.dumps(body).encode() if body else b""
     return client.simulate_request(
-        method, "/x", headers=headers, body=content, content_type="application/json", extras={"PATH_INFO": decoded}
+        method,
+        "/x",
+        headers=headers,
+        body=content,
+        content_type="application/json",
+        extras={"PATH_INFO": decoded},
     )
 
 
@@ -769,10 +870,14 @@ def test_users_whose_names_differ_in_nothing_that_sorts_are_kept_apart(client):
     tasks = {}
     for user in users:
         headers = authorized(sign(HS256, claims(sub=user)))
-        tasks[user] = simulate(client, "POST", f"/api/{quote(user, safe='')}/tasks", headers, {"title": "x"}).json
+        tasks[user] = simulate(
+            client, "POST", f"/api/{quote(user, safe='')}/tasks", headers, {"title": "x"}
+        ).json
     for user in users:
         headers = authorized(sign(HS256, claims(sub=user)))
-        assert simulate(client, "GET", f"/api/{quote(user, safe='')}/tasks", headers).json == [tasks[user]]
+        assert simulate(client, "GET", f"/api/{quote(user, safe='')}/tasks", headers).json == [
+            tasks[user]
+        ]
 
 
 # --- The order of checks ---
@@ -805,12 +910,16 @@ def test_users_whose_names_differ_in_nothing_that_sorts_are_kept_apart(client):
 def test_401_comes_before_everything_and_403_before_all_but_401(client, method, path, options):
     assert_problem(client.simulate_request(method, path, **options), 401)
     for bad in (SIGNATURES["another secret"], TIMES["exp past"], "x"):
-        assert_problem(client.simulate_request(method, path, headers=authorized(bad), **options), 401)
+        assert_problem(
+            client.simulate_request(method, path, headers=authorized(bad), **options), 401
+        )
     assert_problem(client.simulate_request(method, path, headers=authorized(GOOD), **options), 403)
 
 
 def test_a_token_of_bob_is_no_token_for_alice_even_if_it_is_bad_in_two_ways(client):
-    response = client.simulate_get("/api/alice/tasks", headers=authorized(sign(HS256, claims(sub="bob", exp=1))))
+    response = client.simulate_get(
+        "/api/alice/tasks", headers=authorized(sign(HS256, claims(sub="bob", exp=1)))
+    )
     assert_problem(response, 401)
 
 
@@ -857,14 +966,18 @@ ISSUER, AUDIENCE = "https://auth.example", "https://tasks.example"
 )
 def test_iss_and_aud_are_checked_when_they_are_configured(make_app, configured, changes, status):
     client = testing.TestClient(make_app(**configured))
-    response = client.simulate_get("/api/alice/tasks", headers=authorized(sign(HS256, claims(**changes))))
+    response = client.simulate_get(
+        "/api/alice/tasks", headers=authorized(sign(HS256, claims(**changes)))
+    )
     assert response.status_code == status
     if status == 401:
         assert_problem(response, 401)
         assert re.search("iss|aud", challenge(response))
 
 
-NEWEST, NEW, OLD = (f"{age}-secret-for-the-tests-of-32-bytes-or-more" for age in ("newest", "new", "old"))
+NEWEST, NEW, OLD = (
+    f"{age}-secret-for-the-tests-of-32-bytes-or-more" for age in ("newest", "new", "old")
+)
 
 
 @pytest.mark.parametrize(
@@ -885,11 +998,15 @@ NEWEST, NEW, OLD = (f"{age}-secret-for-the-tests-of-32-bytes-or-more" for age in
         (OLD, {"exp": ...}, 401),
     ],
 )
-def test_every_listed_secret_verifies_and_nothing_else_is_forgiven(make_app, tmp_path, secret, changes, status):
+def test_every_listed_secret_verifies_and_nothing_else_is_forgiven(
+    make_app, tmp_path, secret, changes, status
+):
     environ = {"BETTER_AUTH_SECRET": SECRET, "BETTER_AUTH_SECRETS": f"3:{NEWEST},2:{NEW},1:{OLD}"}
     settings = taskd.Settings.load(environ, tmp_path / "none.env")
     client = testing.TestClient(make_app(secret=settings.secret, secrets=settings.secrets))
-    response = client.simulate_get("/api/alice/tasks", headers=authorized(sign(HS256, claims(**changes), secret)))
+    response = client.simulate_get(
+        "/api/alice/tasks", headers=authorized(sign(HS256, claims(**changes), secret))
+    )
     assert response.status_code == status
     if changes.get("exp") == NOW - 60:
         assert "expired" in challenge(response)
@@ -1019,7 +1136,9 @@ def test_a_bad_setting_is_refused_by_name_in_one_line(tmp_path, variable, value)
 
 
 def test_a_secret_is_in_no_representation_of_the_settings(no_dotenv):
-    settings = taskd.Settings.load({"BETTER_AUTH_SECRET": SECRET, "BETTER_AUTH_SECRETS": f"1:{OLD}"}, no_dotenv)
+    settings = taskd.Settings.load(
+        {"BETTER_AUTH_SECRET": SECRET, "BETTER_AUTH_SECRETS": f"1:{OLD}"}, no_dotenv
+    )
     for text in (repr(settings), str(settings), f"{settings}"):
         assert SECRET not in text
         assert OLD not in text
@@ -1032,7 +1151,8 @@ def test_what_is_too_short_or_public_or_missing_says_how_to_make_one(no_dotenv):
 
 
 @pytest.mark.parametrize(
-    "variable", sorted({variable for variable, _ in BAD_SETTINGS} | {"TASKD_ISSUER", "TASKD_AUDIENCE"})
+    "variable",
+    sorted({variable for variable, _ in BAD_SETTINGS} | {"TASKD_ISSUER", "TASKD_AUDIENCE"}),
 )
 def test_an_empty_value_is_none(no_dotenv, variable):
     assert taskd.Settings.load({variable: ""}, no_dotenv) == taskd.Settings.load({}, no_dotenv)
@@ -1040,7 +1160,9 @@ def test_an_empty_value_is_none(no_dotenv, variable):
 
 def test_dotenv_is_for_what_the_environment_does_not_set(tmp_path):
     dotenv = tmp_path / ".env"
-    dotenv.write_text(f"BETTER_AUTH_SECRET={OTHER_SECRET}\nTASKD_PORT=1234\nTASKD_HOST=localhost\nOTHER=x\n")
+    dotenv.write_text(
+        f"BETTER_AUTH_SECRET={OTHER_SECRET}\nTASKD_PORT=1234\nTASKD_HOST=localhost\nOTHER=x\n"
+    )
     settings = taskd.Settings.load({"BETTER_AUTH_SECRET": SECRET, "TASKD_HOST": "::1"}, dotenv)
     assert (settings.secret, settings.port, settings.host) == (SECRET, 1234, "::1")
     settings = taskd.Settings.load({}, dotenv)
@@ -1056,9 +1178,18 @@ def test_dotenv_is_for_what_the_environment_does_not_set(tmp_path):
         (f"BETTER_AUTH_SECRET='{SECRET}'", SECRET),
         (f"# a comment\n\nBETTER_AUTH_SECRET = {SECRET}  # mine", SECRET),
         (f"BETTER_AUTH_SECRET={SECRET}\r", SECRET),
-        ("BETTER_AUTH_SECRET='$HOME-${PATH}-$$-of-at-least-32-bytes'", "$HOME-${PATH}-$$-of-at-least-32-bytes"),
-        ('BETTER_AUTH_SECRET="$HOME-${PATH}-$$-of-at-least-32-bytes"', "$HOME-${PATH}-$$-of-at-least-32-bytes"),
-        ("BETTER_AUTH_SECRET=$HOME-${PATH}-$$-of-at-least-32-bytes", "$HOME-${PATH}-$$-of-at-least-32-bytes"),
+        (
+            "BETTER_AUTH_SECRET='$HOME-${PATH}-$$-of-at-least-32-bytes'",
+            "$HOME-${PATH}-$$-of-at-least-32-bytes",
+        ),
+        (
+            'BETTER_AUTH_SECRET="$HOME-${PATH}-$$-of-at-least-32-bytes"',
+            "$HOME-${PATH}-$$-of-at-least-32-bytes",
+        ),
+        (
+            "BETTER_AUTH_SECRET=$HOME-${PATH}-$$-of-at-least-32-bytes",
+            "$HOME-${PATH}-$$-of-at-least-32-bytes",
+        ),
         (f"BETTER_AUTH_SECRET={'=' * 40}", "=" * 40),
         ("BETTER_AUTH_SECRET=" + "\u00e9" * 20, "\u00e9" * 20),
         ("BETTER_AUTH_SECRET=", None),
@@ -1068,7 +1199,9 @@ def test_dotenv_is_for_what_the_environment_does_not_set(tmp_path):
 )
 def test_a_secret_in_dotenv_is_taken_as_it_stands_there(tmp_path, line, secret):
     (tmp_path / ".env").write_bytes(line.encode() + b"\n")
-    assert taskd.Settings.load({"HOME": "/root", "PATH": "/bin"}, tmp_path / ".env").secret == secret
+    assert (
+        taskd.Settings.load({"HOME": "/root", "PATH": "/bin"}, tmp_path / ".env").secret == secret
+    )
 
 
 def test_a_dotenv_that_cannot_be_read_is_refused_by_name(tmp_path):
