@@ -21,12 +21,14 @@ import operator
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -861,6 +863,7 @@ CHUNK = 100  # tasks of a list that are read and sent at once
 IDEMPOTENCY_WINDOW = timedelta(
     hours=24
 )  # how long a create can be repeated with its Idempotency-Key
+FIRST_FIELDS = ("title", "description", "completed")  # the digests of version 2 have all of them
 CONTAINS = " OR ".join(
     f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded")
 )
@@ -928,9 +931,10 @@ SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
 
 
 class Stored(Struct, frozen=True):
-    """A task with its entity tag; `replayed` if a create with the same Idempotency-Key made it before."""
+    """A task with its entity tag. If `replayed`, `task` is the stored JSON of an earlier create."""
 
-    task: TaskView
+    id: int
+    task: TaskView | msgspec.Raw
     tag: str
     replayed: bool = False
 
@@ -998,9 +1002,9 @@ class TaskStore:
         claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
         claimed = IdempotencyKey.insert(
             answer=peewee.SQL("''"), created_at=placeholder("now"), **claim
-        )
+        ).on_conflict("NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name))
         self._expire = database.compile(IdempotencyKey.delete().where(expired))
-        self._claim = database.compile(claimed.on_conflict_ignore().returning(IdempotencyKey.id))
+        self._claim = database.compile(claimed.returning(IdempotencyKey.id))
         self._answer = database.compile(
             IdempotencyKey.update(answer=placeholder("answer")).where(key)
         )
@@ -1072,7 +1076,7 @@ class TaskStore:
         With a key, a create that was done within 24 hours is not done again, but answered as it was then.
         """
         now = datetime.now(UTC)
-        new = {"title": task.title, "description": task.description, "completed": task.completed}
+        new = {name: getattr(task, name) for name in RULES}
         values = {
             **new,
             **search_columns(task.title, task.description),
@@ -1081,7 +1085,7 @@ class TaskStore:
         }
         if key is None:
             return _first(self._database.write(self._add, **values))
-        body = hashlib.sha256(to_json(new)).hexdigest()
+        body = digest(task)
         values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
             self._database.run(self._expire, **values)
@@ -1161,16 +1165,38 @@ def _views(rows: list[Row]) -> list[TaskView]:
 
 def _stored(row: Row) -> Stored:
     key, user, title, text, done, new, now, version = row
-    return Stored(TaskView(key, user, title, text, done == 1, new, now), f'"{version}-{now}"')
+    return Stored(key, TaskView(key, user, title, text, done == 1, new, now), f'"{version}-{now}"')
 
 
 def _first(rows: list[Row]) -> Stored | None:
     return _stored(rows[0]) if rows else None
 
 
+class _StoredAnswer(Struct):
+    """The members that the headers of a replay need, in every version of the task's JSON."""
+
+    id: int
+    updated_at: str
+
+
 def _replayed(answer: str) -> Stored:
-    task = msgspec.json.decode(answer, type=TaskView)
-    return Stored(task, f'"1-{task.updated_at}"', replayed=True)
+    """Return a stored answer byte for byte: an earlier version with other members may have made it."""
+    found = msgspec.json.decode(answer, type=_StoredAnswer)
+    return Stored(found.id, msgspec.Raw(answer.encode()), f'"1-{found.updated_at}"', replayed=True)
+
+
+def digest(task: NewTask) -> str:
+    """Return the SHA-256 of a create, by which a used Idempotency-Key is compared.
+
+    Fields added after version 2 count only if they are not the default, so that a key outlives an upgrade.
+    """
+    given, default = msgspec.structs.asdict(task), NewTask(title=task.title)
+    counted = {
+        name: given[name]
+        for name in RULES
+        if name in FIRST_FIELDS or given[name] != getattr(default, name)
+    }
+    return hashlib.sha256(to_json(counted)).hexdigest()
 
 
 def timestamp(when: datetime) -> str:
@@ -1186,7 +1212,11 @@ def _now() -> str:
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 MIGRATIONS = Path(__file__).with_name("migrations")
-VERSION = 2  # of the schema; migrations/2.sql makes it from version 1
+VERSION = 2  # of the schema; migrations/N.sql makes version N from the one before it
+VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
+MIN_SQLITE = (3, 35)  # has RETURNING
+FULL = 64 * 1024  # bytes free, with which SQLite cannot make its files
+MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = (
     4.0  # seconds that a write waits for another process which holds the database's write lock
@@ -1416,9 +1446,10 @@ class Postgres:
 
     def _prepare(self, name: str) -> None:
         with self._pool.connection_context(), self._pool.atomic():
-            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (int.from_bytes(b"taskd"),))
-            if not schema_version(self._pool):
-                _make_tables(self._pool, map(for_postgresql, statements(SCHEMA)))
+            self._pool.execute_sql("SET LOCAL statement_timeout = 0")  # a migration may take long
+            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+            if (version := schema_version(self._pool)) < VERSION:
+                migrate(self._pool, version, for_postgresql)
             check_schema(self._pool, name, portable_definitions)
 
 
@@ -1430,11 +1461,10 @@ def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -
 
 
 def for_postgresql(statement: str) -> str:
-    """Return a statement of schema.sql as PostgreSQL has it, where text is to be sorted by code point as in SQLite."""
+    """Return a statement of schema.sql or a migration for PostgreSQL; text is sorted by code point."""
     key = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
-    return statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace(
-        " TEXT", ' TEXT COLLATE "C"'
-    )
+    statement = statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace("%", "%%")
+    return re.sub(r"(?<! AS) TEXT\b", ' TEXT COLLATE "C"', statement)
 
 
 def _first_line(ex: Exception) -> str:
@@ -1459,19 +1489,25 @@ def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
 
 
 def prepare_database(path: str) -> None:
-    """Make a new file fit schema.sql, readable by its owner alone, or check that an old one does.
+    """Create a file that fits schema.sql, readable by its owner alone, or migrate or check an old one.
 
-    One of an earlier version is brought up to date; beside it stays a copy of what it was. Raises DatabaseError for a
-    file that cannot be opened or does not fit, and leaves it as it was.
+    Before a migration the database is copied to a file beside it. Raises DatabaseError for a file
+    that cannot be opened or does not fit, and leaves it as it was.
     """
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        raise DatabaseError(
+            f"SQLite {sqlite3.sqlite_version} is too old; taskd needs 3.35 or newer"
+        )
     database = peewee.SqliteDatabase(path, timeout=LOCK_TIMEOUT)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if schema_version(database) < VERSION:
-            _bring_up_to_date(database, path)
+            _migrate_file(database, path)
         check_schema(database, path, sqlite_definitions)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
-        raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < FULL
+        why = "database or disk is full" if full else ex  # which SQLite does not always say
+        raise DatabaseError(f"{path} cannot be opened: {why}") from None
     finally:
         database.close()
 
@@ -1487,53 +1523,70 @@ def check_schema(database: peewee.Database, name: str, describe: Callable[[Any],
 
 
 def schema_version(database: peewee.Database) -> int:
-    """Return the version of the schema that a database has; 0 for none.
+    """Return the version of the schema that a database has; 0 if it has no tables.
 
-    Version 1 did not say so. A task table that nobody knows counts as today's, and will not fit.
+    Version 1 had no table `about`. An unknown table `task` counts as the newest and will not fit.
     """
     if database.table_exists("about"):
-        [version] = database.execute_sql("SELECT MAX(version) FROM about").fetchone()
-        return version if isinstance(version, int) else 0
+        rows = database.execute_sql("SELECT version FROM about").fetchall()
+        if len(rows) != 1 or not isinstance(rows[0][0], int):
+            raise peewee.DatabaseError("the table about must have one row, with a version")
+        return rows[0][0]
     columns = [column.name for column in database.get_columns("task")]
-    return 0 if not columns else 1 if columns == list(TaskView.__struct_fields__) else VERSION
+    return 0 if not columns else 1 if columns == VERSION_1 else VERSION
 
 
-def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
+def migrate(database: peewee.Database, version: int, translate: Callable[[str], str] = str) -> None:
+    """Run the scripts from this version to the newest, or schema.sql for version 0."""
+    numbers = range(version + 1, VERSION + 1)
+    scripts = [MIGRATIONS / f"{number}.sql" for number in numbers] if version else [SCHEMA]
+    for statement in itertools.chain(*map(statements, scripts)):
+        database.execute_sql(translate(statement))
+    if not About.update(version=VERSION).execute(database):
+        About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
+
+
+def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
     database.register_function(lambda text: text and text.casefold(), "casefold", 1)
-    with database.atomic("IMMEDIATE"), contextlib.ExitStack() as undo:
-        version = schema_version(database)  # another process may have been here first
-        if version >= VERSION:
-            return
-        if version:
-            undo.callback(os.unlink, _keep_copy(path, version))
-        scripts = (
-            [MIGRATIONS / f"{number}.sql" for number in range(version + 1, VERSION + 1)]
-            if version
-            else [SCHEMA]
-        )
-        _make_tables(database, itertools.chain(*map(statements, scripts)))
-        check_schema(database, path, sqlite_definitions)
-        undo.pop_all()
+    database.execute_sql("BEGIN IMMEDIATE")
+    version = schema_version(database)  # another process may have migrated it meanwhile
+    copy = _copy_beside(path, version) if 0 < version < VERSION else None
+    try:
+        if version < VERSION:
+            migrate(database, version)
+            check_schema(database, path, sqlite_definitions)
+        database.execute_sql("COMMIT")
+    except BaseException as ex:
+        traceback.clear_frames(ex.__traceback__)  # a cursor there would keep the file locked
+        database.close()
+        if copy and _is_whole(database, path, version):
+            copy.unlink()
+        raise
 
 
-def _make_tables(database: peewee.Database, script: Iterable[str]) -> None:
-    for statement in script:
-        database.execute_sql(statement)
-    About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
+def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
+    """Say whether a rollback has succeeded; opening the file finishes it."""
+    with contextlib.suppress(peewee.DatabaseError, sqlite3.DatabaseError):
+        found = schema_version(database)
+        return found == version and not Path(f"{path}-journal").exists()
+    return False
 
 
-def _keep_copy(path: str, version: int) -> str:
-    """Copy the database beside itself, under its name only when it is whole, and return that name."""
-    copy, part = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"{path}.part"
-    for left in (part, f"{part}-journal"):  # by a start that was killed
-        Path(left).unlink(missing_ok=True)
-    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with (
-        contextlib.closing(sqlite3.connect(path)) as now,
-        contextlib.closing(sqlite3.connect(part)) as kept,
-    ):
-        now.backup(kept)
-    Path(part).rename(copy)
+def _copy_beside(path: str, version: int) -> Path:
+    """Copy the database to a file beside it, named only when it is complete, and return its path."""
+    copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    part, journal = Path(f"{path}.part"), Path(f"{path}.part-journal")
+    with contextlib.ExitStack() as cleanup:
+        for left in (part, journal):  # by a start that was killed
+            left.unlink(missing_ok=True)
+            cleanup.callback(left.unlink, missing_ok=True)
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with (
+            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(part)) as target,
+        ):
+            source.backup(target)
+        part.rename(copy)
     return copy
 
 
@@ -1885,7 +1938,7 @@ class TaskResource:
                 ]
             )
         resp.status = falcon.HTTP_201
-        resp.location = f"{tasks_path(req)}/{stored.task.id}"
+        resp.location = f"{tasks_path(req)}/{stored.id}"
         if stored.replayed:
             resp.set_header("Idempotency-Replayed", "true")
         respond_with_task(resp, stored)
