@@ -113,7 +113,6 @@ def test_a_saved_database_of_every_version_is_migrated_with_all_that_it_has(
         assert [task["id"] for task in shown] == [row[0] for row in before if row[1] == name]
     assert person("bob").call("GET", query_string="q=STRASSE").json[0]["id"] == 2
     assert person("alice").add()["id"] == (10 if version == 1 else 8), "an id is used again"
-    assert person("alice").call("GET", "/readyz").status_code in (200, 404)
 
 
 @pytest.mark.parametrize("version", [2])
@@ -189,6 +188,7 @@ def test_processes_that_start_at_once_on_an_old_database_all_serve(
     start: Start, path: Path
 ) -> None:
     load(path, 2)
+    support.Nursery.of("taskd", "", support.environment())  # one, however many threads ask for it
     servers: list[Process] = []
     threads = [threading.Thread(target=lambda: servers.append(start())) for _ in range(3)]
     for thread in threads:
