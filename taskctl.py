@@ -388,7 +388,7 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
-COMPLETED = taskd.FIELDS["completed"].column
+COMPLETED = Task._meta.fields["completed"]
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
 Execute = Callable[..., Any]  # runs a statement with its values, and returns a cursor
 

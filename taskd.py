@@ -21,12 +21,14 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, date, datetime, timedelta
@@ -674,7 +676,7 @@ class Field(Struct, frozen=True, kw_only=True):
     rule: str  # the message where a body breaks it
     about: str  # the description in openapi.json
     example: Any
-    column: peewee.Field
+    column: Callable[[], peewee.Field] = partial(peewee.TextField, null=True)
     default: Any = UNSET  # without one, a new task must have the field
     normalise: Callable[[Any], Any] | None = None  # raises ValueError where the rule is broken
     searched: bool = False  # by q, in the column of this name with _folded behind it
@@ -687,7 +689,7 @@ FIELDS = {
         rule="must be a string of 1 to 200 characters",
         about="1 to 200 characters, not only white space, no U+0000; stored exactly as sent.",
         example="Buy milk",
-        column=peewee.TextField(),
+        column=peewee.TextField,
         searched=True,
         order="title",
     ),
@@ -696,7 +698,6 @@ FIELDS = {
         rule="must be a string of at most 10,000 characters, or null",
         about="At most 10,000 characters, no U+0000; null for none.",
         example="2 litres",
-        column=peewee.TextField(null=True),
         default=None,
         searched=True,
     ),
@@ -705,7 +706,7 @@ FIELDS = {
         rule="must be true or false",
         about="Whether the task is done.",
         example=False,
-        column=peewee.BooleanField(default=False),
+        column=peewee.BooleanField,
         default=False,
     ),
     "priority": Field(
@@ -713,7 +714,6 @@ FIELDS = {
         rule="must be low, medium or high, or null",
         about="How important the task is; null for not said.",
         example="high",
-        column=peewee.TextField(null=True),
         default=None,
         order="CASE priority WHEN 'low' THEN '1' WHEN 'medium' THEN '2' WHEN 'high' THEN '3' END",
     ),
@@ -724,7 +724,6 @@ FIELDS = {
         about="RFC 3339: a day, kept as it is, or a time, kept in UTC with milliseconds;"
         " null for none.",
         example="2026-12-01",
-        column=peewee.TextField(null=True),
         default=None,
         normalise=parse_due_date,
         order=f"due_date || SUBSTR('{MIDNIGHT}', LENGTH(due_date) - 9)",
@@ -736,7 +735,7 @@ FIELDS = {
         about="At most 20, each 1 to 50 characters, not only white space, no U+0000, none twice;"
         " in the order sent.",
         example=["home"],
-        column=TagsField(default="[]"),
+        column=TagsField,
         default=[],
         normalise=each_once,
         searched=True,
@@ -1144,9 +1143,9 @@ class Task(peewee.Model):
 
 
 for _name, _field in FIELDS.items():
-    Task._meta.add_field(_name, _field.column)
-    if _field.searched:
-        Task._meta.add_field(f"{_name}_folded", peewee.TextField(null=_field.column.null))
+    Task._meta.add_field(_name, _field.column())
+for _name in SEARCHED:
+    Task._meta.add_field(f"{_name}_folded", peewee.TextField(null=getattr(Task, _name).null))
 
 
 class IdempotencyKey(peewee.Model):
@@ -1217,7 +1216,7 @@ def _folded(value: str | list[str] | None) -> str | None:
 
 def columns(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the columns in which the database keeps these fields."""
-    kept = {name: FIELDS[name].column.db_value(value) for name, value in fields.items()}
+    kept = {name: getattr(Task, name).db_value(value) for name, value in fields.items()}
     return kept | search_columns(fields)
 
 
@@ -1246,7 +1245,9 @@ def queries() -> dict[str, Any]:
         IdempotencyKey.created_at < placeholder("before")
     )
     claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
-    claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim)
+    claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim).on_conflict(
+        "NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name)
+    )
     return {
         "get": Task.select(*SHOWN, Task.version).where(THIS),
         "add": _returning(
@@ -1259,7 +1260,7 @@ def queries() -> dict[str, Any]:
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
         "expire": IdempotencyKey.delete().where(expired),
-        "claim": claimed.on_conflict_ignore().returning(IdempotencyKey.id),
+        "claim": claimed.returning(IdempotencyKey.id),
         "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
     }
@@ -1287,7 +1288,7 @@ def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> A
     """
     name, descending = sort.lstrip("-"), sort.startswith("-")
     key = ORDERS[name]
-    if name in FIELDS and FIELDS[name].column.null:
+    if getattr(Task, name).null:
         key = f"COALESCE({key}, '{'' if descending else 'z'}')"
     where = [peewee.SQL(FILTERS[name]) for name in filters]
     where += [peewee.SQL(f"REPLACE(tags, :tag_{n}, '') <> tags") for n in range(tags)]
@@ -1460,8 +1461,11 @@ def _now() -> str:
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 MIGRATIONS = Path(__file__).with_name("migrations")
-VERSION = 2  # of the schema; migrations/2.sql makes it from version 1
+VERSION = 3  # of the schema; migrations/N.sql makes version N from the one before it
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
+MIN_SQLITE = (3, 35)  # has RETURNING
+FULL = 64 * 1024  # bytes free, with which SQLite cannot make its files
+MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = (
     4.0  # seconds that a write waits for another process which holds the database's write lock
@@ -1693,9 +1697,10 @@ class Postgres:
 
     def _prepare(self, name: str) -> None:
         with self._pool.connection_context(), self._pool.atomic():
-            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (int.from_bytes(b"taskd"),))
-            if not schema_version(self._pool):
-                _make_tables(self._pool, map(for_postgresql, statements(SCHEMA)))
+            self._pool.execute_sql("SET LOCAL statement_timeout = 0")  # a migration may take long
+            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+            if (version := schema_version(self._pool)) < VERSION:
+                migrate(self._pool, version, for_postgresql)
             check_schema(self._pool, name, portable_definitions)
 
 
@@ -1707,11 +1712,10 @@ def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -
 
 
 def for_postgresql(statement: str) -> str:
-    """Return a statement of schema.sql as PostgreSQL has it, where text is to be sorted by code point as in SQLite."""
+    """Return a statement of schema.sql or a migration for PostgreSQL; text is sorted by code point."""
     key = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
-    return statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace(
-        " TEXT", ' TEXT COLLATE "C"'
-    )
+    statement = statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace("%", "%%")
+    return re.sub(r"(?<! AS) TEXT\b", ' TEXT COLLATE "C"', statement)
 
 
 def _first_line(ex: Exception) -> str:
@@ -1736,19 +1740,25 @@ def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
 
 
 def prepare_database(path: str) -> None:
-    """Make a new file fit schema.sql, readable by its owner alone, or check that an old one does.
+    """Create a file that fits schema.sql, readable by its owner alone, or migrate or check an old one.
 
-    One of an earlier version is brought up to date; beside it stays a copy of what it was. Raises DatabaseError for a
-    file that cannot be opened or does not fit, and leaves it as it was.
+    Before a migration the database is copied to a file beside it. Raises DatabaseError for a file
+    that cannot be opened or does not fit, and leaves it as it was.
     """
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        raise DatabaseError(
+            f"SQLite {sqlite3.sqlite_version} is too old; taskd needs 3.35 or newer"
+        )
     database = peewee.SqliteDatabase(path, timeout=LOCK_TIMEOUT)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if schema_version(database) < VERSION:
-            _bring_up_to_date(database, path)
+            _migrate_file(database, path)
         check_schema(database, path, sqlite_definitions)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
-        raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < FULL
+        why = "database or disk is full" if full else ex  # which SQLite does not always say
+        raise DatabaseError(f"{path} cannot be opened: {why}") from None
     finally:
         database.close()
 
@@ -1764,53 +1774,70 @@ def check_schema(database: peewee.Database, name: str, describe: Callable[[Any],
 
 
 def schema_version(database: peewee.Database) -> int:
-    """Return the version of the schema that a database has; 0 for none.
+    """Return the version of the schema that a database has; 0 if it has no tables.
 
-    Version 1 did not say so. A task table that nobody knows counts as today's, and will not fit.
+    Version 1 had no table `about`. An unknown table `task` counts as the newest and will not fit.
     """
     if database.table_exists("about"):
-        [version] = database.execute_sql("SELECT MAX(version) FROM about").fetchone()
-        return version if isinstance(version, int) else 0
+        rows = database.execute_sql("SELECT version FROM about").fetchall()
+        if len(rows) != 1 or not isinstance(rows[0][0], int):
+            raise peewee.DatabaseError("the table about must have one row, with a version")
+        return rows[0][0]
     columns = [column.name for column in database.get_columns("task")]
     return 0 if not columns else 1 if columns == VERSION_1 else VERSION
 
 
-def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
+def migrate(database: peewee.Database, version: int, translate: Callable[[str], str] = str) -> None:
+    """Run the scripts from this version to the newest, or schema.sql for version 0."""
+    numbers = range(version + 1, VERSION + 1)
+    scripts = [MIGRATIONS / f"{number}.sql" for number in numbers] if version else [SCHEMA]
+    for statement in itertools.chain(*map(statements, scripts)):
+        database.execute_sql(translate(statement))
+    if not About.update(version=VERSION).execute(database):
+        About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
+
+
+def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
     database.register_function(lambda text: text and text.casefold(), "casefold", 1)
-    with database.atomic("IMMEDIATE"), contextlib.ExitStack() as undo:
-        version = schema_version(database)  # another process may have been here first
-        if version >= VERSION:
-            return
-        if version:
-            undo.callback(os.unlink, _keep_copy(path, version))
-        scripts = (
-            [MIGRATIONS / f"{number}.sql" for number in range(version + 1, VERSION + 1)]
-            if version
-            else [SCHEMA]
-        )
-        _make_tables(database, itertools.chain(*map(statements, scripts)))
-        check_schema(database, path, sqlite_definitions)
-        undo.pop_all()
+    database.execute_sql("BEGIN IMMEDIATE")
+    version = schema_version(database)  # another process may have migrated it meanwhile
+    copy = _copy_beside(path, version) if 0 < version < VERSION else None
+    try:
+        if version < VERSION:
+            migrate(database, version)
+            check_schema(database, path, sqlite_definitions)
+        database.execute_sql("COMMIT")
+    except BaseException as ex:
+        traceback.clear_frames(ex.__traceback__)  # a cursor there would keep the file locked
+        database.close()
+        if copy and _is_whole(database, path, version):
+            copy.unlink()
+        raise
 
 
-def _make_tables(database: peewee.Database, script: Iterable[str]) -> None:
-    for statement in script:
-        database.execute_sql(statement)
-    About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
+def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
+    """Say whether a rollback has succeeded; opening the file finishes it."""
+    with contextlib.suppress(peewee.DatabaseError, sqlite3.DatabaseError):
+        found = schema_version(database)
+        return found == version and not Path(f"{path}-journal").exists()
+    return False
 
 
-def _keep_copy(path: str, version: int) -> str:
-    """Copy the database beside itself, under its name only when it is whole, and return that name."""
-    copy, part = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"{path}.part"
-    for left in (part, f"{part}-journal"):  # by a start that was killed
-        Path(left).unlink(missing_ok=True)
-    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with (
-        contextlib.closing(sqlite3.connect(path)) as now,
-        contextlib.closing(sqlite3.connect(part)) as kept,
-    ):
-        now.backup(kept)
-    Path(part).rename(copy)
+def _copy_beside(path: str, version: int) -> Path:
+    """Copy the database to a file beside it, named only when it is complete, and return its path."""
+    copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    part, journal = Path(f"{path}.part"), Path(f"{path}.part-journal")
+    with contextlib.ExitStack() as cleanup:
+        for left in (part, journal):  # by a start that was killed
+            left.unlink(missing_ok=True)
+            cleanup.callback(left.unlink, missing_ok=True)
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with (
+            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(part)) as target,
+        ):
+            source.backup(target)
+        part.rename(copy)
     return copy
 
 

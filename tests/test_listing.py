@@ -142,7 +142,9 @@ def test_a_wrong_value_is_422_and_named(alice: Person, name: str, value: str) ->
 def test_a_parameter_that_is_given_twice_is_422_even_with_one_value(
     alice: Person, name: str
 ) -> None:
-    good = {"completed": "true", "priority": "low", "sort": "id", "limit": "5"}.get(name, "2026-12-01")
+    good = {"completed": "true", "priority": "low", "sort": "id", "limit": "5"}.get(
+        name, "2026-12-01"
+    )
     problem = assert_problem(alice.call("GET", query_string=f"{name}={good}&{name}={good}"), 422)
     assert [error["field"] for error in problem["errors"]] == [name]
 

@@ -352,7 +352,8 @@ def lists(store):
     sorts = [f"{sign}{name}" for sign in ("", "-") for name in taskd.ORDERS]
     filters = [(), ("completed",), ("q",), tuple(taskd.FILTERS)]
     return {
-        shape: store._page(*shape) for shape in itertools.product(filters, [0, 2], sorts, [True, False])
+        shape: store._page(*shape)
+        for shape in itertools.product(filters, [0, 2], sorts, [True, False])
     }
 
 
