@@ -27,8 +27,8 @@ import sqlite3
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial, reduce
 from http import HTTPStatus
@@ -340,6 +340,14 @@ class Unavailable(Exception):
 
 class WouldBlock(BaseException):
     """This thread must not wait, and would have to; nothing was done, so the request can start again in another."""
+
+
+class SearchWouldBlock(WouldBlock):
+    """The same for a request that may take long: it goes to one of the few threads for searches."""
+
+
+class Busy(Unavailable):
+    """The user asks for more at once than is served; the arguments are a detail and the reason."""
 
 
 class _ThreadState(threading.local):
@@ -750,7 +758,7 @@ POSITION = tuple[
 SEAL = 16  # bytes
 PARAMETERS = {
     "completed": ("true|false", "must be true or false"),
-    "q": (r"[^\0]{0,1000}", "must be at most 1,000 characters, without U+0000"),
+    "q": (r"[^\0]{0,200}", "must be at most 200 characters, without U+0000"),
     "sort": (
         "-?(id|created_at|updated_at|title)",
         "must be id, created_at, updated_at or title, or one with - before",
@@ -858,6 +866,10 @@ def read_key(req: falcon.Request) -> str | None:
 # --- Store ----------------------------------------------------------------------------------------
 
 CHUNK = 100  # tasks of a list that are read and sent at once
+MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
+SEARCHES = 4  # of all users at once
+SEARCHES_OF_USER = 2
+SEARCH_TIME = 2.0  # seconds
 IDEMPOTENCY_WINDOW = timedelta(
     hours=24
 )  # how long a create can be repeated with its Idempotency-Key
@@ -965,6 +977,8 @@ class TaskStore:
         self._database = database
         self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
         self._lists: dict[tuple[object, ...], str] = {}
+        self._searching: Counter[str] = Counter()
+        self._searching_lock = threading.Lock()
         this = owned_by_user(Task) & (Task.id == placeholder("id"))
         as_expected = this & peewee.SQL(AS_EXPECTED)
         touched = {"updated_at": placeholder("now"), "version": peewee.SQL("version + 1")}
@@ -1011,10 +1025,44 @@ class TaskStore:
     def _compile(self, query: Any) -> str:
         return self._database.compile(query.returning(*SHOWN, Task.version))
 
+    @contextlib.contextmanager
+    def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
+        """Limit a search, which reads each task of the user, in number and time. Raises Busy."""
+        if not listing.q:
+            yield
+            return
+        if thread_state.in_event_loop:
+            raise SearchWouldBlock
+        end = time.monotonic() + SEARCH_TIME
+        with self._counted(user_id):
+            try:
+                with self._database.deadline(SEARCH_TIME):
+                    yield
+            except Unavailable as ex:
+                if time.monotonic() < end:
+                    raise
+                detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
+                raise Busy(detail, str(ex)) from ex
+
+    @contextlib.contextmanager
+    def _counted(self, user_id: str) -> Iterator[None]:
+        with self._searching_lock:
+            if self._searching[user_id] >= SEARCHES_OF_USER:
+                raise Busy("other searches of yours are still running; wait until one ends", "busy")
+            self._searching[user_id] += 1
+        try:
+            yield
+        finally:
+            with self._searching_lock:
+                self._searching[user_id] -= 1
+                self._searching += Counter()  # forgets who has none
+
     def page(self, user_id: str, listing: Listing) -> tuple[list[TaskView], Listing | None]:
-        """Return the user's tasks, as many as the listing's limit or a piece; and the listing of those that follow."""
-        if listing.q and thread_state.in_event_loop:
-            raise WouldBlock  # it looks at each task of the user
+        """Return the user's tasks, and the listing of those that follow.
+
+        With a limit they are at most so many, and about MAX_PAGE bytes of JSON; without one they
+        are the next CHUNK.
+        """
         size, (value, last) = listing.limit or CHUNK, listing.after or (None, None)
         shape = listing.completed is None, not listing.q, listing.sort, last is None
         sql = self._lists.get(shape) or self._lists.setdefault(shape, self._select(*shape))
@@ -1024,11 +1072,16 @@ class TaskStore:
             "value": value,
             "last": last,
         }
-        tasks = _views(self._database.run(sql, user_id=user_id, limit=size + 1, **values))
-        if len(tasks) <= size:
+        values |= {"user_id": user_id, "limit": size + 1}
+        if listing.limit:
+            tasks, more = _fill_page(self._database.rows(sql, **values), size)
+        else:
+            tasks = _views(self._database.run(sql, **values))
+            tasks, more = tasks[:size], len(tasks) > size
+        if not more:
             return tasks, None
-        after = getattr(tasks[size - 1], listing.sort.lstrip("-")), tasks[size - 1].id
-        return tasks[:size], msgspec.structs.replace(listing, after=after)
+        after = getattr(tasks[-1], listing.sort.lstrip("-")), tasks[-1].id
+        return tasks, msgspec.structs.replace(listing, after=after)
 
     def _select(self, both: bool, everything: bool, sort: str, first: bool) -> str:
         """Return the statement of a page: from its first task on, along an index, and never with OFFSET.
@@ -1159,6 +1212,19 @@ def _views(rows: list[Row]) -> list[TaskView]:
     ]
 
 
+def _fill_page(rows: Generator[Row], limit: int) -> tuple[list[TaskView], bool]:
+    """Return the first tasks, until there are `limit` or MAX_PAGE bytes, and whether more follow."""
+    tasks: list[TaskView] = []
+    room = MAX_PAGE
+    with contextlib.closing(rows):  # stops the statement
+        for row in rows:
+            if len(tasks) == limit or room <= 0:
+                return tasks, True
+            tasks += _views([row])
+            room -= len(to_json(tasks[-1]))
+    return tasks, False
+
+
 def _stored(row: Row) -> Stored:
     key, user, title, text, done, new, now, version = row
     return Stored(TaskView(key, user, title, text, done == 1, new, now), f'"{version}-{now}"')
@@ -1192,6 +1258,8 @@ LOCK_TIMEOUT = (
     4.0  # seconds that a write waits for another process which holds the database's write lock
 )
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for the writes of this process
+DEADLINE_STEPS = 1000  # of SQLite's machine between two looks at the clock; a few rows of a search
+TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes: statement_timeout and lock_timeout were over
 QUEUE_PLACE_TIMEOUT = (
     0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
 )
@@ -1248,12 +1316,38 @@ class Sqlite:
             with peewee.__exception_wrapper__:  # type: ignore[attr-defined]  # the last fetch commits, and can fail
                 return database.execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
         except peewee.DatabaseError as ex:
-            if thread_state.in_event_loop and "locked" in str(ex):
-                raise WouldBlock from None
-            self._drop()  # whatever state the connection is in, the next request starts with a fresh one
-            if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
-                raise
-            raise Unavailable("the database", str(ex)) from ex
+            self._fail(ex)
+
+    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed."""
+        try:
+            with (
+                peewee.__exception_wrapper__,  # type: ignore[attr-defined]
+                contextlib.closing(self._here().execute_sql(sql, values)) as cursor,
+            ):
+                yield from cursor
+        except peewee.DatabaseError as ex:
+            self._fail(ex)
+
+    def _fail(self, ex: peewee.DatabaseError) -> NoReturn:
+        if thread_state.in_event_loop and "locked" in str(ex):
+            raise WouldBlock from None
+        self._drop()  # whatever state the connection is in, the next request starts with a fresh one
+        if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
+            raise ex
+        raise Unavailable("the database", str(ex)) from ex
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """End this thread's statements with Unavailable when the time is over."""
+        self.run("SELECT 1")  # opens the connection, or raises Unavailable
+        end, connection = time.monotonic() + seconds, self._here().connection()
+        connection.set_progress_handler(lambda: time.monotonic() > end, DEADLINE_STEPS)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
+                connection.set_progress_handler(None, 0)
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something, alone; it is on disk when this returns."""
@@ -1354,7 +1448,7 @@ class Postgres:
             ) from None
         self._pool = self.peewee = PooledPostgresqlDatabase(
             settings.database_url,
-            max_connections=settings.threads,
+            max_connections=settings.threads + SEARCHES,
             timeout=WRITE_TURN_TIMEOUT,
             prefer_psycopg3=True,
             connect_timeout=3,
@@ -1383,6 +1477,18 @@ class Postgres:
 
     write = run  # the server keeps writers apart
 
+    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed."""
+        with self._connected(), peewee.__exception_wrapper__:  # type: ignore[attr-defined]
+            yield from self._pool.cursor().stream(sql, values)
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """End each of this thread's statements with Unavailable when it takes longer."""
+        with self.transaction():
+            self.run(f"SET LOCAL statement_timeout = {1000 * seconds:.0f}")
+            yield
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
@@ -1402,7 +1508,8 @@ class Postgres:
             ):
                 yield
         except self._unusable as ex:
-            self._pool.close_idle()  # the server was perhaps away; then none of them is good any more
+            if getattr(ex.__cause__ or ex.__context__, "sqlstate", None) not in TIMED_OUT:
+                self._pool.close_idle()  # perhaps the server was away, and all of them are broken
             raise Unavailable("the database", _first_line(ex)) from ex
 
     def check(self) -> None:
@@ -1695,6 +1802,11 @@ class TimedDatabase:
         with self._timed(sql.partition(" ")[0].lower()):
             return self._database.write(sql, **values)
 
+    def rows(self, sql: str, **values: Any) -> Generator[Row]:
+        """Read a statement's rows one by one."""
+        with self._timed(sql.partition(" ")[0].lower()):
+            yield from self._database.rows(sql, **values)
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together, and take the time of all of them with their commit."""
@@ -1861,7 +1973,8 @@ class TaskResource:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
-        tasks, rest = self._store.page(user_id, listing)
+        with self._store.turn(user_id, listing):
+            tasks, rest = self._store.page(user_id, listing)
         if rest and not listing.limit:
             resp.stream = LongList(self._store, user_id, tasks, rest)
             return
@@ -1954,7 +2067,8 @@ class LongList:
             return first
         if self._rest is None:
             raise StopIteration
-        tasks, self._rest = self._store.page(self._user_id, self._rest)
+        with self._store.turn(self._user_id, self._rest):
+            tasks, self._rest = self._store.page(self._user_id, self._rest)
         piece = b"," + to_json(tasks)[1:-1] if tasks else b""
         return piece if self._rest else piece + b"]"
 
@@ -2068,6 +2182,11 @@ def unavailable(
     )
 
 
+def busy(req: falcon.Request, resp: falcon.Response, ex: Busy, params: object) -> NoReturn:
+    """Answer 503 to a user who asks for too much at once; the operator has nothing to do."""
+    raise falcon.HTTPServiceUnavailable(description=ex.args[0], retry_after=RETRY_AFTER)
+
+
 def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: object) -> NoReturn:
     """Answer 412 when the task is not the one that If-Match names, with the entity tag that it has."""
     detail = "the task was changed in between; read it again, and send the ETag that it has now"
@@ -2120,6 +2239,7 @@ def create_app(settings: Settings) -> App:
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
     app.add_error_handler(Unavailable, unavailable)
+    app.add_error_handler(Busy, busy)
     app.add_error_handler(Changed, changed)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
@@ -2308,6 +2428,8 @@ class Server(waitress.server.TcpWSGIServer):
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._app = app
         self._ready: deque[ServerChannel] = deque()
+        self._searches = waitress.task.ThreadedTaskDispatcher()
+        self._searches.set_thread_count(SEARCHES)
         self.stopping = False
         super().__init__(self._begin, **adjustments)
 
@@ -2361,6 +2483,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.socket.close()
         self._drain()
         self.task_dispatcher.shutdown(timeout=1)
+        self._searches.shutdown(timeout=1)
         wasyncore.close_all(self._map)
 
     def _serve_once(self, timeout: float) -> None:
@@ -2374,6 +2497,8 @@ class Server(waitress.server.TcpWSGIServer):
     def _answer(self, channel: ServerChannel) -> None:
         try:
             channel.service()
+        except SearchWouldBlock:
+            self._searches.add_task(channel)
         except WouldBlock:
             self.task_dispatcher.add_task(channel)
         except Exception:
