@@ -1260,9 +1260,7 @@ LOCK_TIMEOUT = (
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for the writes of this process
 DEADLINE_STEPS = 1000  # of SQLite's machine between two looks at the clock; a few rows of a search
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes: statement_timeout and lock_timeout were over
-QUEUE_PLACE_TIMEOUT = (
-    0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
-)
+QUEUE_PLACE_TIMEOUT = 0.25  # seconds after which a queue of writes that does not move is closed
 SLOW_WRITE = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
 
 
@@ -1285,6 +1283,35 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(sql)
 
 
+class WriteQueue:
+    """Places for writes that wait, fewer than there are worker threads, so that reads find one."""
+
+    def __init__(self, places: int) -> None:
+        self._free, self._places = places, places
+        self._moved, self._changed = 0.0, threading.Condition()
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Wait for a place while the queue moves. Raises Unavailable at once when it does not."""
+        if thread_state.in_event_loop:
+            raise WouldBlock
+        with self._changed:
+            if self._free == self._places:
+                self._moved = time.monotonic()
+            while not self._free:
+                patience = self._moved + QUEUE_PLACE_TIMEOUT - time.monotonic()
+                if patience <= 0:
+                    raise Unavailable("the database", "too many writes are waiting")
+                self._changed.wait(patience)
+            self._free -= 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free, self._moved = self._free + 1, time.monotonic()
+                self._changed.notify()
+
+
 class Sqlite:
     """SQLite: a connection in each thread, and one write at a time."""
 
@@ -1301,9 +1328,8 @@ class Sqlite:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._worker_connection  # for queries of taskctl's own
         self._path, self._opened = Path(path), Path(path).stat()
-        self._slots = threading.BoundedSemaphore(waiting)
-        self._turn = threading.Lock()
-        self._slow = False
+        self._queue, self._turn = WriteQueue(waiting), threading.Lock()
+        self._write_time, self._slow = 0.0, False
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -1376,9 +1402,14 @@ class Sqlite:
         started = time.monotonic()
         try:
             yield
+            self._note_time(time.monotonic() - started)
         finally:
-            self._slow = time.monotonic() - started > SLOW_WRITE
             self._turn.release()
+
+    def _note_time(self, seconds: float) -> None:
+        """Decide by a moving average, with hysteresis, whether the event loop leaves writes to the workers."""
+        self._write_time += (min(seconds, 10 * SLOW_WRITE) - self._write_time) / 8
+        self._slow = self._write_time > (SLOW_WRITE / 2 if self._slow else SLOW_WRITE)
 
     def _drop(self) -> None:
         """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
@@ -1393,25 +1424,19 @@ class Sqlite:
         )
 
     def _queue_up(self) -> None:
-        if not self._slots.acquire(timeout=QUEUE_PLACE_TIMEOUT):
-            raise Unavailable("the database", "too many writes are waiting")
-        try:
+        with self._queue.place():
             if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
-        finally:
-            self._slots.release()
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers, fits schema.sql, and is still what lies at its path.
 
         SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
         """
-        if thread_state.in_event_loop:
-            raise WouldBlock
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
             replaced = not os.path.samestat(self._path.stat(), self._opened)
-            _check_fit(self._worker_connection, sqlite_definitions)
+            _check_fit(self._here(), sqlite_definitions)
         except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
             raise Unavailable("the database", str(ex)) from ex
         if replaced:
@@ -1455,6 +1480,7 @@ class Postgres:
             tcp_user_timeout=5000,
             options=f"-c statement_timeout={2000 * LOCK_TIMEOUT:.0f}ms -c lock_timeout={1000 * LOCK_TIMEOUT:.0f}ms",
         )
+        self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
         self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
@@ -1475,7 +1501,10 @@ class Postgres:
             cursor = self._pool.execute_sql(sql, values)
             return cursor.fetchall() if cursor.description else []
 
-    write = run  # the server keeps writers apart
+    def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement that changes something; it is on disk when this returns."""
+        with self._queue.place():
+            return self.run(sql, **values)
 
     def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
@@ -1485,14 +1514,14 @@ class Postgres:
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
         """End each of this thread's statements with Unavailable when it takes longer."""
-        with self.transaction():
+        with self._connected(), self._pool.atomic():
             self.run(f"SET LOCAL statement_timeout = {1000 * seconds:.0f}")
             yield
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
-        with self._connected(), self._pool.atomic():
+        with self._queue.place(), self._connected(), self._pool.atomic():
             yield
 
     @contextlib.contextmanager
