@@ -29,8 +29,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import UTC, date, datetime, timedelta
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
@@ -342,6 +342,14 @@ class Unavailable(Exception):
 
 class WouldBlock(BaseException):
     """This thread must not wait, and would have to; nothing was done, so the request can start again in another."""
+
+
+class SearchWouldBlock(WouldBlock):
+    """The same for a request that may take long: it goes to one of the few threads for searches."""
+
+
+class Busy(Unavailable):
+    """The user asks for more at once than is served; the arguments are a detail and the reason."""
 
 
 class _ThreadState(threading.local):
@@ -951,6 +959,11 @@ class Listing(Struct, frozen=True):
     limit: int | None = None
     after: POSITION | None = None
 
+    @property
+    def is_by_id(self) -> bool:
+        """Whether its order is that of an index."""
+        return self.sort in ("id", "-id")
+
 
 def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
     """Return what the query asks for, or raise 422 for a wrong value or an unknown parameter."""
@@ -1098,6 +1111,11 @@ def read_key(req: falcon.Request) -> str | None:
 # --- Store ----------------------------------------------------------------------------------------
 
 CHUNK = 100  # tasks of a list that are read and sent at once
+SORTED_CHUNK = 5000  # the same where reading a chunk sorts all tasks of the user
+MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
+SEARCHES = 4  # of all users at once
+SEARCHES_OF_USER = 2
+SEARCH_TIME = 2.0  # seconds
 IDEMPOTENCY_WINDOW = timedelta(
     hours=24
 )  # how long a create can be repeated with its Idempotency-Key
@@ -1315,33 +1333,73 @@ class TaskStore:
         self._sql = {name: database.compile(query) for name, query in queries().items()}
         self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
         self._page = lru_cache(256)(lambda *shape: database.compile(page_query(*shape)))
+        self._searching: Counter[str] = Counter()
+        self._searching_lock = threading.Lock()
 
-    def page(self, user_id: str, listing: Listing) -> tuple[list[View], Listing | None]:
-        """Return the user's tasks, at most the listing's limit or a chunk; and the listing of those that follow."""
-        asked = msgspec.structs.asdict(listing)
-        filters = tuple(name for name in FILTERS if asked[name] not in (None, ""))
-        if thread_state.in_event_loop and self._is_slow(user_id, listing):
-            raise WouldBlock
-        size, (value, last) = listing.limit or CHUNK, listing.after or (None, None)
-        sql = self._page(filters, len(listing.tags), listing.sort, last is None)
-        values = {name: asked[name] for name in filters} | {"q": listing.q.casefold()}
-        values |= {f"tag_{place}": quoted(tag) for place, tag in enumerate(listing.tags)}
-        values |= {"user_id": user_id, "limit": size + 1, "value": value, "last": last}
-        rows = self._database.run(sql, **values)
-        tasks = [_view(row) for row in rows[:size]]
-        if len(rows) <= size:
-            return tasks, None
-        after = rows[size - 1][-1], tasks[-1].id
-        return tasks, msgspec.structs.replace(listing, after=after)
+    @contextlib.contextmanager
+    def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
+        """Limit a search, which reads each task of the user, in number and time. Raises Busy."""
+        if not self._is_search(user_id, listing):
+            yield
+            return
+        if thread_state.in_event_loop:
+            raise SearchWouldBlock
+        end = time.monotonic() + SEARCH_TIME
+        with self._counted(user_id):
+            try:
+                with self._database.deadline(SEARCH_TIME):
+                    yield
+            except Unavailable as ex:
+                if time.monotonic() < end:
+                    raise
+                detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
+                raise Busy(detail, str(ex)) from ex
 
-    def _is_slow(self, user_id: str, listing: Listing) -> bool:
-        """Say whether a page looks at each task of a user who has many, or searches texts."""
+    def _is_search(self, user_id: str, listing: Listing) -> bool:
+        """Say whether a page reads texts, or each task of a user who has more than CHUNK."""
         if listing.q:
             return True
         filters = listing.priority, listing.tags, listing.due_before, listing.due_after
-        if listing.sort.lstrip("-") == "id" and not any(filters):
+        if listing.is_by_id and not any(filters):
             return False
         return bool(self._database.run(self._sql["long"], user_id=user_id))
+
+    @contextlib.contextmanager
+    def _counted(self, user_id: str) -> Iterator[None]:
+        with self._searching_lock:
+            if self._searching[user_id] >= SEARCHES_OF_USER:
+                raise Busy("other searches of yours are still running; wait until one ends", "busy")
+            self._searching[user_id] += 1
+        try:
+            yield
+        finally:
+            with self._searching_lock:
+                self._searching[user_id] -= 1
+                self._searching += Counter()  # forgets who has none
+
+    def page(self, user_id: str, listing: Listing) -> tuple[list[View], Listing | None]:
+        """Return the user's tasks, and the listing of those that follow.
+
+        With a limit they are at most so many, and about MAX_PAGE bytes of JSON; without one they
+        are the next CHUNK, or SORTED_CHUNK where each chunk sorts all tasks again.
+        """
+        size = listing.limit or (CHUNK if listing.is_by_id else SORTED_CHUNK)
+        sql, values = self._page_statement(listing)
+        values |= {"user_id": user_id, "limit": size + 1}
+        if size == CHUNK:
+            tasks, after = _fill_page(self._database.run(sql, **values), size)
+        else:
+            with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
+                tasks, after = _fill_page(rows, size)
+        return tasks, after and msgspec.structs.replace(listing, after=after)
+
+    def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
+        value, last = listing.after or (None, None)
+        asked = {name: getattr(listing, name) for name in FILTERS}
+        values = {name: value for name, value in asked.items() if value not in (None, "")}
+        sql = self._page(tuple(values), len(listing.tags), listing.sort, last is None)
+        values |= {f"tag_{place}": quoted(tag) for place, tag in enumerate(listing.tags)}
+        return sql, values | {"q": listing.q.casefold(), "value": value, "last": last}
 
     def get(self, user_id: str, task_id: int) -> Stored | None:
         """Return one task."""
@@ -1427,6 +1485,18 @@ def _view(row: Row) -> View:
     return TaskView(*values[:-1])
 
 
+def _fill_page(rows: Iterable[Row], limit: int) -> tuple[list[View], POSITION | None]:
+    """Return the first tasks, until there are `limit` or MAX_PAGE bytes, and where more follow."""
+    tasks: list[View] = []
+    room, position = MAX_PAGE, 0  # as the last column of a row says it
+    for row in rows:
+        if len(tasks) == limit or room <= 0:
+            return tasks, (position, tasks[-1].id)
+        tasks.append(_view(row))
+        position, room = row[-1], room - len(to_json(tasks[-1]))
+    return tasks, None
+
+
 def _stored(row: Row) -> Stored:
     task = _view(row)
     return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
@@ -1471,9 +1541,9 @@ LOCK_TIMEOUT = (
     4.0  # seconds that a write waits for another process which holds the database's write lock
 )
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for the writes of this process
-QUEUE_PLACE_TIMEOUT = (
-    0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
-)
+DEADLINE_STEPS = 1000  # of SQLite's machine between two looks at the clock; a few rows of a search
+TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes: statement_timeout and lock_timeout were over
+QUEUE_PLACE_TIMEOUT = 0.25  # seconds after which a queue of writes that does not move is closed
 SLOW_WRITE = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
 
 
@@ -1496,6 +1566,35 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(sql)
 
 
+class WriteQueue:
+    """Places for writes that wait, fewer than there are worker threads, so that reads find one."""
+
+    def __init__(self, places: int) -> None:
+        self._free, self._places = places, places
+        self._moved, self._changed = 0.0, threading.Condition()
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Wait for a place while the queue moves. Raises Unavailable at once when it does not."""
+        if thread_state.in_event_loop:
+            raise WouldBlock
+        with self._changed:
+            if self._free == self._places:
+                self._moved = time.monotonic()
+            while not self._free:
+                patience = self._moved + QUEUE_PLACE_TIMEOUT - time.monotonic()
+                if patience <= 0:
+                    raise Unavailable("the database", "too many writes are waiting")
+                self._changed.wait(patience)
+            self._free -= 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free, self._moved = self._free + 1, time.monotonic()
+                self._changed.notify()
+
+
 class Sqlite:
     """SQLite: a connection in each thread, and one write at a time."""
 
@@ -1512,9 +1611,8 @@ class Sqlite:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._worker_connection  # for queries of taskctl's own
         self._path, self._opened = Path(path), Path(path).stat()
-        self._slots = threading.BoundedSemaphore(waiting)
-        self._turn = threading.Lock()
-        self._slow = False
+        self._queue, self._turn = WriteQueue(waiting), threading.Lock()
+        self._write_time, self._slow = 0.0, False
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -1527,12 +1625,38 @@ class Sqlite:
             with peewee.__exception_wrapper__:  # type: ignore[attr-defined]  # the last fetch commits, and can fail
                 return database.execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
         except peewee.DatabaseError as ex:
-            if thread_state.in_event_loop and "locked" in str(ex):
-                raise WouldBlock from None
-            self._drop()  # whatever state the connection is in, the next request starts with a fresh one
-            if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
-                raise
-            raise Unavailable("the database", str(ex)) from ex
+            self._fail(ex)
+
+    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed."""
+        try:
+            with (
+                peewee.__exception_wrapper__,  # type: ignore[attr-defined]
+                contextlib.closing(self._here().execute_sql(sql, values)) as cursor,
+            ):
+                yield from cursor
+        except peewee.DatabaseError as ex:
+            self._fail(ex)
+
+    def _fail(self, ex: peewee.DatabaseError) -> NoReturn:
+        if thread_state.in_event_loop and "locked" in str(ex):
+            raise WouldBlock from None
+        self._drop()  # whatever state the connection is in, the next request starts with a fresh one
+        if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
+            raise ex
+        raise Unavailable("the database", str(ex)) from ex
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """End this thread's statements with Unavailable when the time is over."""
+        self.run("SELECT 1")  # opens the connection, or raises Unavailable
+        end, connection = time.monotonic() + seconds, self._here().connection()
+        connection.set_progress_handler(lambda: time.monotonic() > end, DEADLINE_STEPS)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
+                connection.set_progress_handler(None, 0)
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something, alone; it is on disk when this returns."""
@@ -1561,9 +1685,14 @@ class Sqlite:
         started = time.monotonic()
         try:
             yield
+            self._note_time(time.monotonic() - started)
         finally:
-            self._slow = time.monotonic() - started > SLOW_WRITE
             self._turn.release()
+
+    def _note_time(self, seconds: float) -> None:
+        """Decide by a moving average, with hysteresis, whether the event loop leaves writes to the workers."""
+        self._write_time += (min(seconds, 10 * SLOW_WRITE) - self._write_time) / 8
+        self._slow = self._write_time > (SLOW_WRITE / 2 if self._slow else SLOW_WRITE)
 
     def _drop(self) -> None:
         """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
@@ -1578,25 +1707,19 @@ class Sqlite:
         )
 
     def _queue_up(self) -> None:
-        if not self._slots.acquire(timeout=QUEUE_PLACE_TIMEOUT):
-            raise Unavailable("the database", "too many writes are waiting")
-        try:
+        with self._queue.place():
             if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
-        finally:
-            self._slots.release()
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers, fits schema.sql, and is still what lies at its path.
 
         SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
         """
-        if thread_state.in_event_loop:
-            raise WouldBlock
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
             replaced = not os.path.samestat(self._path.stat(), self._opened)
-            _check_fit(self._worker_connection, sqlite_definitions)
+            _check_fit(self._here(), sqlite_definitions)
         except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
             raise Unavailable("the database", str(ex)) from ex
         if replaced:
@@ -1633,13 +1756,14 @@ class Postgres:
             ) from None
         self._pool = self.peewee = PooledPostgresqlDatabase(
             settings.database_url,
-            max_connections=settings.threads,
+            max_connections=settings.threads + SEARCHES,
             timeout=WRITE_TURN_TIMEOUT,
             prefer_psycopg3=True,
             connect_timeout=3,
             tcp_user_timeout=5000,
             options=f"-c statement_timeout={2000 * LOCK_TIMEOUT:.0f}ms -c lock_timeout={1000 * LOCK_TIMEOUT:.0f}ms",
         )
+        self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
         self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
@@ -1662,12 +1786,27 @@ class Postgres:
             cursor = self._pool.execute_sql(sql, values)
             return cursor.fetchall() if cursor.description else []
 
-    write = run  # the server keeps writers apart
+    def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement that changes something; it is on disk when this returns."""
+        with self._queue.place():
+            return self.run(sql, **values)
+
+    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed."""
+        with self._connected(), peewee.__exception_wrapper__:  # type: ignore[attr-defined]
+            yield from self._pool.cursor().stream(sql, values)
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """End each of this thread's statements with Unavailable when it takes longer."""
+        with self._connected(), self._pool.atomic():
+            self.run(f"SET LOCAL statement_timeout = {1000 * seconds:.0f}")
+            yield
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
-        with self._connected(), self._pool.atomic():
+        with self._queue.place(), self._connected(), self._pool.atomic():
             yield
 
     @contextlib.contextmanager
@@ -1683,7 +1822,8 @@ class Postgres:
             ):
                 yield
         except self._unusable as ex:
-            self._pool.close_idle()  # the server was perhaps away; then none of them is good any more
+            if getattr(ex.__cause__ or ex.__context__, "sqlstate", None) not in TIMED_OUT:
+                self._pool.close_idle()  # perhaps the server was away, and all of them are broken
             raise Unavailable("the database", _first_line(ex)) from ex
 
     def check(self) -> None:
@@ -1999,6 +2139,11 @@ class TimedDatabase:
         with self._timed(sql.partition(" ")[0].lower()):
             return self._database.write(sql, **values)
 
+    def rows(self, sql: str, **values: Any) -> Generator[Row]:
+        """Read a statement's rows one by one."""
+        with self._timed(sql.partition(" ")[0].lower()):
+            yield from self._database.rows(sql, **values)
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together, and take the time of all of them with their commit."""
@@ -2165,7 +2310,8 @@ class TaskResource:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
-        tasks, rest = self._store.page(user_id, listing)
+        with self._store.turn(user_id, listing):
+            tasks, rest = self._store.page(user_id, listing)
         if rest and not listing.limit:
             resp.stream = LongList(self._store, user_id, tasks, rest)
             return
@@ -2258,7 +2404,8 @@ class LongList:
             return first
         if self._rest is None:
             raise StopIteration
-        tasks, self._rest = self._store.page(self._user_id, self._rest)
+        with self._store.turn(self._user_id, self._rest):
+            tasks, self._rest = self._store.page(self._user_id, self._rest)
         piece = b"," + to_json(tasks)[1:-1] if tasks else b""
         return piece if self._rest else piece + b"]"
 
@@ -2377,6 +2524,11 @@ def unavailable(
     )
 
 
+def busy(req: falcon.Request, resp: falcon.Response, ex: Busy, params: object) -> NoReturn:
+    """Answer 503 to a user who asks for too much at once; the operator has nothing to do."""
+    raise falcon.HTTPServiceUnavailable(description=ex.args[0], retry_after=RETRY_AFTER)
+
+
 def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: object) -> NoReturn:
     """Answer 412 when the task is not as If-Match and If-None-Match ask for, with its entity tag."""
     detail = "the task was changed in between; read it again, and send the ETag that it has now"
@@ -2429,6 +2581,7 @@ def create_app(settings: Settings) -> App:
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
     app.add_error_handler(Unavailable, unavailable)
+    app.add_error_handler(Busy, busy)
     app.add_error_handler(Changed, changed)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
@@ -2617,6 +2770,8 @@ class Server(waitress.server.TcpWSGIServer):
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._app = app
         self._ready: deque[ServerChannel] = deque()
+        self._searches = waitress.task.ThreadedTaskDispatcher()
+        self._searches.set_thread_count(SEARCHES)
         self.stopping = False
         super().__init__(self._begin, **adjustments)
 
@@ -2670,6 +2825,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.socket.close()
         self._drain()
         self.task_dispatcher.shutdown(timeout=1)
+        self._searches.shutdown(timeout=1)
         wasyncore.close_all(self._map)
 
     def _serve_once(self, timeout: float) -> None:
@@ -2683,6 +2839,8 @@ class Server(waitress.server.TcpWSGIServer):
     def _answer(self, channel: ServerChannel) -> None:
         try:
             channel.service()
+        except SearchWouldBlock:
+            self._searches.add_task(channel)
         except WouldBlock:
             self.task_dispatcher.add_task(channel)
         except Exception:

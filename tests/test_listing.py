@@ -523,10 +523,10 @@ def test_a_list_around_the_size_of_a_piece_is_whole(
 )
 def test_a_long_list_over_a_socket_is_one_array(start: Start, tmp_path: Path, query: str) -> None:
     server = start()
-    keep(tmp_path / "taskd.db", 3000)
+    keep(tmp_path / "taskd.db", 9000)
     answer = server.request("GET", TASKS + query, headers=bearer())
     assert answer.headers["transfer-encoding"] == "chunked"
-    assert len({task["id"] for task in answer.json}) == (2000 if "completed" in query else 3000)
+    assert len({task["id"] for task in answer.json}) == (6000 if "completed" in query else 9000)
     assert answer.content.startswith(b"[{")
     assert answer.content.endswith(b"}]")
 
