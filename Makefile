@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-sqlite test-postgresql lint fuzz mutants audit bench clean
+.PHONY: run test test-sqlite test-postgresql lint openapi statements fuzz mutants audit bench clean
 
 run: .venv/run
 	@$(BIN)/python taskctl.py init
@@ -21,6 +21,12 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy taskd.py taskctl.py
+
+openapi: .venv/run
+	$(BIN)/python docs/openapi.py
+
+statements: .venv/test
+	$(BIN)/python tests/statements.py
 
 fuzz: .venv/test
 	TASKD_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py

@@ -726,7 +726,7 @@ FIELDS = {
         order="CASE priority WHEN 'low' THEN '1' WHEN 'medium' THEN '2' WHEN 'high' THEN '3' END",
     ),
     "due_date": Field(
-        type=str | None,
+        type=Annotated[str, Meta(pattern=f"^{DUE_DATE.pattern}$")] | None,
         rule="must be a day such as 2026-12-01, a time with its offset from UTC such as"
         " 2026-12-01T09:00:00Z, or null",
         about="RFC 3339: a day, kept as it is, or a time, kept in UTC with milliseconds;"
@@ -737,7 +737,9 @@ FIELDS = {
         order=f"due_date || SUBSTR('{MIDNIGHT}', LENGTH(due_date) - 9)",
     ),
     "tags": Field(
-        type=Annotated[list[Tag], Meta(max_length=20)],
+        type=Annotated[
+            list[Tag], Meta(max_length=20, extra_json_schema={"uniqueItems": True})
+        ],
         rule="must be an array of at most 20 different strings of 1 to 50 characters,"
         " none of them blank",
         about="At most 20, each 1 to 50 characters, not only white space, no U+0000, none twice;"
@@ -983,7 +985,7 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
         after = cursors.read(single["after"], req.context.user.id, sort)
         faults += [] if after else [Fault("after", PARAMETERS["after"][1])]
     if faults:
-        raise Unprocessable(faults)
+        raise Unprocessable(faults[:MAX_FAULTS])
     return _listing(single, tuple(given.get(REPEATABLE, ())), after)
 
 
@@ -2258,7 +2260,10 @@ class RequestContext:
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
         """Log the request: never its token, its query or its body."""
-        context = req.context
+        context, allow = req.context, resp.get_header("Allow")
+        if req.method == "OPTIONS" and allow and "OPTIONS" not in allow:
+            resp.set_header("Allow", f"{allow}, OPTIONS")  # as a 405 says it
+            resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
         log_request(
             method=req.method,
             route=req.uri_template or "-",
@@ -2548,6 +2553,7 @@ def handle_unexpected(
 # --- App ------------------------------------------------------------------------------------------
 
 METHODS = frozenset(falcon.HTTP_METHODS)
+HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
 class App(falcon.App):  # type: ignore[type-arg]
@@ -2559,7 +2565,18 @@ class App(falcon.App):  # type: ignore[type-arg]
         """Answer a request. Falcon has 400 for a method that it never heard of, even before routing; TRACE is 405."""
         if env["REQUEST_METHOD"] not in METHODS:
             env["REQUEST_METHOD"] = "TRACE"
-        return super().__call__(env, start_response)
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            named = [(header_name(name), value) for name, value in headers]
+            return start_response(status, named, *more)
+
+        return super().__call__(env, start)
+
+
+@cache
+def header_name(name: str) -> str:
+    """Return a header's name as the documentation spells it; Falcon has it in lower case."""
+    return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.split("-"))
 
 
 def create_app(settings: Settings) -> App:
@@ -2672,6 +2689,8 @@ class ServerTask(waitress.task.WSGITask):
         ):
             self.set_close_on_finish()
         head: bytes = super().build_response_header()
+        for name in (b"ETag", b"X-Request-ID", b"WWW-Authenticate"):  # waitress capitalises words
+            head = head.replace(b"\r\n%b:" % name.title(), b"\r\n%b:" % name, 1)
         return head
 
     def write(self, data: bytes) -> None:
