@@ -88,6 +88,7 @@ def printable(value: object) -> str:
     """Return a value as text that a terminal shows and does not obey."""
     words: dict[object, str] = {None: "-", True: "yes", False: "no"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
+    text = ", ".join(value) if isinstance(value, list) else text
     return taskd.printable(text)
 
 
@@ -496,11 +497,13 @@ def count_where(condition: Any) -> peewee.Function:
     return fn.COUNT(peewee.Case(None, [(condition, 1)]))
 
 
-def fits(context: typer.CallbackParam, value: str | int | None) -> str | int | None:
+def fits(
+    context: typer.CallbackParam, value: str | int | list[str] | None
+) -> str | int | list[str] | None:
     """Return the value of an option that the service knows as a parameter, or refuse what the service would."""
-    pattern, rule = taskd.PARAMETERS[context.name or ""]
-    if value is not None and not re.fullmatch(pattern, str(value)):
-        raise typer.BadParameter(rule)
+    values = value if isinstance(value, list) else [str(value)]
+    if value and (wrong := taskd.wrong_parameter(context.name or "", values)):
+        raise typer.BadParameter(wrong)
     return value
 
 
@@ -520,9 +523,19 @@ def tasks(
     sort: Annotated[
         str,
         typer.Option(
-            help="id, created_at, updated_at or title; with - before it descending.", callback=fits
+            help=f"{', '.join(taskd.ORDERS)}; with - before it descending.", callback=fits
         ),
     ] = "id",
+    priority: Annotated[
+        str | None, typer.Option(help="Only those of this priority.", callback=fits)
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(help="Only those with this tag; several times: with all.", callback=fits),
+    ] = None,
+    due_before: Annotated[
+        str | None, typer.Option(help="Only those due before a day or a time.", callback=fits)
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -531,13 +544,20 @@ def tasks(
         raise typer.BadParameter("--open and --done exclude each other")
     store = taskd.TaskStore(database())
     rest: taskd.Listing | None = taskd.Listing(
-        completed=only_done if only_open or only_done else None, q=q, sort=sort, limit=limit
+        completed=only_done if only_open or only_done else None,
+        q=q,
+        priority=priority,
+        tags=tuple(tag or ()),
+        due_before=due_before and taskd.due_moment(due_before),
+        sort=sort,
+        limit=limit,
     )
     found: list[taskd.View] = []
-    while rest and len(found) != limit:
+    while rest and (not limit or len(found) < limit):
         page, rest = store.page(user, rest)
         found += page
     store.close()
+    found = found[:limit]
     show_all([msgspec.structs.asdict(task) for task in found], as_json)
 
 
@@ -607,6 +627,7 @@ NOTES = [
     "not urgent",
     "twice, if need be",
 ]
+TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 BATCH = 1000  # tasks in a statement
 
@@ -643,11 +664,15 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
             created = EPOCH + timedelta(seconds=second)
             done = chance.random() < 0.4
             updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
+            due = created + timedelta(days=chance.randrange(1, 60), hours=chance.randrange(24))
             yield {
                 "user_id": name,
                 "title": f"{verb} {chance.choice(VERBS[verb])}",
                 "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
                 "completed": done,
+                "priority": chance.choice(["low", "medium", "high", None, None]),
+                "due_date": chance.choice([None, f"{due:%Y-%m-%d}", taskd.timestamp(due)]),
+                "tags": chance.sample(TAGS, chance.choice([0, 0, 1, 2])),
                 "created_at": taskd.timestamp(created),
                 "updated_at": taskd.timestamp(updated),
             }
@@ -1188,7 +1213,13 @@ class SmokeClient:
         self.call("GET", "/api/somebody-else/tasks", 403)
         self.call("POST", self._tasks, 422, body={"title": " "})
         self.call("GET", self._tasks, 200)
-        new = {"title": "Try every route", "description": "with taskctl smoke"}
+        new = {
+            "title": "Try every route",
+            "description": "with taskctl smoke",
+            "priority": "high",
+            "due_date": "2026-12-01",
+            "tags": ["smoke"],
+        }
         key = {"Idempotency-Key": self.id}
         if task := self.call(
             "POST", self._tasks, 201, body=new, headers=key, shows={**new, "completed": False}
@@ -1216,10 +1247,19 @@ class SmokeClient:
                 shows=tried,
                 carries="ETag",
             )
+            self.call(
+                "PATCH",
+                path,
+                200,
+                body={"priority": None},
+                shows={"priority": None},
+                carries="ETag",
+            )
             self.call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
             self.call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
             self.call("POST", self._tasks, 201, body=new)
-            self.call("GET", f"{self._tasks}?limit=1", 200, carries="Link")
+            self.call("GET", f"{self._tasks}?limit=1&sort=-due_date&tag=smoke", 200, carries="Link")
+            self.call("GET", f"{self._tasks}?status=open", 422)
             self.call("DELETE", path, 200, shows={"title": "Tried", "completed": True})
             self.call("GET", path, 404)
 

@@ -737,9 +737,7 @@ FIELDS = {
         order=f"due_date || SUBSTR('{MIDNIGHT}', LENGTH(due_date) - 9)",
     ),
     "tags": Field(
-        type=Annotated[
-            list[Tag], Meta(max_length=20, extra_json_schema={"uniqueItems": True})
-        ],
+        type=Annotated[list[Tag], Meta(max_length=20, extra_json_schema={"uniqueItems": True})],
         rule="must be an array of at most 20 different strings of 1 to 50 characters,"
         " none of them blank",
         about="At most 20, each 1 to 50 characters, not only white space, no U+0000, none twice;"
@@ -977,7 +975,7 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
     faults = [
         Fault(name[:MAX_NAME], reason)
         for name, values in itertools.islice(given.items(), MAX_FAULTS)
-        if (reason := _wrong(name, values))
+        if (reason := wrong_parameter(name, values))
     ]
     single = {name: values[0] for name, values in given.items() if name != REPEATABLE}
     sort, after = single.get("sort", "id"), None
@@ -1003,8 +1001,8 @@ def _listing(single: dict[str, str], tags: tuple[str, ...], after: POSITION | No
     )
 
 
-def _wrong(name: str, values: list[str]) -> str | None:
-    """Return what is wrong with a parameter."""
+def wrong_parameter(name: str, values: list[str]) -> str | None:
+    """Return what is wrong with a parameter of lists, or None."""
     if name not in PARAMETERS:
         return f"is not a parameter of lists; {_instead(name[:MAX_NAME])}"
     pattern, rule = PARAMETERS[name]

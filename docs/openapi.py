@@ -130,9 +130,9 @@ def sort_schema() -> dict[str, Any]:
 def examples(node: Any) -> Iterator[dict[str, Any]]:
     """Yield the tasks in the examples of the document."""
     if isinstance(node, dict) and {"id", "user_id", "title"} <= node.keys():
-        if isinstance(node["title"], str):
-            yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield node
+    children = node.values() if isinstance(node, dict) else node
+    for child in children if isinstance(node, dict | list) else ():
         yield from examples(child)
 
 
