@@ -15,9 +15,11 @@ from falcon import testing
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import support
+import database
 import taskd
-from support import SECRET, Process, bearer, database_url
+from database import database_url
+from processes import ForkServer, Process
+from tokens import SECRET, bearer
 
 Pair = tuple[list[Process], Path]
 SERVER = (
@@ -51,18 +53,18 @@ def pytest_configure(config: pytest.Config) -> None:
         )  # so that the end is the same as after Ctrl-C
         cluster = Cluster(*CARELESS)
         os.environ[SERVER], os.environ[DIRECTORY] = cluster.url(), str(cluster.directory)
-    support.postgresql = Databases(os.environ[SERVER])
+    database.postgresql = Databases(os.environ[SERVER])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish() -> None:
-    """End the nurseries before their coverage is asked for."""
-    support.Nursery.close()
+    """End the fork servers before their coverage is asked for."""
+    ForkServer.close()
 
 
 def pytest_unconfigure() -> None:
-    if support.postgresql:
-        support.postgresql.close()
+    if database.postgresql:
+        database.postgresql.close()
     if cluster:
         cluster.remove()
 
@@ -85,7 +87,7 @@ def _engine(item: pytest.Item) -> str:
 @pytest.fixture(autouse=True)
 def _databases() -> Iterator[None]:
     """Give the databases of a test to the next one."""
-    with support.postgresql.until_the_end() if support.postgresql else contextlib.nullcontext():
+    with database.postgresql.until_the_end() if database.postgresql else contextlib.nullcontext():
         yield
 
 
@@ -123,8 +125,8 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
 
     def make(**settings: Any) -> taskd.App:
         url = database_url(tmp_path / "taskd.db")
-        if support.postgresql and not made and not settings:
-            made.append(support.postgresql.app(url))
+        if database.postgresql and not made and not settings:
+            made.append(database.postgresql.app(url))
         else:
             made.append(
                 taskd.create_app(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import taskctl
 from support import DEADLINE, SECRET, TASK_KEYS, Process, bearer, locked, stored, until
 from test_taskctl import (
     COMMAND,
@@ -1094,20 +1096,25 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("bad", "why"), BAD_LINES.values(), ids=BAD_LINES)
-def test_one_bad_line_is_named_and_nothing_is_imported(
-    taskctl: Taskctl, tmp_path: Path, bad: Any, why: str
-) -> None:
-    taskctl("seed", "bob", "--count", "3")
-    before = dump(tmp_path / "taskd.db")
+def test_a_bad_line_is_named_with_what_is_wrong(bad: Any, why: str) -> None:
     if isinstance(bad, dict):
         bad = json.dumps({name: value for name, value in (MILK | bad).items() if value is not ...})
     bad = bad if isinstance(bad, bytes) else bad.encode()
+    with pytest.raises(taskctl.Refused) as caught:
+        list(taskctl.parsed(io.BytesIO(lines(MILK, MILK).encode() + bad + b"\n")))
+    message = str(caught.value)
+    assert message.startswith(f"line 3: {why}")
+    assert message.endswith("; nothing was imported")
+
+
+@pytest.mark.parametrize("bad", ["{'id': 7}", json.dumps(MILK | {"id": 0})])
+def test_nothing_is_imported_if_one_line_is_bad(taskctl: Taskctl, tmp_path: Path, bad: str) -> None:
+    taskctl("seed", "bob", "--count", "3")
+    before = dump(tmp_path / "taskd.db")
     good = (MILK | {"id": number} for number in range(10, 1510))
-    text = (
-        lines(*itertools.islice(good, 1200)).encode() + b"\n" + bad + b"\n" + lines(*good).encode()
-    )
+    text = f"{lines(*itertools.islice(good, 1200))}\n{bad}\n{lines(*good)}"
     message = one_line(taskctl("import", "-", stdin=text), 1)
-    assert message.startswith(f"line 1202: {why}")
+    assert message.startswith("line 1202: ")
     assert message.endswith("; nothing was imported")
     assert dump(tmp_path / "taskd.db") == before
 
