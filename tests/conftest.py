@@ -27,6 +27,7 @@ SERVER = (
 )
 DIRECTORY = "TASKD_TEST_DIRECTORY"  # what is in there goes with it
 ENGINES = ("sqlite", "postgresql", "both_engines")
+SLOW = {"browser", "installed", "machine", "proxy", "schemathesis"}  # fixtures; see tests/README.md
 cluster = None
 
 
@@ -71,7 +72,10 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is about the other engine."""
+    """Leave out what is about the other engine, and mark as slow what uses a slow fixture."""
+    for item in items:
+        if SLOW & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
     other = "sqlite" if config.getoption("postgresql") else "postgresql"
     left_out = [item for item in items if _engine(item) == other]
     config.hook.pytest_deselected(items=left_out)

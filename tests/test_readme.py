@@ -338,6 +338,7 @@ def printed(commands: str, home: Path, port: int) -> str:
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="the README's commands need curl")
 
 
+@pytest.mark.slow
 @needs_curl
 def test_the_quick_start_works_line_by_line(fresh: Path, port: int) -> None:
     serve, use, smoke, _ = blocks("Try it in a minute", "sh")
@@ -373,6 +374,7 @@ def responses(shown: str) -> list[tuple[str, dict[str, str], Any]]:
     return found
 
 
+@pytest.mark.slow
 @needs_curl
 def test_lists_and_retries_work_as_they_are_shown(fresh: Path, port: int) -> None:
     serve, use, *_ = blocks("Try it in a minute", "sh")
@@ -416,6 +418,7 @@ def test_lists_and_retries_work_as_they_are_shown(fresh: Path, port: int) -> Non
     assert (refused[0], refused[2]["status"]) == ("412 Precondition Failed", 412)
 
 
+@pytest.mark.slow
 def test_it_works_without_make_too(fresh: Path, port: int) -> None:
     *_, commands = blocks("Try it in a minute", "sh")
     assert commands.splitlines() == [

@@ -933,6 +933,7 @@ def test_what_a_token_says_does_nothing_to_the_terminal(taskctl: Taskctl) -> Non
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["tasks alice", "settings --json"])
 def test_a_reader_who_stops_reading_causes_no_complaint(tmp_path: Path, command: str) -> None:
     keep(
@@ -1441,6 +1442,7 @@ def test_a_damaged_database_is_one_line(taskctl: Taskctl, kept: Path) -> None:
     assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
 
 
+@pytest.mark.slow
 def test_a_database_that_another_process_has_locked_can_be_read_but_not_written(
     taskctl: Taskctl, kept: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_a_server_on_the_backup_answers_as_the_first_did_though_it_was_made_amid
     )
 
 
+@pytest.mark.slow
 def test_a_backup_holds_up_no_write_and_is_of_the_moment_at_which_it_began(
     taskctl: Taskctl, large: Path, start: Start, tmp_path: Path
 ) -> None:
@@ -296,6 +297,7 @@ def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str)
     assert there != "a file" or path.read_text() == "precious"
 
 
+@pytest.mark.slow
 @TRACED
 def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
     large: Path, tmp_path: Path
@@ -327,6 +329,7 @@ def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
     assert [name for name in names(tmp_path) if name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @TRACED
 def test_a_file_system_without_links_is_good_enough_for_a_backup(
     taskctl: Taskctl, tmp_path: Path
@@ -338,6 +341,7 @@ def test_a_file_system_without_links_is_good_enough_for_a_backup(
     assert dump(tmp_path / "copy.db") == dump(tmp_path / "taskd.db")
 
 
+@pytest.mark.slow
 @TRACED
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_backup_that_is_stopped_leaves_nothing(
@@ -683,6 +687,7 @@ def test_a_log_that_lost_its_database_is_not_mixed_into_the_restored_one(
     assert names(tmp_path) == ["copy.db", "elsewhere.db", "taskd.db-wal"]
 
 
+@pytest.mark.slow
 @TRACED
 def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
     taskctl: Taskctl, large: Path, tmp_path: Path
@@ -895,6 +900,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_export_and_import_take_no_more_memory_for_more_tasks(tmp_path: Path) -> None:
     def most(home: Path, *arguments: str) -> int:
         process = launched(home, *arguments, before=[sys.executable, "-c", MEASURED])
@@ -1146,6 +1152,7 @@ def test_an_id_that_stands_twice_is_refused_and_named(taskctl: Taskctl, tmp_path
     assert stored(tmp_path / "taskd.db") == {}
 
 
+@pytest.mark.slow
 def test_an_import_waits_for_no_lock_until_all_lines_are_read_and_then_imports_all_or_nothing(
     taskctl: Taskctl, server: Process, tmp_path: Path
 ) -> None:
