@@ -736,6 +736,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     made.stop()
 
 
+@pytest.mark.slow
 @needs_shell
 def test_the_guide_leads_to_a_service_that_passes_the_smoke_test(tmp_path: Path) -> None:
     machine = Machine(tmp_path)

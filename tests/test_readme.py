@@ -337,6 +337,7 @@ def printed(commands: str, home: Path, port: int) -> str:
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="the README's commands need curl")
 
 
+@pytest.mark.slow
 @needs_curl
 def test_the_quick_start_works_line_by_line(fresh: Path, port: int) -> None:
     serve, create, use, _ = blocks(section("Try it in a minute"), "sh")
@@ -370,6 +371,7 @@ def responses(shown: str) -> list[tuple[str, dict[str, str], Any]]:
     return found
 
 
+@pytest.mark.slow
 @needs_curl
 def test_lists_and_retries_work_as_they_are_shown(fresh: Path, port: int) -> None:
     serve, create_one, *_ = blocks(section("Try it in a minute"), "sh")
@@ -411,6 +413,7 @@ def test_a_backup_is_made_and_restored_as_it_is_shown(fresh: Path, port: int) ->
     assert {"monday.db", "taskd.db"} <= {path.name for path in fresh.iterdir()}
 
 
+@pytest.mark.slow
 def test_it_works_without_make_too(fresh: Path, port: int) -> None:
     *_, commands = blocks(section("Try it in a minute"), "sh")
     make_environment, *rest = commands.splitlines(keepends=True)
