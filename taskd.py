@@ -5,12 +5,28 @@ The chapters, from top to bottom: settings, tokens, fields, bodies, store, datab
 server. Importing this module does nothing; `create_app` builds everything.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "falcon==4.4.0",
+#     "msgspec==0.22.0",
+#     "peewee==4.5.3",
+#     "prometheus-client==0.26.0",
+#     "PyJWT[crypto]==2.15.1",
+#     "python-dotenv==1.2.4",
+#     "rich==15.0.0",
+#     "typer==0.29.2",
+#     "waitress==3.0.2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import base64
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -38,16 +54,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
 from urllib.parse import urlencode
 
-import falcon
-import jwt
-import msgspec
-import peewee
-import waitress.channel
-import waitress.parser
-import waitress.server
-import waitress.task
-from msgspec import UNSET, Meta, Struct, UnsetType
-from waitress import wasyncore
+try:
+    import falcon
+    import jwt
+    import msgspec
+    import peewee
+    import waitress.channel
+    import waitress.parser
+    import waitress.server
+    import waitress.task
+    from msgspec import UNSET, Meta, Struct, UnsetType
+    from waitress import wasyncore
+except ModuleNotFoundError as ex:
+    if __name__ != "__main__":
+        raise
+    sys.exit(
+        f"taskd: the package {ex.name} is not installed for this Python; "
+        "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
+    )
 
 __version__ = "0.2.0"
 
@@ -62,6 +86,13 @@ PUBLIC_SECRET = (
 MAKE_ONE = "make one with: python taskctl.py init"
 KEY_SET_URL = r"https://[^\s@]+|http://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/\S*)?"
 ORIGIN = r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[0-9]+)?"
+
+
+def shipped(name: str) -> Path:
+    """Return a file that belongs to taskd: installed in taskd_files, in a checkout beside this file."""
+    here = Path(__file__).parent
+    installed = here / "taskd_files" / name
+    return installed if installed.exists() else here / name
 
 
 class SettingsError(Exception):
@@ -1529,8 +1560,8 @@ def _now() -> str:
 
 # --- Database -------------------------------------------------------------------------------------
 
-SCHEMA = Path(__file__).with_name("schema.sql")
-MIGRATIONS = Path(__file__).with_name("migrations")
+SCHEMA = shipped("schema.sql")
+MIGRATIONS = shipped("migrations")
 VERSION = 3  # of the schema; migrations/N.sql makes version N from the one before it
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 MIN_SQLITE = (3, 35)  # has RETURNING
@@ -2442,20 +2473,29 @@ class ReadyResource:
 
 
 class FileResource:
-    """A file of this repository that everybody may read."""
+    """A file that taskd ships and everybody may read."""
 
     public = True
 
     def __init__(self, name: str, content_type: str) -> None:
-        self._content, self._content_type = (
-            (Path(__file__).parent / name).read_bytes(),
-            content_type,
-        )
+        self._content, self._content_type = shipped(name).read_bytes(), content_type
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Show it; it may load and call nothing but this server."""
         resp.content_type, resp.data = self._content_type, self._content
         resp.set_header("Content-Security-Policy", DOCS_POLICY)
+
+    on_head = on_get
+
+
+class RootResource:
+    """The root, where a browser starts."""
+
+    public = True
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Redirect to the page that describes the API."""
+        resp.status, resp.location = falcon.HTTP_307, f"{req.root_path}/docs"
 
     on_head = on_get
 
@@ -2602,6 +2642,7 @@ def create_app(settings: Settings) -> App:
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
     app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
+    app.add_route("/", RootResource())
     app.add_route("/healthz", HealthResource())
     app.add_route("/readyz", ReadyResource(store))
     if metrics:
@@ -2881,8 +2922,12 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as ex:
+        in_use = isinstance(ex, OSError) and ex.errno == errno.EADDRINUSE
+        reason = (
+            "it is in use; stop what listens there, or set another TASKD_PORT" if in_use else ex
+        )
         raise SettingsError(
-            f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {ex}"
+            f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {reason}"
         ) from None
 
 
@@ -2907,7 +2952,8 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
-    line = f"taskd: listening on http://{host}:{server.effective_port}"  # told at every level of the log
+    url = f"http://{host}:{server.effective_port}"
+    line = f"taskd: listening on {url} (try it at {url}/docs)"  # told at every level of the log
     if settings.log_format == "json":
         line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))
     print(
@@ -2918,8 +2964,30 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def parse_arguments(arguments: list[str]) -> None:
+    """Answer --help and --version, and reject every other argument: exit status 2."""
+    import argparse  # loaded only where there are arguments
+
+    rows = [(field.metadata, field.default) for field in dataclasses.fields(Settings)]
+    settings = (
+        f"  {meta['variable']:20}  {meta['about']}{f' ({default})' if default else ''}\n"
+        for meta, default in rows
+    )
+    parser = argparse.ArgumentParser(
+        "taskd",
+        description="Serve each user's tasks to whoever has that user's token.",
+        epilog=f"settings, from the environment or .env:\n{''.join(settings)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"taskd {__version__}")
+    parser.parse_args(arguments)
+
+
 def main() -> int:
     """Serve with the environment's settings, and return the exit status: 2 when they cannot be used."""
+    if len(sys.argv) > 1:
+        parse_arguments(sys.argv[1:])
     try:
         settings = Settings.load()
         listener = listen(settings.host, settings.port)
