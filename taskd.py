@@ -1183,6 +1183,11 @@ class TaskStore:
         """Delete the task, and return it as it was."""
         return self._write(self._remove, expected, user_id=user_id, id=task_id)
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether writes take so long that they are better run in a worker thread from the start."""
+        return self._database.is_slow
+
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         self._database.check()
@@ -1329,7 +1334,7 @@ class Sqlite:
         self.peewee = self._worker_connection  # for queries of taskctl's own
         self._path, self._opened = Path(path), Path(path).stat()
         self._queue, self._turn = WriteQueue(waiting), threading.Lock()
-        self._write_time, self._slow = 0.0, False
+        self._write_time, self.is_slow = 0.0, False
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -1397,7 +1402,7 @@ class Sqlite:
         """Wait for this thread's turn. Writes queue here, because in SQLite's own waiting they back off and starve."""
         if not thread_state.in_event_loop:
             self._queue_up()
-        elif self._slow or not self._turn.acquire(blocking=False):
+        elif self.is_slow or not self._turn.acquire(blocking=False):
             raise WouldBlock
         started = time.monotonic()
         try:
@@ -1409,7 +1414,7 @@ class Sqlite:
     def _note_time(self, seconds: float) -> None:
         """Decide by a moving average, with hysteresis, whether the event loop leaves writes to the workers."""
         self._write_time += (min(seconds, 10 * SLOW_WRITE) - self._write_time) / 8
-        self._slow = self._write_time > (SLOW_WRITE / 2 if self._slow else SLOW_WRITE)
+        self.is_slow = self._write_time > (SLOW_WRITE / 2 if self.is_slow else SLOW_WRITE)
 
     def _drop(self) -> None:
         """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
@@ -1453,6 +1458,8 @@ class Sqlite:
 
 class Postgres:
     """PostgreSQL: a pool of connections, and any number of taskd processes beside each other."""
+
+    is_slow = False  # every statement leaves the event loop anyway
 
     def __init__(self, settings: Settings) -> None:
         """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
@@ -2525,6 +2532,9 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _answer(self, channel: ServerChannel) -> None:
         try:
+            method = getattr(channel.requests[0], "command", None)
+            if method in CHANGES and self._app.store.is_slow:
+                raise WouldBlock  # at once, not after the request was read and run in vain
             channel.service()
         except SearchWouldBlock:
             self._searches.add_task(channel)
