@@ -182,6 +182,9 @@ class Settings:
         "the address of the proxy before taskd, or several, or *",
         parse=_addresses,
     )
+    max_tasks: int | None = _setting(
+        "TASKD_MAX_TASKS", None, "how many tasks a user may have, at most", "[1-9][0-9]{0,15}", int
+    )
     log_level: str = _setting(
         "TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error"
     )
@@ -867,6 +870,9 @@ def read_key(req: falcon.Request) -> str | None:
 
 CHUNK = 100  # tasks of a list that are read and sent at once
 MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
+LIMIT_MARGIN = 1000  # tasks; more creates than can be under way at once
+RECOUNT = 500  # new tasks after which a user is counted again
+USERS_COUNTED = 10_000
 SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
@@ -877,6 +883,13 @@ CONTAINS = " OR ".join(
     f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded")
 )
 AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
+
+
+class TooManyTasks(Exception):
+    """The user has as many tasks as `most`, which the operator allows."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
 
 
 class Changed(Exception):
@@ -965,6 +978,46 @@ def owned_by_user(model: type[Task | IdempotencyKey]) -> peewee.Expression:
     return model.user_id == placeholder("user_id")
 
 
+class TaskLimit:
+    """How many tasks a user may have. Only who is near the limit is counted exactly, and alone."""
+
+    def __init__(self, database: Database, most: int | None) -> None:
+        self._database, self._most = database, most
+        self._counted: dict[str, tuple[int, int]] = {}  # a user's tasks, and the id of the newest
+        count = Task.select(
+            peewee.fn.COUNT(Task.id), peewee.fn.COALESCE(peewee.fn.MAX(Task.id), peewee.SQL("0"))
+        )
+        self._sql = database.compile(
+            count.where(owned_by_user(Task), Task.id > placeholder("last"))
+        )
+
+    def is_near(self, user_id: str) -> bool:
+        """Say whether the user may be at the limit: count the tasks that are new since the last count.
+
+        Deletions since then are not seen, nor the few tasks that were being created at that time.
+        """
+        if self._most is None:
+            return False
+        known, last = self._counted.get(user_id) or self._recount(user_id)
+        [(new, _)] = self._database.run(self._sql, user_id=user_id, last=last)
+        if new > RECOUNT:
+            self._counted.pop(user_id, None)
+        return known + int(new) + LIMIT_MARGIN > self._most
+
+    def check(self, user_id: str) -> None:
+        """Raise TooManyTasks unless the user may have one more; to be called in a transaction."""
+        self._database.lock(user_id)
+        if self._most is not None and self._recount(user_id)[0] >= self._most:
+            raise TooManyTasks(self._most)
+
+    def _recount(self, user_id: str) -> tuple[int, int]:
+        if len(self._counted) >= USERS_COUNTED:
+            self._counted.clear()
+        [(count, newest)] = self._database.run(self._sql, user_id=user_id, last=0)
+        self._counted[user_id] = count, newest
+        return count, newest
+
+
 class TaskStore:
     """One user's tasks at a time; None means that this user has no such task, and Unavailable that the database is.
 
@@ -973,8 +1026,8 @@ class TaskStore:
     have one, else Changed is raised.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, max_tasks: int | None = None) -> None:
+        self._database, self._limit = database, TaskLimit(database, max_tasks)
         self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
         self._lists: dict[tuple[object, ...], str] = {}
         self._searching: Counter[str] = Counter()
@@ -1123,6 +1176,7 @@ class TaskStore:
         """Create a task; it is on disk when this returns. None if the key was used for another one.
 
         With a key, a create that was done within 24 hours is not done again, but answered as it was then.
+        Raises TooManyTasks.
         """
         now = datetime.now(UTC)
         new = {"title": task.title, "description": task.description, "completed": task.completed}
@@ -1132,14 +1186,21 @@ class TaskStore:
             "user_id": user_id,
             "now": timestamp(now),
         }
-        if key is None:
+        near = self._limit.is_near(user_id)
+        if key is None and not near:
             return _first(self._database.write(self._add, **values))
+        if key is None:
+            with self._database.transaction():
+                self._limit.check(user_id)
+                return _first(self._database.run(self._add, **values))
         body = hashlib.sha256(to_json(new)).hexdigest()
         values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
             self._database.run(self._expire, **values)
             found = self._database.run(self._replay, **values)
             if not found and self._database.run(self._claim, **values):
+                if near:
+                    self._limit.check(user_id)
                 [row] = self._database.run(self._add, **values)
                 stored = _stored(row)
                 self._database.run(self._answer, **values, answer=to_json(stored.task).decode())
@@ -1380,6 +1441,9 @@ class Sqlite:
             with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
                 connection.set_progress_handler(None, 0)
 
+    def lock(self, user_id: str) -> None:
+        """Keep other creates of the user out until the transaction ends; here all writes are."""
+
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something, alone; it is on disk when this returns."""
         with self._alone():
@@ -1517,6 +1581,10 @@ class Postgres:
         """Read a statement's rows one by one, until the iterator is closed."""
         with self._connected(), peewee.__exception_wrapper__:  # type: ignore[attr-defined]
             yield from self._pool.cursor().stream(sql, values)
+
+    def lock(self, user_id: str) -> None:
+        """Keep other creates of the user out that lock too, until the transaction ends."""
+        self.run("SELECT pg_advisory_xact_lock(hashtextextended(%(user_id)s, 0))", user_id=user_id)
 
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
@@ -2229,6 +2297,14 @@ def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: obj
     raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
 
 
+def too_many_tasks(
+    req: falcon.Request, resp: falcon.Response, ex: TooManyTasks, params: object
+) -> NoReturn:
+    """Answer 403 to a create of a user who has as many tasks as TASKD_MAX_TASKS allows."""
+    detail = f"you have {ex.most:,} tasks, and this server allows no more; delete one first"
+    raise falcon.HTTPForbidden(description=detail)
+
+
 def handle_unexpected(
     req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
 ) -> NoReturn:
@@ -2260,7 +2336,7 @@ def create_app(settings: Settings) -> App:
     """Return the WSGI application: the only place where its parts meet. Raises SettingsError and DatabaseError."""
     tokens, database = Tokens(settings), open_database(settings)
     metrics = [Metrics()] if settings.metrics else []
-    store = TaskStore(metrics[0].timed(database) if metrics else database)
+    store = TaskStore(metrics[0].timed(database) if metrics else database, settings.max_tasks)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
     app = App(
         middleware=[
@@ -2277,6 +2353,7 @@ def create_app(settings: Settings) -> App:
     app.add_error_handler(Unavailable, unavailable)
     app.add_error_handler(Busy, busy)
     app.add_error_handler(Changed, changed)
+    app.add_error_handler(TooManyTasks, too_many_tasks)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
