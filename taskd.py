@@ -215,6 +215,9 @@ class Settings:
         "the address of the proxy before taskd, or several, or *",
         parse=_addresses,
     )
+    max_tasks: int | None = _setting(
+        "TASKD_MAX_TASKS", None, "how many tasks a user may have, at most", "[1-9][0-9]{0,15}", int
+    )
     log_level: str = _setting(
         "TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error"
     )
@@ -1144,6 +1147,9 @@ def read_key(req: falcon.Request) -> str | None:
 CHUNK = 100  # tasks of a list that are read and sent at once
 SORTED_CHUNK = 5000  # the same where reading a chunk sorts all tasks of the user
 MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
+LIMIT_MARGIN = 1000  # tasks; more creates than can be under way at once
+RECOUNT = 500  # new tasks after which a user is counted again
+USERS_COUNTED = 10_000
 SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
@@ -1164,6 +1170,13 @@ AS_EXPECTED = (
     f"(:match = '*' OR :match LIKE {ENTITY_TAG_OF_ROW})"
     f" AND NOT (:none_match = '*' OR :none_match LIKE {ENTITY_TAG_OF_ROW})"
 )
+
+
+class TooManyTasks(Exception):
+    """The user has as many tasks as `most`, which the operator allows."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
 
 
 class Changed(Exception):
@@ -1350,6 +1363,46 @@ def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> A
     return query.order_by(*order).limit(placeholder("limit"))
 
 
+class TaskLimit:
+    """How many tasks a user may have. Only who is near the limit is counted exactly, and alone."""
+
+    def __init__(self, database: Database, most: int | None) -> None:
+        self._database, self._most = database, most
+        self._counted: dict[str, tuple[int, int]] = {}  # a user's tasks, and the id of the newest
+        count = Task.select(
+            peewee.fn.COUNT(Task.id), peewee.fn.COALESCE(peewee.fn.MAX(Task.id), peewee.SQL("0"))
+        )
+        self._sql = database.compile(
+            count.where(owned_by_user(Task), Task.id > placeholder("last"))
+        )
+
+    def is_near(self, user_id: str) -> bool:
+        """Say whether the user may be at the limit: count the tasks that are new since the last count.
+
+        Deletions since then are not seen, nor the few tasks that were being created at that time.
+        """
+        if self._most is None:
+            return False
+        known, last = self._counted.get(user_id) or self._recount(user_id)
+        [(new, _)] = self._database.run(self._sql, user_id=user_id, last=last)
+        if new > RECOUNT:
+            self._counted.pop(user_id, None)
+        return known + int(new) + LIMIT_MARGIN > self._most
+
+    def check(self, user_id: str) -> None:
+        """Raise TooManyTasks unless the user may have one more; to be called in a transaction."""
+        self._database.lock(user_id)
+        if self._most is not None and self._recount(user_id)[0] >= self._most:
+            raise TooManyTasks(self._most)
+
+    def _recount(self, user_id: str) -> tuple[int, int]:
+        if len(self._counted) >= USERS_COUNTED:
+            self._counted.clear()
+        [(count, newest)] = self._database.run(self._sql, user_id=user_id, last=0)
+        self._counted[user_id] = count, newest
+        return count, newest
+
+
 class TaskStore:
     """One user's tasks at a time. Returns None if the user has no such task.
 
@@ -1358,8 +1411,8 @@ class TaskStore:
     database cannot be used, and Changed for a task that is not as `conditions` ask for.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, max_tasks: int | None = None) -> None:
+        self._database, self._limit = database, TaskLimit(database, max_tasks)
         self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
         self._sql = {name: database.compile(query) for name, query in queries().items()}
         self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
@@ -1440,17 +1493,25 @@ class TaskStore:
         """Create a task; it is on disk when this returns. None if the key was used for another one.
 
         With a key, a create that was done within 24 hours is not done again, but answered as it was then.
+        Raises TooManyTasks.
         """
         now = datetime.now(UTC)
         values = {**columns(task), "user_id": user_id, "now": timestamp(now)}
-        if key is None:
+        near = self._limit.is_near(user_id)
+        if key is None and not near:
             return _first(self._database.write(self._sql["add"], **values))
+        if key is None:
+            with self._database.transaction():
+                self._limit.check(user_id)
+                return _first(self._run("add", values))
         body = _digest(task)
         values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
             self._run("expire", values)
             found = self._run("replay", values)
             if not found and self._run("claim", values):
+                if near:
+                    self._limit.check(user_id)
                 [row] = self._run("add", values)
                 stored = _stored(row)
                 self._run("answer", values | {"answer": to_json(stored.task).decode()})
@@ -1486,6 +1547,11 @@ class TaskStore:
     ) -> Stored | None:
         """Delete the task, and return it as it was."""
         return self._write(self._sql["remove"], conditions, user_id, task_id)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether writes take so long that they are better run in a worker thread from the start."""
+        return self._database.is_slow
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
@@ -1643,7 +1709,7 @@ class Sqlite:
         self.peewee = self._worker_connection  # for queries of taskctl's own
         self._path, self._opened = Path(path), Path(path).stat()
         self._queue, self._turn = WriteQueue(waiting), threading.Lock()
-        self._write_time, self._slow = 0.0, False
+        self._write_time, self.is_slow = 0.0, False
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -1689,6 +1755,9 @@ class Sqlite:
             with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
                 connection.set_progress_handler(None, 0)
 
+    def lock(self, user_id: str) -> None:
+        """Keep other creates of the user out until the transaction ends; here all writes are."""
+
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something, alone; it is on disk when this returns."""
         with self._alone():
@@ -1711,7 +1780,7 @@ class Sqlite:
         """Wait for this thread's turn. Writes queue here, because in SQLite's own waiting they back off and starve."""
         if not thread_state.in_event_loop:
             self._queue_up()
-        elif self._slow or not self._turn.acquire(blocking=False):
+        elif self.is_slow or not self._turn.acquire(blocking=False):
             raise WouldBlock
         started = time.monotonic()
         try:
@@ -1723,7 +1792,7 @@ class Sqlite:
     def _note_time(self, seconds: float) -> None:
         """Decide by a moving average, with hysteresis, whether the event loop leaves writes to the workers."""
         self._write_time += (min(seconds, 10 * SLOW_WRITE) - self._write_time) / 8
-        self._slow = self._write_time > (SLOW_WRITE / 2 if self._slow else SLOW_WRITE)
+        self.is_slow = self._write_time > (SLOW_WRITE / 2 if self.is_slow else SLOW_WRITE)
 
     def _drop(self) -> None:
         """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
@@ -1767,6 +1836,8 @@ class Sqlite:
 
 class Postgres:
     """PostgreSQL: a pool of connections, and any number of taskd processes beside each other."""
+
+    is_slow = False  # every statement leaves the event loop anyway
 
     def __init__(self, settings: Settings) -> None:
         """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
@@ -1826,6 +1897,10 @@ class Postgres:
         """Read a statement's rows one by one, until the iterator is closed."""
         with self._connected(), peewee.__exception_wrapper__:  # type: ignore[attr-defined]
             yield from self._pool.cursor().stream(sql, values)
+
+    def lock(self, user_id: str) -> None:
+        """Keep other creates of the user out that lock too, until the transaction ends."""
+        self.run("SELECT pg_advisory_xact_lock(hashtextextended(%(user_id)s, 0))", user_id=user_id)
 
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
@@ -2578,6 +2653,14 @@ def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: obj
     raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
 
 
+def too_many_tasks(
+    req: falcon.Request, resp: falcon.Response, ex: TooManyTasks, params: object
+) -> NoReturn:
+    """Answer 403 to a create of a user who has as many tasks as TASKD_MAX_TASKS allows."""
+    detail = f"you have {ex.most:,} tasks, and this server allows no more; delete one first"
+    raise falcon.HTTPForbidden(description=detail)
+
+
 def handle_unexpected(
     req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
 ) -> NoReturn:
@@ -2621,7 +2704,7 @@ def create_app(settings: Settings) -> App:
     """Return the WSGI application: the only place where its parts meet. Raises SettingsError and DatabaseError."""
     tokens, database = Tokens(settings), open_database(settings)
     metrics = [Metrics()] if settings.metrics else []
-    store = TaskStore(metrics[0].timed(database) if metrics else database)
+    store = TaskStore(metrics[0].timed(database) if metrics else database, settings.max_tasks)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
     app = App(
         middleware=[
@@ -2638,6 +2721,7 @@ def create_app(settings: Settings) -> App:
     app.add_error_handler(Unavailable, unavailable)
     app.add_error_handler(Busy, busy)
     app.add_error_handler(Changed, changed)
+    app.add_error_handler(TooManyTasks, too_many_tasks)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
@@ -2896,6 +2980,9 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _answer(self, channel: ServerChannel) -> None:
         try:
+            method = getattr(channel.requests[0], "command", None)
+            if method in CHANGES and self._app.store.is_slow:
+                raise WouldBlock  # at once, not after the request was read and run in vain
             channel.service()
         except SearchWouldBlock:
             self._searches.add_task(channel)

@@ -143,11 +143,11 @@ def test_a_database_whose_file_is_gone_or_another_one_is_not_ready(
     assert server.terminate() == 0
 
 
-def test_the_thread_of_the_sockets_leaves_the_check_to_another(
+def test_the_event_loop_checks_sqlite_by_itself_however_many_writes_wait(
     app: taskd.App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-    with pytest.raises(taskd.WouldBlock):
+    with app.store._database._turn:
         app.store.check()
 
 
