@@ -5,11 +5,27 @@ The chapters, from top to bottom: settings, tokens, bodies, store, database, mid
 server. Importing this module does nothing; `create_app` builds everything.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "falcon==4.4.0",
+#     "msgspec==0.22.0",
+#     "peewee==4.5.3",
+#     "prometheus-client==0.26.0",
+#     "PyJWT[crypto]==2.15.1",
+#     "python-dotenv==1.2.4",
+#     "rich==15.0.0",
+#     "typer==0.29.2",
+#     "waitress==3.0.2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import base64
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -21,12 +37,14 @@ import operator
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
@@ -39,16 +57,24 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 from urllib.parse import SplitResult, unquote_to_bytes, urlencode, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
-import falcon
-import jwt
-import msgspec
-import peewee
-import waitress.channel
-import waitress.parser
-import waitress.server
-import waitress.task
-from msgspec import UNSET, Meta, Struct, UnsetType
-from waitress import wasyncore
+try:
+    import falcon
+    import jwt
+    import msgspec
+    import peewee
+    import waitress.channel
+    import waitress.parser
+    import waitress.server
+    import waitress.task
+    from msgspec import UNSET, Meta, Struct, UnsetType
+    from waitress import wasyncore
+except ModuleNotFoundError as ex:
+    if __name__ != "__main__":
+        raise
+    sys.exit(
+        f"taskd: the package {ex.name} is not installed for this Python; "
+        "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
+    )
 
 __version__ = "0.2.0"
 
@@ -73,6 +99,13 @@ ORIGIN = re.compile(
 )
 ORIGINS = "origins such as https://a.example, with commas"
 MISSPELT = ("BETTER_AUTH_S", "DATABASE_")  # how other programs' variables do not begin
+
+
+def shipped(name: str) -> Path:
+    """Return a file that belongs to taskd: installed in taskd_files, in a checkout beside this file."""
+    here = Path(__file__).parent
+    installed = here / "taskd_files" / name
+    return installed if installed.exists() else here / name
 
 
 class SettingsError(Exception):
@@ -1032,6 +1065,7 @@ CHUNK = 100  # tasks of a list that are read and sent at once
 IDEMPOTENCY_WINDOW = timedelta(
     hours=24
 )  # how long a create can be repeated with its Idempotency-Key
+FIRST_FIELDS = ("title", "description", "completed")  # the digests of version 2 have all of them
 CONTAINS = " OR ".join(
     f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded")
 )
@@ -1099,9 +1133,10 @@ SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
 
 
 class Stored(Struct, frozen=True):
-    """A task with its entity tag; `replayed` if a create with the same Idempotency-Key made it before."""
+    """A task with its entity tag. If `replayed`, `task` is the stored JSON of an earlier create."""
 
-    task: TaskView
+    id: int
+    task: TaskView | msgspec.Raw
     tag: str
     replayed: bool = False
 
@@ -1169,9 +1204,9 @@ class TaskStore:
         claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
         claimed = IdempotencyKey.insert(
             answer=peewee.SQL("''"), created_at=placeholder("now"), **claim
-        )
+        ).on_conflict("NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name))
         self._expire = database.compile(IdempotencyKey.delete().where(expired))
-        self._claim = database.compile(claimed.on_conflict_ignore().returning(IdempotencyKey.id))
+        self._claim = database.compile(claimed.returning(IdempotencyKey.id))
         self._answer = database.compile(
             IdempotencyKey.update(answer=placeholder("answer")).where(key)
         )
@@ -1243,7 +1278,7 @@ class TaskStore:
         With a key, a create that was done within 24 hours is not done again, but answered as it was then.
         """
         now = datetime.now(UTC)
-        new = {"title": task.title, "description": task.description, "completed": task.completed}
+        new = {name: getattr(task, name) for name in RULES}
         values = {
             **new,
             **search_columns(task.title, task.description),
@@ -1252,7 +1287,7 @@ class TaskStore:
         }
         if key is None:
             return _first(self._database.write(self._add, **values))
-        body = hashlib.sha256(to_json(new)).hexdigest()
+        body = digest(task)
         values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
             self._database.run(self._expire, **values)
@@ -1332,16 +1367,38 @@ def _views(rows: list[Row]) -> list[TaskView]:
 
 def _stored(row: Row) -> Stored:
     key, user, title, text, done, new, now, version = row
-    return Stored(TaskView(key, user, title, text, done == 1, new, now), f'"{version}-{now}"')
+    return Stored(key, TaskView(key, user, title, text, done == 1, new, now), f'"{version}-{now}"')
 
 
 def _first(rows: list[Row]) -> Stored | None:
     return _stored(rows[0]) if rows else None
 
 
+class _StoredAnswer(Struct):
+    """The members that the headers of a replay need, in every version of the task's JSON."""
+
+    id: int
+    updated_at: str
+
+
 def _replayed(answer: str) -> Stored:
-    task = msgspec.json.decode(answer, type=TaskView)
-    return Stored(task, f'"1-{task.updated_at}"', replayed=True)
+    """Return a stored answer byte for byte: an earlier version with other members may have made it."""
+    found = msgspec.json.decode(answer, type=_StoredAnswer)
+    return Stored(found.id, msgspec.Raw(answer.encode()), f'"1-{found.updated_at}"', replayed=True)
+
+
+def digest(task: NewTask) -> str:
+    """Return the SHA-256 of a create, by which a used Idempotency-Key is compared.
+
+    Fields added after version 2 count only if they are not the default, so that a key outlives an upgrade.
+    """
+    given, default = msgspec.structs.asdict(task), NewTask(title=task.title)
+    counted = {
+        name: given[name]
+        for name in RULES
+        if name in FIRST_FIELDS or given[name] != getattr(default, name)
+    }
+    return hashlib.sha256(to_json(counted)).hexdigest()
 
 
 def timestamp(when: datetime) -> str:
@@ -1355,9 +1412,13 @@ def _now() -> str:
 
 # --- Database -------------------------------------------------------------------------------------
 
-SCHEMA = Path(__file__).with_name("schema.sql")
-MIGRATIONS = Path(__file__).with_name("migrations")
-VERSION = 2  # of the schema; migrations/2.sql makes it from version 1
+SCHEMA = shipped("schema.sql")
+MIGRATIONS = shipped("migrations")
+VERSION = 2  # of the schema; migrations/N.sql makes version N from the one before it
+VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
+MIN_SQLITE = (3, 35)  # has RETURNING
+FULL = 64 * 1024  # bytes free, with which SQLite cannot make its files
+MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = (
     4.0  # seconds that a write waits for another process which holds the database's write lock
@@ -1587,9 +1648,10 @@ class Postgres:
 
     def _prepare(self, name: str) -> None:
         with self._pool.connection_context(), self._pool.atomic():
-            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (int.from_bytes(b"taskd"),))
-            if not schema_version(self._pool):
-                _make_tables(self._pool, map(for_postgresql, statements(SCHEMA)))
+            self._pool.execute_sql("SET LOCAL statement_timeout = 0")  # a migration may take long
+            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+            if (version := schema_version(self._pool)) < VERSION:
+                migrate(self._pool, version, for_postgresql)
             check_schema(self._pool, name, portable_definitions)
 
 
@@ -1601,11 +1663,10 @@ def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -
 
 
 def for_postgresql(statement: str) -> str:
-    """Return a statement of schema.sql as PostgreSQL has it, where text is to be sorted by code point as in SQLite."""
+    """Return a statement of schema.sql or a migration for PostgreSQL; text is sorted by code point."""
     key = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
-    return statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace(
-        " TEXT", ' TEXT COLLATE "C"'
-    )
+    statement = statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace("%", "%%")
+    return re.sub(r"(?<! AS) TEXT\b", ' TEXT COLLATE "C"', statement)
 
 
 def _first_line(ex: Exception) -> str:
@@ -1630,19 +1691,25 @@ def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
 
 
 def prepare_database(path: str) -> None:
-    """Make a new file fit schema.sql, readable by its owner alone, or check that an old one does.
+    """Create a file that fits schema.sql, readable by its owner alone, or migrate or check an old one.
 
-    One of an earlier version is brought up to date; beside it stays a copy of what it was. Raises DatabaseError for a
-    file that cannot be opened or does not fit, and leaves it as it was.
+    Before a migration the database is copied to a file beside it. Raises DatabaseError for a file
+    that cannot be opened or does not fit, and leaves it as it was.
     """
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        raise DatabaseError(
+            f"SQLite {sqlite3.sqlite_version} is too old; taskd needs 3.35 or newer"
+        )
     database = peewee.SqliteDatabase(path, timeout=LOCK_TIMEOUT)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if schema_version(database) < VERSION:
-            _bring_up_to_date(database, path)
+            _migrate_file(database, path)
         check_schema(database, path, sqlite_definitions)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
-        raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < FULL
+        why = "database or disk is full" if full else ex  # which SQLite does not always say
+        raise DatabaseError(f"{path} cannot be opened: {why}") from None
     finally:
         database.close()
 
@@ -1658,53 +1725,70 @@ def check_schema(database: peewee.Database, name: str, describe: Callable[[Any],
 
 
 def schema_version(database: peewee.Database) -> int:
-    """Return the version of the schema that a database has; 0 for none.
+    """Return the version of the schema that a database has; 0 if it has no tables.
 
-    Version 1 did not say so. A task table that nobody knows counts as today's, and will not fit.
+    Version 1 had no table `about`. An unknown table `task` counts as the newest and will not fit.
     """
     if database.table_exists("about"):
-        [version] = database.execute_sql("SELECT MAX(version) FROM about").fetchone()
-        return version if isinstance(version, int) else 0
+        rows = database.execute_sql("SELECT version FROM about").fetchall()
+        if len(rows) != 1 or not isinstance(rows[0][0], int):
+            raise peewee.DatabaseError("the table about must have one row, with a version")
+        return rows[0][0]
     columns = [column.name for column in database.get_columns("task")]
-    return 0 if not columns else 1 if columns == list(TaskView.__struct_fields__) else VERSION
+    return 0 if not columns else 1 if columns == VERSION_1 else VERSION
 
 
-def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
+def migrate(database: peewee.Database, version: int, translate: Callable[[str], str] = str) -> None:
+    """Run the scripts from this version to the newest, or schema.sql for version 0."""
+    numbers = range(version + 1, VERSION + 1)
+    scripts = [MIGRATIONS / f"{number}.sql" for number in numbers] if version else [SCHEMA]
+    for statement in itertools.chain(*map(statements, scripts)):
+        database.execute_sql(translate(statement))
+    if not About.update(version=VERSION).execute(database):
+        About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
+
+
+def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
     database.register_function(lambda text: text and text.casefold(), "casefold", 1)
-    with database.atomic("IMMEDIATE"), contextlib.ExitStack() as undo:
-        version = schema_version(database)  # another process may have been here first
-        if version >= VERSION:
-            return
-        if version:
-            undo.callback(os.unlink, _keep_copy(path, version))
-        scripts = (
-            [MIGRATIONS / f"{number}.sql" for number in range(version + 1, VERSION + 1)]
-            if version
-            else [SCHEMA]
-        )
-        _make_tables(database, itertools.chain(*map(statements, scripts)))
-        check_schema(database, path, sqlite_definitions)
-        undo.pop_all()
+    database.execute_sql("BEGIN IMMEDIATE")
+    version = schema_version(database)  # another process may have migrated it meanwhile
+    copy = _copy_beside(path, version) if 0 < version < VERSION else None
+    try:
+        if version < VERSION:
+            migrate(database, version)
+            check_schema(database, path, sqlite_definitions)
+        database.execute_sql("COMMIT")
+    except BaseException as ex:
+        traceback.clear_frames(ex.__traceback__)  # a cursor there would keep the file locked
+        database.close()
+        if copy and _is_whole(database, path, version):
+            copy.unlink()
+        raise
 
 
-def _make_tables(database: peewee.Database, script: Iterable[str]) -> None:
-    for statement in script:
-        database.execute_sql(statement)
-    About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
+def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
+    """Say whether a rollback has succeeded; opening the file finishes it."""
+    with contextlib.suppress(peewee.DatabaseError, sqlite3.DatabaseError):
+        found = schema_version(database)
+        return found == version and not Path(f"{path}-journal").exists()
+    return False
 
 
-def _keep_copy(path: str, version: int) -> str:
-    """Copy the database beside itself, under its name only when it is whole, and return that name."""
-    copy, part = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"{path}.part"
-    for left in (part, f"{part}-journal"):  # by a start that was killed
-        Path(left).unlink(missing_ok=True)
-    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with (
-        contextlib.closing(sqlite3.connect(path)) as now,
-        contextlib.closing(sqlite3.connect(part)) as kept,
-    ):
-        now.backup(kept)
-    Path(part).rename(copy)
+def _copy_beside(path: str, version: int) -> Path:
+    """Copy the database to a file beside it, named only when it is complete, and return its path."""
+    copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    part, journal = Path(f"{path}.part"), Path(f"{path}.part-journal")
+    with contextlib.ExitStack() as cleanup:
+        for left in (part, journal):  # by a start that was killed
+            left.unlink(missing_ok=True)
+            cleanup.callback(left.unlink, missing_ok=True)
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with (
+            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(part)) as target,
+        ):
+            source.backup(target)
+        part.rename(copy)
     return copy
 
 
@@ -2071,7 +2155,7 @@ class TaskResource:
                 ]
             )
         resp.status = falcon.HTTP_201
-        resp.location = f"{tasks_path(req)}/{stored.task.id}"
+        resp.location = f"{tasks_path(req)}/{stored.id}"
         if stored.replayed:
             resp.set_header("Idempotency-Replayed", "true")
         respond_with_task(resp, stored)
@@ -2174,20 +2258,29 @@ class ReadyResource:
 
 
 class FileResource:
-    """A file of this repository that everybody may read."""
+    """A file that taskd ships and everybody may read."""
 
     public = True
 
     def __init__(self, name: str, content_type: str) -> None:
-        self._content, self._content_type = (
-            (Path(__file__).parent / name).read_bytes(),
-            content_type,
-        )
+        self._content, self._content_type = shipped(name).read_bytes(), content_type
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Show it; it may load and call nothing but this server."""
         resp.content_type, resp.data = self._content_type, self._content
         resp.set_header("Content-Security-Policy", DOCS_POLICY)
+
+    on_head = on_get
+
+
+class RootResource:
+    """The root, where a browser starts."""
+
+    public = True
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Redirect to the page that describes the API."""
+        resp.status, resp.location = falcon.HTTP_307, f"{req.root_path}/docs"
 
     on_head = on_get
 
@@ -2311,6 +2404,7 @@ def create_app(settings: Settings) -> App:
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
     app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
+    app.add_route("/", RootResource())
     app.add_route("/healthz", HealthResource())
     app.add_route("/readyz", ReadyResource(store))
     if metrics:
@@ -2602,8 +2696,12 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as ex:
+        in_use = isinstance(ex, OSError) and ex.errno == errno.EADDRINUSE
+        reason = (
+            "it is in use; stop what listens there, or set another TASKD_PORT" if in_use else ex
+        )
         raise SettingsError(
-            f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {ex}"
+            f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {reason}"
         ) from None
 
 
@@ -2628,7 +2726,8 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
-    line = f"taskd: listening on http://{host}:{server.effective_port}"  # told at every level of the log
+    url = f"http://{host}:{server.effective_port}"
+    line = f"taskd: listening on {url} (try it at {url}/docs)"  # told at every level of the log
     if settings.log_format == "json":
         line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))
     print(
@@ -2639,8 +2738,30 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def parse_arguments(arguments: list[str]) -> None:
+    """Answer --help and --version, and reject every other argument: exit status 2."""
+    import argparse  # loaded only where there are arguments
+
+    rows = [(field.metadata, field.default) for field in dataclasses.fields(Settings)]
+    settings = (
+        f"  {meta['variable']:20}  {meta['about']}{f' ({default})' if default else ''}\n"
+        for meta, default in rows
+    )
+    parser = argparse.ArgumentParser(
+        "taskd",
+        description="Serve each user's tasks to whoever has that user's token.",
+        epilog=f"settings, from the environment or .env:\n{''.join(settings)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"taskd {__version__}")
+    parser.parse_args(arguments)
+
+
 def main() -> int:
     """Serve with the environment's settings, and return the exit status: 2 when they cannot be used."""
+    if len(sys.argv) > 1:
+        parse_arguments(sys.argv[1:])
     try:
         settings = Settings.load()
         configure_log(settings)

@@ -275,7 +275,7 @@ class Isolation(RuleBasedStateMachine):
             assert (response.status_code, response.json) == (200, tasks), user
 
 
-TestIsolation = Isolation.TestCase
+TestIsolation = pytest.mark.slow(Isolation.TestCase)
 TestIsolation.settings = settings(
     max_examples=int(os.environ.get("TASKD_FUZZ_EXAMPLES", FEW)),
     stateful_step_count=30,

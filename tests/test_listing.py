@@ -570,6 +570,7 @@ def resident(server: Process, what: str = "VmRSS") -> int:
     return int(re.findall(rf"{what}:\s+(\d+)", status)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite("it is not about the database")
 def test_a_hundred_thousand_tasks_take_no_memory_and_hold_nobody_up(
     start: Start, tmp_path: Path

@@ -218,6 +218,7 @@ def test_a_database_that_somebody_is_writing_to_is_refused_and_left_as_it_was(
     assert len(copies(path)) == 1
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(
     start: Start, path: Path
 ) -> None:
@@ -275,6 +276,7 @@ def test_processes_that_start_at_the_same_time_all_serve(
     assert len(copies(path)) == old
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["users"], ["stats"], ["tasks", "alice", "--search", "MILK"]])
 def test_taskctl_brings_an_old_database_up_to_date_too(path: Path, command: list[str]) -> None:
     before = make_old(path)

@@ -25,6 +25,7 @@ from support import (
     OTHER_SECRET,
     ROOT,
     SECRET,
+    ForkServer,
     Process,
     Wire,
     assert_problem,
@@ -175,15 +176,8 @@ def refusal(directory: Path, **variables: str) -> str:
     """Start taskd, which must refuse with exit status 2 and one line, and return that line."""
     before = contents(directory)
     defaults = {"BETTER_AUTH_SECRET": SECRET, "TASKD_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "taskd.py")],
-        cwd=directory,
-        env=environment(**(defaults | variables)),
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        timeout=DEADLINE,
-        check=False,
+    done = ForkServer.of("taskd", "", environment()).run(
+        directory=directory, variables=environment(**(defaults | variables))
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

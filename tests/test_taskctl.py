@@ -15,7 +15,6 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from support import (
     ROOT,
     SECRET,
     TASK_KEYS,
-    Nursery,
+    ForkServer,
     Process,
     bearer,
     locked,
@@ -98,7 +97,7 @@ LETTER = [
 SHOWN = {"-": None, "yes": True, "no": False}
 
 
-# What the nursery does before it forks: much is imported only where it is needed.
+# What the fork server does before it forks: much is imported only where it is needed.
 PREPARE = """
 import contextlib, dotenv, functools, io, typer
 typer.main.get_command = functools.cache(typer.main.get_command)
@@ -130,22 +129,16 @@ def run(
     """Run taskctl there. It never prints a traceback or a secret, whatever else it does."""
     if secret:
         variables = {"BETTER_AUTH_SECRET": secret} | variables
-    nursery = Nursery.of("taskctl", PREPARE, environment(BETTER_AUTH_SECRET=SECRET))
-    with tempfile.TemporaryDirectory() as name:
-        files = {stream: Path(name, stream) for stream in ("stdin", "stdout", "stderr")}
-        files["stdin"].write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
-        child = nursery.fork(
-            *arguments, directory=directory, variables=environment(**variables), **files
-        )
-        try:
-            status = child.wait(DEADLINE)
-        finally:
-            child.kill()
-        stdout, stderr = (files[stream].read_bytes().decode() for stream in ("stdout", "stderr"))
-    assert "Traceback" not in stderr, stderr
+    done = ForkServer.of("taskctl", PREPARE, environment(BETTER_AUTH_SECRET=SECRET)).run(
+        *arguments,
+        directory=directory,
+        variables=environment(**variables),
+        stdin=stdin if isinstance(stdin, bytes) else stdin.encode(),
+    )
+    assert "Traceback" not in done.stderr, done.stderr
     for text in (SECRET, OTHER_SECRET):
-        assert text not in stdout + stderr, "that was a secret"
-    return Answer(arguments, status, stdout, stderr)
+        assert text not in done.stdout + done.stderr, "that was a secret"
+    return done
 
 
 def data(answer: Answer) -> Any:
@@ -973,6 +966,7 @@ def test_what_a_token_says_does_nothing_to_the_terminal(taskctl: Taskctl) -> Non
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["tasks alice", "settings --json"])
 def test_a_reader_who_stops_reading_causes_no_complaint(tmp_path: Path, command: str) -> None:
     keep(
@@ -1481,6 +1475,7 @@ def test_a_damaged_database_is_one_line(taskctl: Taskctl, kept: Path) -> None:
     assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
 
 
+@pytest.mark.slow
 def test_a_database_that_another_process_has_locked_can_be_read_but_not_written(
     taskctl: Taskctl, kept: Path
 ) -> None:
