@@ -98,7 +98,7 @@ ORIGIN = re.compile(
     r"|(?:capacitor|ionic|tauri|[a-z-]+-extension)://[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?"
 )
 ORIGINS = "origins such as https://a.example, with commas"
-MISSPELT = ("BETTER_AUTH_S", "DATABASE_")  # how other programs' variables do not begin
+SETTING_NAMES = ("TASKD", "BETTER_AUTH_S", "DATABASE_")  # how a setting's name begins
 
 
 def shipped(name: str) -> Path:
@@ -289,18 +289,20 @@ def _read_dotenv(path: Path) -> dict[str, str]:
 
 def misspelt(environ: Mapping[str, str] = os.environ, dotenv: Path = DOTENV) -> list[str]:
     """Return a message for each variable that is probably meant as a setting, but is none."""
-    from difflib import get_close_matches  # not needed on the way to the first answer elsewhere
-
     names = [field.metadata["variable"] for field in dataclasses.fields(Settings)]
     given = _read_dotenv(dotenv) | {name: value for name, value in environ.items() if value}
-    found = []
-    for name in sorted(set(given) - set(names)):
-        ours = name.upper().startswith("TASKD")
-        nearest = get_close_matches(name.upper(), names, 1, 0.6 if ours else 0.9)
-        if ours or (nearest and name.upper().startswith(MISSPELT)):
-            hint = f": is {nearest[0]} meant?" if nearest else ""
-            found.append(f"{name} is not a setting, and is ignored{hint}")
-    return found
+    unknown = sorted(set(given) - set(names))
+    found = [_nearest(name, names) for name in unknown if name.upper().startswith(SETTING_NAMES)]
+    return list(filter(None, found))
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    from difflib import get_close_matches  # loaded only where there is such a name
+
+    ours = name.upper().startswith("TASKD")
+    nearest = get_close_matches(name.upper(), names, 1, 0.6 if ours else 0.9)
+    hint = f": is {nearest[0]} meant?" if nearest else ""
+    return f"{name} is not a setting, and is ignored{hint}" if ours or nearest else ""
 
 
 # --- Log ------------------------------------------------------------------------------------------
@@ -649,8 +651,9 @@ def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
 
 def public_key(member: Any) -> jwt.PyJWK:
     """Return a member of a key set as a key. Raises OddKey, or another error if it is malformed."""
-    if not isinstance(member, dict) or not isinstance(member.get("kid"), str | None):
-        raise OddKey("it is not an object, or its kid is not a string")
+    names = [member.get("kid"), member.get("alg")] if isinstance(member, dict) else [member, 0]
+    if not all(isinstance(name, str | None) for name in names):
+        raise OddKey("it is not an object, or its kid or alg is not a string")
     if not {"d", "k"}.isdisjoint(member):
         raise OddKey("it is private or secret: whoever can read the set can sign with it")
     if member.get("use", "sig") != "sig":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,13 +59,14 @@ class AuthServer:
     def __init__(self) -> None:
         self.keys = [public(key, algorithm, algorithm) for algorithm, key in PRIVATE.items()]
         self.answer: Callable[[http.server.BaseHTTPRequestHandler], None] = self.well
-        self.asked = 0
+        self.asked = self.sent = self.hung_up = 0
         auth_server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 auth_server.asked += 1
-                auth_server.answer(self)
+                with contextlib.suppress(ConnectionError):
+                    auth_server.answer(self)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -80,6 +84,32 @@ class AuthServer:
         """Answer well, but only when it is let free."""
         self.free.wait(30)
         self.well(request)
+
+    def behind_a_firewall(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        """Refuse programs that say no more than which library they are written with."""
+        if re.fullmatch(r"taskd/[0-9.]+", request.headers["User-Agent"]):
+            return self.well(request)
+        return self.send(request, 403, b"")
+
+    def huge(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        """Send a good set with 300 MB of white space before its end."""
+        good = json.dumps({"keys": self.keys}).encode()
+        request.send_response(200)
+        request.end_headers()
+        self.sent = 0
+        for piece in itertools.chain([good[:-1]], itertools.repeat(b" " * 2**20, 300), [b"}"]):
+            self.sent += request.wfile.write(piece)
+
+    def trickling(self, head: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
+        """Return what sends this much at once, and the rest a byte at a time, without end."""
+
+        def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+            request.wfile.write(head)
+            while not self.free.wait(0.05):
+                request.wfile.write(b" ")
+            self.hung_up += 1
+
+        return answer
 
     @staticmethod
     def send(
