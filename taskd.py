@@ -782,8 +782,8 @@ class Tokens:
 
     def _find_key(self, alg: object, kid: str | None) -> jwt.PyJWK:
         if not isinstance(alg, str) or alg not in ASYMMETRIC:
-            accepted = "HS256" if self._secrets else f"one of {', '.join(ASYMMETRIC)}"
-            raise TokenError(f"alg must be {accepted}")
+            one_of = f"alg must be one of {', '.join(ASYMMETRIC)}"
+            raise TokenError("alg must be HS256" if self._secrets else one_of)
         if not self._key_set:
             raise TokenError(NO_KEY_SET)
         if not (key := self._key_set.find(kid, alg)):
