@@ -90,6 +90,7 @@ DATABASE = (
     r"sqlite:///(?!:memory:)[^?#\0]+"
     r"|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?"
 )
+DATABASES = "sqlite:/// and the path of a file, or postgresql://user:password@host/name"
 LOOPBACK = r"localhost|127\.[0-9.]+|\[?::1\]?"
 KEY_SET_URL = rf"(https|insecure\+http)://[^\s@/?#][^\s@]*|http://({LOOPBACK})(:[0-9]+)?(/\S*)?"
 KEY_SETS = "https, or http to this machine: Better Auth's /api/auth/jwks"
@@ -98,6 +99,8 @@ ORIGIN = re.compile(
     r"|(?:capacitor|ionic|tauri|[a-z-]+-extension)://[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?"
 )
 ORIGINS = "origins such as https://a.example, with commas"
+PROXIES = "IP addresses, with commas, or * for any"
+LEVELS = "debug|info|warning|error"
 SETTING_NAMES = ("TASKD", "BETTER_AUTH_S", "DATABASE_")  # how a setting's name begins
 
 
@@ -177,65 +180,35 @@ def _addresses(text: str) -> tuple[str, ...]:
     try:
         return ("*",) if text == "*" else tuple(str(ipaddress.ip_address(a)) for a in _split(text))
     except ValueError as ex:
-        raise ValueError(f"must be IP addresses, with commas, or * for any: {ex}") from None
+        raise ValueError(f"must be {PROXIES}: {ex}") from None
 
 
-def _setting(
-    variable: str,
-    default: Any,
-    about: str,
-    pattern: str = "(?s).+",
-    parse: Callable[[str], Any] = str,
-) -> Any:
+def _env(variable: str, default: Any, about: str, form: str = "", parse: Any = str) -> Any:
+    """Declare a setting: its variable, default and meaning, an expression that fits, and a type."""
     secret = variable.startswith("BETTER_AUTH_SECRET")
-    metadata = {"variable": variable, "about": about, "pattern": pattern, "parse": parse}
-    return dataclasses.field(
-        default=default, metadata=metadata | {"secret": secret}, repr=not secret
-    )
+    metadata = {"variable": variable, "about": about, "form": form or "(?s).+", "parse": parse}
+    metadata["secret"] = secret
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What an operator can change; each setting is declared once.
+    """What an operator can change; each setting is declared once."""
 
-    A declaration gives the environment variable, the default, the meaning, the form and the type.
-    """
-
-    secret: str | None = _setting(
-        "BETTER_AUTH_SECRET", None, "the secret shared with Better Auth", parse=_secret
-    )
-    secrets: tuple[str, ...] = _setting(
-        "BETTER_AUTH_SECRETS", (), '"2:new,1:old": all verify, the first signs', parse=_secrets
-    )
-    database_url: str = _setting(
-        "DATABASE_URL",
-        "sqlite:///taskd.db",
-        "sqlite:/// and the path of a file, or postgresql://user:password@host/name",
-        DATABASE,
-    )
-    host: str = _setting(
-        "TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+"
-    )
-    port: int = _setting(
-        "TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port
-    )
-    threads: int = _setting(
-        "TASKD_THREADS", 16, "a number of threads from 2 to 99", "[2-9]|[1-9][0-9]", int
-    )
-    cors_origins: tuple[str, ...] = _setting("TASKD_CORS_ORIGINS", (), ORIGINS, parse=_origins)
-    jwks_url: str | None = _setting("TASKD_JWKS_URL", None, KEY_SETS, KEY_SET_URL, _key_set_url)
-    issuer: str | None = _setting("TASKD_ISSUER", None, "the iss claim that a token must have")
-    audience: str | None = _setting("TASKD_AUDIENCE", None, "the aud claim that a token must have")
-    metrics: bool | None = _setting(
-        "TASKD_METRICS", None, "1 to show /metrics, else 0", "[01]", lambda text: text == "1"
-    )
-    trusted_proxies: tuple[str, ...] = _setting(
-        "TASKD_TRUSTED_PROXY", (), "the address of the proxy, several, or *", parse=_addresses
-    )
-    log_level: str = _setting(
-        "TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error"
-    )
-    log_format: str | None = _setting("TASKD_LOG_FORMAT", None, "text or json", "text|json")
+    secret: str | None = _env("BETTER_AUTH_SECRET", None, "shared with Better Auth", "", _secret)
+    secrets: tuple[str, ...] = _env("BETTER_AUTH_SECRETS", (), '"2:new,1:old"', "", _secrets)
+    database_url: str = _env("DATABASE_URL", "sqlite:///taskd.db", DATABASES, DATABASE)
+    host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
+    port: int = _env("TASKD_PORT", 8000, "a port, or 0 for any free one", "[0-9]{1,5}", _port)
+    threads: int = _env("TASKD_THREADS", 16, "from 2 to 99", "[2-9]|[1-9][0-9]", int)
+    cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGINS, "", _origins)
+    jwks_url: str | None = _env("TASKD_JWKS_URL", None, KEY_SETS, KEY_SET_URL, _key_set_url)
+    issuer: str | None = _env("TASKD_ISSUER", None, "the iss that a token must have")
+    audience: str | None = _env("TASKD_AUDIENCE", None, "the aud that a token must have")
+    metrics: bool | None = _env("TASKD_METRICS", None, "1 or 0", "[01]", lambda text: text == "1")
+    trusted_proxies: tuple[str, ...] = _env("TASKD_TRUSTED_PROXY", (), PROXIES, "", _addresses)
+    log_level: str = _env("TASKD_LOG", "info", "one of " + LEVELS, LEVELS)
+    log_format: str | None = _env("TASKD_LOG_FORMAT", None, "text or json", "text|json")
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ, dotenv: Path = DOTENV) -> Settings:
@@ -243,15 +216,12 @@ class Settings:
 
         An empty value counts as not set. Raises SettingsError for a value that cannot be used.
         """
-        given = _read_dotenv(dotenv) | {name: value for name, value in environ.items() if value}
-        declared = {field.name: field.metadata for field in dataclasses.fields(cls)}
-        return cls(
-            **{
-                name: _parse(given[metadata["variable"]], metadata)
-                for name, metadata in declared.items()
-                if given.get(metadata["variable"])
-            }
-        )
+        given = _given(environ, dotenv)
+        values = {}
+        for field in dataclasses.fields(cls):
+            if text := given.get(field.metadata["variable"]):
+                values[field.name] = _parse(text, field.metadata)
+        return cls(**values)
 
     @property
     def database(self) -> str:
@@ -263,11 +233,15 @@ class Settings:
 
 def _parse(text: str, metadata: Mapping[str, Any]) -> Any:
     try:
-        if not re.fullmatch(metadata["pattern"], text):
+        if not re.fullmatch(metadata["form"], text):
             raise ValueError(f"must be {metadata['about']}")
         return metadata["parse"](text)
     except ValueError as ex:
         raise SettingsError(f"{metadata['variable']} {ex}") from None
+
+
+def _given(environ: Mapping[str, str], dotenv: Path) -> dict[str, str]:
+    return _read_dotenv(dotenv) | {name: value for name, value in environ.items() if value}
 
 
 def _read_dotenv(path: Path) -> dict[str, str]:
@@ -290,8 +264,7 @@ def _read_dotenv(path: Path) -> dict[str, str]:
 def misspelt(environ: Mapping[str, str] = os.environ, dotenv: Path = DOTENV) -> list[str]:
     """Return a message for each variable that is probably meant as a setting, but is none."""
     names = [field.metadata["variable"] for field in dataclasses.fields(Settings)]
-    given = _read_dotenv(dotenv) | {name: value for name, value in environ.items() if value}
-    unknown = sorted(set(given) - set(names))
+    unknown = sorted(set(_given(environ, dotenv)) - set(names))
     found = [_nearest(name, names) for name in unknown if name.upper().startswith(SETTING_NAMES)]
     return list(filter(None, found))
 
