@@ -155,7 +155,13 @@ def cells(answer: Answer) -> list[list[str]]:
 
 def one_line(answer: Answer, status: int) -> str:
     """Return the message of a command that failed: one line on stderr, and nothing on stdout."""
-    assert (answer.returncode, answer.stdout) == (status, ""), answer
+    assert answer.stdout == "", answer
+    return refusal(answer, status)
+
+
+def refusal(answer: Answer, status: int = 1) -> str:
+    """Return the message of a command that failed: one line on stderr, whatever is on stdout."""
+    assert answer.returncode == status, answer
     assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr), answer.stderr
     return answer.stderr.removeprefix("taskctl: ").rstrip("\n")
 
@@ -580,26 +586,53 @@ def test_verify_refuses_what_a_real_server_refuses_and_for_the_same_reason(
     assert status == 401
     assert why in reason
     answer = taskctl("verify", "--json", text)
-    assert (answer.returncode, json.loads(answer.stdout)) == (
-        1,
-        {"accepted": False, "reason": reason},
-    )
+    shown = json.loads(answer.stdout)
+    shown.pop("unverified", None)
+    assert (answer.returncode, shown) == (1, {"accepted": False, "reason": reason})
     assert re.fullmatch(rf"taskctl: [^\n]*{re.escape(reason)}[^\n]*\n", answer.stderr)
-    assert reason in one_line(taskctl("verify", text), 1)
+    assert reason in refusal(taskctl("verify", text))
 
 
 def test_verify_says_as_whom_and_until_when(taskctl: Taskctl) -> None:
-    text = token(exp=4_102_444_800, email="a@b.example", name=None)
+    text = token(iat=1_795_208_400, exp=4_102_444_800, email="a@b.example", name=None)
+    _, claims = parts(text)
     assert cells(taskctl("verify", text)) == [
         ["accepted", "yes"],
         ["user_id", "alice"],
         ["email", "a@b.example"],
         ["name", "-"],
         ["until", "2100-01-01T00:00:00Z"],
+        ["header", '{"alg": "HS256", "typ": "JWT"}'],
+        ["claims", json.dumps(claims)],
+        ["iat", "2026-11-20T21:00:00Z"],
+        ["exp", "2100-01-01T00:00:00Z"],
     ]
     assert data(taskctl("verify", "--json", text)) == {
         "accepted": True, "user_id": "alice", "email": "a@b.example", "name": None, "until": "2100-01-01T00:00:00Z",
+        "header": {"alg": "HS256", "typ": "JWT"}, "claims": claims,
     }  # fmt: skip
+
+
+def test_verify_shows_what_a_refused_token_says_as_unverified(taskctl: Taskctl) -> None:
+    text = token(exp=1_795_208_400, iat=None, email=None, name=None, secret=OTHER_SECRET)
+    header, claims = {"alg": "HS256", "typ": "JWT"}, {"sub": "alice", "exp": 1_795_208_400}
+    answer = taskctl("verify", text)
+    assert "the signature does not match" in refusal(answer)
+    assert [re.split(" {2,}", line) for line in answer.stdout.splitlines()] == [
+        ["header (unverified)", json.dumps(header)],
+        ["claims (unverified)", json.dumps(claims)],
+        ["exp (unverified)", "2026-11-20T21:00:00Z"],
+    ]
+    shown = json.loads(taskctl("verify", "--json", text).stdout)
+    assert shown["accepted"] is False
+    assert shown["unverified"] == {"header": header, "claims": claims}
+
+
+@pytest.mark.parametrize("text", ["x", "a.b", "A.A.A", "!.!.!", "a" * 50, "W10.W10.x"])
+def test_verify_shows_nothing_where_there_is_nothing_to_show(taskctl: Taskctl, text: str) -> None:
+    answer = taskctl("verify", text)
+    assert refusal(answer)
+    assert "Traceback" not in answer.stdout + answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -646,20 +679,20 @@ def test_a_token_can_be_given_in_every_way_in_which_people_have_it(
 def test_verify_says_which_small_change_of_the_secret_would_fit(
     taskctl: Taskctl, ours: str, theirs: str, words: str, prefix: str
 ) -> None:
-    said = one_line(taskctl("verify", prefix + token(secret=theirs), secret=ours), 1)
+    said = refusal(taskctl("verify", prefix + token(secret=theirs), secret=ours))
     assert "the signature does not match" in said
     assert words in said
 
 
 def test_verify_guesses_nothing_about_a_secret_that_is_quite_another(taskctl: Taskctl) -> None:
-    said = one_line(taskctl("verify", token(secret=OTHER_SECRET)), 1)
+    said = refusal(taskctl("verify", token(secret=OTHER_SECRET)))
     assert said == (
         "taskd refuses this token: the signature does not match: the token was changed, or signed with another secret"
     )
 
 
 def test_a_refusal_is_one_line_with_the_reason(taskctl: Taskctl) -> None:
-    assert "expired" in one_line(taskctl("verify", token(exp=NOW - 60)), 1)
+    assert "expired" in refusal(taskctl("verify", token(exp=NOW - 60)))
     assert "no JWT" in one_line(taskctl("verify", "", stdin=""), 1)
 
 
