@@ -223,12 +223,13 @@ def test_a_read_only_database_is_503_for_writes_and_readyz_and_goes_on_reading(
     assert server.request("GET", TASKS, headers=bearer()).json == [task]
     assert "stores no writes" in assert_problem(server.request("GET", "/readyz"), 503)["detail"]
     assert "Traceback" not in server.log
-    sql(database, f"ALTER DATABASE {name} RESET default_transaction_read_only")
-    sql(
-        database,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid()",
-    )
+    with psycopg.connect(database_url(database), autocommit=True) as session:
+        session.execute("SET default_transaction_read_only = off")
+        session.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only".encode())
+        session.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
     until(lambda: server.request("GET", "/readyz").status_code == 200, "it is ready again")
 
 
