@@ -1777,7 +1777,15 @@ MIGRATIONS = shipped("migrations")
 VERSION = 3  # of the schema; migrations/N.sql makes version N from the one before it
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 MIN_SQLITE = (3, 35)  # has RETURNING
-FULL = 64 * 1024  # bytes free, with which SQLite cannot make its files
+FULL = 256 * 1024  # bytes free, with which SQLite cannot make its files or store every task
+UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
+INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
+SESSION = """
+    SET statement_timeout = {:.0f}; SET lock_timeout = {:.0f};
+    SET default_transaction_isolation = 'read committed';
+    SELECT set_config('synchronous_commit', 'on', FALSE)
+        WHERE current_setting('synchronous_commit') = 'off'
+"""  # in milliseconds; a commit is on disk before it is answered
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = (
@@ -1794,10 +1802,17 @@ class DatabaseError(Exception):
     """The database cannot be opened or does not fit schema.sql; the message says which file and why."""
 
 
-def open_database(settings: Settings) -> Database:
-    """Return the database of the settings, made or brought up to date if need be. Raises DatabaseError."""
+class Unstorable(Exception):
+    """The user id cannot be stored by this database."""
+
+
+def open_database(settings: Settings, timeout: float = LOCK_TIMEOUT) -> Database:
+    """Return the database of the settings, created or migrated if need be. Raises DatabaseError.
+
+    The time-out in seconds bounds PostgreSQL's statements and locks; 0 is none.
+    """
     if settings.database_url.startswith("postgresql:"):
-        return Postgres(settings)
+        return Postgres(settings, timeout)
     return Sqlite(settings.database, settings.threads // 2)
 
 
@@ -1838,7 +1853,32 @@ class WriteQueue:
                 self._changed.notify()
 
 
-class Sqlite:
+class _LastWrite:
+    """What the last write met, for /readyz: reads go on where a disk is full or read-only."""
+
+    _failure = ""
+    write: Callable[..., object]
+
+    @contextlib.contextmanager
+    def _remembered(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as ex:
+            if UNWRITABLE.search(ex.args[1]):
+                self._failure = ex.args[1]
+            raise
+        self._failure = ""
+
+    def _check_last_write(self) -> None:
+        """Raise Unavailable if the last write could not be stored, and another one cannot be now."""
+        try:
+            if self._failure:
+                self.write("UPDATE about SET version = version")
+        except Unavailable as ex:
+            raise Unavailable("the database, which stores no writes,", ex.args[1]) from ex
+
+
+class Sqlite(_LastWrite):
     """SQLite: a connection in each thread, and one write at a time."""
 
     def __init__(self, path: str, waiting: int) -> None:
@@ -1906,13 +1946,13 @@ class Sqlite:
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something, alone; it is on disk when this returns."""
-        with self._alone():
+        with self._remembered(), self._alone():
             return self.run(sql, **values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements alone; all of them are on disk when this ends, or none."""
-        with self._alone():
+        with self._remembered(), self._alone():
             self.run("BEGIN IMMEDIATE")
             try:
                 yield
@@ -1973,6 +2013,9 @@ class Sqlite:
                 "the database, whose file was replaced,",
                 "restart taskd to serve what lies there now",
             )
+        if self._failure and shutil.disk_usage(self._path.parent).free < FULL:
+            raise Unavailable("the database, whose disk is full,", self._failure)
+        self._check_last_write()
 
     def close(self) -> None:
         """Close this thread's connections; the last one of all folds SQLite's log into the database."""
@@ -1980,36 +2023,49 @@ class Sqlite:
         self._worker_connection.close()
 
 
-class Postgres:
-    """PostgreSQL: a pool of connections, and any number of taskd processes beside each other."""
+class PostgresSession(peewee.PostgresqlDatabase):
+    """Connections with the same session settings whatever the role, the database or libpq have."""
+
+    session_settings: str
+
+    def _connect(self) -> Any:
+        connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
+        try:  # after connecting: PgBouncer refuses settings in the start-up packet
+            connection.execute(self.session_settings)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class Postgres(_LastWrite):
+    """PostgreSQL: a pool of connections; several taskd processes can share the database."""
 
     is_slow = False  # every statement leaves the event loop anyway
 
-    def __init__(self, settings: Settings) -> None:
-        """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
-        try:
-            import psycopg  # only those who have a server pay for its driver
-            from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+    def __init__(self, settings: Settings, timeout: float) -> None:
+        """Open the database, and create or migrate its tables. Raises DatabaseError or SettingsError.
 
-            psycopg.conninfo.conninfo_to_dict(settings.database_url)
-        except ImportError:
-            raise SettingsError(
-                "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
-            ) from None
-        except (
-            psycopg.ProgrammingError
-        ):  # what it says of a password with a % may have the password in it
-            raise SettingsError(
-                "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
-            ) from None
-        self._pool = self.peewee = PooledPostgresqlDatabase(
+        A statement may take twice the time-out in seconds, and wait that long for a lock; 0 is no limit.
+        """
+        given = _libpq_parameters(settings.database_url)
+        from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+
+        class Pool(PooledPostgresqlDatabase, PostgresSession):
+            session_settings = SESSION.format(2000 * timeout, 1000 * timeout)
+
+        defaults: dict[str, Any] = {
+            "connect_timeout": 3,
+            "tcp_user_timeout": 5000,
+            "application_name": "taskd",
+        }
+        self._pool = self.peewee = Pool(
             settings.database_url,
             max_connections=settings.threads + SEARCHES,
             timeout=WRITE_TURN_TIMEOUT,
             prefer_psycopg3=True,
-            connect_timeout=3,
-            tcp_user_timeout=5000,
-            options=f"-c statement_timeout={2000 * LOCK_TIMEOUT:.0f}ms -c lock_timeout={1000 * LOCK_TIMEOUT:.0f}ms",
+            encoding="UTF8",
+            **{name: value for name, value in defaults.items() if name not in given},
         )
         self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
         self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
@@ -2036,7 +2092,7 @@ class Postgres:
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something; it is on disk when this returns."""
-        with self._queue.place():
+        with self._queue.place(), self._remembered():
             return self.run(sql, **values)
 
     def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
@@ -2058,7 +2114,7 @@ class Postgres:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
-        with self._queue.place(), self._connected(), self._pool.atomic():
+        with self._queue.place(), self._remembered(), self._connected(), self._pool.atomic():
             yield
 
     @contextlib.contextmanager
@@ -2074,26 +2130,74 @@ class Postgres:
             ):
                 yield
         except self._unusable as ex:
-            if getattr(ex.__cause__ or ex.__context__, "sqlstate", None) not in TIMED_OUT:
-                self._pool.close_idle()  # perhaps the server was away, and all of them are broken
+            original = getattr(ex, "orig", None) or ex.__cause__ or ex.__context__
+            code = getattr(original, "sqlstate", None)
+            if isinstance(ex, peewee.DataError) or code == INDEX_ROW_TOO_LONG:
+                raise Unstorable from ex
+            if code not in TIMED_OUT:
+                self._pool.close_idle()  # after a restart of the server none of them is usable
             raise Unavailable("the database", _first_line(ex)) from ex
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         with self._connected():
             _check_fit(self._pool, portable_definitions)
+            if not self._pool.execute_sql("SELECT pg_is_in_recovery()").fetchone()[0]:
+                self._check_last_write()  # a standby refuses every write, and serves reads
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
         self._pool.close_idle()
 
     def _prepare(self, name: str) -> None:
-        with self._pool.connection_context(), self._pool.atomic():
-            self._pool.execute_sql("SET LOCAL statement_timeout = 0")  # a migration may take long
-            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
-            if (version := schema_version(self._pool)) < VERSION:
-                migrate(self._pool, version, for_postgresql)
-            check_schema(self._pool, name, portable_definitions)
+        with self._pool.connection_context():
+            self._check_connection(name)
+            with self._pool.atomic():
+                for setting in ("statement_timeout", "lock_timeout"):  # a migration may take long
+                    self._pool.execute_sql(f"SET LOCAL {setting} = 0")
+                self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+                self._pool.execute_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
+                if (version := schema_version(self._pool)) < VERSION:
+                    self._check_search_path(version)
+                    migrate(self._pool, version, for_postgresql)
+                check_schema(self._pool, name, portable_definitions)
+
+    def _check_connection(self, name: str) -> None:
+        """Refuse an encoding that cannot hold every text, and warn of a connection without TLS."""
+        [encoding] = self._pool.execute_sql("SHOW server_encoding").fetchone()
+        if encoding != "UTF8":
+            raise DatabaseError(f"{name} has the encoding {encoding}, and taskd needs UTF8")
+        connection = self._pool.connection()
+        address = connection.info.hostaddr  # empty for a socket in the file system
+        away = address and not ipaddress.ip_address(address).is_loopback
+        if away and not connection.pgconn.ssl_in_use:
+            log.warning("%s is not encrypted on its way: add ?sslmode=verify-full", name)
+
+    def _check_search_path(self, version: int) -> None:
+        """Refuse to create tables in front of those that the search path has found so far."""
+        [found] = self._pool.execute_sql("SELECT to_regclass('task')::text").fetchone()
+        if found and not version:
+            raise peewee.DatabaseError(f"{found} is not in the first schema of the search path")
+
+
+def _libpq_parameters(url: str) -> set[str]:
+    """Return the names of the connection parameters that the URL or the environment sets."""
+    try:
+        import psycopg  # loaded only where PostgreSQL is used
+
+        parameters = psycopg.conninfo.conninfo_to_dict(url)
+    except ImportError:
+        raise SettingsError(
+            "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
+        ) from None
+    except psycopg.ProgrammingError:  # its message may contain a password with a % in it
+        raise SettingsError(
+            "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
+        ) from None
+    in_environment = {"PGCONNECT_TIMEOUT": "connect_timeout", "PGAPPNAME": "application_name"}
+    return parameters.keys() | {
+        in_environment[name] for name in in_environment if name in os.environ
+    }
 
 
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
@@ -2807,6 +2911,15 @@ def busy(req: falcon.Request, resp: falcon.Response, ex: Busy, params: object) -
     raise falcon.HTTPServiceUnavailable(description=ex.args[0], retry_after=RETRY_AFTER)
 
 
+def unstorable(
+    req: falcon.Request, resp: falcon.Response, ex: Unstorable, params: object
+) -> NoReturn:
+    """Answer 403 to a user whose id the database cannot store."""
+    raise falcon.HTTPForbidden(
+        description="this user id cannot be stored here: it is too long or contains U+0000"
+    )
+
+
 def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: object) -> NoReturn:
     """Answer 412 when the task is not as If-Match and If-None-Match ask for, with its entity tag."""
     detail = "the task was changed in between; read it again, and send the ETag that it has now"
@@ -2881,6 +2994,7 @@ def create_app(settings: Settings) -> App:
     app.add_error_handler(Exception, handle_unexpected)
     app.add_error_handler(Unavailable, unavailable)
     app.add_error_handler(Busy, busy)
+    app.add_error_handler(Unstorable, unstorable)
     app.add_error_handler(Changed, changed)
     app.add_error_handler(TooManyTasks, too_many_tasks)
     tasks = TaskResource(store)
@@ -3259,6 +3373,7 @@ def main() -> int:
         settings = Settings.load()
         configure_log(settings)
         listener = listen(settings.host, settings.port)
+        configure_log(settings)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:
         print(
