@@ -481,8 +481,12 @@ def test_the_first_of_several_secrets_signs(taskctl: Taskctl) -> None:
     assert alone == sign(*parts_as_sent(alone), secret=SECRET)
 
 
-def parts_as_sent(text: str) -> list[bytes]:
-    return [base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in text.split(".")[:2]]
+def parts_as_sent(text: str) -> tuple[bytes, bytes]:
+    """Return a token's header and claims, byte for byte."""
+    header, claims, _ = (
+        base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in text.split(".")
+    )
+    return header, claims
 
 
 def test_mint_puts_in_the_issuer_and_audience_that_taskd_asks_for(taskctl: Taskctl) -> None:
@@ -663,7 +667,7 @@ def test_verify_takes_any_of_several_secrets(taskctl: Taskctl) -> None:
     ids=["both right", "another issuer", "another audience", "no issuer", "no audience"],
 )
 def test_verify_checks_issuer_and_audience_where_they_are_set(
-    taskctl: Taskctl, claims: dict[str, object], status: int, why: str
+    taskctl: Taskctl, claims: dict[str, Any], status: int, why: str
 ) -> None:
     answer = taskctl(
         "verify", token(**claims), TASKD_ISSUER="https://auth.example", TASKD_AUDIENCE="taskd"
@@ -1049,7 +1053,7 @@ def on_a_terminal(
 ) -> tuple[bytes, str]:
     """Run taskctl with stdout or stderr on a terminal; return what went to the other one, and what was shown."""
     shown, terminal = pty.openpty()
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: terminal}
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: terminal}
     variables = {
         "BETTER_AUTH_SECRET": SECRET,
         "TERM": "xterm",
@@ -1266,7 +1270,9 @@ def lets_everybody_in(environ: Environ) -> None:
         environ["HTTP_AUTHORIZATION"] = bearer(environ["PATH_INFO"].split("/")[2])["Authorization"]
 
 
-SABOTAGE = {  # what a server does wrong, and in the answer to which method smoke must notice it
+SABOTAGE: dict[
+    Callable[[Environ], None], str
+] = {  # what a server does wrong, and in the answer to which method smoke must notice it
     deletes_nothing: "GET",
     completes_nothing: "PATCH",
     changes_nothing: "PUT",
