@@ -709,6 +709,7 @@ UNUSABLE = [
 def test_a_setting_that_cannot_be_used_stops_the_start(
     tmp_path: Path, variable: str, value: str
 ) -> None:
-    process = Process(tmp_path, wait=False, **{variable: value})
+    variables: dict[str, Any] = {variable: value}
+    process = Process(tmp_path, wait=False, **variables)
     assert process.terminate(0) == 2
     assert re.fullmatch(rf"taskd: {variable} must be [^\n]+\n", process.log)
