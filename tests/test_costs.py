@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from falcon import testing
 
 import support
 import taskd
-from support import Process, assert_problem, bearer
+from conftest import Person
+from support import Process, Wire, assert_problem, bearer, written
 
 TEXT = "lorem ipsum dolor sit amet " * 370 + "zebra 0123"  # 10,000 characters
 WHEN = "2026-11-20T21:00:00.000Z"
@@ -219,3 +221,117 @@ def test_searches_and_pages_of_one_user_keep_nobody_else_waiting(start, tmp_path
     assert max(len(answer.content) for answer in answers) < MEGABYTE * 1.1
     assert peak_memory(server) < 200
     assert "Traceback" not in server.log
+
+
+# How many tasks a user may have
+
+
+def test_one_task_more_than_the_operator_allows_is_refused(make_app):
+    app = make_app(max_tasks=3)
+    alice, bob = (Person(testing.TestClient(app), name) for name in ("alice", "bob"))
+    added = [alice.add()["id"] for _ in range(3)]
+    refused = alice.call("POST", json={"title": "Buy milk"})
+    problem = assert_problem(refused, 403)
+    assert problem["detail"] == "you have 3 tasks, and this server allows no more; delete one first"
+    assert bob.add()["title"] == "Buy milk"
+    assert alice.call("PUT", f"/{added[0]}", json={"title": "Buy tea"}).status_code == 200
+    assert alice.call("DELETE", f"/{added[0]}").status_code == 200
+    alice.add()
+    assert_problem(alice.call("POST", json={"title": "Buy milk"}), 403)
+    assert len(alice.call("GET").json) == 3
+
+
+def test_a_repeated_create_is_answered_at_the_limit_and_a_refused_one_leaves_its_key_unused(
+    make_app,
+):
+    alice = Person(testing.TestClient(make_app(max_tasks=1)), "alice")
+    create = {"json": {"title": "Buy milk"}, "headers": {"Idempotency-Key": "first"}}
+    first = alice.call("POST", **create)
+    again = alice.call("POST", **create)
+    assert (again.status_code, again.json) == (201, first.json)
+    assert again.headers["Idempotency-Replayed"] == "true"
+    other = {"json": {"title": "Buy tea"}, "headers": {"Idempotency-Key": "second"}}
+    assert_problem(alice.call("POST", **other), 403)
+    alice.call("DELETE", f"/{first.json['id']}")
+    created = alice.call("POST", **other)
+    assert created.status_code == 201
+    assert "Idempotency-Replayed" not in created.headers
+
+
+def test_a_user_at_once_on_two_servers_gets_exactly_as_many_tasks_as_are_allowed(start, tmp_path):
+    servers = [start(TASKD_MAX_TASKS="30"), start(TASKD_MAX_TASKS="30")]
+    requests = [
+        written("POST", "/api/alice/tasks", {"title": "x"}, *key, user="alice")
+        for number in range(40)
+        for key in ((), (f"Idempotency-Key: {number}",))
+    ]
+    statuses = [answer.status_code for answer in support.at_once(servers, requests)]
+    assert set(statuses) <= {201, 403, 503}
+    assert statuses.count(201) == len(support.stored(tmp_path / "taskd.db")) <= 30
+    for server in servers:
+        last = server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice"))
+        assert last.status_code == (403 if statuses.count(201) == 30 else 201)
+
+
+def test_a_user_who_is_far_from_the_limit_is_not_counted_again(make_app, tmp_path, monkeypatch):
+    monkeypatch.setattr(taskd, "RECOUNT", 5)
+    app = make_app(max_tasks=5_000)
+    fill(tmp_path / "taskd.db", "alice", 3_000, "")
+    limit = app.store._limit
+    for number in range(20):
+        assert not limit.is_near("alice")
+        app.store.add("alice", taskd.NewTask(title="x"))
+        counted, _ = limit._counted.get("alice", (3_000 + number, 0))
+        assert 3_000 + number - 7 < counted <= 3_000 + number
+    fill(tmp_path / "taskd.db", "alice", 1_000, "")
+    assert limit.is_near("alice")
+    fill(tmp_path / "taskd.db", "alice", 979, "")
+    app.store.add("alice", taskd.NewTask(title="the last"))
+    with pytest.raises(taskd.TooManyTasks):
+        app.store.add("alice", taskd.NewTask(title="x"))
+    assert len(support.stored(tmp_path / "taskd.db")) == 5_000
+
+
+# Writes that wait for another process
+
+
+def test_many_writes_that_wait_for_another_process_keep_nobody_else_waiting(server, tmp_path):
+    assert (
+        server.request("POST", "/api/bob/tasks", {"title": "x"}, bearer("bob")).status_code == 201
+    )
+    create = written("POST", "/api/alice/tasks", {"title": "x"}, user="alice")
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(300)]
+        with support.locked(tmp_path / "taskd.db"):
+            for wire in wires:
+                wire.send(create)
+            for path in ("/readyz", "/api/bob/tasks", "/api/bob/tasks?q=x", "/readyz"):
+                started = time.monotonic()
+                assert server.request("GET", path, headers=bearer("bob")).status_code == 200
+                assert time.monotonic() - started < 1
+            refused = server.request("POST", "/api/bob/tasks", {"title": "x"}, bearer("bob"))
+            assert refused.status_code == 503
+        answers = [wire.answer() for wire in wires]
+    statuses = [answer.status_code for answer in answers]
+    assert statuses.count(503) > 200
+    assert statuses.count(503) + statuses.count(201) == 300
+    assert len(support.stored(tmp_path / "taskd.db")) == 1 + statuses.count(201)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ([0.004] * 50, False),
+        ([0.006] * 20, True),
+        ([0.0049, 0.0051] * 20, False),
+        ([0.006] * 20 + [0.004] * 20, True),
+        ([0.006] * 20 + [0.002] * 20, False),
+        ([0.0001] * 50 + [4.0], True),
+        ([0.0001] * 50 + [4.0] + [0.0001] * 8, False),
+    ],
+)
+@pytest.mark.sqlite("on PostgreSQL no write runs in the event loop")
+def test_it_takes_several_writes_to_change_where_writes_run(app, seconds, slow):
+    for one in seconds:
+        app.store._database._note_time(one)
+    assert app.store.is_slow == slow

@@ -151,10 +151,10 @@ def test_a_migrated_database_and_a_new_one_have_the_same_tables(
             found.append(describe(database))
             database.close()
         assert found[0] == found[1]
-    with closing(sqlite3.connect(path)) as database:
+    with closing(sqlite3.connect(path)) as connection:
         names = [
             name
-            for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")
+            for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'")
         ]
     assert "task_user_id_id" not in names
 
