@@ -74,7 +74,7 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AsLines = Annotated[bool, typer.Option("--nl", help="Print JSON lines.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
-Wide = Annotated[bool, typer.Option("--wide", help="All columns, also on a terminal.")]
+Wide = Annotated[bool, typer.Option("--wide", help="All columns, however wide.")]
 STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 TIMES = ("created_at", "updated_at", "due_date", "last_change")  # shown to the minute
 DOTENV = Path(".env")
@@ -107,7 +107,7 @@ def show_all(
     as_json: bool,
     nl: bool = False,
     as_csv: bool = False,
-    hidden: tuple[str, ...] | None = None,
+    hidden: tuple[str, ...] | None = (),
 ) -> None:
     """Print rows: as JSON, JSON lines, CSV, or a table, on a terminal without the hidden columns."""
     if as_json:
@@ -137,10 +137,12 @@ def show_table(rows: list[dict[str, Any]], hidden: tuple[str, ...] | None) -> No
         if hidden is None
         or (name not in hidden and any(row[name] not in (None, []) for row in rows))
     ]
-    table = Table(*names, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=name in TIMES)
     for row in rows:
         table.add_row(*(cell(name, row[name], hidden is not None) for name in names))
-    Console(width=None if sys.stdout.isatty() else 10**6).print(table)
+    Console(width=10**6 if hidden is None else None).print(table)
 
 
 def cell(name: str, value: object, short: bool) -> Text:
@@ -1235,6 +1237,10 @@ class SmokeClient:
         self._token = Tokens(settings).mint(login(settings, self.id, ttl=300))
         self.results: list[dict[str, Any]] = []
 
+    def connect(self) -> None:
+        """Connect to the server, or raise OSError."""
+        self._connection.connect()
+
     def call(
         self,
         method: str,
@@ -1334,17 +1340,18 @@ def smoke(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call every route of a live server as a throw-away user, and leave nothing behind."""
+    """Call every route of a live server, and leave nothing behind."""
     settings = Settings.load()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     visitor = SmokeClient(url := url or f"http://{host}:{settings.port}", settings)
     try:
+        visitor.connect()
         try:
             visitor.try_every_route()
         finally:
             visitor.clean_up()
     except ConnectionRefusedError:
-        raise Refused(f"nothing listens at {url}; start taskd, or name the URL it tells") from None
+        raise Refused(f"nothing listens at {url}; start taskd, or name its URL") from None
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as ex:
         raise Refused(
             f"{url} does not answer as taskd does: {printable(str(ex).strip())}"

@@ -617,7 +617,7 @@ def test_a_reader_of_the_log_that_goes_away_does_not_stop_the_service(tmp_path: 
         assert process.stderr
         try:
             server = Process.__new__(Process)
-            server.port = int(process.stderr.readline().rsplit(":", 1)[1])
+            server.port = int(re.findall(r":(\d+)", process.stderr.readline())[0])
             process.stderr.close()
             assert server.request("POST", TASKS, milk(), bearer()).status_code == 201
             assert server.request("GET", TASKS, headers=bearer()).status_code == 200
