@@ -429,7 +429,7 @@ def test_every_line_is_json_from_the_first_one_on(start: Start) -> None:
         key=lambda line: line["level"] == "INFO",
     )
     assert {line["level"] for line in warned} == {"WARNING"}
-    assert listening["message"].startswith(f"taskd: listening on http://127.0.0.1:{server.port}")
+    assert listening["message"].startswith(f"taskd: listening on http://127.0.0.1:{server.port} ")
 
 
 def test_a_request_takes_tenths_of_a_millisecond_and_gets_an_id_of_16_digits(
