@@ -61,12 +61,14 @@ OPTIONS = {
     "purge": ["--yes"],
     "restore": [],
     "seed": ["--count", "--json", "--random-seed", "--users"],
+    "serve": ["--ephemeral", "--port-file", "--seed", "--set", "--user"],
     "settings": ["--json"],
     "smoke": ["--json"],
     "stats": ["--json"],
     "tasks": ["--done", "--json", "--limit", "--open", "--search", "--sort"],
     "users": ["--json"],
     "verify": ["--json"],
+    "wait": ["--timeout"],
 }
 MILK = [
     "1",
@@ -282,6 +284,7 @@ def test_a_shell_can_complete_commands_and_options(taskctl: Taskctl, tmp_path: P
     complete = partial(taskctl, **{found[1]: "complete_bash"})
     assert sorted(complete(COMP_WORDS="taskctl.py se", COMP_CWORD="1").stdout.split()) == [
         "seed",
+        "serve",
         "settings",
     ]
     assert complete(COMP_WORDS="taskctl.py mint --t", COMP_CWORD="2").stdout.split() == ["--ttl"]
