@@ -393,6 +393,7 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
+COMPLETED = taskd.FIELDS["completed"].column
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
 Execute = Callable[..., Any]  # runs a statement with its values, and returns a cursor
 
@@ -474,7 +475,7 @@ def existing(settings: Settings) -> Path:
 
 def row(task: dict[str, Any]) -> dict[str, Any]:
     """Return what the database keeps of a task with these members: the one place where taskctl makes a row."""
-    return {**task, **taskd.search_columns(task["title"], task["description"]), "version": 1}
+    return {**task, **taskd.search_columns(task), "version": 1}
 
 
 def rows(query: Any, *names: str) -> list[dict[str, Any]]:
@@ -488,7 +489,7 @@ def users(as_json: AsJson = False) -> None:
     database()
     counts = {
         "tasks": fn.COUNT(Task.id),
-        "done": count_where(Task.completed),
+        "done": count_where(COMPLETED),
         "last_change": fn.MAX(Task.updated_at),
     }
     query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
@@ -535,9 +536,9 @@ def tasks(
         raise typer.BadParameter("--open and --done exclude each other")
     store = taskd.TaskStore(database())
     rest: taskd.Listing | None = taskd.Listing(
-        only_done if only_open or only_done else None, q, sort, limit
+        completed=only_done if only_open or only_done else None, q=q, sort=sort, limit=limit
     )
-    found: list[taskd.TaskView] = []
+    found: list[taskd.View] = []
     while rest and len(found) != limit:
         page, rest = store.page(user, rest)
         found += page
@@ -553,7 +554,7 @@ def stats(as_json: AsJson = False) -> None:
     counts = {
         "users": fn.COUNT(Task.user_id.distinct()),
         "tasks": fn.COUNT(Task.id),
-        "done": count_where(Task.completed),
+        "done": count_where(COMPLETED),
         "oldest": fn.MIN(Task.created_at),
         "last_change": fn.MAX(Task.updated_at),
     }
@@ -960,13 +961,12 @@ def parsed(lines: BinaryIO) -> Iterator[dict[str, Any]]:
 
 def parse_task(text: str) -> dict[str, Any]:
     """Return the members of a task, checked by the rules of the API."""
-    task, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
+    fields, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
     times = {
         name: taskd.timestamp(getattr(owned, name).astimezone(UTC))
         for name in ("created_at", "updated_at")
     }
-    given = {name: getattr(task, name) for name in taskd.RULES}
-    return {"id": owned.id, "user_id": owned.user_id, **given, **times}
+    return {"id": owned.id, "user_id": owned.user_id, **fields, **times}
 
 
 def fault_of(ex: Exception) -> str:
@@ -1102,7 +1102,11 @@ def batches(model: type[peewee.Model], database: peewee.Database) -> Iterator[li
         table.select().where(table.id > last).order_by(table.id).limit(BATCH).dicts()
     ):
         yield [
-            {name: fields[name].python_value(value) for name, value in row.items()} for row in rows
+            {
+                name: fields[name].db_value(fields[name].python_value(value))
+                for name, value in row.items()
+            }
+            for row in rows
         ]
         last = rows[-1]["id"]
 

@@ -1,7 +1,7 @@
 """taskd: a JWT-protected task API for many users, in one file.
 
 Better Auth logs people in; taskd verifies the token that it hands out and serves that user's tasks, nobody else's.
-The chapters, from top to bottom: settings, tokens, bodies, store, database, middleware, resources, errors, app,
+The chapters, from top to bottom: settings, tokens, fields, bodies, store, database, middleware, resources, errors, app,
 server. Importing this module does nothing; `create_app` builds everything.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import hmac
 import ipaddress
@@ -17,7 +18,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import re
 import resource
@@ -29,11 +29,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
-from functools import cache, partial, reduce
+from datetime import UTC, date, datetime, timedelta
+from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, cast
+from typing import Annotated, Any, Literal, NoReturn, cast
 from urllib.parse import urlencode
 
 import falcon
@@ -595,24 +595,167 @@ def _user(claims: dict[str, Any]) -> User:
     return User(subject, claims["exp"], **texts)
 
 
+# --- Fields ---------------------------------------------------------------------------------------
+
+DUE_DATE = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})"
+    r"(?:[Tt]((?:[01][0-9]|2[0-3]):[0-5][0-9]):([0-5][0-9]|60)(?:\.([0-9]+))?"
+    r"([Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9]))?"
+)
+MIDNIGHT = "T00:00:00.000Z"  # a day counts as its first moment in UTC
+CAPITAL = "A"  # case folding leaves none, so that no text that is searched for spans two tags
+
+to_json = msgspec.json.Encoder().encode
+Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
+Tag = Annotated[str, Meta(min_length=1, max_length=50, pattern=r"\S")]
+
+
+class TagsField(peewee.TextField):
+    """A column with an array of texts as JSON, in which a text can be found as it is quoted."""
+
+    def db_value(self, value: list[str]) -> str:
+        """Return the array as the database keeps it."""
+        return f"[{','.join(map(quoted, value))}]"
+
+    def python_value(self, value: str) -> list[str]:
+        """Return the array as a view shows it."""
+        return msgspec.json.decode(value, type=list[str])
+
+
+def quoted(text: str) -> str:
+    """Return a text as a JSON string in which its own quotes and commas are escaped."""
+    parts = (to_json(part).decode()[1:-1] for part in text.split('"'))
+    return '"' + "\\u0022".join(parts).replace(",", "\\u002c") + '"'
+
+
+def parse_due_date(text: str) -> str:
+    """Return a day as it is, or a time in UTC with milliseconds. Raises ValueError.
+
+    A leap second, which only the last minute of a day in UTC can have, is the next day's first.
+    """
+    found = DUE_DATE.fullmatch(text)
+    if not found:
+        raise ValueError("neither a day nor a time of RFC 3339")
+    day, minute, second, fraction, offset = found.groups(default="")
+    if not minute:
+        return date.fromisoformat(day).isoformat()
+    milliseconds = 0 if second == "60" else int(f"{fraction:0<3}"[:3])
+    try:
+        when = datetime.fromisoformat(f"{day}T{minute}:00{offset.upper()}").astimezone(UTC)
+        parsed = when + timedelta(seconds=int(second), milliseconds=milliseconds)
+    except OverflowError:
+        raise ValueError("not in the years 0001 to 9999") from None
+    if second == "60" and f"{when:%H:%M}" != "23:59":
+        raise ValueError("no leap second is at this time")
+    return timestamp(parsed)
+
+
+def due_moment(text: str) -> str:
+    """Return what a due date is compared by: a time in UTC with milliseconds. Raises ValueError."""
+    return (parse_due_date(text) + MIDNIGHT)[:24]
+
+
+def timestamp(when: datetime) -> str:
+    """Return a time in UTC as tasks show it (RFC 3339, milliseconds)."""
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def each_once(tags: list[str]) -> list[str]:
+    """Return the tags, or raise ValueError if one is there twice."""
+    if len(set(tags)) < len(tags):
+        raise ValueError("one is there twice")
+    return tags
+
+
+class Field(Struct, frozen=True, kw_only=True):
+    """A field of a task that its owner sets: bodies, views, columns, lists and openapi.json follow."""
+
+    type: Any  # in a body
+    rule: str  # the message where a body breaks it
+    about: str  # the description in openapi.json
+    example: Any
+    column: peewee.Field
+    default: Any = UNSET  # without one, a new task must have the field
+    normalise: Callable[[Any], Any] | None = None  # raises ValueError where the rule is broken
+    searched: bool = False  # by q, in the column of this name with _folded behind it
+    order: str | None = None  # the SQL of the text by which lists are sorted
+
+
+FIELDS = {
+    "title": Field(
+        type=Title,
+        rule="must be a string of 1 to 200 characters",
+        about="1 to 200 characters, not only white space, no U+0000; stored exactly as sent.",
+        example="Buy milk",
+        column=peewee.TextField(),
+        searched=True,
+        order="title",
+    ),
+    "description": Field(
+        type=Annotated[str, Meta(max_length=10_000)] | None,
+        rule="must be a string of at most 10,000 characters, or null",
+        about="At most 10,000 characters, no U+0000; null for none.",
+        example="2 litres",
+        column=peewee.TextField(null=True),
+        default=None,
+        searched=True,
+    ),
+    "completed": Field(
+        type=bool,
+        rule="must be true or false",
+        about="Whether the task is done.",
+        example=False,
+        column=peewee.BooleanField(default=False),
+        default=False,
+    ),
+    "priority": Field(
+        type=Literal["low", "medium", "high"] | None,
+        rule="must be low, medium or high, or null",
+        about="How important the task is; null for not said.",
+        example="high",
+        column=peewee.TextField(null=True),
+        default=None,
+        order="CASE priority WHEN 'low' THEN '1' WHEN 'medium' THEN '2' WHEN 'high' THEN '3' END",
+    ),
+    "due_date": Field(
+        type=str | None,
+        rule="must be a day such as 2026-12-01, a time with its offset from UTC such as"
+        " 2026-12-01T09:00:00Z, or null",
+        about="RFC 3339: a day, kept as it is, or a time, kept in UTC with milliseconds;"
+        " null for none.",
+        example="2026-12-01",
+        column=peewee.TextField(null=True),
+        default=None,
+        normalise=parse_due_date,
+        order=f"due_date || SUBSTR('{MIDNIGHT}', LENGTH(due_date) - 9)",
+    ),
+    "tags": Field(
+        type=Annotated[list[Tag], Meta(max_length=20)],
+        rule="must be an array of at most 20 different strings of 1 to 50 characters,"
+        " none of them blank",
+        about="At most 20, each 1 to 50 characters, not only white space, no U+0000, none twice;"
+        " in the order sent.",
+        example=["home"],
+        column=TagsField(default="[]"),
+        default=[],
+        normalise=each_once,
+        searched=True,
+    ),
+}
+NORMALISED = {name: field.normalise for name, field in FIELDS.items() if field.normalise}
+SEARCHED = [name for name, field in FIELDS.items() if field.searched]
+
+
 # --- Bodies ---------------------------------------------------------------------------------------
 
-MAX_BODY = 64 * 1024  # bytes; the largest possible task has 41,000 in UTF-8
+MAX_BODY = 64 * 1024  # bytes; the largest possible task has 51,000 in UTF-8
 MAX_FAULTS = 20  # reported at once, each with at most so many characters of the field's name
 MAX_NAME = 100
 JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*"?utf-?8"?\s*)?', re.IGNORECASE)
 
-Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
-Description = Annotated[str, Meta(max_length=10_000)] | None
-RULES: dict[str, tuple[Any, str]] = {
-    "title": (Title, "must be a string of 1 to 200 characters"),
-    "description": (Description, "must be a string of at most 10,000 characters, or null"),
-    "completed": (bool, "must be true or false"),
-}
 
-
-class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
-    """A JSON object; what the server owns may be in it and is ignored, so that a task can be sent back whole."""
+class Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The members of a body that the server owns; ignored, so that a task can be sent back whole."""
 
     id: msgspec.Raw | UnsetType = UNSET
     user_id: msgspec.Raw | UnsetType = UNSET
@@ -620,38 +763,36 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
     updated_at: msgspec.Raw | UnsetType = UNSET
 
 
-class NewTask(_Body):
-    """What POST takes."""
-
-    title: Title
-    description: Description = None
-    completed: bool = False
-
-
-class TaskChanges(_Body):
-    """What PUT takes: the fields to change; the rest stays."""
-
-    title: Title | UnsetType = UNSET
-    description: Description | UnsetType = UNSET
-    completed: bool | UnsetType = UNSET
-
-
-class Completion(_Body):
-    """What PATCH takes, if it is given a body: the state to set."""
-
-    completed: bool
-
-
-class TaskView(Struct, frozen=True):
-    """A task as every answer shows it: these members, in this order."""
-
-    id: int
-    user_id: str
-    title: str
-    description: str | None
-    completed: bool
-    created_at: str
-    updated_at: str
+NewTask = msgspec.defstruct(
+    "NewTask",
+    [
+        (name, field.type) if field.default is UNSET else (name, field.type, field.default)
+        for name, field in FIELDS.items()
+    ],
+    bases=(Body,),
+    kw_only=True,
+)
+TaskChanges = msgspec.defstruct(
+    "TaskChanges",
+    [(name, field.type | UnsetType, UNSET) for name, field in FIELDS.items()],
+    bases=(Body,),
+    kw_only=True,
+)
+Completion = msgspec.defstruct(
+    "Completion", [("completed", bool | UnsetType, UNSET)], bases=(Body,), kw_only=True
+)
+TaskView = msgspec.defstruct(
+    "TaskView",
+    [
+        ("id", int),
+        ("user_id", str),
+        *((name, field.type) for name, field in FIELDS.items()),
+        ("created_at", str),
+        ("updated_at", str),
+    ],
+    frozen=True,
+)
+View = Any  # a TaskView, whose members follow from FIELDS
 
 
 class Fault(Struct, frozen=True):
@@ -671,12 +812,8 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
         self.faults = faults
 
 
-Body = TypeVar("Body", bound=_Body)
-to_json = msgspec.json.Encoder().encode
-
-
-def read(req: falcon.Request, kind: type[Body], body: bytes | None = None) -> Body:
-    """Return the request's body as a `kind`, or raise 400, 413, 415 or 422."""
+def read(req: falcon.Request, kind: type[Struct], body: bytes | None = None) -> dict[str, Any]:
+    """Return the fields that the request's body sets, or raise 400, 413, 415 or 422."""
     body = content(req) if body is None else body
     if not body:
         raise falcon.HTTPBadRequest(description="send a JSON object as the body")
@@ -699,21 +836,32 @@ def content(req: falcon.Request) -> bytes:
     return body
 
 
-def decode(text: str, kind: type[Body]) -> Body:
-    """Return JSON as a `kind`; raise 422 with all that is wrong, or msgspec.DecodeError for what is no JSON."""
+def decode(text: str, kind: type[Struct]) -> dict[str, Any]:
+    """Return the fields that a JSON object sets, and the defaults of this kind of body.
+
+    Raises 422 with everything that is wrong, or msgspec.DecodeError if the text is not JSON.
+    """
     try:
         if r"\u0000" not in text:
-            return msgspec.json.decode(text, type=kind)
-    except msgspec.ValidationError:
+            return _normalised(msgspec.json.decode(text, type=kind))
+    except ValueError:
         pass  # msgspec stops at the first fault; the caller wants them all
     try:
         members = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        msgspec.json.decode(text, type=msgspec.Raw)  # it may be no JSON at all
+        msgspec.json.decode(text, type=msgspec.Raw)  # perhaps it is not JSON at all
         raise Unprocessable([Fault("body", "must be a JSON object")]) from None
     if faults := _faults(members, kind):
         raise Unprocessable(faults[:MAX_FAULTS])
-    return msgspec.json.decode(to_json(members), type=kind)
+    return _normalised(msgspec.json.decode(to_json(members), type=kind))
+
+
+def _normalised(body: Struct) -> dict[str, Any]:
+    given = {name: value for name in FIELDS if (value := getattr(body, name, UNSET)) is not UNSET}
+    for name, normalise in NORMALISED.items():
+        if given.get(name) is not None:
+            given[name] = normalise(given[name])
+    return given
 
 
 def _faults(members: dict[str, msgspec.Raw], kind: type[Struct]) -> list[Fault]:
@@ -726,20 +874,22 @@ def _faults(members: dict[str, msgspec.Raw], kind: type[Struct]) -> list[Fault]:
     for name, value in members.items():
         if name not in fields:
             faults.append(Fault(name[:MAX_NAME], "is not a field that can be set here"))
-        elif name in RULES and (reason := _reason(name, value)):
+        elif name in FIELDS and (reason := _reason(FIELDS[name], value)):
             faults.append(Fault(name, reason))
     return faults
 
 
-def _reason(name: str, value: msgspec.Raw) -> str | None:
-    expected, rule = RULES[name]
+def _reason(field: Field, value: msgspec.Raw) -> str | None:
     try:
-        given = msgspec.json.decode(value, type=expected)
-    except msgspec.ValidationError:
+        given = msgspec.json.decode(value, type=field.type)
+        if field.normalise and given is not None:
+            field.normalise(given)
+    except ValueError:
         is_text = bytes(value).startswith(b'"')
-        blank = name == "title" and is_text and not msgspec.json.decode(value, type=str).strip()
-        return "must not be blank" if blank else rule
-    return "must not contain U+0000" if isinstance(given, str) and "\0" in given else None
+        blank = is_text and not msgspec.json.decode(value, type=str).strip()
+        return "must not be blank" if blank and field.type is Title else field.rule
+    texts = given if isinstance(given, str | list) else ()
+    return "must not contain U+0000" if "\0" in "".join(texts) else None
 
 
 # --- Requests -------------------------------------------------------------------------------------
@@ -748,18 +898,40 @@ POSITION = tuple[
     str | int, int
 ]  # where a page ended: the value by which its last task was sorted, and its id
 SEAL = 16  # bytes
+ORDERS = {"id": "id", "created_at": "created_at", "updated_at": "updated_at"} | {
+    name: field.order for name, field in FIELDS.items() if field.order
+}  # what lists are sorted by, and its SQL
+DUE = (
+    "must be a day such as 2026-12-01, or a time with its offset from UTC such as"
+    " 2026-12-01T09:00:00Z, in which + is written %2B"
+)
 PARAMETERS = {
     "completed": ("true|false", "must be true or false"),
-    "q": (r"[^\0]{0,1000}", "must be at most 1,000 characters, without U+0000"),
+    "priority": ("low|medium|high", "must be low, medium or high"),
+    "tag": (r"(?s)(?=.*\S)[^\0]{1,50}", "must be 1 to 50 characters, not blank, without U+0000"),
+    "due_before": (DUE_DATE.pattern, DUE),
+    "due_after": (DUE_DATE.pattern, DUE),
+    "q": (r"[^\0]{0,200}", "must be at most 200 characters, without U+0000"),
     "sort": (
-        "-?(id|created_at|updated_at|title)",
-        "must be id, created_at, updated_at or title, or one with - before",
+        f"-?({'|'.join(ORDERS)})",
+        f"must be one of {', '.join(ORDERS)}, or one with - before it",
     ),
     "limit": ("[1-9][0-9]{0,2}|1000", "must be a whole number from 1 to 1000"),
     "after": (
         "[A-Za-z0-9_-]+",
         'must come from the link rel="next" of a page of your tasks in the same order',
     ),
+}
+REPEATABLE = "tag"
+MAX_TAGS = 20  # no task has more
+INSTEAD = {  # what to send in place of common names of parameters
+    "completed=true or completed=false": "status state done open is_completed complete filter",
+    "q": "search query text keyword title",
+    "sort, with - before it for descending": "order order_by sort_by sort_order direction",
+    "tag, once for each": "tags label labels category",
+    "due_before or due_after": "due due_date",
+    "limit": "per_page page_size size count",
+    'limit, and follow the Link header with rel="next"': "offset skip page cursor",
 }
 ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'  # RFC 9110, section 8.8.3
 ENTITY_TAGS = rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*"
@@ -768,34 +940,78 @@ IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
 
 
 class Listing(Struct, frozen=True):
-    """Which of a user's tasks, in which order, from where on; without a limit all of them."""
+    """Which of a user's tasks, in which order, after which position; all of them without a limit."""
 
     completed: bool | None = None
     q: str = ""
+    priority: str | None = None
+    tags: tuple[str, ...] = ()
+    due_before: str | None = None  # as due_moment returns it
+    due_after: str | None = None
     sort: str = "id"
     limit: int | None = None
     after: POSITION | None = None
 
 
 def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
-    """Return what the query asks for, or raise 422 for a wrong value of a known parameter."""
+    """Return what the query asks for, or raise 422 for a wrong value or an unknown parameter."""
     given = {
-        name: text
-        for name, text in req.params.items()
-        if name in PARAMETERS and isinstance(text, str)
+        name: value if isinstance(value, list) else [value]
+        for name, value in req.params.items()
+        if not name.startswith("_")
     }
-    wrong = [name for name, text in given.items() if not re.fullmatch(PARAMETERS[name][0], text)]
-    wrong += [
-        name for name in PARAMETERS if isinstance(req.params.get(name), list)
-    ]  # given more than once
-    sort, after = given.get("sort", "id"), None
-    if "after" in given and not {"after", "sort"}.intersection(wrong):
-        after = cursors.read(given["after"], req.context.user.id, sort)
-        wrong += [] if after else ["after"]
-    if wrong:
-        raise Unprocessable([Fault(name, PARAMETERS[name][1]) for name in wrong])
-    completed = {"true": True, "false": False}.get(given.get("completed", ""))
-    return Listing(completed, given.get("q", ""), sort, int(given.get("limit", 0)) or None, after)
+    faults = [
+        Fault(name[:MAX_NAME], reason)
+        for name, values in itertools.islice(given.items(), MAX_FAULTS)
+        if (reason := _wrong(name, values))
+    ]
+    single = {name: values[0] for name, values in given.items() if name != REPEATABLE}
+    sort, after = single.get("sort", "id"), None
+    if "after" in single and not {"after", "sort"}.intersection(fault.field for fault in faults):
+        after = cursors.read(single["after"], req.context.user.id, sort)
+        faults += [] if after else [Fault("after", PARAMETERS["after"][1])]
+    if faults:
+        raise Unprocessable(faults)
+    return _listing(single, tuple(given.get(REPEATABLE, ())), after)
+
+
+def _listing(single: dict[str, str], tags: tuple[str, ...], after: POSITION | None) -> Listing:
+    return Listing(
+        completed={"true": True, "false": False}.get(single.get("completed", "")),
+        q=single.get("q", ""),
+        priority=single.get("priority"),
+        tags=tags,
+        due_before=due_moment(single["due_before"]) if "due_before" in single else None,
+        due_after=due_moment(single["due_after"]) if "due_after" in single else None,
+        sort=single.get("sort", "id"),
+        limit=int(single.get("limit", 0)) or None,
+        after=after,
+    )
+
+
+def _wrong(name: str, values: list[str]) -> str | None:
+    """Return what is wrong with a parameter."""
+    if name not in PARAMETERS:
+        return f"is not a parameter of lists; {_instead(name[:MAX_NAME])}"
+    pattern, rule = PARAMETERS[name]
+    if len(values) > (MAX_TAGS if name == REPEATABLE else 1):
+        return f"{rule}; it was given {len(values)} times"
+    try:
+        if pattern == DUE_DATE.pattern:
+            due_moment(values[0])
+        return None if all(re.fullmatch(pattern, value) for value in values) else rule
+    except ValueError:
+        return rule
+
+
+def _instead(name: str) -> str:
+    """Say what to send in place of a parameter that is not known."""
+    plain = re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", name).replace("-", "_")
+    for parameter, names in INSTEAD.items():
+        if plain.strip("_") in names.split():
+            return f"send {parameter}"
+    close = difflib.get_close_matches(plain.strip("_"), PARAMETERS, 1)
+    return f"send {close[0]}" if close else f"send one of {', '.join(PARAMETERS)}"
 
 
 class Cursors:
@@ -820,8 +1036,44 @@ class Cursors:
         return after if hmac.compare_digest(cursor, self.write(after, user_id, sort)) else None
 
 
-def read_tags(req: falcon.Request, name: str) -> list[str] | None:
-    """Return the entity tags of If-Match or If-None-Match, perhaps "*", or None; raise 400 (RFC 9110, section 13.1)."""
+class Conditions(Struct, frozen=True):
+    """The entity tags of If-Match and If-None-Match, separated by spaces; * for any."""
+
+    match: str = "*"
+    none_match: str = ""
+
+    def hold(self, tag: str) -> bool:
+        """Say whether a task with this entity tag may be changed (RFC 9110, section 13.1)."""
+        return self.matches(tag) and not self.known(tag)
+
+    def matches(self, tag: str) -> bool:
+        """Say whether If-Match has this entity tag."""
+        return self.match == "*" or tag in self.match
+
+    def known(self, tag: str) -> bool:
+        """Say whether If-None-Match has this entity tag."""
+        return self.none_match == "*" or tag in self.none_match
+
+
+UNCONDITIONAL = Conditions()
+
+
+def read_conditions(req: falcon.Request) -> Conditions:
+    """Return what If-Match and If-None-Match ask for, or raise 400.
+
+    A weak tag never fits If-Match, which compares strongly; If-None-Match compares weakly
+    (RFC 9110, section 8.8.3.2). A tag that taskd did not make fits neither.
+    """
+    match, none_match = _entity_tags(req, "If-Match"), _entity_tags(req, "If-None-Match")
+    if match is none_match is None:
+        return UNCONDITIONAL
+    return Conditions(
+        "*" if match is None else " ".join(tag for tag in match if re.fullmatch(TAG + r"|\*", tag)),
+        " ".join(tag.removeprefix("W/") for tag in none_match or ()),
+    )
+
+
+def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
     value = req.get_header(name)
     if value is None:
         return None
@@ -832,17 +1084,6 @@ def read_tags(req: falcon.Request, name: str) -> list[str] | None:
             description=f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
         )
     return re.findall(ENTITY_TAG, value)
-
-
-def read_expected(req: falcon.Request) -> str | None:
-    """Return the entity tags of which the task must have one to be changed, or None if any will do.
-
-    The comparison is strong: a weak tag, and one that taskd did not make, never fits (RFC 9110, section 8.8.3.2).
-    """
-    tags = read_tags(req, "If-Match")
-    if tags is None or tags == ["*"]:
-        return None
-    return " ".join(tag for tag in tags if re.fullmatch(TAG, tag))
 
 
 def read_key(req: falcon.Request) -> str | None:
@@ -861,37 +1102,51 @@ CHUNK = 100  # tasks of a list that are read and sent at once
 IDEMPOTENCY_WINDOW = timedelta(
     hours=24
 )  # how long a create can be repeated with its Idempotency-Key
-CONTAINS = " OR ".join(
-    f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded")
+DIGESTED = ("title", "description", "completed")  # also where they have their default
+CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
+FILTERS = {
+    "completed": "completed = :completed",
+    "q": f"({CONTAINS})",
+    "priority": "priority = :priority",
+    "due_before": f"{ORDERS['due_date']} < :due_before",
+    "due_after": f"{ORDERS['due_date']} > :due_after",
+}
+ENTITY_TAG_OF_ROW = "'%\"' || version || '-' || updated_at || '\"%'"
+AS_EXPECTED = (
+    f"(:match = '*' OR :match LIKE {ENTITY_TAG_OF_ROW})"
+    f" AND NOT (:none_match = '*' OR :none_match LIKE {ENTITY_TAG_OF_ROW})"
 )
-AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
 
 
 class Changed(Exception):
-    """The task is not what the caller expected; `tag` is its entity tag now."""
+    """The task is not as the caller's conditions ask for; `tag` is its entity tag now."""
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
 
 
 class Task(peewee.Model):
-    """A row of schema.sql's table. Statements are built from it; rows never become one, which would cost 100 µs."""
+    """A row of schema.sql's table, with the columns of FIELDS.
+
+    Statements are built from it; rows never become one, which would cost 100 µs.
+    """
 
     id = peewee.AutoField()
     user_id = peewee.TextField()
-    title = peewee.TextField()
-    description = peewee.TextField(null=True)
-    completed = peewee.BooleanField(default=False)
     created_at = peewee.TextField()
     updated_at = peewee.TextField()
     version = peewee.IntegerField()
-    title_folded = peewee.TextField()
-    description_folded = peewee.TextField(null=True)
 
     class Meta:
         """Where schema.sql keeps it."""
 
         table_name = "task"
+
+
+for _name, _field in FIELDS.items():
+    Task._meta.add_field(_name, _field.column)
+    if _field.searched:
+        Task._meta.add_field(f"{_name}_folded", peewee.TextField(null=_field.column.null))
 
 
 class IdempotencyKey(peewee.Model):
@@ -925,26 +1180,49 @@ class About(peewee.Model):
 
 MODELS: tuple[type[peewee.Model], ...] = (Task, IdempotencyKey, About)
 SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
+LOADED = [
+    (place, column.python_value)
+    for place, column in enumerate(SHOWN)
+    if isinstance(column, peewee.BooleanField | TagsField)
+]
+Row = tuple[Any, ...]
 
 
 class Stored(Struct, frozen=True):
-    """A task with its entity tag; `replayed` if a create with the same Idempotency-Key made it before."""
+    """A task with its id and entity tag; `replayed` if a create with the same Idempotency-Key made it before."""
 
-    task: TaskView
+    task: View
+    id: int
     tag: str
     replayed: bool = False
 
 
-def search_columns(title: str | None, description: str | None) -> dict[str, str | None]:
-    """Return the columns in which `q` is searched: the texts as they are when upper and lower case do not count."""
-    return {
-        "title_folded": title and title.casefold(),
-        "description_folded": description and description.casefold(),
-    }
+class Replay(Struct):
+    """What a create that is repeated needs to know of its first answer, whatever else is in it."""
+
+    id: int
+    updated_at: str
+
+
+def search_columns(fields: dict[str, Any]) -> dict[str, str | None]:
+    """Return the case-folded copies, which `q` searches, of those of these fields that are searched."""
+    return {f"{name}_folded": _folded(fields[name]) for name in SEARCHED if name in fields}
+
+
+def _folded(value: str | list[str] | None) -> str | None:
+    if isinstance(value, list):
+        return CAPITAL.join(tag.casefold() for tag in value)
+    return value and value.casefold()
+
+
+def columns(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the columns in which the database keeps these fields."""
+    kept = {name: FIELDS[name].column.db_value(value) for name, value in fields.items()}
+    return kept | search_columns(fields)
 
 
 def placeholder(name: str) -> peewee.SQL:
-    """Return the place of a value in a statement that is compiled once."""
+    """Return a named placeholder."""
     return peewee.SQL(f":{name}")
 
 
@@ -953,182 +1231,171 @@ def owned_by_user(model: type[Task | IdempotencyKey]) -> peewee.Expression:
     return model.user_id == placeholder("user_id")
 
 
+THIS = owned_by_user(Task) & (Task.id == placeholder("id"))
+EXPECTED = THIS & peewee.SQL(f"({AS_EXPECTED})")
+
+
+def queries() -> dict[str, Any]:
+    """Return the statements of the store by name, but for those of lists and changes."""
+    now = placeholder("now")
+    names = [*FIELDS, *(f"{name}_folded" for name in SEARCHED)]
+    new = {name: placeholder(name) for name in names}
+    key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
+    oldest = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id)
+    expired = (key | IdempotencyKey.id.in_(oldest.limit(peewee.SQL("2")))) & (
+        IdempotencyKey.created_at < placeholder("before")
+    )
+    claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
+    claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim)
+    return {
+        "get": Task.select(*SHOWN, Task.version).where(THIS),
+        "add": _returning(
+            Task.insert(user_id=placeholder("user_id"), created_at=now, updated_at=now, **new)
+        ),
+        "long": Task.select(Task.id)
+        .where(owned_by_user(Task))
+        .limit(peewee.SQL("1"))
+        .offset(peewee.SQL(str(CHUNK))),
+        "toggle": _update(completed=peewee.SQL("NOT completed")),
+        "remove": _returning(Task.delete().where(EXPECTED)),
+        "expire": IdempotencyKey.delete().where(expired),
+        "claim": claimed.on_conflict_ignore().returning(IdempotencyKey.id),
+        "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
+        "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
+    }
+
+
+def change_query(*names: str) -> Any:
+    """Return the statement that changes these columns of a task."""
+    return _update(**{name: placeholder(name) for name in names})
+
+
+def _update(**values: Any) -> Any:
+    touched = {"updated_at": placeholder("now"), "version": peewee.SQL("version + 1")}
+    return _returning(Task.update(**values, **touched).where(EXPECTED))
+
+
+def _returning(query: Any) -> Any:
+    return query.returning(*SHOWN, Task.version)
+
+
+def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> Any:
+    """Return the statement of a page: from its first task on, never with OFFSET.
+
+    Sorted by id it follows an index; another order sorts the user's tasks. What is absent is
+    sorted as a text after, or when descending before, any other.
+    """
+    name, descending = sort.lstrip("-"), sort.startswith("-")
+    key = ORDERS[name]
+    if name in FIELDS and FIELDS[name].column.null:
+        key = f"COALESCE({key}, '{'' if descending else 'z'}')"
+    where = [peewee.SQL(FILTERS[name]) for name in filters]
+    where += [peewee.SQL(f"REPLACE(tags, :tag_{n}, '') <> tags") for n in range(tags)]
+    if not first:
+        position = "id > :last" if name == "id" else f"({key}, id) > (:value, :last)"
+        where.append(peewee.SQL(position.replace(">", "<") if descending else position))
+    direction = " DESC" if descending else ""
+    order = [peewee.SQL(f"{part}{direction}") for part in dict.fromkeys([key, "id"])]
+    query = Task.select(*SHOWN, peewee.SQL(key)).where(owned_by_user(Task), *where)
+    return query.order_by(*order).limit(placeholder("limit"))
+
+
 class TaskStore:
-    """One user's tasks at a time; None means that this user has no such task, and Unavailable that the database is.
+    """One user's tasks at a time. Returns None if the user has no such task.
 
     Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is therefore atomic; only a
-    create that can be repeated takes several, in one transaction. `expected` is entity tags of which the task must
-    have one, else Changed is raised.
+    create that can be repeated takes several, in one transaction. Raises Unavailable if the
+    database cannot be used, and Changed for a task that is not as `conditions` ask for.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
-        self._lists: dict[tuple[object, ...], str] = {}
-        this = owned_by_user(Task) & (Task.id == placeholder("id"))
-        as_expected = this & peewee.SQL(AS_EXPECTED)
-        touched = {"updated_at": placeholder("now"), "version": peewee.SQL("version + 1")}
-        new = {name: placeholder(name) for name in ("user_id", *RULES, *search_columns(None, None))}
-        changed: dict[str, Any] = {
-            name: peewee.fn.COALESCE(placeholder(name), getattr(Task, name))
-            for name in new
-            if name != "user_id"
-        }
-        for name in ("description", "description_folded"):
-            changed[name] = peewee.Case(
-                None, [(placeholder("described"), placeholder(name))], getattr(Task, name)
-            )
-        toggled = peewee.fn.COALESCE(placeholder("completed"), ~Task.completed)
-        self._get = database.compile(Task.select(*SHOWN, Task.version).where(this))
-        self._add = self._compile(
-            Task.insert(created_at=placeholder("now"), updated_at=placeholder("now"), **new)
-        )
-        self._change = self._compile(Task.update(**changed, **touched).where(as_expected))
-        self._complete = self._compile(Task.update(completed=toggled, **touched).where(as_expected))
-        self._remove = self._compile(Task.delete().where(as_expected))
-        key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
-        oldest = (
-            IdempotencyKey.select(IdempotencyKey.id)
-            .order_by(IdempotencyKey.id)
-            .limit(peewee.SQL("2"))
-        )
-        expired = (key | IdempotencyKey.id.in_(oldest)) & (
-            IdempotencyKey.created_at < placeholder("before")
-        )
-        claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
-        claimed = IdempotencyKey.insert(
-            answer=peewee.SQL("''"), created_at=placeholder("now"), **claim
-        )
-        self._expire = database.compile(IdempotencyKey.delete().where(expired))
-        self._claim = database.compile(claimed.on_conflict_ignore().returning(IdempotencyKey.id))
-        self._answer = database.compile(
-            IdempotencyKey.update(answer=placeholder("answer")).where(key)
-        )
-        self._replay = database.compile(
-            IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key)
-        )
+        self._sql = {name: database.compile(query) for name, query in queries().items()}
+        self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
+        self._page = lru_cache(256)(lambda *shape: database.compile(page_query(*shape)))
 
-    def _compile(self, query: Any) -> str:
-        return self._database.compile(query.returning(*SHOWN, Task.version))
-
-    def page(self, user_id: str, listing: Listing) -> tuple[list[TaskView], Listing | None]:
-        """Return the user's tasks, as many as the listing's limit or a piece; and the listing of those that follow."""
-        if listing.q and thread_state.in_event_loop:
-            raise WouldBlock  # it looks at each task of the user
+    def page(self, user_id: str, listing: Listing) -> tuple[list[View], Listing | None]:
+        """Return the user's tasks, at most the listing's limit or a chunk; and the listing of those that follow."""
+        asked = msgspec.structs.asdict(listing)
+        filters = tuple(name for name in FILTERS if asked[name] not in (None, ""))
+        if thread_state.in_event_loop and self._is_slow(user_id, listing):
+            raise WouldBlock
         size, (value, last) = listing.limit or CHUNK, listing.after or (None, None)
-        shape = listing.completed is None, not listing.q, listing.sort, last is None
-        sql = self._lists.get(shape) or self._lists.setdefault(shape, self._select(*shape))
-        values = {
-            "completed": listing.completed,
-            "q": listing.q.casefold(),
-            "value": value,
-            "last": last,
-        }
-        tasks = _views(self._database.run(sql, user_id=user_id, limit=size + 1, **values))
-        if len(tasks) <= size:
+        sql = self._page(filters, len(listing.tags), listing.sort, last is None)
+        values = {name: asked[name] for name in filters} | {"q": listing.q.casefold()}
+        values |= {f"tag_{place}": quoted(tag) for place, tag in enumerate(listing.tags)}
+        values |= {"user_id": user_id, "limit": size + 1, "value": value, "last": last}
+        rows = self._database.run(sql, **values)
+        tasks = [_view(row) for row in rows[:size]]
+        if len(rows) <= size:
             return tasks, None
-        after = getattr(tasks[size - 1], listing.sort.lstrip("-")), tasks[size - 1].id
-        return tasks[:size], msgspec.structs.replace(listing, after=after)
+        after = rows[size - 1][-1], tasks[-1].id
+        return tasks, msgspec.structs.replace(listing, after=after)
 
-    def _select(self, both: bool, everything: bool, sort: str, first: bool) -> str:
-        """Return the statement of a page: from its first task on, along an index, and never with OFFSET.
-
-        It is put together from parts that each are a piece of an index in its order: open and done tasks, those equal
-        to the last one before and those after them. SQLite would read all that are equal if it were asked at once.
-        """
-        column, descending = getattr(Task, sort.lstrip("-")), sort.startswith("-")
-        value, last = placeholder("value"), placeholder("last")
-        halves, places = [], []
-        if not both:
-            halves = [Task.completed == placeholder("completed")]
-        elif column is not Task.id:
-            halves = [Task.completed == peewee.SQL("FALSE"), Task.completed == peewee.SQL("TRUE")]
-        if not first:
-            places = [Task.id < last if descending else Task.id > last]
-        if not first and column is not Task.id:
-            places = [
-                (column == value) & places[0],
-                column < value if descending else column > value,
-            ]
-        query = Task.select(*SHOWN).where(
-            owned_by_user(Task), *([] if everything else [peewee.SQL(f"({CONTAINS})")])
-        )
-        parts: list[Any] = [
-            query.where(*part) for part in itertools.product(*filter(None, (halves, places)))
-        ]
-        direction = " DESC" if descending else ""
-        order = (peewee.SQL(f"{key}{direction}") for key in dict.fromkeys([column.name, "id"]))
-        return self._database.compile(
-            reduce(operator.add, parts).order_by(*order).limit(placeholder("limit"))
-        )
+    def _is_slow(self, user_id: str, listing: Listing) -> bool:
+        """Say whether a page looks at each task of a user who has many, or searches texts."""
+        if listing.q:
+            return True
+        filters = listing.priority, listing.tags, listing.due_before, listing.due_after
+        if listing.sort.lstrip("-") == "id" and not any(filters):
+            return False
+        return bool(self._database.run(self._sql["long"], user_id=user_id))
 
     def get(self, user_id: str, task_id: int) -> Stored | None:
         """Return one task."""
-        return _first(self._database.run(self._get, user_id=user_id, id=task_id))
+        return _first(self._database.run(self._sql["get"], user_id=user_id, id=task_id))
 
-    def add(self, user_id: str, task: NewTask, key: str | None = None) -> Stored | None:
+    def add(self, user_id: str, task: dict[str, Any], key: str | None = None) -> Stored | None:
         """Create a task; it is on disk when this returns. None if the key was used for another one.
 
         With a key, a create that was done within 24 hours is not done again, but answered as it was then.
         """
         now = datetime.now(UTC)
-        new = {"title": task.title, "description": task.description, "completed": task.completed}
-        values = {
-            **new,
-            **search_columns(task.title, task.description),
-            "user_id": user_id,
-            "now": timestamp(now),
-        }
+        values = {**columns(task), "user_id": user_id, "now": timestamp(now)}
         if key is None:
-            return _first(self._database.write(self._add, **values))
-        body = hashlib.sha256(to_json(new)).hexdigest()
+            return _first(self._database.write(self._sql["add"], **values))
+        body = _digest(task)
         values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
-            self._database.run(self._expire, **values)
-            found = self._database.run(self._replay, **values)
-            if not found and self._database.run(self._claim, **values):
-                [row] = self._database.run(self._add, **values)
+            self._run("expire", values)
+            found = self._run("replay", values)
+            if not found and self._run("claim", values):
+                [row] = self._run("add", values)
                 stored = _stored(row)
-                self._database.run(self._answer, **values, answer=to_json(stored.task).decode())
+                self._run("answer", values | {"answer": to_json(stored.task).decode()})
                 return stored
-            [(known, answer)] = found or self._database.run(
-                self._replay, **values
-            )  # another process was faster
+            # without a row, another process was faster
+            [(known, answer)] = found or self._run("replay", values)
         return _replayed(answer) if known == body else None
 
     def change(
-        self, user_id: str, task_id: int, changes: TaskChanges, expected: str | None = None
+        self,
+        user_id: str,
+        task_id: int,
+        changes: dict[str, Any],
+        conditions: Conditions = UNCONDITIONAL,
     ) -> Stored | None:
-        """Change the fields that are given, and return the task as it is now."""
-        given = {name: value for name in RULES if (value := getattr(changes, name)) is not UNSET}
-        if not given:
-            stored = self.get(user_id, task_id)
-            if stored and expected is not None and stored.tag not in expected:
-                raise Changed(stored.tag)
-            return stored
-        values = {
-            "title": None,
-            "description": None,
-            "completed": None,
-            "described": "description" in given,
-            **given,
-        }
-        values |= search_columns(given.get("title"), given.get("description"))
-        return self._write(
-            self._change, expected, user_id=user_id, id=task_id, now=_now(), **values
-        )
+        """Change these fields, and return the task as it is now."""
+        if changes:
+            values = columns(changes)
+            return self._write(self._change(*values), conditions, user_id, task_id, **values)
+        stored = self.get(user_id, task_id)
+        if stored and not conditions.hold(stored.tag):
+            raise Changed(stored.tag)
+        return stored
 
-    def complete(
-        self, user_id: str, task_id: int, completed: bool | None, expected: str | None = None
+    def toggle(
+        self, user_id: str, task_id: int, conditions: Conditions = UNCONDITIONAL
     ) -> Stored | None:
-        """Set whether the task is completed, or toggle it with None, and return the task as it is now."""
-        return self._write(
-            self._complete, expected, user_id=user_id, id=task_id, now=_now(), completed=completed
-        )
+        """Toggle whether the task is completed, and return the task as it is now."""
+        return self._write(self._sql["toggle"], conditions, user_id, task_id)
 
-    def remove(self, user_id: str, task_id: int, expected: str | None = None) -> Stored | None:
+    def remove(
+        self, user_id: str, task_id: int, conditions: Conditions = UNCONDITIONAL
+    ) -> Stored | None:
         """Delete the task, and return it as it was."""
-        return self._write(self._remove, expected, user_id=user_id, id=task_id)
+        return self._write(self._sql["remove"], conditions, user_id, task_id)
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
@@ -1138,44 +1405,51 @@ class TaskStore:
         """Close this thread's connections."""
         self._database.close()
 
-    def _write(self, sql: str, expected: str | None, **values: Any) -> Stored | None:
-        stored = _first(self._database.write(sql, expected=expected, **values))
-        if (
-            not stored
-            and expected is not None
-            and (other := self.get(values["user_id"], values["id"]))
-        ):
+    def _run(self, name: str, values: dict[str, Any]) -> list[Row]:
+        return self._database.run(self._sql[name], **values)
+
+    def _write(
+        self, sql: str, conditions: Conditions, user_id: str, task_id: int, **values: Any
+    ) -> Stored | None:
+        values |= {"match": conditions.match, "none_match": conditions.none_match, "now": _now()}
+        stored = _first(self._database.write(sql, user_id=user_id, id=task_id, **values))
+        if not stored and conditions is not UNCONDITIONAL and (other := self.get(user_id, task_id)):
             raise Changed(other.tag)
         return stored
 
 
-Row = tuple[Any, ...]
-
-
-def _views(rows: list[Row]) -> list[TaskView]:
-    return [
-        TaskView(key, user, title, text, done == 1, new, now)
-        for key, user, title, text, done, new, now in rows
-    ]
+def _view(row: Row) -> View:
+    """Return a row as a task; behind its columns is one more, the version or the position in a list."""
+    values = [*row]
+    for place, load in LOADED:
+        values[place] = load(values[place])
+    return TaskView(*values[:-1])
 
 
 def _stored(row: Row) -> Stored:
-    key, user, title, text, done, new, now, version = row
-    return Stored(TaskView(key, user, title, text, done == 1, new, now), f'"{version}-{now}"')
+    task = _view(row)
+    return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
 
 
 def _first(rows: list[Row]) -> Stored | None:
     return _stored(rows[0]) if rows else None
 
 
+def _digest(task: dict[str, Any]) -> str:
+    """Return the SHA-256 of a task that was asked for; a newer field does not change that of an older request."""
+    asked = {
+        name: value
+        for name, value in task.items()
+        if name in DIGESTED or value != FIELDS[name].default
+    }
+    return hashlib.sha256(to_json(asked)).hexdigest()
+
+
 def _replayed(answer: str) -> Stored:
-    task = msgspec.json.decode(answer, type=TaskView)
-    return Stored(task, f'"1-{task.updated_at}"', replayed=True)
-
-
-def timestamp(when: datetime) -> str:
-    """Return a time in UTC as tasks show it (RFC 3339, milliseconds)."""
-    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    replay = msgspec.json.decode(answer, type=Replay)
+    return Stored(
+        msgspec.Raw(answer.encode()), replay.id, f'"1-{replay.updated_at}"', replayed=True
+    )
 
 
 def _now() -> str:
@@ -1187,6 +1461,7 @@ def _now() -> str:
 SCHEMA = Path(__file__).with_name("schema.sql")
 MIGRATIONS = Path(__file__).with_name("migrations")
 VERSION = 2  # of the schema; migrations/2.sql makes it from version 1
+VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = (
     4.0  # seconds that a write waits for another process which holds the database's write lock
@@ -1373,7 +1648,9 @@ class Postgres:
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
-        return re.sub(r":([a-z_]+)", r"%(\1)s", compiled(query, self._pool).replace("%", "%%"))
+        return re.sub(
+            r":([a-z][a-z_0-9]*)", r"%(\1)s", compiled(query, self._pool).replace("%", "%%")
+        )
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows. Raises Unavailable, and WouldBlock where it must not wait."""
@@ -1495,7 +1772,7 @@ def schema_version(database: peewee.Database) -> int:
         [version] = database.execute_sql("SELECT MAX(version) FROM about").fetchone()
         return version if isinstance(version, int) else 0
     columns = [column.name for column in database.get_columns("task")]
-    return 0 if not columns else 1 if columns == list(TaskView.__struct_fields__) else VERSION
+    return 0 if not columns else 1 if columns == VERSION_1 else VERSION
 
 
 def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
@@ -1885,36 +2162,36 @@ class TaskResource:
                 ]
             )
         resp.status = falcon.HTTP_201
-        resp.location = f"{tasks_path(req)}/{stored.task.id}"
+        resp.location = f"{tasks_path(req)}/{stored.id}"
         if stored.replayed:
             resp.set_header("Idempotency-Replayed", "true")
         respond_with_task(resp, stored)
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Show a task, unless the caller has it as it is."""
-        task, tags = parse_task_id(task_id), read_tags(req, "If-None-Match")
-        respond_with_task(resp, self._store.get(req.context.user.id, task))
-        if tags and (
-            tags == ["*"] or resp.get_header("ETag") in [tag.removeprefix("W/") for tag in tags]
-        ):
+        task, conditions = parse_task_id(task_id), read_conditions(req)
+        stored = found(self._store.get(req.context.user.id, task))
+        if not conditions.matches(stored.tag):
+            raise Changed(stored.tag)
+        respond_with_task(resp, stored)
+        if conditions.known(stored.tag):
             resp.status, resp.data = falcon.HTTP_304, None
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Change the fields that the body names."""
-        task, expected = parse_task_id(task_id), read_expected(req)
-        respond_with_task(
-            resp, self._store.change(req.context.user.id, task, read(req, TaskChanges), expected)
-        )
+        task, conditions = parse_task_id(task_id), read_conditions(req)
+        changes = read(req, TaskChanges)
+        stored = self._store.change(req.context.user.id, task, changes, conditions)
+        respond_with_task(resp, found(stored))
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Delete a task, and show it as it was."""
-        respond_with_task(
-            resp,
-            self._store.remove(req.context.user.id, parse_task_id(task_id), read_expected(req)),
-        )
+        task, conditions = parse_task_id(task_id), read_conditions(req)
+        respond_with_task(resp, found(self._store.remove(req.context.user.id, task, conditions)))
 
     on_head_collection = on_get_collection
     on_head = on_get
+    on_patch = on_put
 
 
 class TaskCompleteResource:
@@ -1925,19 +2202,19 @@ class TaskCompleteResource:
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Toggle completion, or set it to what the body says."""
-        task, expected, body = parse_task_id(task_id), read_expected(req), content(req)
-        completed = read(req, Completion, body).completed if body else None
-        respond_with_task(
-            resp, self._store.complete(req.context.user.id, task, completed, expected)
-        )
+        task, conditions, body = parse_task_id(task_id), read_conditions(req), content(req)
+        user_id, given = req.context.user.id, read(req, Completion, body) if body else {}
+        if given:
+            stored = self._store.change(user_id, task, given, conditions)
+        else:
+            stored = self._store.toggle(user_id, task, conditions)
+        respond_with_task(resp, found(stored))
 
 
 class LongList:
     """The JSON array of a list too long for memory: an iterator over its pieces, each read when it is its turn."""
 
-    def __init__(
-        self, store: TaskStore, user_id: str, tasks: list[TaskView], rest: Listing
-    ) -> None:
+    def __init__(self, store: TaskStore, user_id: str, tasks: list[View], rest: Listing) -> None:
         """Take the first tasks, and the listing of the rest."""
         self._store, self._user_id = store, user_id
         self._first = to_json(tasks)[:-1]
@@ -2018,10 +2295,15 @@ def tasks_path(req: falcon.Request) -> str:
     return f"{req.root_path}/api/{falcon.uri.encode_value(req.context.user.id)}/tasks"
 
 
-def respond_with_task(resp: falcon.Response, stored: Stored | None) -> None:
-    """Answer with a task; raise the same 404 for one that is not there and for one that is another user's."""
+def found(stored: Stored | None) -> Stored:
+    """Return the task, or raise the same 404 for one that is not there and one of another user."""
     if stored is None:
         raise falcon.HTTPNotFound(description=NO_TASK)
+    return stored
+
+
+def respond_with_task(resp: falcon.Response, stored: Stored) -> None:
+    """Answer with a task and its entity tag."""
     resp.data = to_json(stored.task)
     resp.set_header("ETag", stored.tag)
 
@@ -2069,7 +2351,7 @@ def unavailable(
 
 
 def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: object) -> NoReturn:
-    """Answer 412 when the task is not the one that If-Match names, with the entity tag that it has."""
+    """Answer 412 when the task is not as If-Match and If-None-Match ask for, with its entity tag."""
     detail = "the task was changed in between; read it again, and send the ETag that it has now"
     raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
 

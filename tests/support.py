@@ -31,7 +31,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 SECRET = "a-secret-for-the-tests-of-at-least-32-bytes"
 OTHER_SECRET = "another-secret-of-at-least-32-bytes-indeed"
-TASK_KEYS = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
+TASK_KEYS = [
+    "id",
+    "user_id",
+    "title",
+    "description",
+    "completed",
+    "priority",
+    "due_date",
+    "tags",
+    "created_at",
+    "updated_at",
+]
 DEADLINE = 20  # seconds that anything here may take before it counts as failed
 
 # The first line of a log, as text or as JSON.
