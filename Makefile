@@ -3,11 +3,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-sqlite test-postgresql lint fuzz mutants audit bench clean
+.PHONY: run demo test test-sqlite test-postgresql lint fuzz mutants audit bench clean
 
 run: .venv/run
 	@$(BIN)/python taskctl.py init
 	@exec $(BIN)/python taskd.py
+
+# Better Auth, a page and taskd together. Only this needs Node.
+demo: examples/better-auth/node_modules/.installed .venv/run
+	@PYTHON=$(CURDIR)/$(BIN)/python exec node examples/better-auth/demo.mjs
 
 test: lint test-sqlite test-postgresql
 
@@ -39,7 +43,13 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python bench/latency.py
 
 clean:
-	rm -rf .venv .venv-bench mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/better_auth/node_modules
+	rm -rf .venv .venv-bench mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/*/node_modules examples/*/node_modules
+
+examples/better-auth/node_modules/.installed: examples/better-auth/package-lock.json
+	@command -v npm >/dev/null || { echo "make demo needs Node 20.19 or newer and npm: https://nodejs.org" >&2; exit 1; }
+	@echo "Installing Better Auth ..."
+	@npm ci --prefix examples/better-auth --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'

@@ -46,9 +46,9 @@ function onSubmit(form, action) {
 
 function showError(form, error) {
   $(".error", form).textContent = error?.message ?? "";
-  for (const field of form.elements) {
-    field.toggleAttribute("aria-invalid", !!error?.errors?.some((one) => one.field.split(/\W/)[0] === field.name));
-  }
+  const names = error?.errors?.map((one) => one.field.split(/\W/)[0]) ?? []; // tags[0] is about tags
+  for (const field of form.elements) field.ariaInvalid = names.includes(field.name);
+  $("[aria-invalid=true]", form)?.focus();
 }
 
 const readTask = ({ title, description, priority, due_date, tags }) => ({
@@ -126,8 +126,8 @@ async function refresh() {
 async function filterBy(tag) {
   shown = 50;
   filters.elements.tag.value = tag;
-  $("#tag").hidden = !tag;
-  $("#tag").textContent = `#${tag} ×`;
+  $("#any-tag").hidden = !tag;
+  $("#any-tag").textContent = `#${tag} ×`;
   await refresh();
 }
 
@@ -138,17 +138,20 @@ function make(tag, properties, ...children) {
 }
 
 function item(task) {
-  const done = make("input", { type: "checkbox", id: `done-${task.id}`, checked: task.completed, ariaLabel: task.title });
+  const { id, title, completed, description, priority, tags } = task;
+  const done = make("input", { type: "checkbox", id: `done-${id}`, checked: completed, ariaLabel: title });
   done.onchange = attempt(() => complete(task, done));
-  const open = make("button", { className: "title", id: `open-${task.id}`, title: "Edit" }, task.title);
-  open.onclick = attempt(() => edit(task.id));
-  const remove = make("button", { className: "remove", id: `remove-${task.id}`, ariaLabel: `Delete ${task.title}` }, "×");
+  const open = make("button", { className: "title", id: `open-${id}`, title: "Edit" }, title);
+  open.onclick = attempt(() => edit(id));
+  const remove = make("button", { className: "remove", id: `remove-${id}`, ariaLabel: `Delete ${title}` }, "×");
   remove.onclick = attempt(() => removeTask(task));
-  const notes = task.description && make("p", {}, task.description);
-  const level = task.priority && make("span", { className: `level ${task.priority}` }, LEVELS[task.priority]);
-  const tags = task.tags.map((tag) => make("button", { className: "tag", onclick: attempt(() => filterBy(tag)) }, `#${tag}`));
-  const about = make("div", { className: "about" }, level, due(task), ...tags);
-  return make("li", { className: task.completed ? "done" : "" }, done, make("div", {}, open, notes, about), remove);
+  const level = priority && make("span", { className: priority }, LEVELS[priority]);
+  const about = make("div", { className: "about" }, level, due(task));
+  for (const tag of tags) {
+    about.append(make("button", { className: "tag", onclick: attempt(() => filterBy(tag)) }, `#${tag}`));
+  }
+  const text = make("div", {}, open, description && make("p", {}, description), about);
+  return make("li", { className: completed ? "done" : "" }, done, text, remove);
 }
 
 function due({ due_date: text, completed }) {
@@ -216,7 +219,7 @@ filters.oninput = () => {
   filters.timer = setTimeout(attempt(() => filterBy(filters.elements.tag.value)), 150);
 };
 filters.onsubmit = (event) => event.preventDefault();
-$("#tag").onclick = attempt(() => filterBy(""));
+$("#any-tag").onclick = attempt(() => filterBy(""));
 $("#more").onclick = attempt(() => { shown += 50; return refresh(); });
 $("#cancel").onclick = () => $("#editor").close();
 document.onkeydown = (event) => {
