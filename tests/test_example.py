@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -312,3 +313,12 @@ def test_the_lock_files_name_no_address_to_download_from() -> None:
         assert not [name for name, package in lock["packages"].items() if "resolved" in package]
         wanted = json.loads((directory / "package.json").read_text())["dependencies"]
         assert lock["packages"][""]["dependencies"] == wanted
+
+
+def test_the_page_about_better_auth_shows_the_examples_files() -> None:
+    page = (ROOT / "docs" / "better-auth.md").read_text()
+    shown = re.findall(r"^```javascript\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    files = [path.read_text() for path in EXAMPLE.glob("*.mjs")]
+    assert len(shown) == 5
+    assert [code for code in shown if not any(code in file for file in files)] == []
+    assert shown[0] == (EXAMPLE / "auth.mjs").read_text()
