@@ -16,6 +16,7 @@ import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import sqlite3
@@ -1335,10 +1336,10 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
         "TASKD_PORT": "0",
         "TASKD_LOG": "warning",
     }
-    for text in given:
-        name, _, values[name] = text.partition("=")
+    for name, _, value in (text.partition("=") for text in given):
         if name not in known - {"DATABASE_URL"}:
-            raise typer.BadParameter(f"--set needs a setting that can be set, not {text!r}")
+            raise typer.BadParameter(f"--set takes a setting but DATABASE_URL, not {name!r}")
+        values[name] = value
     values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
     return Settings.load(values, directory / ".env")
 
@@ -1379,10 +1380,10 @@ def end_with_stdin() -> None:
 
 
 def terminate_after_stdin() -> None:
-    """Read stdin until it ends, and terminate."""
-    with contextlib.suppress(OSError):
-        while os.read(0, 65536):
-            pass
+    """Wait until the other side of stdin is closed, without reading from it, and terminate."""
+    poll = select.poll()
+    poll.register(0, getattr(select, "POLLRDHUP", 0))  # a hang-up is always reported
+    poll.poll()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

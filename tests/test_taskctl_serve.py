@@ -171,7 +171,7 @@ def test_it_ends_with_a_socket_as_stdin_and_when_that_was_at_its_end_from_the_st
     [
         ([], 2, "--ephemeral is required"),
         (["--ephemeral", "--seed", "3"], 2, "name one"),
-        (["--ephemeral", "--set", "TASKD_PROT=1"], 2, "TASKD_PROT=1"),
+        (["--ephemeral", "--set", "TASKD_PROT=1"], 2, "TASKD_PROT"),
         (["--ephemeral", "--set", "DATABASE_URL=sqlite:///mine.db"], 2, "DATABASE_URL"),
         (["--ephemeral", "--set", "TASKD_THREADS=0"], 2, "TASKD_THREADS must be"),
         (["--ephemeral", "--port-file", "."], 2, "is a directory"),
