@@ -262,6 +262,14 @@ def test_a_token_expires_and_taskd_restarts_and_the_page_goes_on(
     visitor.lists("After", "Before")
     visitor.chromium.refresh()
     visitor.lists("After", "Before")
+    visitor.chromium.delete_all_cookies()
+
+    def is_signed_out() -> bool:
+        visitor.run("document.querySelector('#add').requestSubmit()")
+        return visitor.find("#sign").is_displayed()
+
+    until(is_signed_out, "the page asks to sign in when the session has ended")
+    assert visitor.titles() == []
 
 
 def test_the_page_fits_a_phone_and_asks_no_other_host(visitor: Visitor) -> None:
@@ -297,6 +305,11 @@ def test_the_demo_starts_both_and_ends_both(tmp_path: Path) -> None:
             assert f"Open http://localhost:{port}" in demo.stdout.readline()
             until(lambda: is_open(taskd_port), "taskd answers")
             assert is_open(port)
+            second = subprocess.run(
+                demo.args, env=settings, capture_output=True, text=True, timeout=DEADLINE
+            )
+            assert (second.returncode, second.stdout) == (1, "")
+            assert re.fullmatch(r"demo: listen EADDRINUSE.*PORT=3001 make demo\n", second.stderr)
             demo.send_signal(signal.SIGTERM)
             assert demo.wait(DEADLINE) == 0
         finally:

@@ -14,8 +14,9 @@ async function auth(path, body) {
   const post = body && { method: "POST", headers, body: JSON.stringify(body) };
   const response = await fetch(`/api/auth/${path}`, post);
   const answer = await response.json();
-  if (!response.ok) throw new Error(answer?.message ?? "Your session has ended: reload the page.");
-  return answer;
+  if (response.ok) return answer;
+  if (path === "token") await start(); // the session has ended: show the form to sign in
+  throw new Error(answer?.message ?? response.statusText);
 }
 
 async function call(method, path = "", body, headers = {}, retry = true) {
@@ -95,7 +96,7 @@ async function start() {
   $("#account span").textContent = session?.user.name;
   $("#welcome").hidden = !!login;
   $("#board").hidden = $("#account").hidden = !login;
-  if (!login) return welcome(document.cookie === "");
+  if (!login) return welcome(true);
   addForm.elements.title.focus();
   await filterBy("");
 }
@@ -179,7 +180,8 @@ async function complete(task, box) {
 async function removeTask(task) {
   await call("DELETE", `/${task.id}`);
   const undo = attempt(async () => {
-    await call("POST", "", task); // as it was, with a new id: taskd ignores the members that it sets itself
+    // As it was, with a new id: taskd ignores the members that it sets itself. The key: once, however often it is sent.
+    await call("POST", "", task, { "Idempotency-Key": `undo-${task.id}` });
     toast("");
     await refresh();
   });

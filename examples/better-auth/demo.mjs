@@ -17,7 +17,11 @@ if (!existsSync("secret")) {
 process.env.BETTER_AUTH_URL = origin;
 process.env.BETTER_AUTH_SECRET = readFileSync("secret", "utf8");
 process.env.TASKD_URL = `http://127.0.0.1:${TASKD_PORT}`;
-await import("./server.mjs"); // first, so that taskd finds the key set
+await import("./server.mjs").catch((error) => { // before taskd, which fetches the key set from it
+  if (error.code !== "EADDRINUSE") throw error;
+  console.error(`demo: ${error.message}; another port: PORT=3001 make demo`);
+  process.exit(1);
+});
 
 const taskd = spawn(PYTHON, [program], {
   stdio: ["ignore", "inherit", "inherit"],
