@@ -33,12 +33,18 @@ import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import sqlite3
+import stat
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -330,7 +336,7 @@ def login(settings: Settings, user: str, ttl: int, **more: str | None) -> dict[s
 def seconds(text: str) -> int:
     """Return a duration such as 90s, 15m, 1h or 7d in seconds."""
     if not (found := re.fullmatch(r"(-?[0-9]{1,9})([smhd]?)", text)):
-        raise typer.BadParameter(f"--ttl must look like 90s, 15m, 1h or 7d, not {text!r}")
+        raise typer.BadParameter(f"a duration must look like 90s, 15m, 1h or 7d, not {text!r}")
     return int(found[1]) * UNITS[found[2]]
 
 
@@ -1436,6 +1442,157 @@ def smoke(
     statuses = {row["status"] for row in visitor.results if row["expected"] != 401}
     secret = "; the server has another secret than these settings" if statuses == {200, 401} else ""
     conclude([row["result"] for row in visitor.results], "call", as_json, secret)
+
+
+# --- A server for tests ---------------------------------------------------------------------------
+
+REMOVE = 'read -r _; rm -rf -- "$1"; rm -f -- "$2"'  # run by sh; read ends with its stdin
+TOKEN_TTL = 24 * 3600  # seconds that the tokens of a server for tests are valid
+
+
+@app.command()
+def serve(
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="Required: the database is temporary.")
+    ] = False,
+    user: Annotated[
+        list[str] | None, typer.Option(help="A user to print a token for.", callback=some_text)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Believable tasks for each --user.")] = 0,
+    port_file: Annotated[
+        Path | None, typer.Option(help="A file to write the port to.", dir_okay=False)
+    ] = None,
+    given: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, such as TASKD_PORT=8123.")
+    ] = None,
+) -> None:
+    """Serve a temporary database for tests, and print url, secret, pid and tokens as one JSON line.
+
+    The environment and .env are not read. The server ends on SIGTERM or SIGINT, or when its stdin
+    ends if that is a pipe or a socket. Its database and the port file are then removed.
+    """
+    if not ephemeral:
+        raise typer.BadParameter("--ephemeral is required; python taskd.py serves your database")
+    if seed and not user:
+        raise typer.BadParameter("--seed adds tasks for each --user: name one")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with removed_at_exit(Path(tempfile.mkdtemp(prefix="taskd-")), port_file) as directory:
+        settings = ephemeral_settings(directory, given or [])
+        listener = taskd.listen(settings.host, settings.port)
+        port = listener.getsockname()[1]
+        application = taskd.create_app(settings)
+        if seed:
+            add_believable(settings, user or [], seed)
+        taskd.configure_log(settings)
+        if port_file:
+            write_at_once(port_file, f"{port}\n")
+        print(json.dumps(description(settings, port, user or [])), flush=True)
+        end_with_stdin()
+        taskd.serve(application, listener, settings)
+        application.store.close()
+
+
+@contextlib.contextmanager
+def removed_at_exit(directory: Path, file: Path | None) -> Iterator[Path]:
+    """Have a shell remove both when this process ends, even if it is killed."""
+    null = subprocess.DEVNULL
+    with subprocess.Popen(  # noqa: S603  a command of ours
+        ["/bin/sh", "-c", REMOVE, "sh", str(directory), str(file or "")],
+        stdin=subprocess.PIPE,
+        stdout=null,
+        stderr=null,
+        start_new_session=True,
+    ):
+        yield directory
+
+
+def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
+    """Return settings of VARIABLE=VALUE, with a database in this directory and a secret of its own."""
+    known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
+    values = {
+        "BETTER_AUTH_SECRET": secrets.token_urlsafe(32),
+        "TASKD_PORT": "0",
+        "TASKD_LOG": "warning",
+    }
+    for name, _, value in (text.partition("=") for text in given):
+        if name not in known - {"DATABASE_URL"}:
+            raise typer.BadParameter(f"--set takes a setting but DATABASE_URL, not {name!r}")
+        values[name] = value
+    values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
+    return Settings.load(values, directory / ".env")
+
+
+def add_believable(settings: Settings, users: list[str], count: int) -> None:
+    """Add the same tasks for these users each time."""
+    made = believable(users, count, random.Random(1))  # noqa: S311  nothing secret is drawn from it
+    with contextlib.closing(taskd.open_database(settings)) as opened:
+        Task.bind(opened.peewee)
+        for tasks in peewee.chunked(made, BATCH):
+            Task.insert_many(map(row, tasks)).execute()
+
+
+def description(settings: Settings, port: int, users: list[str]) -> dict[str, Any]:
+    """Return what a test needs to know about a server."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    tokens = Tokens(settings)
+    return {
+        "url": f"http://{host}:{port}",
+        "secret": settings.secrets[0] if settings.secrets else settings.secret,
+        "pid": os.getpid(),
+        "tokens": {user: tokens.mint(login(settings, user, TOKEN_TTL)) for user in users},
+    }
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Write a file so that nobody who waits for it reads it half written."""
+    unfinished = Path(f"{path}.new")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def end_with_stdin() -> None:
+    """Terminate when stdin ends, if it is a pipe or a socket: a sign that the starter has ended."""
+    mode = os.fstat(0).st_mode if sys.stdin else 0  # None when it was closed at the start
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        threading.Thread(target=terminate_after_stdin, daemon=True).start()
+
+
+def terminate_after_stdin() -> None:
+    """Wait until the other side of stdin is closed, without reading from it, and terminate."""
+    poll = select.poll()
+    poll.register(0, getattr(select, "POLLRDHUP", 0))  # a hang-up is always reported
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@app.command()
+def wait(
+    url: Annotated[str, typer.Argument(help="The server, such as http://127.0.0.1:8000.")],
+    timeout: Annotated[str, typer.Option(help="How long to wait: 30s, 2m.")] = "30s",
+) -> None:
+    """Wait until /readyz of a server answers 200. Exit status 1 if it does not in time."""
+    if not re.match("https?://[^/]", url):
+        raise typer.BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}")
+    deadline = time.monotonic() + seconds(timeout)
+    while fault := not_ready(url, max(deadline - time.monotonic(), 0.1)):
+        if time.monotonic() >= deadline:
+            raise Refused(f"{url} is not ready after {timeout}: {printable(fault)}")
+        time.sleep(0.05)
+
+
+def not_ready(url: str, timeout: float) -> str:
+    """Return why a server is not ready, or nothing if it is."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url.rstrip('/')}/readyz", timeout=timeout) as answer:
+            return "" if answer.status == 200 else f"/readyz answers {answer.status}"
+    except urllib.error.HTTPError as ex:
+        with ex:
+            return f"/readyz answers {ex.code}: {ex.read(1000).decode(errors='replace')}"
+    except (OSError, ValueError, http.client.HTTPException) as ex:
+        reason = getattr(ex, "reason", ex)
+        return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
 
 
 def main() -> None:

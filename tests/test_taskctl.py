@@ -62,6 +62,7 @@ OPTIONS = {
     "purge": ["--yes"],
     "restore": [],
     "seed": ["--count", "--json", "--random-seed", "--users"],
+    "serve": ["--ephemeral", "--port-file", "--seed", "--set", "--user"],
     "settings": ["--json"],
     "smoke": ["--json"],
     "stats": ["--json"],
@@ -78,6 +79,7 @@ OPTIONS = {
     ],
     "users": ["--csv", "--json", "--limit", "--nl", "--sort", "--wide"],
     "verify": ["--json"],
+    "wait": ["--timeout"],
 }
 MILK = [
     "1",
@@ -294,6 +296,7 @@ def test_a_shell_can_complete_commands_and_options(taskctl: Taskctl, tmp_path: P
     complete = partial(taskctl, **{found[1]: "complete_bash"})
     assert sorted(complete(COMP_WORDS="taskctl.py se", COMP_CWORD="1").stdout.split()) == [
         "seed",
+        "serve",
         "settings",
     ]
     assert complete(COMP_WORDS="taskctl.py mint --t", COMP_CWORD="2").stdout.split() == ["--ttl"]
