@@ -1871,8 +1871,8 @@ TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
 NO_TASK = "you have no task with this id"
 MAX_LIST_IN_MEMORY = 1024 * 1024  # bytes; a longer list goes into a file, which its client reads
-MAX_LISTS = 16  # such files at a time
-MAX_LISTS_OF_USER = 2
+MAX_LISTS = 32  # such files at a time
+MAX_LISTS_OF_USER = 8
 MAX_LIST_BYTES = 1024 * 1024 * 1024  # in all of them
 DOCS_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -2000,6 +2000,7 @@ class ListFile(io.FileIO):
     _lock = threading.Lock()
     _owners: ClassVar[list[str]] = []
     _bytes: ClassVar[int] = 0
+    _owner: str | None = None
 
     def __init__(self, user_id: str, pieces: Iterable[bytes]) -> None:
         """Write all pieces into the file; it is to be read from its beginning."""
@@ -2008,7 +2009,7 @@ class ListFile(io.FileIO):
             if full or self._owners.count(user_id) >= MAX_LISTS_OF_USER:
                 raise Unavailable("a list this long", "too many of them are being read")
             self._owners.append(user_id)
-        self._user_id, self.size = user_id, 0
+        self._owner, self.size = user_id, 0
         try:
             with tempfile.TemporaryFile() as file:
                 super().__init__(os.dup(file.fileno()), "r+")
@@ -2034,9 +2035,10 @@ class ListFile(io.FileIO):
     def close(self) -> None:
         """Delete the file, so that another one can be made."""
         with self._lock:
-            if self._user_id in self._owners and not self.closed:
-                self._owners.remove(self._user_id)
+            if self._owner is not None:
+                self._owners.remove(self._owner)
                 ListFile._bytes -= self.size
+                self._owner = None
         super().close()
 
 
@@ -2230,7 +2232,7 @@ MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chu
 MAX_CHUNKS = 32 * 1024
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"  # RFC 9110, section 5.6.2, without small letters
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
-REQUEST_LINE_START = re.compile(rb"%s(?: |\Z)" % TOKEN)
+PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
 CHUNK_SIZE = re.compile(rb"0*([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
@@ -2376,7 +2378,7 @@ class RequestReader:
         self.waits = "head"
         line, newline, _ = self._buffer.partition(b"\n")
         found = REQUEST_LINE.fullmatch(line + newline)
-        if not found and (newline or not REQUEST_LINE_START.match(line)):
+        if not found and (newline or not PRINTABLE.match(line)):
             raise malformed("its first line must be METHOD /path HTTP/1.1")
         if not found:
             return len(line) > MAX_HEAD and bool(self._take(len(line)))
@@ -2587,6 +2589,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def handle_read(self) -> None:
         """Read what the client sends, or discard it after a refusal."""
+        if self.waits is None:
+            return  # the request before comes first
         try:
             data = self.socket.recv(RECEIVE)
         except BlockingIOError:
