@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from falcon import testing
 
 import taskd
-from support import Process, Wire, assert_problem, bearer, until, written
+from support import SECRET, Process, Wire, assert_problem, bearer, until, written
 from test_key_set import NEW, PRIVATE, WEAK, AuthServer, auth_server, call, public, signed
 
 __all__ = ["auth_server", "call"]
@@ -133,6 +133,10 @@ ODD: dict[str, Any] = {
     "alg of another kty": public(NEW, "EdDSA", "odd", alg="RS256"),
     "alg of another curve": P256 | {"alg": "ES512"},
     "alg that logins do not have": P256 | {"alg": "ES384"},
+    "a curve that logins do not have": public(
+        ec.generate_private_key(ec.SECP384R1()), "ES384", "odd"
+    )
+    | {"alg": None},
     "crv unknown": P256 | {"crv": "P-000"},
     "crv a list": P256 | {"crv": ["P-256"]},
     "a point that is not on the curve": P256 | {"x": P256["y"]},
@@ -152,11 +156,29 @@ ODD: dict[str, Any] = {
     "nested deeply": {"kty": "OKP", "kid": "odd", "x": [[[[]]]]},
 }
 
+NO_KEY = "it is not an object, or its kid or alg is not a string"
+NO_ALG = "its alg is not one of EdDSA, ES256, ES512, RS256, PS256"
+SECRET_KEY = "it is private or secret: whoever can read the set can sign with it"
+WHY = {  # the others are malformed
+    **dict.fromkeys(["a number", "null", "text", "a list", "kid a list", "kid a number"], NO_KEY),
+    **dict.fromkeys(["alg a list", "alg an object", "alg a number"], NO_KEY),
+    **dict.fromkeys(["oct without k", "alg none", "alg unknown"], NO_ALG),
+    **dict.fromkeys(["alg that logins do not have", "a curve that logins do not have"], NO_ALG),
+    **dict.fromkeys(["oct", "private RSA", "private EC"], SECRET_KEY),
+    "private RSA, of which half is missing": SECRET_KEY,
+    "use enc": "its use is not sig",
+    "weak": (
+        "The RSA key is 1024 bits long, which is below the minimum recommended size of 2048 bits."
+        " See NIST SP 800-131A."
+    ),
+}
 
-@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+
+@pytest.mark.parametrize("name", ODD)
 def test_an_odd_member_is_left_out_and_logged_and_shuts_nobody_out(
-    call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture, odd: Any
+    call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
+    odd = ODD[name]
     auth_server.keys.insert(1, odd)
     for algorithm, key in PRIVATE.items():
         assert call(signed(key, algorithm, algorithm)).status_code == 200
@@ -167,8 +189,10 @@ def test_an_odd_member_is_left_out_and_logged_and_shuts_nobody_out(
     ):
         assert_problem(call(headers), 401)
     [said] = warnings_in(caplog)
-    assert "its key number 2" in said
-    assert "is left out: " in said
+    kid = " (kid 'odd')" if isinstance(odd, dict) and odd.get("kid") == "odd" else ""
+    why = WHY.get(name) or r"it is malformed \([A-Za-z]+\)"
+    expected = re.escape(f"the key set {auth_server.url}: its key number 2{kid} is left out: ")
+    assert re.fullmatch(expected + (re.escape(why) if name in WHY else why), said)
     for member in ("d", "k", "p", "q"):
         if isinstance(odd, dict) and len(str(odd.get(member, ""))) > 4:
             assert odd[member] not in said
@@ -278,12 +302,15 @@ def test_without_a_good_answer_old_keys_go_on_for_an_hour_and_no_longer(
         clock.ahead += 5 * 60
         assert call(GOOD).status_code == 200
         until(lambda: not running("_run"), "the fetch has ended")
+        assert len(warnings_in(caplog)) == 1
     clock.ahead += 5 * 60
     assert_problem(call(GOOD), 503)
     until(lambda: not running("_run"), "the fetch has ended")
     first, second = warnings_in(caplog)
     assert f"it cannot be fetched: OSError: the answer is {status}, not 200" in first
-    assert "its keys have ended" in second
+    assert second == (
+        f"the key set {auth_server.url}: its keys have ended: no good answer for an hour"
+    )
     auth_server.answer = auth_server.well
     clock.ahead += taskd.KEYS_PAUSE
     assert call(GOOD).status_code == 200
@@ -337,6 +364,21 @@ def test_a_process_that_is_forked_during_a_fetch_begins_one_of_its_own(
     keys = taskd.KeySet(auth_server.url)
     keys._fetch = Future()  # whose thread is in the parent process
     assert keys.find("ES256", "ES256") is not None
+
+
+def test_a_long_reason_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    keys = taskd.KeySet("http://127.0.0.1:1/")
+    keys._fail(OSError("x" * 9000))
+    assert warnings_in(caplog) == [
+        f"the key set http://127.0.0.1:1/: it cannot be fetched: OSError: {'x' * 191}"
+    ]
+
+
+def test_tokens_of_either_kind_are_remembered_beside_each_other(auth_server: AuthServer) -> None:
+    tokens = taskd.Tokens(taskd.Settings(secret=SECRET, jwks_url=auth_server.url))
+    for headers in (GOOD, bearer()):
+        token = headers["Authorization"].removeprefix("Bearer ")
+        assert tokens.verify(token) is tokens.verify(token)
 
 
 # --- A proxy that lies ----------------------------------------------------------------------------
