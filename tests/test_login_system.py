@@ -94,6 +94,8 @@ def test_a_set_that_comes_byte_by_byte_is_given_up_in_time_and_leaves_no_thread(
     started = real_clock()
     assert_problem(call(GOOD), 503)
     assert real_clock() - started < 4
+    others = [one for one in threading.enumerate() if one is not threading.main_thread()]
+    assert all(one.daemon for one in others), "none of them keeps the process from ending"
     auth_server.answer = auth_server.well
     clock.ahead += taskd.KEYS_PAUSE
     assert call(GOOD).status_code == 200, "the next fetch does not wait for the first"
@@ -236,11 +238,48 @@ def test_a_key_without_a_kid_verifies_tokens_without_one(
 
 
 def test_of_two_keys_with_one_kid_and_alg_the_first_counts(
-    call: Call, auth_server: AuthServer
+    call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     auth_server.keys.append(public(NEW, "EdDSA", "EdDSA"))
     assert call(signed(PRIVATE["EdDSA"], "EdDSA", "EdDSA")).status_code == 200
     assert_problem(call(signed(NEW, "EdDSA", "EdDSA")), 401)
+    why = "its key number 6 (kid 'EdDSA') is left out: a key before it has the same kid and alg"
+    assert warnings_in(caplog) == [f"the key set {auth_server.url}: {why}"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "5", '{"keys": {}}', '{"keys": null}', '"keys"'])
+def test_what_is_no_key_set_is_said_to_be_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^the answer is not a JSON object with a list of keys$"):
+        taskd.parse_key_set(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(100, []), (101, ["only its first 100 keys are read"])]
+)
+def test_a_hundred_keys_are_read(number: int, said: list[str]) -> None:
+    [key] = [public(NEW, "EdDSA", "x" * 70)]
+    members = [key | {"kid": f"{n}"} for n in range(number)]
+    keys, oddities = taskd.parse_key_set(json.dumps({"keys": members}).encode())
+    assert (len(keys), oddities) == (100, said)
+
+
+def test_a_long_kid_is_cut_in_the_log() -> None:
+    odd = {"kid": "k" * 99, "use": "enc"}
+    _, [said] = taskd.parse_key_set(json.dumps({"keys": [odd]}).encode())
+    assert said == f"its key number 1 (kid '{'k' * 60}') is left out: its use is not sig"
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_answer_of_a_mebibyte_is_read_and_one_byte_more_is_not(
+    auth_server: AuthServer, more: int
+) -> None:
+    body = b" " * (2**20 + more)
+    auth_server.answer = lambda request: AuthServer.send(request, 200, body)
+    if not more:
+        assert taskd.download(auth_server.url) == body
+        return
+    with pytest.raises(OSError, match=r"^the answer is longer than 1048576 bytes$"):
+        taskd.download(auth_server.url)
 
 
 # --- Keys that go, and sets that go away ----------------------------------------------------------
@@ -341,8 +380,36 @@ def test_the_client_that_waits_as_long_as_it_is_told_is_served(
     refused = call(GOOD)
     assert_problem(refused, 503)
     assert refused.headers["Retry-After"] == "2"
+    auth_server.answer = auth_server.well
     clock.ahead += 2
     assert call(GOOD).status_code == 200
+
+
+def test_to_try_again_takes_a_second_at_least(
+    call: Call, auth_server: AuthServer, clock: Clock
+) -> None:
+    auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
+    assert_problem(call(GOOD), 503)
+    clock.ahead += 2.5
+    assert call(GOOD).headers["Retry-After"] == "1"
+
+
+def test_known_keys_are_fetched_again_when_they_are_old_and_sooner_after_a_failure(
+    auth_server: AuthServer, clock: Clock
+) -> None:
+    keys = taskd.KeySet(auth_server.url)
+
+    def asked_after(seconds: float) -> int:
+        clock.ahead += seconds
+        assert keys.find("ES256", "ES256") is not None
+        until(lambda: not running("_run"), "the fetch has ended")
+        return auth_server.asked
+
+    assert [asked_after(seconds) for seconds in (0, 200, 41)] == [1, 1, 2]
+    auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
+    assert [asked_after(seconds) for seconds in (241, 15, 6, 21)] == [3, 3, 4, 5]
+    auth_server.answer = auth_server.well
+    assert [asked_after(seconds) for seconds in (21, 200)] == [6, 6]
 
 
 def test_a_thread_that_cannot_start_once_is_tried_again(
