@@ -1,7 +1,7 @@
 """taskd: a JWT-protected task API for many users, in one file.
 
 Better Auth logs people in; taskd verifies the token that it hands out and serves that user's tasks, nobody else's.
-The chapters, from top to bottom: settings, tokens, bodies, store, database, middleware, resources, errors, app,
+The chapters, from top to bottom: settings, tokens, fields, bodies, store, database, middleware, resources, errors, app,
 server. Importing this module does nothing; `create_app` builds everything.
 """
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import difflib
 import errno
 import hashlib
 import hmac
@@ -33,7 +34,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import re
 import resource
@@ -45,15 +45,15 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
-from datetime import UTC, datetime, timedelta
-from functools import cache, partial, reduce
+from datetime import UTC, date, datetime, timedelta
+from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, cast
+from typing import Annotated, Any, Literal, NoReturn, cast
 from urllib.parse import SplitResult, unquote_to_bytes, urlencode, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -101,6 +101,7 @@ ORIGIN = re.compile(
 ORIGINS = "origins such as https://a.example, with commas"
 PROXIES = "IP addresses, with commas, or * for any"
 LEVELS = "debug|info|warning|error"
+MAX_TASKS = "how many tasks a user may have, at most"
 SETTING_NAMES = ("TASKD", "BETTER_AUTH_S", "DATABASE_")  # how a setting's name begins
 
 
@@ -207,6 +208,7 @@ class Settings:
     audience: str | None = _env("TASKD_AUDIENCE", None, "the aud that a token must have")
     metrics: bool | None = _env("TASKD_METRICS", None, "1 or 0", "[01]", lambda text: text == "1")
     trusted_proxies: tuple[str, ...] = _env("TASKD_TRUSTED_PROXY", (), PROXIES, "", _addresses)
+    max_tasks: int | None = _env("TASKD_MAX_TASKS", None, MAX_TASKS, "[1-9][0-9]{0,15}", int)
     log_level: str = _env("TASKD_LOG", "info", "one of " + LEVELS, LEVELS)
     log_format: str | None = _env("TASKD_LOG_FORMAT", None, "text or json", "text|json")
 
@@ -386,6 +388,14 @@ class WouldBlock(BaseException):
 
     def __init__(self, until: Future[None] | None = None) -> None:
         self.until = until
+
+
+class SearchWouldBlock(WouldBlock):
+    """The same for a request that may take long: it goes to one of the few threads for searches."""
+
+
+class Busy(Unavailable):
+    """The user asks for more at once than is served; the arguments are a detail and the reason."""
 
 
 class _ThreadState(threading.local):
@@ -775,24 +785,164 @@ def _user(claims: Claims) -> User:
     return User(subject, claims["exp"], **texts)
 
 
+# --- Fields ---------------------------------------------------------------------------------------
+
+DUE_DATE = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})"
+    r"(?:[Tt]((?:[01][0-9]|2[0-3]):[0-5][0-9]):([0-5][0-9]|60)(?:\.([0-9]+))?"
+    r"([Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9]))?"
+)
+MIDNIGHT = "T00:00:00.000Z"  # a day counts as its first moment in UTC
+CAPITAL = "A"  # case folding leaves none, so that no text that is searched for spans two tags
+
+to_json = msgspec.json.Encoder().encode
+Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
+Tag = Annotated[str, Meta(min_length=1, max_length=50, pattern=r"\S")]
+
+
+class TagsField(peewee.TextField):
+    """A column with an array of texts as JSON, in which a text can be found as it is quoted."""
+
+    def db_value(self, value: list[str]) -> str:
+        """Return the array as the database keeps it."""
+        return f"[{','.join(map(quoted, value))}]"
+
+    def python_value(self, value: str) -> list[str]:
+        """Return the array as a view shows it."""
+        return msgspec.json.decode(value, type=list[str])
+
+
+def quoted(text: str) -> str:
+    """Return a text as a JSON string in which its own quotes and commas are escaped."""
+    parts = (to_json(part).decode()[1:-1] for part in text.split('"'))
+    return '"' + "\\u0022".join(parts).replace(",", "\\u002c") + '"'
+
+
+def parse_due_date(text: str) -> str:
+    """Return a day as it is, or a time in UTC with milliseconds. Raises ValueError.
+
+    A leap second, which only the last minute of a day in UTC can have, is the next day's first.
+    """
+    found = DUE_DATE.fullmatch(text)
+    if not found:
+        raise ValueError("neither a day nor a time of RFC 3339")
+    day, minute, second, fraction, offset = found.groups(default="")
+    if not minute:
+        return date.fromisoformat(day).isoformat()
+    milliseconds = 0 if second == "60" else int(f"{fraction:0<3}"[:3])
+    try:
+        when = datetime.fromisoformat(f"{day}T{minute}:00{offset.upper()}").astimezone(UTC)
+        parsed = when + timedelta(seconds=int(second), milliseconds=milliseconds)
+    except OverflowError:
+        raise ValueError("not in the years 0001 to 9999") from None
+    if second == "60" and f"{when:%H:%M}" != "23:59":
+        raise ValueError("no leap second is at this time")
+    return timestamp(parsed)
+
+
+def due_moment(text: str) -> str:
+    """Return what a due date is compared by: a time in UTC with milliseconds. Raises ValueError."""
+    return (parse_due_date(text) + MIDNIGHT)[:24]
+
+
+def timestamp(when: datetime) -> str:
+    """Return a time in UTC as tasks show it (RFC 3339, milliseconds)."""
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def each_once(tags: list[str]) -> list[str]:
+    """Return the tags, or raise ValueError if one is there twice."""
+    if len(set(tags)) < len(tags):
+        raise ValueError("one is there twice")
+    return tags
+
+
+class Field(Struct, frozen=True, kw_only=True):
+    """A field of a task that its owner sets: bodies, views, columns, lists and openapi.json follow."""
+
+    type: Any  # in a body
+    rule: str  # the message where a body breaks it
+    about: str  # the description in openapi.json
+    example: Any
+    column: Callable[[], peewee.Field] = partial(peewee.TextField, null=True)
+    default: Any = UNSET  # without one, a new task must have the field
+    normalise: Callable[[Any], Any] | None = None  # raises ValueError where the rule is broken
+    searched: bool = False  # by q, in the column of this name with _folded behind it
+    order: str | None = None  # the SQL of the text by which lists are sorted
+
+
+FIELDS = {
+    "title": Field(
+        type=Title,
+        rule="must be a string of 1 to 200 characters",
+        about="1 to 200 characters, not only white space, no U+0000; stored exactly as sent.",
+        example="Buy milk",
+        column=peewee.TextField,
+        searched=True,
+        order="title",
+    ),
+    "description": Field(
+        type=Annotated[str, Meta(max_length=10_000)] | None,
+        rule="must be a string of at most 10,000 characters, or null",
+        about="At most 10,000 characters, no U+0000; null for none.",
+        example="2 litres",
+        default=None,
+        searched=True,
+    ),
+    "completed": Field(
+        type=bool,
+        rule="must be true or false",
+        about="Whether the task is done.",
+        example=False,
+        column=peewee.BooleanField,
+        default=False,
+    ),
+    "priority": Field(
+        type=Literal["low", "medium", "high"] | None,
+        rule="must be low, medium or high, or null",
+        about="How important the task is; null for not said.",
+        example="high",
+        default=None,
+        order="CASE priority WHEN 'low' THEN '1' WHEN 'medium' THEN '2' WHEN 'high' THEN '3' END",
+    ),
+    "due_date": Field(
+        type=Annotated[str, Meta(pattern=f"^{DUE_DATE.pattern}$")] | None,
+        rule="must be a day such as 2026-12-01, a time with its offset from UTC such as"
+        " 2026-12-01T09:00:00Z, or null",
+        about="RFC 3339: a day, kept as it is, or a time, kept in UTC with milliseconds;"
+        " null for none.",
+        example="2026-12-01",
+        default=None,
+        normalise=parse_due_date,
+        order=f"due_date || SUBSTR('{MIDNIGHT}', LENGTH(due_date) - 9)",
+    ),
+    "tags": Field(
+        type=Annotated[list[Tag], Meta(max_length=20, extra_json_schema={"uniqueItems": True})],
+        rule="must be an array of at most 20 different strings of 1 to 50 characters,"
+        " none of them blank",
+        about="At most 20, each 1 to 50 characters, not only white space, no U+0000, none twice;"
+        " in the order sent.",
+        example=["home"],
+        column=TagsField,
+        default=[],
+        normalise=each_once,
+        searched=True,
+    ),
+}
+NORMALISED = {name: field.normalise for name, field in FIELDS.items() if field.normalise}
+SEARCHED = [name for name, field in FIELDS.items() if field.searched]
+
+
 # --- Bodies ---------------------------------------------------------------------------------------
 
-MAX_BODY = 64 * 1024  # bytes; the largest possible task has 41,000 in UTF-8
+MAX_BODY = 64 * 1024  # bytes; the largest possible task has 51,000 in UTF-8
 MAX_FAULTS = 20  # reported at once, each with at most so many characters of the field's name
 MAX_NAME = 100
 JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*"?utf-?8"?\s*)?', re.IGNORECASE)
 
-Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
-Description = Annotated[str, Meta(max_length=10_000)] | None
-RULES: dict[str, tuple[Any, str]] = {
-    "title": (Title, "must be a string of 1 to 200 characters"),
-    "description": (Description, "must be a string of at most 10,000 characters, or null"),
-    "completed": (bool, "must be true or false"),
-}
 
-
-class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
-    """A JSON object; what the server owns may be in it and is ignored, so that a task can be sent back whole."""
+class Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The members of a body that the server owns; ignored, so that a task can be sent back whole."""
 
     id: msgspec.Raw | UnsetType = UNSET
     user_id: msgspec.Raw | UnsetType = UNSET
@@ -800,38 +950,36 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
     updated_at: msgspec.Raw | UnsetType = UNSET
 
 
-class NewTask(_Body):
-    """What POST takes."""
-
-    title: Title
-    description: Description = None
-    completed: bool = False
-
-
-class TaskChanges(_Body):
-    """What PUT takes: the fields to change; the rest stays."""
-
-    title: Title | UnsetType = UNSET
-    description: Description | UnsetType = UNSET
-    completed: bool | UnsetType = UNSET
-
-
-class Completion(_Body):
-    """What PATCH takes, if it is given a body: the state to set."""
-
-    completed: bool
-
-
-class TaskView(Struct, frozen=True):
-    """A task as every answer shows it: these members, in this order."""
-
-    id: int
-    user_id: str
-    title: str
-    description: str | None
-    completed: bool
-    created_at: str
-    updated_at: str
+NewTask = msgspec.defstruct(
+    "NewTask",
+    [
+        (name, field.type) if field.default is UNSET else (name, field.type, field.default)
+        for name, field in FIELDS.items()
+    ],
+    bases=(Body,),
+    kw_only=True,
+)
+TaskChanges = msgspec.defstruct(
+    "TaskChanges",
+    [(name, field.type | UnsetType, UNSET) for name, field in FIELDS.items()],
+    bases=(Body,),
+    kw_only=True,
+)
+Completion = msgspec.defstruct(
+    "Completion", [("completed", bool | UnsetType, UNSET)], bases=(Body,), kw_only=True
+)
+TaskView = msgspec.defstruct(
+    "TaskView",
+    [
+        ("id", int),
+        ("user_id", str),
+        *((name, field.type) for name, field in FIELDS.items()),
+        ("created_at", str),
+        ("updated_at", str),
+    ],
+    frozen=True,
+)
+View = Any  # a TaskView, whose members follow from FIELDS
 
 
 class Fault(Struct, frozen=True):
@@ -851,12 +999,8 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
         self.faults = faults
 
 
-Body = TypeVar("Body", bound=_Body)
-to_json = msgspec.json.Encoder().encode
-
-
-def read(req: falcon.Request, kind: type[Body], body: bytes | None = None) -> Body:
-    """Return the request's body as a `kind`, or raise 400, 413, 415 or 422."""
+def read(req: falcon.Request, kind: type[Struct], body: bytes | None = None) -> dict[str, Any]:
+    """Return the fields that the request's body sets, or raise 400, 413, 415 or 422."""
     body = content(req) if body is None else body
     if not body:
         raise falcon.HTTPBadRequest(description="send a JSON object as the body")
@@ -879,21 +1023,32 @@ def content(req: falcon.Request) -> bytes:
     return body
 
 
-def decode(text: str, kind: type[Body]) -> Body:
-    """Return JSON as a `kind`; raise 422 with all that is wrong, or msgspec.DecodeError for what is no JSON."""
+def decode(text: str, kind: type[Struct]) -> dict[str, Any]:
+    """Return the fields that a JSON object sets, and the defaults of this kind of body.
+
+    Raises 422 with everything that is wrong, or msgspec.DecodeError if the text is not JSON.
+    """
     try:
         if r"\u0000" not in text:
-            return msgspec.json.decode(text, type=kind)
-    except msgspec.ValidationError:
+            return _normalised(msgspec.json.decode(text, type=kind))
+    except ValueError:
         pass  # msgspec stops at the first fault; the caller wants them all
     try:
         members = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        msgspec.json.decode(text, type=msgspec.Raw)  # it may be no JSON at all
+        msgspec.json.decode(text, type=msgspec.Raw)  # perhaps it is not JSON at all
         raise Unprocessable([Fault("body", "must be a JSON object")]) from None
     if faults := _faults(members, kind):
         raise Unprocessable(faults[:MAX_FAULTS])
-    return msgspec.json.decode(to_json(members), type=kind)
+    return _normalised(msgspec.json.decode(to_json(members), type=kind))
+
+
+def _normalised(body: Struct) -> dict[str, Any]:
+    given = {name: value for name in FIELDS if (value := getattr(body, name, UNSET)) is not UNSET}
+    for name, normalise in NORMALISED.items():
+        if given.get(name) is not None:
+            given[name] = normalise(given[name])
+    return given
 
 
 def _faults(members: dict[str, msgspec.Raw], kind: type[Struct]) -> list[Fault]:
@@ -906,20 +1061,22 @@ def _faults(members: dict[str, msgspec.Raw], kind: type[Struct]) -> list[Fault]:
     for name, value in members.items():
         if name not in fields:
             faults.append(Fault(name[:MAX_NAME], "is not a field that can be set here"))
-        elif name in RULES and (reason := _reason(name, value)):
+        elif name in FIELDS and (reason := _reason(FIELDS[name], value)):
             faults.append(Fault(name, reason))
     return faults
 
 
-def _reason(name: str, value: msgspec.Raw) -> str | None:
-    expected, rule = RULES[name]
+def _reason(field: Field, value: msgspec.Raw) -> str | None:
     try:
-        given = msgspec.json.decode(value, type=expected)
-    except msgspec.ValidationError:
+        given = msgspec.json.decode(value, type=field.type)
+        if field.normalise and given is not None:
+            field.normalise(given)
+    except ValueError:
         is_text = bytes(value).startswith(b'"')
-        blank = name == "title" and is_text and not msgspec.json.decode(value, type=str).strip()
-        return "must not be blank" if blank else rule
-    return "must not contain U+0000" if isinstance(given, str) and "\0" in given else None
+        blank = is_text and not msgspec.json.decode(value, type=str).strip()
+        return "must not be blank" if blank and field.type is Title else field.rule
+    texts = given if isinstance(given, str | list) else ()
+    return "must not contain U+0000" if "\0" in "".join(texts) else None
 
 
 # --- Requests -------------------------------------------------------------------------------------
@@ -928,18 +1085,40 @@ POSITION = tuple[
     str | int, int
 ]  # where a page ended: the value by which its last task was sorted, and its id
 SEAL = 16  # bytes
+ORDERS = {"id": "id", "created_at": "created_at", "updated_at": "updated_at"} | {
+    name: field.order for name, field in FIELDS.items() if field.order
+}  # what lists are sorted by, and its SQL
+DUE = (
+    "must be a day such as 2026-12-01, or a time with its offset from UTC such as"
+    " 2026-12-01T09:00:00Z, in which + is written %2B"
+)
 PARAMETERS = {
     "completed": ("true|false", "must be true or false"),
-    "q": (r"[^\0]{0,1000}", "must be at most 1,000 characters, without U+0000"),
+    "priority": ("low|medium|high", "must be low, medium or high"),
+    "tag": (r"(?s)(?=.*\S)[^\0]{1,50}", "must be 1 to 50 characters, not blank, without U+0000"),
+    "due_before": (DUE_DATE.pattern, DUE),
+    "due_after": (DUE_DATE.pattern, DUE),
+    "q": (r"[^\0]{0,200}", "must be at most 200 characters, without U+0000"),
     "sort": (
-        "-?(id|created_at|updated_at|title)",
-        "must be id, created_at, updated_at or title, or one with - before",
+        f"-?({'|'.join(ORDERS)})",
+        f"must be one of {', '.join(ORDERS)}, or one with - before it",
     ),
     "limit": ("[1-9][0-9]{0,2}|1000", "must be a whole number from 1 to 1000"),
     "after": (
         "[A-Za-z0-9_-]+",
         'must come from the link rel="next" of a page of your tasks in the same order',
     ),
+}
+REPEATABLE = "tag"
+MAX_TAGS = 20  # no task has more
+INSTEAD = {  # what to send in place of common names of parameters
+    "completed=true or completed=false": "status state done open is_completed complete filter",
+    "q": "search query text keyword title",
+    "sort, with - before it for descending": "order order_by sort_by sort_order direction",
+    "tag, once for each": "tags label labels category",
+    "due_before or due_after": "due due_date",
+    "limit": "per_page page_size size count",
+    'limit, and follow the Link header with rel="next"': "offset skip page cursor",
 }
 ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'  # RFC 9110, section 8.8.3
 ENTITY_TAGS = rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*"
@@ -948,34 +1127,83 @@ IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
 
 
 class Listing(Struct, frozen=True):
-    """Which of a user's tasks, in which order, from where on; without a limit all of them."""
+    """Which of a user's tasks, in which order, after which position; all of them without a limit."""
 
     completed: bool | None = None
     q: str = ""
+    priority: str | None = None
+    tags: tuple[str, ...] = ()
+    due_before: str | None = None  # as due_moment returns it
+    due_after: str | None = None
     sort: str = "id"
     limit: int | None = None
     after: POSITION | None = None
 
+    @property
+    def is_by_id(self) -> bool:
+        """Whether its order is that of an index."""
+        return self.sort in ("id", "-id")
+
 
 def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
-    """Return what the query asks for, or raise 422 for a wrong value of a known parameter."""
+    """Return what the query asks for, or raise 422 for a wrong value or an unknown parameter."""
     given = {
-        name: text
-        for name, text in req.params.items()
-        if name in PARAMETERS and isinstance(text, str)
+        name: value if isinstance(value, list) else [value]
+        for name, value in req.params.items()
+        if not name.startswith("_")
     }
-    wrong = [name for name, text in given.items() if not re.fullmatch(PARAMETERS[name][0], text)]
-    wrong += [
-        name for name in PARAMETERS if isinstance(req.params.get(name), list)
-    ]  # given more than once
-    sort, after = given.get("sort", "id"), None
-    if "after" in given and not {"after", "sort"}.intersection(wrong):
-        after = cursors.read(given["after"], req.context.user.id, sort)
-        wrong += [] if after else ["after"]
-    if wrong:
-        raise Unprocessable([Fault(name, PARAMETERS[name][1]) for name in wrong])
-    completed = {"true": True, "false": False}.get(given.get("completed", ""))
-    return Listing(completed, given.get("q", ""), sort, int(given.get("limit", 0)) or None, after)
+    faults = [
+        Fault(name[:MAX_NAME], reason)
+        for name, values in itertools.islice(given.items(), MAX_FAULTS)
+        if (reason := wrong_parameter(name, values))
+    ]
+    single = {name: values[0] for name, values in given.items() if name != REPEATABLE}
+    sort, after = single.get("sort", "id"), None
+    if "after" in single and not {"after", "sort"}.intersection(fault.field for fault in faults):
+        after = cursors.read(single["after"], req.context.user.id, sort)
+        faults += [] if after else [Fault("after", PARAMETERS["after"][1])]
+    if faults:
+        raise Unprocessable(faults[:MAX_FAULTS])
+    return _listing(single, tuple(given.get(REPEATABLE, ())), after)
+
+
+def _listing(single: dict[str, str], tags: tuple[str, ...], after: POSITION | None) -> Listing:
+    return Listing(
+        completed={"true": True, "false": False}.get(single.get("completed", "")),
+        q=single.get("q", ""),
+        priority=single.get("priority"),
+        tags=tags,
+        due_before=due_moment(single["due_before"]) if "due_before" in single else None,
+        due_after=due_moment(single["due_after"]) if "due_after" in single else None,
+        sort=single.get("sort", "id"),
+        limit=int(single.get("limit", 0)) or None,
+        after=after,
+    )
+
+
+def wrong_parameter(name: str, values: list[str]) -> str | None:
+    """Return what is wrong with a parameter of lists, or None."""
+    if name not in PARAMETERS:
+        return f"is not a parameter of lists; {_instead(name[:MAX_NAME])}"
+    pattern, rule = PARAMETERS[name]
+    if len(values) > (MAX_TAGS if name == REPEATABLE else 1):
+        return f"{rule}; it was given {len(values)} times"
+    try:
+        if pattern == DUE_DATE.pattern:
+            due_moment(values[0])
+        return None if all(re.fullmatch(pattern, value) for value in values) else rule
+    except ValueError:
+        return rule
+
+
+def _instead(name: str) -> str:
+    """Say what to send in place of a parameter that is not known."""
+    plain = re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", name).replace("-", "_")
+    for parameter, names in INSTEAD.items():
+        if plain.strip("_") in names.split():
+            return f"send {parameter}"
+    close = difflib.get_close_matches(plain.strip("_"), PARAMETERS, 1)
+    return f"send {close[0]}" if close else f"send one of {', '.join(PARAMETERS)}"
 
 
 class Cursors:
@@ -1000,8 +1228,44 @@ class Cursors:
         return after if hmac.compare_digest(cursor, self.write(after, user_id, sort)) else None
 
 
-def read_tags(req: falcon.Request, name: str) -> list[str] | None:
-    """Return the entity tags of If-Match or If-None-Match, perhaps "*", or None; raise 400 (RFC 9110, section 13.1)."""
+class Conditions(Struct, frozen=True):
+    """The entity tags of If-Match and If-None-Match, separated by spaces; * for any."""
+
+    match: str = "*"
+    none_match: str = ""
+
+    def hold(self, tag: str) -> bool:
+        """Say whether a task with this entity tag may be changed (RFC 9110, section 13.1)."""
+        return self.matches(tag) and not self.known(tag)
+
+    def matches(self, tag: str) -> bool:
+        """Say whether If-Match has this entity tag."""
+        return self.match == "*" or tag in self.match
+
+    def known(self, tag: str) -> bool:
+        """Say whether If-None-Match has this entity tag."""
+        return self.none_match == "*" or tag in self.none_match
+
+
+UNCONDITIONAL = Conditions()
+
+
+def read_conditions(req: falcon.Request) -> Conditions:
+    """Return what If-Match and If-None-Match ask for, or raise 400.
+
+    A weak tag never fits If-Match, which compares strongly; If-None-Match compares weakly
+    (RFC 9110, section 8.8.3.2). A tag that taskd did not make fits neither.
+    """
+    match, none_match = _entity_tags(req, "If-Match"), _entity_tags(req, "If-None-Match")
+    if match is none_match is None:
+        return UNCONDITIONAL
+    return Conditions(
+        "*" if match is None else " ".join(tag for tag in match if re.fullmatch(TAG + r"|\*", tag)),
+        " ".join(tag.removeprefix("W/") for tag in none_match or ()),
+    )
+
+
+def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
     value = req.get_header(name)
     if value is None:
         return None
@@ -1012,17 +1276,6 @@ def read_tags(req: falcon.Request, name: str) -> list[str] | None:
             description=f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
         )
     return re.findall(ENTITY_TAG, value)
-
-
-def read_expected(req: falcon.Request) -> str | None:
-    """Return the entity tags of which the task must have one to be changed, or None if any will do.
-
-    The comparison is strong: a weak tag, and one that taskd did not make, never fits (RFC 9110, section 8.8.3.2).
-    """
-    tags = read_tags(req, "If-Match")
-    if tags is None or tags == ["*"]:
-        return None
-    return " ".join(tag for tag in tags if re.fullmatch(TAG, tag))
 
 
 def read_key(req: falcon.Request) -> str | None:
@@ -1038,41 +1291,69 @@ def read_key(req: falcon.Request) -> str | None:
 # --- Store ----------------------------------------------------------------------------------------
 
 CHUNK = 100  # tasks of a list that are read and sent at once
+SORTED_CHUNK = 5000  # the same where reading a chunk sorts all tasks of the user
+MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
+LIMIT_MARGIN = 1000  # tasks; more creates than can be under way at once
+RECOUNT = 500  # new tasks after which a user is counted again
+USERS_COUNTED = 10_000
+SEARCHES = 4  # of all users at once
+SEARCHES_OF_USER = 2
+SEARCH_TIME = 2.0  # seconds
 IDEMPOTENCY_WINDOW = timedelta(
     hours=24
 )  # how long a create can be repeated with its Idempotency-Key
-FIRST_FIELDS = ("title", "description", "completed")  # the digests of version 2 have all of them
-CONTAINS = " OR ".join(
-    f"REPLACE({text}, :q, '') <> {text}" for text in ("title_folded", "description_folded")
+DIGESTED = ("title", "description", "completed")  # also where they have their default
+CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
+FILTERS = {
+    "completed": "completed = :completed",
+    "q": f"({CONTAINS})",
+    "priority": "priority = :priority",
+    "due_before": f"{ORDERS['due_date']} < :due_before",
+    "due_after": f"{ORDERS['due_date']} > :due_after",
+}
+ENTITY_TAG_OF_ROW = "'%\"' || version || '-' || updated_at || '\"%'"
+AS_EXPECTED = (
+    f"(:match = '*' OR :match LIKE {ENTITY_TAG_OF_ROW})"
+    f" AND NOT (:none_match = '*' OR :none_match LIKE {ENTITY_TAG_OF_ROW})"
 )
-AS_EXPECTED = """(CAST(:expected AS TEXT) IS NULL OR :expected LIKE '%"' || version || '-' || updated_at || '"%')"""
+
+
+class TooManyTasks(Exception):
+    """The user has as many tasks as `most`, which the operator allows."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
 
 
 class Changed(Exception):
-    """The task is not what the caller expected; `tag` is its entity tag now."""
+    """The task is not as the caller's conditions ask for; `tag` is its entity tag now."""
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
 
 
 class Task(peewee.Model):
-    """A row of schema.sql's table. Statements are built from it; rows never become one, which would cost 100 µs."""
+    """A row of schema.sql's table, with the columns of FIELDS.
+
+    Statements are built from it; rows never become one, which would cost 100 µs.
+    """
 
     id = peewee.AutoField()
     user_id = peewee.TextField()
-    title = peewee.TextField()
-    description = peewee.TextField(null=True)
-    completed = peewee.BooleanField(default=False)
     created_at = peewee.TextField()
     updated_at = peewee.TextField()
     version = peewee.IntegerField()
-    title_folded = peewee.TextField()
-    description_folded = peewee.TextField(null=True)
 
     class Meta:
         """Where schema.sql keeps it."""
 
         table_name = "task"
+
+
+for _name, _field in FIELDS.items():
+    Task._meta.add_field(_name, _field.column())
+for _name in SEARCHED:
+    Task._meta.add_field(f"{_name}_folded", peewee.TextField(null=getattr(Task, _name).null))
 
 
 class IdempotencyKey(peewee.Model):
@@ -1106,27 +1387,49 @@ class About(peewee.Model):
 
 MODELS: tuple[type[peewee.Model], ...] = (Task, IdempotencyKey, About)
 SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
+LOADED = [
+    (place, column.python_value)
+    for place, column in enumerate(SHOWN)
+    if isinstance(column, peewee.BooleanField | TagsField)
+]
+Row = tuple[Any, ...]
 
 
 class Stored(Struct, frozen=True):
-    """A task with its entity tag. If `replayed`, `task` is the stored JSON of an earlier create."""
+    """A task with its id and entity tag; `replayed` if a create with the same Idempotency-Key made it before."""
 
+    task: View
     id: int
-    task: TaskView | msgspec.Raw
     tag: str
     replayed: bool = False
 
 
-def search_columns(title: str | None, description: str | None) -> dict[str, str | None]:
-    """Return the columns in which `q` is searched: the texts as they are when upper and lower case do not count."""
-    return {
-        "title_folded": title and title.casefold(),
-        "description_folded": description and description.casefold(),
-    }
+class Replay(Struct):
+    """What a create that is repeated needs to know of its first answer, whatever else is in it."""
+
+    id: int
+    updated_at: str
+
+
+def search_columns(fields: dict[str, Any]) -> dict[str, str | None]:
+    """Return the case-folded copies, which `q` searches, of those of these fields that are searched."""
+    return {f"{name}_folded": _folded(fields[name]) for name in SEARCHED if name in fields}
+
+
+def _folded(value: str | list[str] | None) -> str | None:
+    if isinstance(value, list):
+        return CAPITAL.join(tag.casefold() for tag in value)
+    return value and value.casefold()
+
+
+def columns(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the columns in which the database keeps these fields."""
+    kept = {name: getattr(Task, name).db_value(value) for name, value in fields.items()}
+    return kept | search_columns(fields)
 
 
 def placeholder(name: str) -> peewee.SQL:
-    """Return the place of a value in a statement that is compiled once."""
+    """Return a named placeholder."""
     return peewee.SQL(f":{name}")
 
 
@@ -1135,182 +1438,266 @@ def owned_by_user(model: type[Task | IdempotencyKey]) -> peewee.Expression:
     return model.user_id == placeholder("user_id")
 
 
+THIS = owned_by_user(Task) & (Task.id == placeholder("id"))
+EXPECTED = THIS & peewee.SQL(f"({AS_EXPECTED})")
+
+
+def queries() -> dict[str, Any]:
+    """Return the statements of the store by name, but for those of lists and changes."""
+    now = placeholder("now")
+    names = [*FIELDS, *(f"{name}_folded" for name in SEARCHED)]
+    new = {name: placeholder(name) for name in names}
+    key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
+    oldest = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id)
+    expired = (key | IdempotencyKey.id.in_(oldest.limit(peewee.SQL("2")))) & (
+        IdempotencyKey.created_at < placeholder("before")
+    )
+    claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
+    claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim).on_conflict(
+        "NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name)
+    )
+    return {
+        "get": Task.select(*SHOWN, Task.version).where(THIS),
+        "add": _returning(
+            Task.insert(user_id=placeholder("user_id"), created_at=now, updated_at=now, **new)
+        ),
+        "long": Task.select(Task.id)
+        .where(owned_by_user(Task))
+        .limit(peewee.SQL("1"))
+        .offset(peewee.SQL(str(CHUNK))),
+        "toggle": _update(completed=peewee.SQL("NOT completed")),
+        "remove": _returning(Task.delete().where(EXPECTED)),
+        "expire": IdempotencyKey.delete().where(expired),
+        "claim": claimed.returning(IdempotencyKey.id),
+        "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
+        "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
+    }
+
+
+def change_query(*names: str) -> Any:
+    """Return the statement that changes these columns of a task."""
+    return _update(**{name: placeholder(name) for name in names})
+
+
+def _update(**values: Any) -> Any:
+    touched = {"updated_at": placeholder("now"), "version": peewee.SQL("version + 1")}
+    return _returning(Task.update(**values, **touched).where(EXPECTED))
+
+
+def _returning(query: Any) -> Any:
+    return query.returning(*SHOWN, Task.version)
+
+
+def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> Any:
+    """Return the statement of a page: from its first task on, never with OFFSET.
+
+    Sorted by id it follows an index; another order sorts the user's tasks. What is absent is
+    sorted as a text after, or when descending before, any other.
+    """
+    name, descending = sort.lstrip("-"), sort.startswith("-")
+    key = ORDERS[name]
+    if getattr(Task, name).null:
+        key = f"COALESCE({key}, '{'' if descending else 'z'}')"
+    where = [peewee.SQL(FILTERS[name]) for name in filters]
+    where += [peewee.SQL(f"REPLACE(tags, :tag_{n}, '') <> tags") for n in range(tags)]
+    if not first:
+        position = "id > :last" if name == "id" else f"({key}, id) > (:value, :last)"
+        where.append(peewee.SQL(position.replace(">", "<") if descending else position))
+    direction = " DESC" if descending else ""
+    order = [peewee.SQL(f"{part}{direction}") for part in dict.fromkeys([key, "id"])]
+    query = Task.select(*SHOWN, peewee.SQL(key)).where(owned_by_user(Task), *where)
+    return query.order_by(*order).limit(placeholder("limit"))
+
+
+class TaskLimit:
+    """How many tasks a user may have. Only who is near the limit is counted exactly, and alone."""
+
+    def __init__(self, database: Database, most: int | None) -> None:
+        self._database, self._most = database, most
+        self._counted: dict[str, tuple[int, int]] = {}  # a user's tasks, and the id of the newest
+        count = Task.select(
+            peewee.fn.COUNT(Task.id), peewee.fn.COALESCE(peewee.fn.MAX(Task.id), peewee.SQL("0"))
+        )
+        self._sql = database.compile(
+            count.where(owned_by_user(Task), Task.id > placeholder("last"))
+        )
+
+    def is_near(self, user_id: str) -> bool:
+        """Say whether the user may be at the limit: count the tasks that are new since the last count.
+
+        Deletions since then are not seen, nor the few tasks that were being created at that time.
+        """
+        if self._most is None:
+            return False
+        known, last = self._counted.get(user_id) or self._recount(user_id)
+        [(new, _)] = self._database.run(self._sql, user_id=user_id, last=last)
+        if new > RECOUNT:
+            self._counted.pop(user_id, None)
+        return known + int(new) + LIMIT_MARGIN > self._most
+
+    def check(self, user_id: str) -> None:
+        """Raise TooManyTasks unless the user may have one more; to be called in a transaction."""
+        self._database.lock(user_id)
+        if self._most is not None and self._recount(user_id)[0] >= self._most:
+            raise TooManyTasks(self._most)
+
+    def _recount(self, user_id: str) -> tuple[int, int]:
+        if len(self._counted) >= USERS_COUNTED:
+            self._counted.clear()
+        [(count, newest)] = self._database.run(self._sql, user_id=user_id, last=0)
+        self._counted[user_id] = count, newest
+        return count, newest
+
+
 class TaskStore:
-    """One user's tasks at a time; None means that this user has no such task, and Unavailable that the database is.
+    """One user's tasks at a time. Returns None if the user has no such task.
 
     Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is therefore atomic; only a
-    create that can be repeated takes several, in one transaction. `expected` is entity tags of which the task must
-    have one, else Changed is raised.
+    create that can be repeated takes several, in one transaction. Raises Unavailable if the
+    database cannot be used, and Changed for a task that is not as `conditions` ask for.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, max_tasks: int | None = None) -> None:
+        self._database, self._limit = database, TaskLimit(database, max_tasks)
         self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
-        self._lists: dict[tuple[object, ...], str] = {}
-        this = owned_by_user(Task) & (Task.id == placeholder("id"))
-        as_expected = this & peewee.SQL(AS_EXPECTED)
-        touched = {"updated_at": placeholder("now"), "version": peewee.SQL("version + 1")}
-        new = {name: placeholder(name) for name in ("user_id", *RULES, *search_columns(None, None))}
-        changed: dict[str, Any] = {
-            name: peewee.fn.COALESCE(placeholder(name), getattr(Task, name))
-            for name in new
-            if name != "user_id"
-        }
-        for name in ("description", "description_folded"):
-            changed[name] = peewee.Case(
-                None, [(placeholder("described"), placeholder(name))], getattr(Task, name)
-            )
-        toggled = peewee.fn.COALESCE(placeholder("completed"), ~Task.completed)
-        self._get = database.compile(Task.select(*SHOWN, Task.version).where(this))
-        self._add = self._compile(
-            Task.insert(created_at=placeholder("now"), updated_at=placeholder("now"), **new)
-        )
-        self._change = self._compile(Task.update(**changed, **touched).where(as_expected))
-        self._complete = self._compile(Task.update(completed=toggled, **touched).where(as_expected))
-        self._remove = self._compile(Task.delete().where(as_expected))
-        key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
-        oldest = (
-            IdempotencyKey.select(IdempotencyKey.id)
-            .order_by(IdempotencyKey.id)
-            .limit(peewee.SQL("2"))
-        )
-        expired = (key | IdempotencyKey.id.in_(oldest)) & (
-            IdempotencyKey.created_at < placeholder("before")
-        )
-        claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
-        claimed = IdempotencyKey.insert(
-            answer=peewee.SQL("''"), created_at=placeholder("now"), **claim
-        ).on_conflict("NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name))
-        self._expire = database.compile(IdempotencyKey.delete().where(expired))
-        self._claim = database.compile(claimed.returning(IdempotencyKey.id))
-        self._answer = database.compile(
-            IdempotencyKey.update(answer=placeholder("answer")).where(key)
-        )
-        self._replay = database.compile(
-            IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key)
-        )
+        self._sql = {name: database.compile(query) for name, query in queries().items()}
+        self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
+        self._page = lru_cache(256)(lambda *shape: database.compile(page_query(*shape)))
+        self._searching: Counter[str] = Counter()
+        self._searching_lock = threading.Lock()
 
-    def _compile(self, query: Any) -> str:
-        return self._database.compile(query.returning(*SHOWN, Task.version))
+    @contextlib.contextmanager
+    def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
+        """Limit a search, which reads each task of the user, in number and time. Raises Busy."""
+        if not self._is_search(user_id, listing):
+            yield
+            return
+        if thread_state.in_event_loop:
+            raise SearchWouldBlock
+        end = time.monotonic() + SEARCH_TIME
+        with self._counted(user_id):
+            try:
+                with self._database.deadline(SEARCH_TIME):
+                    yield
+            except Unavailable as ex:
+                if time.monotonic() < end:
+                    raise
+                detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
+                raise Busy(detail, str(ex)) from ex
 
-    def page(self, user_id: str, listing: Listing) -> tuple[list[TaskView], Listing | None]:
-        """Return the user's tasks, as many as the listing's limit or a piece; and the listing of those that follow."""
-        if listing.q and thread_state.in_event_loop:
-            raise WouldBlock  # it looks at each task of the user
-        size, (value, last) = listing.limit or CHUNK, listing.after or (None, None)
-        shape = listing.completed is None, not listing.q, listing.sort, last is None
-        sql = self._lists.get(shape) or self._lists.setdefault(shape, self._select(*shape))
-        values = {
-            "completed": listing.completed,
-            "q": listing.q.casefold(),
-            "value": value,
-            "last": last,
-        }
-        tasks = _views(self._database.run(sql, user_id=user_id, limit=size + 1, **values))
-        if len(tasks) <= size:
-            return tasks, None
-        after = getattr(tasks[size - 1], listing.sort.lstrip("-")), tasks[size - 1].id
-        return tasks[:size], msgspec.structs.replace(listing, after=after)
+    def _is_search(self, user_id: str, listing: Listing) -> bool:
+        """Say whether a page reads texts, or each task of a user who has more than CHUNK."""
+        if listing.q:
+            return True
+        filters = listing.priority, listing.tags, listing.due_before, listing.due_after
+        if listing.is_by_id and not any(filters):
+            return False
+        return bool(self._database.run(self._sql["long"], user_id=user_id))
 
-    def _select(self, both: bool, everything: bool, sort: str, first: bool) -> str:
-        """Return the statement of a page: from its first task on, along an index, and never with OFFSET.
+    @contextlib.contextmanager
+    def _counted(self, user_id: str) -> Iterator[None]:
+        with self._searching_lock:
+            if self._searching[user_id] >= SEARCHES_OF_USER:
+                raise Busy("other searches of yours are still running; wait until one ends", "busy")
+            self._searching[user_id] += 1
+        try:
+            yield
+        finally:
+            with self._searching_lock:
+                self._searching[user_id] -= 1
+                self._searching += Counter()  # forgets who has none
 
-        It is put together from parts that each are a piece of an index in its order: open and done tasks, those equal
-        to the last one before and those after them. SQLite would read all that are equal if it were asked at once.
+    def page(self, user_id: str, listing: Listing) -> tuple[list[View], Listing | None]:
+        """Return the user's tasks, and the listing of those that follow.
+
+        With a limit they are at most so many, and about MAX_PAGE bytes of JSON; without one they
+        are the next CHUNK, or SORTED_CHUNK where each chunk sorts all tasks again.
         """
-        column, descending = getattr(Task, sort.lstrip("-")), sort.startswith("-")
-        value, last = placeholder("value"), placeholder("last")
-        halves, places = [], []
-        if not both:
-            halves = [Task.completed == placeholder("completed")]
-        elif column is not Task.id:
-            halves = [Task.completed == peewee.SQL("FALSE"), Task.completed == peewee.SQL("TRUE")]
-        if not first:
-            places = [Task.id < last if descending else Task.id > last]
-        if not first and column is not Task.id:
-            places = [
-                (column == value) & places[0],
-                column < value if descending else column > value,
-            ]
-        query = Task.select(*SHOWN).where(
-            owned_by_user(Task), *([] if everything else [peewee.SQL(f"({CONTAINS})")])
-        )
-        parts: list[Any] = [
-            query.where(*part) for part in itertools.product(*filter(None, (halves, places)))
-        ]
-        direction = " DESC" if descending else ""
-        order = (peewee.SQL(f"{key}{direction}") for key in dict.fromkeys([column.name, "id"]))
-        return self._database.compile(
-            reduce(operator.add, parts).order_by(*order).limit(placeholder("limit"))
-        )
+        size = listing.limit or (CHUNK if listing.is_by_id else SORTED_CHUNK)
+        sql, values = self._page_statement(listing)
+        values |= {"user_id": user_id, "limit": size + 1}
+        if size == CHUNK:
+            tasks, after = _fill_page(self._database.run(sql, **values), size)
+        else:
+            with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
+                tasks, after = _fill_page(rows, size)
+        return tasks, after and msgspec.structs.replace(listing, after=after)
+
+    def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
+        value, last = listing.after or (None, None)
+        asked = {name: getattr(listing, name) for name in FILTERS}
+        values = {name: value for name, value in asked.items() if value not in (None, "")}
+        sql = self._page(tuple(values), len(listing.tags), listing.sort, last is None)
+        values |= {f"tag_{place}": quoted(tag) for place, tag in enumerate(listing.tags)}
+        return sql, values | {"q": listing.q.casefold(), "value": value, "last": last}
 
     def get(self, user_id: str, task_id: int) -> Stored | None:
         """Return one task."""
-        return _first(self._database.run(self._get, user_id=user_id, id=task_id))
+        return _first(self._database.run(self._sql["get"], user_id=user_id, id=task_id))
 
-    def add(self, user_id: str, task: NewTask, key: str | None = None) -> Stored | None:
+    def add(self, user_id: str, task: dict[str, Any], key: str | None = None) -> Stored | None:
         """Create a task; it is on disk when this returns. None if the key was used for another one.
 
         With a key, a create that was done within 24 hours is not done again, but answered as it was then.
+        Raises TooManyTasks.
         """
         now = datetime.now(UTC)
-        new = {name: getattr(task, name) for name in RULES}
-        values = {
-            **new,
-            **search_columns(task.title, task.description),
-            "user_id": user_id,
-            "now": timestamp(now),
-        }
+        values = {**columns(task), "user_id": user_id, "now": timestamp(now)}
+        near = self._limit.is_near(user_id)
+        if key is None and not near:
+            return _first(self._database.write(self._sql["add"], **values))
         if key is None:
-            return _first(self._database.write(self._add, **values))
-        body = digest(task)
+            with self._database.transaction():
+                self._limit.check(user_id)
+                return _first(self._run("add", values))
+        body = _digest(task)
         values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
-            self._database.run(self._expire, **values)
-            found = self._database.run(self._replay, **values)
-            if not found and self._database.run(self._claim, **values):
-                [row] = self._database.run(self._add, **values)
+            self._run("expire", values)
+            found = self._run("replay", values)
+            if not found and self._run("claim", values):
+                if near:
+                    self._limit.check(user_id)
+                [row] = self._run("add", values)
                 stored = _stored(row)
-                self._database.run(self._answer, **values, answer=to_json(stored.task).decode())
+                self._run("answer", values | {"answer": to_json(stored.task).decode()})
                 return stored
-            [(known, answer)] = found or self._database.run(
-                self._replay, **values
-            )  # another process was faster
+            # without a row, another process was faster
+            [(known, answer)] = found or self._run("replay", values)
         return _replayed(answer) if known == body else None
 
     def change(
-        self, user_id: str, task_id: int, changes: TaskChanges, expected: str | None = None
+        self,
+        user_id: str,
+        task_id: int,
+        changes: dict[str, Any],
+        conditions: Conditions = UNCONDITIONAL,
     ) -> Stored | None:
-        """Change the fields that are given, and return the task as it is now."""
-        given = {name: value for name in RULES if (value := getattr(changes, name)) is not UNSET}
-        if not given:
-            stored = self.get(user_id, task_id)
-            if stored and expected is not None and stored.tag not in expected:
-                raise Changed(stored.tag)
-            return stored
-        values = {
-            "title": None,
-            "description": None,
-            "completed": None,
-            "described": "description" in given,
-            **given,
-        }
-        values |= search_columns(given.get("title"), given.get("description"))
-        return self._write(
-            self._change, expected, user_id=user_id, id=task_id, now=_now(), **values
-        )
+        """Change these fields, and return the task as it is now."""
+        if changes:
+            values = columns(changes)
+            return self._write(self._change(*values), conditions, user_id, task_id, **values)
+        stored = self.get(user_id, task_id)
+        if stored and not conditions.hold(stored.tag):
+            raise Changed(stored.tag)
+        return stored
 
-    def complete(
-        self, user_id: str, task_id: int, completed: bool | None, expected: str | None = None
+    def toggle(
+        self, user_id: str, task_id: int, conditions: Conditions = UNCONDITIONAL
     ) -> Stored | None:
-        """Set whether the task is completed, or toggle it with None, and return the task as it is now."""
-        return self._write(
-            self._complete, expected, user_id=user_id, id=task_id, now=_now(), completed=completed
-        )
+        """Toggle whether the task is completed, and return the task as it is now."""
+        return self._write(self._sql["toggle"], conditions, user_id, task_id)
 
-    def remove(self, user_id: str, task_id: int, expected: str | None = None) -> Stored | None:
+    def remove(
+        self, user_id: str, task_id: int, conditions: Conditions = UNCONDITIONAL
+    ) -> Stored | None:
         """Delete the task, and return it as it was."""
-        return self._write(self._remove, expected, user_id=user_id, id=task_id)
+        return self._write(self._sql["remove"], conditions, user_id, task_id)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether writes take so long that they are better run in a worker thread from the start."""
+        return self._database.is_slow
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
@@ -1320,66 +1707,63 @@ class TaskStore:
         """Close this thread's connections."""
         self._database.close()
 
-    def _write(self, sql: str, expected: str | None, **values: Any) -> Stored | None:
-        stored = _first(self._database.write(sql, expected=expected, **values))
-        if (
-            not stored
-            and expected is not None
-            and (other := self.get(values["user_id"], values["id"]))
-        ):
+    def _run(self, name: str, values: dict[str, Any]) -> list[Row]:
+        return self._database.run(self._sql[name], **values)
+
+    def _write(
+        self, sql: str, conditions: Conditions, user_id: str, task_id: int, **values: Any
+    ) -> Stored | None:
+        values |= {"match": conditions.match, "none_match": conditions.none_match, "now": _now()}
+        stored = _first(self._database.write(sql, user_id=user_id, id=task_id, **values))
+        if not stored and conditions is not UNCONDITIONAL and (other := self.get(user_id, task_id)):
             raise Changed(other.tag)
         return stored
 
 
-Row = tuple[Any, ...]
+def _view(row: Row) -> View:
+    """Return a row as a task; behind its columns is one more, the version or the position in a list."""
+    values = [*row]
+    for place, load in LOADED:
+        values[place] = load(values[place])
+    return TaskView(*values[:-1])
 
 
-def _views(rows: list[Row]) -> list[TaskView]:
-    return [
-        TaskView(key, user, title, text, done == 1, new, now)
-        for key, user, title, text, done, new, now in rows
-    ]
+def _fill_page(rows: Iterable[Row], limit: int) -> tuple[list[View], POSITION | None]:
+    """Return the first tasks, until there are `limit` or MAX_PAGE bytes, and where more follow."""
+    tasks: list[View] = []
+    room, position = MAX_PAGE, 0  # as the last column of a row says it
+    for row in rows:
+        if len(tasks) == limit or room <= 0:
+            return tasks, (position, tasks[-1].id)
+        tasks.append(_view(row))
+        position, room = row[-1], room - len(to_json(tasks[-1]))
+    return tasks, None
 
 
 def _stored(row: Row) -> Stored:
-    key, user, title, text, done, new, now, version = row
-    return Stored(key, TaskView(key, user, title, text, done == 1, new, now), f'"{version}-{now}"')
+    task = _view(row)
+    return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
 
 
 def _first(rows: list[Row]) -> Stored | None:
     return _stored(rows[0]) if rows else None
 
 
-class _StoredAnswer(Struct):
-    """The members that the headers of a replay need, in every version of the task's JSON."""
-
-    id: int
-    updated_at: str
+def _digest(task: dict[str, Any]) -> str:
+    """Return the SHA-256 of a task that was asked for; a newer field does not change that of an older request."""
+    asked = {
+        name: value
+        for name, value in task.items()
+        if name in DIGESTED or value != FIELDS[name].default
+    }
+    return hashlib.sha256(to_json(asked)).hexdigest()
 
 
 def _replayed(answer: str) -> Stored:
-    """Return a stored answer byte for byte: an earlier version with other members may have made it."""
-    found = msgspec.json.decode(answer, type=_StoredAnswer)
-    return Stored(found.id, msgspec.Raw(answer.encode()), f'"1-{found.updated_at}"', replayed=True)
-
-
-def digest(task: NewTask) -> str:
-    """Return the SHA-256 of a create, by which a used Idempotency-Key is compared.
-
-    Fields added after version 2 count only if they are not the default, so that a key outlives an upgrade.
-    """
-    given, default = msgspec.structs.asdict(task), NewTask(title=task.title)
-    counted = {
-        name: given[name]
-        for name in RULES
-        if name in FIRST_FIELDS or given[name] != getattr(default, name)
-    }
-    return hashlib.sha256(to_json(counted)).hexdigest()
-
-
-def timestamp(when: datetime) -> str:
-    """Return a time in UTC as tasks show it (RFC 3339, milliseconds)."""
-    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    replay = msgspec.json.decode(answer, type=Replay)
+    return Stored(
+        msgspec.Raw(answer.encode()), replay.id, f'"1-{replay.updated_at}"', replayed=True
+    )
 
 
 def _now() -> str:
@@ -1390,19 +1774,27 @@ def _now() -> str:
 
 SCHEMA = shipped("schema.sql")
 MIGRATIONS = shipped("migrations")
-VERSION = 2  # of the schema; migrations/N.sql makes version N from the one before it
+VERSION = 3  # of the schema; migrations/N.sql makes version N from the one before it
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 MIN_SQLITE = (3, 35)  # has RETURNING
-FULL = 64 * 1024  # bytes free, with which SQLite cannot make its files
+FULL = 256 * 1024  # bytes free, with which SQLite cannot make its files or store every task
+UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
+INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
+SESSION = """
+    SET statement_timeout = {:.0f}; SET lock_timeout = {:.0f};
+    SET default_transaction_isolation = 'read committed';
+    SELECT set_config('synchronous_commit', 'on', FALSE)
+        WHERE current_setting('synchronous_commit') = 'off'
+"""  # in milliseconds; a commit is on disk before it is answered
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = (
     4.0  # seconds that a write waits for another process which holds the database's write lock
 )
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for the writes of this process
-QUEUE_PLACE_TIMEOUT = (
-    0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
-)
+DEADLINE_STEPS = 1000  # of SQLite's machine between two looks at the clock; a few rows of a search
+TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes: statement_timeout and lock_timeout were over
+QUEUE_PLACE_TIMEOUT = 0.25  # seconds after which a queue of writes that does not move is closed
 SLOW_WRITE = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
 
 
@@ -1410,10 +1802,17 @@ class DatabaseError(Exception):
     """The database cannot be opened or does not fit schema.sql; the message says which file and why."""
 
 
-def open_database(settings: Settings) -> Database:
-    """Return the database of the settings, made or brought up to date if need be. Raises DatabaseError."""
+class Unstorable(Exception):
+    """The user id cannot be stored by this database."""
+
+
+def open_database(settings: Settings, timeout: float = LOCK_TIMEOUT) -> Database:
+    """Return the database of the settings, created or migrated if need be. Raises DatabaseError.
+
+    The time-out in seconds bounds PostgreSQL's statements and locks; 0 is none.
+    """
     if settings.database_url.startswith("postgresql:"):
-        return Postgres(settings)
+        return Postgres(settings, timeout)
     return Sqlite(settings.database, settings.threads // 2)
 
 
@@ -1425,7 +1824,61 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(sql)
 
 
-class Sqlite:
+class WriteQueue:
+    """Places for writes that wait, fewer than there are worker threads, so that reads find one."""
+
+    def __init__(self, places: int) -> None:
+        self._free, self._places = places, places
+        self._moved, self._changed = 0.0, threading.Condition()
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Wait for a place while the queue moves. Raises Unavailable at once when it does not."""
+        if thread_state.in_event_loop:
+            raise WouldBlock
+        with self._changed:
+            if self._free == self._places:
+                self._moved = time.monotonic()
+            while not self._free:
+                patience = self._moved + QUEUE_PLACE_TIMEOUT - time.monotonic()
+                if patience <= 0:
+                    raise Unavailable("the database", "too many writes are waiting")
+                self._changed.wait(patience)
+            self._free -= 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free, self._moved = self._free + 1, time.monotonic()
+                self._changed.notify()
+
+
+class _LastWrite:
+    """What the last write met, for /readyz: reads go on where a disk is full or read-only."""
+
+    _failure = ""
+    write: Callable[..., object]
+
+    @contextlib.contextmanager
+    def _remembered(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as ex:
+            if UNWRITABLE.search(ex.args[1]):
+                self._failure = ex.args[1]
+            raise
+        self._failure = ""
+
+    def _check_last_write(self) -> None:
+        """Raise Unavailable if the last write could not be stored, and another one cannot be now."""
+        try:
+            if self._failure:
+                self.write("UPDATE about SET version = version")
+        except Unavailable as ex:
+            raise Unavailable("the database, which stores no writes,", ex.args[1]) from ex
+
+
+class Sqlite(_LastWrite):
     """SQLite: a connection in each thread, and one write at a time."""
 
     def __init__(self, path: str, waiting: int) -> None:
@@ -1441,9 +1894,8 @@ class Sqlite:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._worker_connection  # for queries of taskctl's own
         self._path, self._opened = Path(path), Path(path).stat()
-        self._slots = threading.BoundedSemaphore(waiting)
-        self._turn = threading.Lock()
-        self._slow = False
+        self._queue, self._turn = WriteQueue(waiting), threading.Lock()
+        self._write_time, self.is_slow = 0.0, False
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -1456,22 +1908,51 @@ class Sqlite:
             with peewee.__exception_wrapper__:  # type: ignore[attr-defined]  # the last fetch commits, and can fail
                 return database.execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
         except peewee.DatabaseError as ex:
-            if thread_state.in_event_loop and "locked" in str(ex):
-                raise WouldBlock from None
-            self._drop()  # whatever state the connection is in, the next request starts with a fresh one
-            if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
-                raise
-            raise Unavailable("the database", str(ex)) from ex
+            self._fail(ex)
+
+    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed."""
+        try:
+            with (
+                peewee.__exception_wrapper__,  # type: ignore[attr-defined]
+                contextlib.closing(self._here().execute_sql(sql, values)) as cursor,
+            ):
+                yield from cursor
+        except peewee.DatabaseError as ex:
+            self._fail(ex)
+
+    def _fail(self, ex: peewee.DatabaseError) -> NoReturn:
+        if thread_state.in_event_loop and "locked" in str(ex):
+            raise WouldBlock from None
+        self._drop()  # whatever state the connection is in, the next request starts with a fresh one
+        if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
+            raise ex
+        raise Unavailable("the database", str(ex)) from ex
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """End this thread's statements with Unavailable when the time is over."""
+        self.run("SELECT 1")  # opens the connection, or raises Unavailable
+        end, connection = time.monotonic() + seconds, self._here().connection()
+        connection.set_progress_handler(lambda: time.monotonic() > end, DEADLINE_STEPS)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
+                connection.set_progress_handler(None, 0)
+
+    def lock(self, user_id: str) -> None:
+        """Keep other creates of the user out until the transaction ends; here all writes are."""
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something, alone; it is on disk when this returns."""
-        with self._alone():
+        with self._remembered(), self._alone():
             return self.run(sql, **values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements alone; all of them are on disk when this ends, or none."""
-        with self._alone():
+        with self._remembered(), self._alone():
             self.run("BEGIN IMMEDIATE")
             try:
                 yield
@@ -1485,14 +1966,19 @@ class Sqlite:
         """Wait for this thread's turn. Writes queue here, because in SQLite's own waiting they back off and starve."""
         if not thread_state.in_event_loop:
             self._queue_up()
-        elif self._slow or not self._turn.acquire(blocking=False):
+        elif self.is_slow or not self._turn.acquire(blocking=False):
             raise WouldBlock
         started = time.monotonic()
         try:
             yield
+            self._note_time(time.monotonic() - started)
         finally:
-            self._slow = time.monotonic() - started > SLOW_WRITE
             self._turn.release()
+
+    def _note_time(self, seconds: float) -> None:
+        """Decide by a moving average, with hysteresis, whether the event loop leaves writes to the workers."""
+        self._write_time += (min(seconds, 10 * SLOW_WRITE) - self._write_time) / 8
+        self.is_slow = self._write_time > (SLOW_WRITE / 2 if self.is_slow else SLOW_WRITE)
 
     def _drop(self) -> None:
         """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
@@ -1507,25 +1993,19 @@ class Sqlite:
         )
 
     def _queue_up(self) -> None:
-        if not self._slots.acquire(timeout=QUEUE_PLACE_TIMEOUT):
-            raise Unavailable("the database", "too many writes are waiting")
-        try:
+        with self._queue.place():
             if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
-        finally:
-            self._slots.release()
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers, fits schema.sql, and is still what lies at its path.
 
         SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
         """
-        if thread_state.in_event_loop:
-            raise WouldBlock
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
             replaced = not os.path.samestat(self._path.stat(), self._opened)
-            _check_fit(self._worker_connection, sqlite_definitions)
+            _check_fit(self._here(), sqlite_definitions)
         except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
             raise Unavailable("the database", str(ex)) from ex
         if replaced:
@@ -1533,6 +2013,9 @@ class Sqlite:
                 "the database, whose file was replaced,",
                 "restart taskd to serve what lies there now",
             )
+        if self._failure and shutil.disk_usage(self._path.parent).free < FULL:
+            raise Unavailable("the database, whose disk is full,", self._failure)
+        self._check_last_write()
 
     def close(self) -> None:
         """Close this thread's connections; the last one of all folds SQLite's log into the database."""
@@ -1540,35 +2023,51 @@ class Sqlite:
         self._worker_connection.close()
 
 
-class Postgres:
-    """PostgreSQL: a pool of connections, and any number of taskd processes beside each other."""
+class PostgresSession(peewee.PostgresqlDatabase):
+    """Connections with the same session settings whatever the role, the database or libpq have."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
-        try:
-            import psycopg  # only those who have a server pay for its driver
-            from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+    session_settings: str
 
-            psycopg.conninfo.conninfo_to_dict(settings.database_url)
-        except ImportError:
-            raise SettingsError(
-                "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
-            ) from None
-        except (
-            psycopg.ProgrammingError
-        ):  # what it says of a password with a % may have the password in it
-            raise SettingsError(
-                "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
-            ) from None
-        self._pool = self.peewee = PooledPostgresqlDatabase(
+    def _connect(self) -> Any:
+        connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
+        try:  # after connecting: PgBouncer refuses settings in the start-up packet
+            connection.execute(self.session_settings)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class Postgres(_LastWrite):
+    """PostgreSQL: a pool of connections; several taskd processes can share the database."""
+
+    is_slow = False  # every statement leaves the event loop anyway
+
+    def __init__(self, settings: Settings, timeout: float) -> None:
+        """Open the database, and create or migrate its tables. Raises DatabaseError or SettingsError.
+
+        A statement may take twice the time-out in seconds, and wait that long for a lock; 0 is no limit.
+        """
+        given = _libpq_parameters(settings.database_url)
+        from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+
+        class Pool(PooledPostgresqlDatabase, PostgresSession):
+            session_settings = SESSION.format(2000 * timeout, 1000 * timeout)
+
+        defaults: dict[str, Any] = {
+            "connect_timeout": 3,
+            "tcp_user_timeout": 5000,
+            "application_name": "taskd",
+        }
+        self._pool = self.peewee = Pool(
             settings.database_url,
-            max_connections=settings.threads,
+            max_connections=settings.threads + SEARCHES,
             timeout=WRITE_TURN_TIMEOUT,
             prefer_psycopg3=True,
-            connect_timeout=3,
-            tcp_user_timeout=5000,
-            options=f"-c statement_timeout={2000 * LOCK_TIMEOUT:.0f}ms -c lock_timeout={1000 * LOCK_TIMEOUT:.0f}ms",
+            encoding="UTF8",
+            **{name: value for name, value in defaults.items() if name not in given},
         )
+        self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
         self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
@@ -1581,7 +2080,9 @@ class Postgres:
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
-        return re.sub(r":([a-z_]+)", r"%(\1)s", compiled(query, self._pool).replace("%", "%%"))
+        return re.sub(
+            r":([a-z][a-z_0-9]*)", r"%(\1)s", compiled(query, self._pool).replace("%", "%%")
+        )
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows. Raises Unavailable, and WouldBlock where it must not wait."""
@@ -1589,12 +2090,31 @@ class Postgres:
             cursor = self._pool.execute_sql(sql, values)
             return cursor.fetchall() if cursor.description else []
 
-    write = run  # the server keeps writers apart
+    def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement that changes something; it is on disk when this returns."""
+        with self._queue.place(), self._remembered():
+            return self.run(sql, **values)
+
+    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed."""
+        with self._connected(), peewee.__exception_wrapper__:  # type: ignore[attr-defined]
+            yield from self._pool.cursor().stream(sql, values)
+
+    def lock(self, user_id: str) -> None:
+        """Keep other creates of the user out that lock too, until the transaction ends."""
+        self.run("SELECT pg_advisory_xact_lock(hashtextextended(%(user_id)s, 0))", user_id=user_id)
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """End each of this thread's statements with Unavailable when it takes longer."""
+        with self._connected(), self._pool.atomic():
+            self.run(f"SET LOCAL statement_timeout = {1000 * seconds:.0f}")
+            yield
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
-        with self._connected(), self._pool.atomic():
+        with self._queue.place(), self._remembered(), self._connected(), self._pool.atomic():
             yield
 
     @contextlib.contextmanager
@@ -1610,25 +2130,74 @@ class Postgres:
             ):
                 yield
         except self._unusable as ex:
-            self._pool.close_idle()  # the server was perhaps away; then none of them is good any more
+            original = getattr(ex, "orig", None) or ex.__cause__ or ex.__context__
+            code = getattr(original, "sqlstate", None)
+            if isinstance(ex, peewee.DataError) or code == INDEX_ROW_TOO_LONG:
+                raise Unstorable from ex
+            if code not in TIMED_OUT:
+                self._pool.close_idle()  # after a restart of the server none of them is usable
             raise Unavailable("the database", _first_line(ex)) from ex
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         with self._connected():
             _check_fit(self._pool, portable_definitions)
+            if not self._pool.execute_sql("SELECT pg_is_in_recovery()").fetchone()[0]:
+                self._check_last_write()  # a standby refuses every write, and serves reads
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
         self._pool.close_idle()
 
     def _prepare(self, name: str) -> None:
-        with self._pool.connection_context(), self._pool.atomic():
-            self._pool.execute_sql("SET LOCAL statement_timeout = 0")  # a migration may take long
-            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
-            if (version := schema_version(self._pool)) < VERSION:
-                migrate(self._pool, version, for_postgresql)
-            check_schema(self._pool, name, portable_definitions)
+        with self._pool.connection_context():
+            self._check_connection(name)
+            with self._pool.atomic():
+                for setting in ("statement_timeout", "lock_timeout"):  # a migration may take long
+                    self._pool.execute_sql(f"SET LOCAL {setting} = 0")
+                self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+                self._pool.execute_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
+                if (version := schema_version(self._pool)) < VERSION:
+                    self._check_search_path(version)
+                    migrate(self._pool, version, for_postgresql)
+                check_schema(self._pool, name, portable_definitions)
+
+    def _check_connection(self, name: str) -> None:
+        """Refuse an encoding that cannot hold every text, and warn of a connection without TLS."""
+        [encoding] = self._pool.execute_sql("SHOW server_encoding").fetchone()
+        if encoding != "UTF8":
+            raise DatabaseError(f"{name} has the encoding {encoding}, and taskd needs UTF8")
+        connection = self._pool.connection()
+        address = connection.info.hostaddr  # empty for a socket in the file system
+        away = address and not ipaddress.ip_address(address).is_loopback
+        if away and not connection.pgconn.ssl_in_use:
+            log.warning("%s is not encrypted on its way: add ?sslmode=verify-full", name)
+
+    def _check_search_path(self, version: int) -> None:
+        """Refuse to create tables in front of those that the search path has found so far."""
+        [found] = self._pool.execute_sql("SELECT to_regclass('task')::text").fetchone()
+        if found and not version:
+            raise peewee.DatabaseError(f"{found} is not in the first schema of the search path")
+
+
+def _libpq_parameters(url: str) -> set[str]:
+    """Return the names of the connection parameters that the URL or the environment sets."""
+    try:
+        import psycopg  # loaded only where PostgreSQL is used
+
+        parameters = psycopg.conninfo.conninfo_to_dict(url)
+    except ImportError:
+        raise SettingsError(
+            "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
+        ) from None
+    except psycopg.ProgrammingError:  # its message may contain a password with a % in it
+        raise SettingsError(
+            "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
+        ) from None
+    in_environment = {"PGCONNECT_TIMEOUT": "connect_timeout", "PGAPPNAME": "application_name"}
+    return parameters.keys() | {
+        in_environment[name] for name in in_environment if name in os.environ
+    }
 
 
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
@@ -1926,6 +2495,11 @@ class TimedDatabase:
         with self._timed(sql.partition(" ")[0].lower()):
             return self._database.write(sql, **values)
 
+    def rows(self, sql: str, **values: Any) -> Generator[Row]:
+        """Read a statement's rows one by one."""
+        with self._timed(sql.partition(" ")[0].lower()):
+            yield from self._database.rows(sql, **values)
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together, and take the time of all of them with their commit."""
@@ -2049,7 +2623,10 @@ class RequestContext:
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
         """Log the request: never its token, its query or its body."""
-        context = req.context
+        context, allow = req.context, resp.get_header("Allow")
+        if req.method == "OPTIONS" and allow and "OPTIONS" not in allow:
+            resp.set_header("Allow", f"{allow}, OPTIONS")  # as a 405 says it
+            resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
         log_request(
             method=req.method,
             route=req.uri_template or "-",
@@ -2107,7 +2684,8 @@ class TaskResource:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
-        tasks, rest = self._store.page(user_id, listing)
+        with self._store.turn(user_id, listing):
+            tasks, rest = self._store.page(user_id, listing)
         if rest and not listing.limit:
             resp.stream = LongList(self._store, user_id, tasks, rest)
             return
@@ -2138,29 +2716,29 @@ class TaskResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Show a task, unless the caller has it as it is."""
-        task, tags = parse_task_id(task_id), read_tags(req, "If-None-Match")
-        respond_with_task(resp, self._store.get(req.context.user.id, task))
-        if tags and (
-            tags == ["*"] or resp.get_header("ETag") in [tag.removeprefix("W/") for tag in tags]
-        ):
+        task, conditions = parse_task_id(task_id), read_conditions(req)
+        stored = found(self._store.get(req.context.user.id, task))
+        if not conditions.matches(stored.tag):
+            raise Changed(stored.tag)
+        respond_with_task(resp, stored)
+        if conditions.known(stored.tag):
             resp.status, resp.data = falcon.HTTP_304, None
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Change the fields that the body names."""
-        task, expected = parse_task_id(task_id), read_expected(req)
-        respond_with_task(
-            resp, self._store.change(req.context.user.id, task, read(req, TaskChanges), expected)
-        )
+        task, conditions = parse_task_id(task_id), read_conditions(req)
+        changes = read(req, TaskChanges)
+        stored = self._store.change(req.context.user.id, task, changes, conditions)
+        respond_with_task(resp, found(stored))
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Delete a task, and show it as it was."""
-        respond_with_task(
-            resp,
-            self._store.remove(req.context.user.id, parse_task_id(task_id), read_expected(req)),
-        )
+        task, conditions = parse_task_id(task_id), read_conditions(req)
+        respond_with_task(resp, found(self._store.remove(req.context.user.id, task, conditions)))
 
     on_head_collection = on_get_collection
     on_head = on_get
+    on_patch = on_put
 
 
 class TaskCompleteResource:
@@ -2171,19 +2749,19 @@ class TaskCompleteResource:
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
         """Toggle completion, or set it to what the body says."""
-        task, expected, body = parse_task_id(task_id), read_expected(req), content(req)
-        completed = read(req, Completion, body).completed if body else None
-        respond_with_task(
-            resp, self._store.complete(req.context.user.id, task, completed, expected)
-        )
+        task, conditions, body = parse_task_id(task_id), read_conditions(req), content(req)
+        user_id, given = req.context.user.id, read(req, Completion, body) if body else {}
+        if given:
+            stored = self._store.change(user_id, task, given, conditions)
+        else:
+            stored = self._store.toggle(user_id, task, conditions)
+        respond_with_task(resp, found(stored))
 
 
 class LongList:
     """The JSON array of a list too long for memory: an iterator over its pieces, each read when it is its turn."""
 
-    def __init__(
-        self, store: TaskStore, user_id: str, tasks: list[TaskView], rest: Listing
-    ) -> None:
+    def __init__(self, store: TaskStore, user_id: str, tasks: list[View], rest: Listing) -> None:
         """Take the first tasks, and the listing of the rest."""
         self._store, self._user_id = store, user_id
         self._first = to_json(tasks)[:-1]
@@ -2200,7 +2778,8 @@ class LongList:
             return first
         if self._rest is None:
             raise StopIteration
-        tasks, self._rest = self._store.page(self._user_id, self._rest)
+        with self._store.turn(self._user_id, self._rest):
+            tasks, self._rest = self._store.page(self._user_id, self._rest)
         piece = b"," + to_json(tasks)[1:-1] if tasks else b""
         return piece if self._rest else piece + b"]"
 
@@ -2273,10 +2852,15 @@ def tasks_path(req: falcon.Request) -> str:
     return f"{req.root_path}/api/{falcon.uri.encode_value(req.context.user.id)}/tasks"
 
 
-def respond_with_task(resp: falcon.Response, stored: Stored | None) -> None:
-    """Answer with a task; raise the same 404 for one that is not there and for one that is another user's."""
+def found(stored: Stored | None) -> Stored:
+    """Return the task, or raise the same 404 for one that is not there and one of another user."""
     if stored is None:
         raise falcon.HTTPNotFound(description=NO_TASK)
+    return stored
+
+
+def respond_with_task(resp: falcon.Response, stored: Stored) -> None:
+    """Answer with a task and its entity tag."""
     resp.data = to_json(stored.task)
     resp.set_header("ETag", stored.tag)
 
@@ -2322,10 +2906,32 @@ def unavailable(
     )
 
 
+def busy(req: falcon.Request, resp: falcon.Response, ex: Busy, params: object) -> NoReturn:
+    """Answer 503 to a user who asks for too much at once; the operator has nothing to do."""
+    raise falcon.HTTPServiceUnavailable(description=ex.args[0], retry_after=RETRY_AFTER)
+
+
+def unstorable(
+    req: falcon.Request, resp: falcon.Response, ex: Unstorable, params: object
+) -> NoReturn:
+    """Answer 403 to a user whose id the database cannot store."""
+    raise falcon.HTTPForbidden(
+        description="this user id cannot be stored here: it is too long or contains U+0000"
+    )
+
+
 def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: object) -> NoReturn:
-    """Answer 412 when the task is not the one that If-Match names, with the entity tag that it has."""
+    """Answer 412 when the task is not as If-Match and If-None-Match ask for, with its entity tag."""
     detail = "the task was changed in between; read it again, and send the ETag that it has now"
     raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
+
+
+def too_many_tasks(
+    req: falcon.Request, resp: falcon.Response, ex: TooManyTasks, params: object
+) -> NoReturn:
+    """Answer 403 to a create of a user who has as many tasks as TASKD_MAX_TASKS allows."""
+    detail = f"you have {ex.most:,} tasks, and this server allows no more; delete one first"
+    raise falcon.HTTPForbidden(description=detail)
 
 
 def handle_unexpected(
@@ -2341,6 +2947,7 @@ def handle_unexpected(
 # --- App ------------------------------------------------------------------------------------------
 
 METHODS = frozenset(falcon.HTTP_METHODS)
+HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
 class App(falcon.App):  # type: ignore[type-arg]
@@ -2352,7 +2959,18 @@ class App(falcon.App):  # type: ignore[type-arg]
         """Answer a request. Falcon has 400 for a method that it never heard of, even before routing; TRACE is 405."""
         if env["REQUEST_METHOD"] not in METHODS:
             env["REQUEST_METHOD"] = "TRACE"
-        return super().__call__(env, start_response)
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            named = [(header_name(name), value) for name, value in headers]
+            return start_response(status, named, *more)
+
+        return super().__call__(env, start)
+
+
+@cache
+def header_name(name: str) -> str:
+    """Return a header's name as the documentation spells it; Falcon has it in lower case."""
+    return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.split("-"))
 
 
 def create_app(settings: Settings) -> App:
@@ -2360,7 +2978,7 @@ def create_app(settings: Settings) -> App:
     tokens, database = Tokens(settings), open_database(settings)
     tokens.fetch_keys()
     metrics = [Metrics()] if settings.metrics else []
-    store = TaskStore(metrics[0].timed(database) if metrics else database)
+    store = TaskStore(metrics[0].timed(database) if metrics else database, settings.max_tasks)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
     app = App(
         middleware=[
@@ -2375,7 +2993,10 @@ def create_app(settings: Settings) -> App:
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
     app.add_error_handler(Unavailable, unavailable)
+    app.add_error_handler(Busy, busy)
+    app.add_error_handler(Unstorable, unstorable)
     app.add_error_handler(Changed, changed)
+    app.add_error_handler(TooManyTasks, too_many_tasks)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
@@ -2478,6 +3099,8 @@ class ServerTask(waitress.task.WSGITask):
         ):
             self.set_close_on_finish()
         head: bytes = super().build_response_header()
+        for name in (b"ETag", b"X-Request-ID", b"WWW-Authenticate"):  # waitress capitalises words
+            head = head.replace(b"\r\n%b:" % name.title(), b"\r\n%b:" % name, 1)
         return head
 
     def write(self, data: bytes) -> None:
@@ -2576,6 +3199,8 @@ class Server(waitress.server.TcpWSGIServer):
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._app = app
         self._ready: deque[ServerChannel] = deque()
+        self._searches = waitress.task.ThreadedTaskDispatcher()
+        self._searches.set_thread_count(SEARCHES)
         self.stopping = False
         super().__init__(self._begin, **adjustments)
 
@@ -2629,6 +3254,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.socket.close()
         self._drain()
         self.task_dispatcher.shutdown(timeout=1)
+        self._searches.shutdown(timeout=1)
         wasyncore.close_all(self._map)
 
     def _serve_once(self, timeout: float) -> None:
@@ -2641,7 +3267,12 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _answer(self, channel: ServerChannel) -> None:
         try:
+            method = getattr(channel.requests[0], "command", None)
+            if method in CHANGES and self._app.store.is_slow:
+                raise WouldBlock  # at once, not after the request was read and run in vain
             channel.service()
+        except SearchWouldBlock:
+            self._searches.add_task(channel)
         except WouldBlock as ex:
             if ex.until is None:
                 self.task_dispatcher.add_task(channel)
@@ -2742,6 +3373,7 @@ def main() -> int:
         settings = Settings.load()
         configure_log(settings)
         listener = listen(settings.host, settings.port)
+        configure_log(settings)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:
         print(

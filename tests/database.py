@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ from waiting import DEADLINE
 if TYPE_CHECKING:
     from cluster import Databases
 
-TASK_KEYS = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
+TASK_KEYS = [
+    *("id", "user_id", "title", "description", "completed", "priority", "due_date", "tags"),
+    *("created_at", "updated_at"),
+]
 
 postgresql: Databases | None = None  # set in a run with --postgresql
 
@@ -41,6 +45,11 @@ def locked(database: Path) -> Iterator[Any]:
             connection.execute("ROLLBACK")
 
 
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as the API shows it."""
+    return row | {"tags": json.loads(row["tags"])}
+
+
 def stored(database: Path) -> dict[int, dict[str, Any]]:
     """Return the tasks that are in the database, read by another process than taskd, by their ids."""
     if postgresql:
@@ -48,11 +57,11 @@ def stored(database: Path) -> dict[int, dict[str, Any]]:
             rows = session.execute(
                 f"SELECT {', '.join(TASK_KEYS)} FROM task ORDER BY id"
             ).fetchall()
-        return {row[0]: dict(zip(TASK_KEYS, row, strict=True)) for row in rows}
+        return {row[0]: shown(dict(zip(TASK_KEYS, row, strict=True))) for row in rows}
     with contextlib.closing(sqlite3.connect(database, timeout=DEADLINE)) as connection:
         connection.row_factory = sqlite3.Row
         return {
-            row["id"]: dict(row)
+            row["id"]: shown(dict(row))
             for row in connection.execute(f"SELECT {', '.join(TASK_KEYS)} FROM task")
         }
 

@@ -7,6 +7,9 @@ takes some milliseconds. processes.ForkServer starts this file and sends the ord
 
 from __future__ import annotations
 
+import atexit
+import builtins
+import ctypes
 import gc
 import importlib
 import json
@@ -39,6 +42,21 @@ def serve(program: ModuleType, directory: str) -> None:
         os.kill(child, signal.SIGKILL)
 
 
+def leave_modules(program: ModuleType) -> None:
+    """Let a child end without taking down the modules that it shares with its parent.
+
+    Python clears all modules at its end, which takes 20 ms here and copies their memory. Only the
+    program's own is needed: it holds what a process closes when it ends, such as its database.
+    """
+    shared = {
+        name: module
+        for name, module in sys.modules.items()
+        if module not in (sys, builtins, program)
+    }
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(list(shared.values())))  # never free them
+    atexit.register(lambda: [sys.modules.pop(name, None) for name in shared])
+
+
 def become(order: dict[str, Any]) -> None:
     """Take on the working directory, environment and standard streams of an order."""
     os.chdir(order["directory"])
@@ -57,5 +75,7 @@ if __name__ == "__main__":
     sys.path[0] = directory
     program = importlib.import_module(name)
     exec(prepare)
+    if "coverage" not in sys.modules:  # which imports some when it writes its data at the end
+        leave_modules(program)
     gc.freeze()  # so that a collection in a child does not copy every page
     serve(program, directory)

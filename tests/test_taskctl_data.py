@@ -284,10 +284,11 @@ def test_a_backup_to_stdout_is_the_same_file(
 def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str) -> None:
     taskctl("seed", "alice")
     path = tmp_path / ("taskd.db" if there == "the database" else "copy.db")
-    {
+    make: dict[str, Callable[[], object]] = {
         "a file": lambda: path.write_text("precious"), "an empty file": path.touch, "a directory": path.mkdir,
         "a link to nowhere": lambda: path.symlink_to("nowhere"), "the database": lambda: None,
-    }[there]()  # fmt: skip
+    }  # fmt: skip
+    make[there]()
     before, database = names(tmp_path), (tmp_path / "taskd.db").read_bytes()
     assert (
         one_line(taskctl("backup", path.name), 1)
@@ -991,7 +992,7 @@ def test_of_the_task_and_the_line_the_newer_one_stays(taskctl: Taskctl, server: 
         add(server, title=title) for title in ("same", "older here", "newer here", "as new here")
     ]
     later, earlier = "2126-01-01T00:00:00.000Z", tasks[0]["created_at"]
-    changes = [
+    changes: list[dict[str, Any]] = [
         {},
         {"completed": True, "description": "n", "updated_at": later},
         {"completed": True},
