@@ -651,8 +651,8 @@ def public_key(member: Any) -> jwt.PyJWK:
         raise OddKey("it is private or secret: whoever can read the set can sign with it")
     if member.get("use", "sig") != "sig":
         raise OddKey("its use is not sig")
-    key = jwt.PyJWK(member)
-    if key.algorithm_name not in ASYMMETRIC:
+    key = jwt.PyJWK(member) if (member.get("alg") or "EdDSA") in ASYMMETRIC else None
+    if key is None or key.algorithm_name not in ASYMMETRIC:
         raise OddKey(f"its alg is not one of {', '.join(ASYMMETRIC)}")
     if weak := key.Algorithm.check_key_length(key.key):
         raise OddKey(weak)

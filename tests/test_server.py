@@ -456,7 +456,7 @@ def test_idle_and_half_sent_connections_do_not_hold_sigterm_up(start: Start) -> 
 
 LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) INFO (?P<method>[A-Z]+) (?P<route>\S+) (?P<status>\d{3}) "
-    r"(?P<ms>\d+\.\d)ms id=(?P<id>[A-Za-z0-9._-]{1,64}) user=(?P<user>'.*'|\".*\"|-)"
+    r"(?P<ms>\d+\.\d)ms id=(?P<id>[A-Za-z0-9._-]{1,64}) user=(?P<user>'.*'|-)( reason=\"[^\"]+\")?"
 )
 
 
@@ -479,7 +479,7 @@ def test_each_request_has_one_line_in_the_log(start: Start) -> None:
         ),
         ("GET", f"{TASKS}/2", None, "/api/{user_id}/tasks/{task_id}", 404, "'alice'"),
         ("PUT", f"{TASKS}/1", {"title": ""}, "/api/{user_id}/tasks/{task_id}", 422, "'alice'"),
-        ("GET", "/api/bob/tasks", None, "/api/{user_id}/tasks", 403, "-"),
+        ("GET", "/api/bob/tasks", None, "/api/{user_id}/tasks", 403, "'alice'"),
         ("GET", "/healthz", None, "/healthz", 200, "-"),
         ("GET", "/nowhere", None, "-", 404, "-"),
     ]
