@@ -287,6 +287,7 @@ class TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return a line, and perhaps a traceback below it."""
         line = f"{self.formatTime(record)} {record.levelname} {printable(record.getMessage())}"
+        line += f" id={record.id}" if hasattr(record, "id") else ""
         if not record.exc_info:
             return line
         return "\n    ".join(
@@ -299,12 +300,12 @@ class JsonLines(TextLines):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line with a request's fields, or with a message and perhaps a traceback."""
-        line = {"time": self.formatTime(record), "level": record.levelname}
-        line |= (
-            record.fields
-            if isinstance(record, AccessLogRecord)
-            else {"message": record.getMessage()}
-        )
+        line: dict[str, Any] = {"time": self.formatTime(record), "level": record.levelname}
+        if isinstance(record, AccessLogRecord):
+            line |= record.fields
+        else:
+            line |= {"message": record.getMessage()}
+            line |= {"id": record.id} if hasattr(record, "id") else {}  # the request's
         return json.dumps(
             line | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {})
         )
@@ -1810,7 +1811,7 @@ class Metrics:
         try:
             self._count(req, resp)
         except Exception:
-            log.exception("the metrics lack a request id=%s", req.context.id)
+            log.exception("the metrics lack a request", extra={"id": req.context.id})
 
     def _count(self, req: falcon.Request, resp: falcon.Response) -> None:
         what = req.uri_template or "-", req.method
@@ -2221,7 +2222,7 @@ def unavailable(
 ) -> NoReturn:
     """Answer 503 while the database or the key set cannot be used, and tell the operator why."""
     what, why = ex.args
-    log.error("%s cannot be used: %s id=%s", what, why, req.context.id)
+    log.error("%s cannot be used: %s", what, why, extra={"id": req.context.id})
     raise falcon.HTTPServiceUnavailable(
         description=f"{what} cannot be used right now; try again", retry_after=RETRY_AFTER
     )
@@ -2246,7 +2247,7 @@ def handle_unexpected(
     req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
 ) -> NoReturn:
     """Answer 500 to a fault of ours: the log gets the traceback, the caller the request id to quote."""
-    log.error("unhandled exception id=%s", req.context.id, exc_info=ex)
+    log.error("unhandled exception", exc_info=ex, extra={"id": req.context.id})
     raise falcon.HTTPInternalServerError(
         description=f"this is our fault; when you report it, quote {req.context.id}"
     )
