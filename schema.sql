@@ -7,20 +7,21 @@ CREATE TABLE task (
     title       TEXT NOT NULL,                      -- 1 to 200 characters, exactly as sent
     description TEXT,                               -- at most 10,000 characters, or null
     completed   BOOLEAN NOT NULL DEFAULT FALSE,
+    priority    TEXT,                               -- low, medium or high, or null
+    due_date    TEXT,                               -- RFC 3339: a day, or a time in UTC with milliseconds, or null
+    tags        TEXT NOT NULL DEFAULT '[]',         -- a JSON array of texts, in which " and , are escaped
     created_at  TEXT NOT NULL,                      -- RFC 3339, UTC, milliseconds: 2026-11-20T21:00:00.000Z
     updated_at  TEXT NOT NULL,                      -- the same; the last change
     version     INTEGER NOT NULL DEFAULT 1,         -- counts the changes; with updated_at it makes the ETag
-    title_folded       TEXT NOT NULL DEFAULT '',    -- the title without upper case, in which q is searched
-    description_folded TEXT                         -- the description without upper case
+    title_folded       TEXT NOT NULL DEFAULT '',    -- the title, case-folded: q searches this copy
+    description_folded TEXT,                        -- the description, case-folded
+    tags_folded        TEXT NOT NULL DEFAULT ''     -- the tags, case-folded, with an A between two of them
 );
 
--- Every statement names the owner first. The order of a list, and whether it has only open or only done tasks, is
--- in an index, so that a page costs the same wherever it is.
+-- Every statement names the owner first. Sorted by id, a list of all, open or done tasks follows an index, so that a
+-- page costs the same wherever it is. Other orders sort the user's tasks.
 CREATE INDEX task_id ON task (user_id, id);
 CREATE INDEX task_completed_id ON task (user_id, completed, id);
-CREATE INDEX task_completed_created_at ON task (user_id, completed, created_at, id);
-CREATE INDEX task_completed_updated_at ON task (user_id, completed, updated_at, id);
-CREATE INDEX task_completed_title ON task (user_id, completed, title, id);
 
 CREATE TABLE idempotency_key (                      -- a create that can be repeated for 24 hours
     id          INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of time, so that the oldest are found first

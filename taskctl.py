@@ -5,48 +5,86 @@ It reads the settings that taskd reads, and decides about tokens and the databas
 stdout, messages to stderr. Exit status: 0; 1 when something is refused, not found or off; 2 for usage and settings.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "falcon==4.4.0",
+#     "msgspec==0.22.0",
+#     "peewee==4.5.3",
+#     "prometheus-client==0.26.0",
+#     "PyJWT[crypto]==2.15.1",
+#     "python-dotenv==1.2.4",
+#     "rich==15.0.0",
+#     "typer==0.29.2",
+#     "waitress==3.0.2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import http.client
 import json
+import logging
 import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import sqlite3
+import stat
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import urlsplit
 
-import msgspec
-import peewee
-import typer
-from peewee import fn
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
+try:
+    import msgspec
+    import peewee
+    import typer
+    from dotenv import dotenv_values
+    from jwt.utils import base64url_decode
+    from peewee import fn
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
 
-import taskd
-from taskd import About, Settings, Task, Tokens
+    import taskd
+    from taskd import DOTENV, About, Settings, Task, Tokens
+except ModuleNotFoundError as ex:
+    if __name__ != "__main__":
+        raise
+    sys.exit(
+        f"taskctl: the package {ex.name} is not installed for this Python; "
+        "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
+    )
 
 app = typer.Typer(
-    help="Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DOTENV = Path(".env")
+AsLines = Annotated[bool, typer.Option("--nl", help="Print JSON lines.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Wide = Annotated[bool, typer.Option("--wide", help="All columns, however wide.")]
+STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
+TIMES = ("created_at", "updated_at", "due_date", "last_change")  # shown to the minute
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
@@ -71,24 +109,90 @@ def show(row: dict[str, Any], as_json: bool) -> None:
         print(f"{name:{max(map(len, row))}}  {printable(value)}")
 
 
-def show_all(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Print rows: as a JSON array, or a table."""
+def show_all(
+    rows: list[dict[str, Any]],
+    as_json: bool,
+    nl: bool = False,
+    as_csv: bool = False,
+    hidden: tuple[str, ...] | None = (),
+) -> None:
+    """Print rows: as JSON, JSON lines, CSV, or a table, on a terminal without the hidden columns."""
     if as_json:
         print(json.dumps(rows))
-        return
-    if not rows:
-        return
-    table = Table(*rows[0], box=None, pad_edge=False)
+    elif nl:
+        print(*map(json.dumps, rows), sep="\n", end="\n" if rows else "")
+    elif as_csv:
+        show_csv(rows)
+    elif rows:
+        show_table(rows, hidden if sys.stdout.isatty() else None)
+
+
+def show_csv(rows: list[dict[str, Any]]) -> None:
+    """Print rows as CSV with a header; what is not text is written as in JSON, and null as nothing."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerows(row.keys() for row in rows[:1])
     for row in rows:
-        table.add_row(*(Text(printable(value), overflow="fold") for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 10**6).print(table)
+        values = row.values()
+        writer.writerow(v if v is None or isinstance(v, str) else json.dumps(v) for v in values)
+
+
+def show_table(rows: list[dict[str, Any]], hidden: tuple[str, ...] | None) -> None:
+    """Print a table: short, without the hidden columns and those without a value, or whole (None)."""
+    names = [
+        name
+        for name in rows[0]
+        if hidden is None
+        or (name not in hidden and any(row[name] not in (None, []) for row in rows))
+    ]
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=name in TIMES)
+    for row in rows:
+        table.add_row(*(cell(name, row[name], hidden is not None) for name in names))
+    Console(width=10**6 if hidden is None else None).print(table)
+
+
+def cell(name: str, value: object, short: bool) -> Text:
+    """Return a value for a table, where short times are to the minute, in UTC."""
+    text = printable(value)
+    if short and name in TIMES:
+        text = text[:16].replace("T", " ")
+    return Text(text, STYLES.get(text, "") if name == "result" else "", overflow="fold")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "no tasks", "1 task" or "2 tasks"."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def conclude(results: list[str], noun: str, quiet: bool, why: str = "") -> None:
+    """Say how many checks or calls passed; raise Refused if one failed."""
+    failed, warned = results.count("FAIL"), results.count("warning")
+    if failed:
+        raise Refused(f"{failed} of {len(results)} {noun}s failed{why}")
+    if not quiet:
+        warnings = f", {counted(warned, 'warning')}" if warned else ""
+        say(f"all {len(results)} {noun}s passed{warnings}")
+
+
+def total(rows: list[Any], message: str) -> None:
+    """Say how many rows there are where somebody reads them, and everywhere that there are none."""
+    if not rows or sys.stdout.isatty():
+        say(message)
+
+
+def read_stdin(what: str) -> str:
+    """Return what stdin holds to its end, and say so where somebody has to type it."""
+    if sys.stdin.isatty():
+        say(f"paste {what}, then press Enter and Ctrl-D")
+    return sys.stdin.buffer.read().decode(errors="replace")
 
 
 def printable(value: object) -> str:
     """Return a value as text that a terminal shows and does not obey."""
     words: dict[object, str] = {None: "-", True: "yes", False: "no"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
-    return taskd.printable(text)
+    return taskd.printable(", ".join(value) if isinstance(value, list) else text)
 
 
 def progress(hidden: bool = False) -> Progress:
@@ -97,15 +201,39 @@ def progress(hidden: bool = False) -> Progress:
     return Progress(console=console, disable=hidden or not console.is_terminal, transient=True)
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version and exit, where --version is given."""
+    if wanted:
+        print(f"taskctl {taskd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server."""
+
+
 # --- Set up ---------------------------------------------------------------------------------------
 
 
 @app.command()
 def init() -> None:
-    """Write .env with a fresh secret if there is none, and create the database. Nothing is ever overwritten."""
+    """Write .env with a fresh secret if one is needed, and create the database.
+
+    Nothing is ever overwritten. Where TASKD_JWKS_URL is set, no secret is needed.
+    """
     settings = Settings.load()
     if settings.secret or settings.secrets:
         say("the secret is there already")
+    elif settings.jwks_url:
+        say("no secret is needed: TASKD_JWKS_URL is set, and only its keys sign logins")
     else:
         write_secret()
         say(f"wrote a new secret to {DOTENV}; give the same BETTER_AUTH_SECRET to Better Auth")
@@ -116,33 +244,33 @@ def init() -> None:
 
 
 def write_secret() -> None:
-    """Append a secret of 256 random bits to .env, which its owner alone may read."""
+    """Append a secret of 256 random bits to .env, which only its owner may read."""
     line = f"BETTER_AUTH_SECRET={secrets.token_urlsafe(32)}\n"
+    if DOTENV.is_symlink():
+        raise taskd.SettingsError(f"{DOTENV} is a symbolic link, and is not written through")
     try:
-        DOTENV.touch(mode=0o600)
-        DOTENV.chmod(0o600)
-        with DOTENV.open("a+", encoding="utf-8") as file:
-            file.seek(0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        with open(DOTENV, "r+b", opener=lambda path, _: os.open(path, flags, 0o600)) as file:
+            os.fchmod(file.fileno(), 0o600)
             written = file.read()
-            file.write(line if not written or written.endswith("\n") else f"\n{line}")
+            file.write((line if not written or written.endswith(b"\n") else f"\n{line}").encode())
     except OSError as ex:
         raise taskd.SettingsError(f"{DOTENV} cannot be written: {ex.strerror}") from None
 
 
 @app.command()
 def settings(as_json: AsJson = False) -> None:
-    """Show the effective settings; secrets are masked."""
-    effective = Settings.load()
-    rows = [
-        (field.metadata, getattr(effective, field.name)) for field in dataclasses.fields(effective)
-    ]
-    show(
-        {
-            meta["variable"]: "(set)" if meta["secret"] and value else plain(value)
-            for meta, value in rows
-        },
-        as_json,
-    )
+    """Show the effective settings, and where each comes from. Secrets are masked."""
+    effective, written = Settings.load(), dotenv_values(DOTENV)
+    values, sources = {}, {}
+    for field in dataclasses.fields(effective):
+        variable, value = field.metadata["variable"], getattr(effective, field.name)
+        values[variable] = "(set)" if field.metadata["secret"] and value else plain(value)
+        given = "environment" if os.environ.get(variable) else written.get(variable) and DOTENV
+        sources[variable] = given or "default"
+    if as_json:
+        return show(values, as_json)
+    show({name: f"{printable(value)}  ({sources[name]})" for name, value in values.items()}, False)
 
 
 def plain(value: object) -> object:
@@ -208,13 +336,15 @@ def login(settings: Settings, user: str, ttl: int, **more: str | None) -> dict[s
 def seconds(text: str) -> int:
     """Return a duration such as 90s, 15m, 1h or 7d in seconds."""
     if not (found := re.fullmatch(r"(-?[0-9]{1,9})([smhd]?)", text)):
-        raise typer.BadParameter(f"--ttl must look like 90s, 15m, 1h or 7d, not {text!r}")
+        raise typer.BadParameter(f"a duration must look like 90s, 15m, 1h or 7d, not {text!r}")
     return int(found[1]) * UNITS[found[2]]
 
 
 def parse_claim(text: str) -> tuple[str, Any]:
-    """Return the name and value of `k=v`; a value that is no JSON is a string."""
+    """Return the name and value of `k=v`; a value that is not JSON is a string."""
     name, equals, value = text.partition("=")
+    if name == "sub":
+        raise typer.BadParameter("--claim cannot set sub: it is the USER that is named")
     if not name or not equals:
         raise typer.BadParameter(f"--claim must look like role=admin, not {text!r}")
     try:
@@ -228,31 +358,58 @@ def verify(
     token: Annotated[str, typer.Argument(help="The token; - reads it from stdin.")] = "-",
     as_json: AsJson = False,
 ) -> None:
-    """Say whether taskd would accept a token, as whom and until when, or exactly why not."""
+    """Say whether taskd would accept a token, as whom and until when, or exactly why not.
+
+    Its header and claims are shown in both cases; those of a refused token are unverified.
+    """
     tokens = Tokens(Settings.load())
-    text = sys.stdin.buffer.read().decode(errors="replace") if token == "-" else token
+    text = read_stdin("a token") if token == "-" else token
     text = re.sub("^bearer +", "", text.strip(), flags=re.IGNORECASE)
     try:
         user = tokens.verify(text)
     except taskd.TokenError as ex:
-        if as_json:
-            print(json.dumps({"accepted": False, "reason": str(ex)}))
+        show_refused(text, str(ex), as_json)
         raise Refused(f"taskd refuses this token: {ex}{hint(text)}") from None
-    show(
-        {
-            "accepted": True,
-            "user_id": user.id,
-            "email": user.email,
-            "name": user.name,
-            "until": until(user),
-        },
-        as_json,
-    )
+    accepted: dict[str, Any] = {"accepted": True, "user_id": user.id, "email": user.email}
+    accepted |= {"name": user.name, "until": instant(user.expires)}
+    show(accepted | (contents(text) if as_json else readable(contents(text))), as_json)
+
+
+def show_refused(token: str, reason: str, as_json: bool) -> None:
+    """Print the header and claims of a token that was refused, marked as unverified."""
+    unverified = contents(token)
+    if as_json:
+        refused = {"accepted": False, "reason": reason}
+        print(json.dumps(refused | ({"unverified": unverified} if unverified else {})))
+    elif unverified:
+        rows = readable(unverified).items()
+        show({f"{name} (unverified)": value for name, value in rows}, as_json)
+
+
+def contents(token: str) -> dict[str, Any]:
+    """Return the header and the claims of a token as far as they can be read, whoever signed it."""
+    found = {}
+    if token.count(".") == 2:
+        for name, part in zip(("header", "claims"), token.split("."), strict=False):
+            with contextlib.suppress(ValueError, RecursionError):
+                found[name] = json.loads(base64url_decode(part))
+    return found
+
+
+def readable(contents: dict[str, Any]) -> dict[str, Any]:
+    """Return a header and claims for people: as JSON, with the times as RFC 3339 below them."""
+    claims = contents.get("claims")
+    times = claims.items() if isinstance(claims, dict) else ()
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in contents.items()} | {
+        name: instant(value)
+        for name, value in times
+        if name in ("iat", "nbf", "exp") and type(value) in (int, float)
+    }
 
 
 def hint(token: str) -> str:
     """Return what is probably wrong with the secret, where a small change of it would make the token good."""
-    settings = Settings.load()
+    settings = dataclasses.replace(Settings.load(), jwks_url=None)
     for secret in settings.secrets or filter(None, [settings.secret]):
         changes = {
             "followed by a line break": f"{secret}\n",
@@ -270,16 +427,13 @@ def hint(token: str) -> str:
     return ""
 
 
-def until(user: taskd.User) -> str:
-    """Return when a token expires, in RFC 3339."""
+def instant(seconds: float) -> str:
+    """Return a time in RFC 3339."""
     try:
-        return (
-            datetime.fromtimestamp(user.expires, UTC)
-            .isoformat(timespec="seconds")
-            .replace("+00:00", "Z")
-        )
+        found = datetime.fromtimestamp(seconds, UTC)
+        return found.isoformat(timespec="seconds").replace("+00:00", "Z")
     except (OverflowError, ValueError, OSError):
-        return f"{user.expires} seconds after 1970"
+        return f"{seconds} seconds after 1970"
 
 
 @app.command()
@@ -291,6 +445,7 @@ def check(as_json: AsJson = False) -> None:
     settings = Settings.load()
     Tokens(settings)
     findings = [
+        *(("warning", message.split()[0], message) for message in taskd.misspelt()),
         *check_secrets(settings),
         *check_database(settings),
         *check_modes(settings),
@@ -300,8 +455,7 @@ def check(as_json: AsJson = False) -> None:
         [{"result": result, "about": about, "found": found} for result, about, found in findings],
         as_json,
     )
-    if off := sum(result == "FAIL" for result, _, _ in findings):
-        raise Refused(f"{off} of {len(findings)} checks failed")
+    conclude([result for result, _, _ in findings], "check", as_json)
 
 
 def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
@@ -366,13 +520,11 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
         yield "ok", "TASKD_JWKS_URL", "not set: only tokens signed with the secret are accepted"
         return
     try:
-        keys = taskd.download_keys(settings.jwks_url)
-        found = ", ".join(f"{key.algorithm_name} {key.key_id}" for key in keys)
-        yield (
-            ("ok", settings.jwks_url, f"keys: {found}")
-            if keys
-            else ("FAIL", settings.jwks_url, "no key that can sign")
-        )
+        keys, oddities = taskd.parse_key_set(taskd.download(settings.jwks_url))
+        found = "keys: " + ", ".join(f"{alg} {kid}" for kid, alg in keys)
+        result = "ok" if keys else "FAIL"
+        yield result, settings.jwks_url, found if keys else "it has no key that can sign a login"
+        yield from (("warning", settings.jwks_url, oddity) for oddity in oddities)
     except Exception as ex:  # whatever the other side does
         yield "FAIL", settings.jwks_url, f"{type(ex).__name__}: {ex}"
     for variable, value in (
@@ -388,6 +540,7 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
+COMPLETED = Task._meta.fields["completed"]
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
 Execute = Callable[..., Any]  # runs a statement with its values, and returns a cursor
 
@@ -469,7 +622,7 @@ def existing(settings: Settings) -> Path:
 
 def row(task: dict[str, Any]) -> dict[str, Any]:
     """Return what the database keeps of a task with these members: the one place where taskctl makes a row."""
-    return {**task, **taskd.search_columns(task["title"], task["description"]), "version": 1}
+    return {**task, **taskd.search_columns(task), "version": 1}
 
 
 def rows(query: Any, *names: str) -> list[dict[str, Any]]:
@@ -478,16 +631,31 @@ def rows(query: Any, *names: str) -> list[dict[str, Any]]:
 
 
 @app.command()
-def users(as_json: AsJson = False) -> None:
+def users(
+    sort: Annotated[
+        str, typer.Option(help="user_id, tasks, done or last_change; -tasks for most first.")
+    ] = "user_id",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    as_json: AsJson = False,
+    nl: AsLines = False,
+    as_csv: AsCsv = False,
+    wide: Wide = False,
+) -> None:
     """List the users who have tasks."""
     database()
-    counts = {
+    counts: dict[str, Any] = {
         "tasks": fn.COUNT(Task.id),
-        "done": count_where(Task.completed),
+        "done": count_where(COMPLETED),
         "last_change": fn.MAX(Task.updated_at),
     }
+    if not (key := ({"user_id": Task.user_id} | counts).get(sort.removeprefix("-"))):
+        raise typer.BadParameter("--sort takes user_id, tasks, done or last_change")
     query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
-    show_all(rows(query.group_by(Task.user_id).order_by(Task.user_id), "user_id", *counts), as_json)
+    order = [key.desc() if sort.startswith("-") else key, Task.user_id]
+    found = rows(query.group_by(Task.user_id).order_by(*order).limit(limit), "user_id", *counts)
+    show_all(found, as_json, nl, as_csv, None if wide else ())
+    if not (as_json or nl or as_csv):
+        total(found, counted(len(found), "user"))
 
 
 def count_where(condition: Any) -> peewee.Function:
@@ -495,11 +663,13 @@ def count_where(condition: Any) -> peewee.Function:
     return fn.COUNT(peewee.Case(None, [(condition, 1)]))
 
 
-def fits(context: typer.CallbackParam, value: str | int | None) -> str | int | None:
+def fits(
+    context: typer.CallbackParam, value: str | int | list[str] | None
+) -> str | int | list[str] | None:
     """Return the value of an option that the service knows as a parameter, or refuse what the service would."""
-    pattern, rule = taskd.PARAMETERS[context.name or ""]
-    if value is not None and not re.fullmatch(pattern, str(value)):
-        raise typer.BadParameter(rule)
+    values = value if isinstance(value, list) else [str(value)]
+    if value and (wrong := taskd.wrong_parameter(context.name or "", values)):
+        raise typer.BadParameter(wrong)
     return value
 
 
@@ -519,25 +689,49 @@ def tasks(
     sort: Annotated[
         str,
         typer.Option(
-            help="id, created_at, updated_at or title; with - before it descending.", callback=fits
+            help=f"{', '.join(taskd.ORDERS)}; with - before it descending.", callback=fits
         ),
     ] = "id",
+    priority: Annotated[
+        str | None, typer.Option(help="Only those of this priority.", callback=fits)
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(help="Only those with this tag; several times: with all.", callback=fits),
+    ] = None,
+    due_before: Annotated[
+        str | None, typer.Option(help="Only those due before a day or a time.", callback=fits)
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
+    nl: AsLines = False,
+    as_csv: AsCsv = False,
+    wide: Wide = False,
 ) -> None:
     """List a user's tasks, oldest first."""
     if only_open and only_done:
         raise typer.BadParameter("--open and --done exclude each other")
     store = taskd.TaskStore(database())
     rest: taskd.Listing | None = taskd.Listing(
-        only_done if only_open or only_done else None, q, sort, limit
+        completed=only_done if only_open or only_done else None,
+        q=q,
+        priority=priority,
+        tags=tuple(tag or ()),
+        due_before=due_before and taskd.due_moment(due_before),
+        sort=sort,
+        limit=limit,
     )
-    found: list[taskd.TaskView] = []
-    while rest and len(found) != limit:
+    found: list[taskd.View] = []
+    while rest and (not limit or len(found) < limit):
         page, rest = store.page(user, rest)
         found += page
     store.close()
-    show_all([msgspec.structs.asdict(task) for task in found], as_json)
+    found = found[:limit]
+    hidden = None if wide else ("user_id", "description", "created_at")
+    show_all([msgspec.structs.asdict(task) for task in found], as_json, nl, as_csv, hidden)
+    if not (as_json or nl or as_csv):
+        noun = "such task" if only_open or only_done or q or limit else "task"
+        total(found, f"{printable(user)} has {counted(len(found), noun)}")
 
 
 @app.command()
@@ -548,7 +742,7 @@ def stats(as_json: AsJson = False) -> None:
     counts = {
         "users": fn.COUNT(Task.user_id.distinct()),
         "tasks": fn.COUNT(Task.id),
-        "done": count_where(Task.completed),
+        "done": count_where(COMPLETED),
         "oldest": fn.MIN(Task.created_at),
         "last_change": fn.MAX(Task.updated_at),
     }
@@ -563,49 +757,15 @@ def stats(as_json: AsJson = False) -> None:
 
 
 VERBS = {
-    "Buy": [
-        "milk",
-        "bread and butter",
-        "a birthday present for Nora",
-        "coffee beans",
-        "light bulbs",
-        "stamps",
-    ],
-    "Call": [
-        "the dentist",
-        "grandmother",
-        "the landlord about the heating",
-        "the bank",
-        "Jonas back",
-    ],
-    "Write": [
-        "the minutes of Monday's meeting",
-        "the release notes",
-        "a letter of thanks",
-        "the travel report",
-    ],
-    "Repair": [
-        "the bicycle's rear light",
-        "the dripping tap",
-        "the kitchen shelf",
-        "the build on main",
-    ],
-    "Book": [
-        "the train to Vienna",
-        "a table for six",
-        "the vaccination",
-        "the meeting room for Thursday",
-    ],
-    "Read": ["the lease", "chapter four", "the review of the new API", "the manual before asking"],
+    "Buy": "milk|bread and butter|a birthday present for Nora|coffee beans|light bulbs|stamps",
+    "Call": "the dentist|grandmother|the landlord about the heating|the bank|Jonas back",
+    "Write": "the minutes of Monday's meeting|the release notes|a letter of thanks|the travel report",
+    "Repair": "the bicycle's rear light|the dripping tap|the kitchen shelf|the build on main",
+    "Book": "the train to Vienna|a table for six|the vaccination|the meeting room for Thursday",
+    "Read": "the lease|chapter four|the review of the new API|the manual before asking",
 }
-NOTES = [
-    "before the weekend",
-    "ask Mira first",
-    "2 litres",
-    "see the e-mail of Tuesday",
-    "not urgent",
-    "twice, if need be",
-]
+TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
+NOTES = "before the weekend|ask Mira first|2 litres|see the e-mail of Tuesday|not urgent|twice, if need be"
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 BATCH = 1000  # tasks in a statement
 
@@ -642,11 +802,15 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
             created = EPOCH + timedelta(seconds=second)
             done = chance.random() < 0.4
             updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
+            due = created + timedelta(days=chance.randrange(1, 60), hours=chance.randrange(24))
             yield {
                 "user_id": name,
-                "title": f"{verb} {chance.choice(VERBS[verb])}",
-                "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
+                "title": f"{verb} {chance.choice(VERBS[verb].split('|'))}",
+                "description": chance.choice(NOTES.split("|")) if chance.random() < 0.5 else None,
                 "completed": done,
+                "priority": chance.choice(["low", "medium", "high", None, None]),
+                "due_date": chance.choice([None, f"{due:%Y-%m-%d}", taskd.timestamp(due)]),
+                "tags": chance.sample(TAGS, chance.choice([0, 0, 1, 2])),
                 "created_at": taskd.timestamp(created),
                 "updated_at": taskd.timestamp(updated),
             }
@@ -955,13 +1119,12 @@ def parsed(lines: BinaryIO) -> Iterator[dict[str, Any]]:
 
 def parse_task(text: str) -> dict[str, Any]:
     """Return the members of a task, checked by the rules of the API."""
-    task, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
+    fields, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
     times = {
         name: taskd.timestamp(getattr(owned, name).astimezone(UTC))
         for name in ("created_at", "updated_at")
     }
-    given = {name: getattr(task, name) for name in taskd.RULES}
-    return {"id": owned.id, "user_id": owned.user_id, **given, **times}
+    return {"id": owned.id, "user_id": owned.user_id, **fields, **times}
 
 
 def fault_of(ex: Exception) -> str:
@@ -1097,7 +1260,11 @@ def batches(model: type[peewee.Model], database: peewee.Database) -> Iterator[li
         table.select().where(table.id > last).order_by(table.id).limit(BATCH).dicts()
     ):
         yield [
-            {name: fields[name].python_value(value) for name, value in row.items()} for row in rows
+            {
+                name: fields[name].db_value(fields[name].python_value(value))
+                for name, value in row.items()
+            }
+            for row in rows
         ]
         last = rows[-1]["id"]
 
@@ -1135,6 +1302,10 @@ class SmokeClient:
         self._tasks = f"/api/{self.id}/tasks"
         self._token = Tokens(settings).mint(login(settings, self.id, ttl=300))
         self.results: list[dict[str, Any]] = []
+
+    def connect(self) -> None:
+        """Connect to the server, or raise OSError."""
+        self._connection.connect()
 
     def call(
         self,
@@ -1184,7 +1355,13 @@ class SmokeClient:
         self.call("GET", "/api/somebody-else/tasks", 403)
         self.call("POST", self._tasks, 422, body={"title": " "})
         self.call("GET", self._tasks, 200)
-        new = {"title": "Try every route", "description": "with taskctl smoke"}
+        new = {
+            "title": "Try every route",
+            "description": "with taskctl smoke",
+            "priority": "high",
+            "due_date": "2026-12-01",
+            "tags": ["smoke"],
+        }
         key = {"Idempotency-Key": self.id}
         if task := self.call(
             "POST", self._tasks, 201, body=new, headers=key, shows={**new, "completed": False}
@@ -1212,10 +1389,19 @@ class SmokeClient:
                 shows=tried,
                 carries="ETag",
             )
+            self.call(
+                "PATCH",
+                path,
+                200,
+                body={"priority": None},
+                shows={"priority": None},
+                carries="ETag",
+            )
             self.call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
             self.call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
             self.call("POST", self._tasks, 201, body=new)
-            self.call("GET", f"{self._tasks}?limit=1", 200, carries="Link")
+            self.call("GET", f"{self._tasks}?limit=1&sort=-due_date&tag=smoke", 200, carries="Link")
+            self.call("GET", f"{self._tasks}?status=open", 422)
             self.call("DELETE", path, 200, shows={"title": "Tried", "completed": True})
             self.call("GET", path, 404)
 
@@ -1235,24 +1421,178 @@ def smoke(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call every route of a live server as a throw-away user, and leave nothing behind."""
+    """Call every route of a live server, and leave nothing behind."""
     settings = Settings.load()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = url or f"http://{host}:{settings.port}"
-    visitor = SmokeClient(url, settings)
+    visitor = SmokeClient(url := url or f"http://{host}:{settings.port}", settings)
     try:
+        visitor.connect()
         try:
             visitor.try_every_route()
         finally:
             visitor.clean_up()
+    except ConnectionRefusedError:
+        raise Refused(f"nothing listens at {url}; start taskd, or name its URL") from None
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as ex:
         raise Refused(
             f"{url} does not answer as taskd does: {printable(str(ex).strip())}"
         ) from None
     finally:
         show_all(visitor.results, as_json)
-    if off := sum(row["result"] != "ok" for row in visitor.results):
-        raise Refused(f"{off} of {len(visitor.results)} calls failed")
+    statuses = {row["status"] for row in visitor.results if row["expected"] != 401}
+    secret = "; the server has another secret than these settings" if statuses == {200, 401} else ""
+    conclude([row["result"] for row in visitor.results], "call", as_json, secret)
+
+
+# --- A server for tests ---------------------------------------------------------------------------
+
+REMOVE = 'read -r _; rm -rf -- "$1"; rm -f -- "$2"'  # run by sh; read ends with its stdin
+TOKEN_TTL = 24 * 3600  # seconds that the tokens of a server for tests are valid
+
+
+@app.command()
+def serve(
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="Required: the database is temporary.")
+    ] = False,
+    user: Annotated[
+        list[str] | None, typer.Option(help="A user to print a token for.", callback=some_text)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Believable tasks for each --user.")] = 0,
+    port_file: Annotated[
+        Path | None, typer.Option(help="A file to write the port to.", dir_okay=False)
+    ] = None,
+    given: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, such as TASKD_PORT=8123.")
+    ] = None,
+) -> None:
+    """Serve a temporary database for tests, and print url, secret, pid and tokens as one JSON line.
+
+    The environment and .env are not read. The server ends on SIGTERM or SIGINT, or when its stdin
+    ends if that is a pipe or a socket. Its database and the port file are then removed.
+    """
+    if not ephemeral:
+        raise typer.BadParameter("--ephemeral is required; python taskd.py serves your database")
+    if seed and not user:
+        raise typer.BadParameter("--seed adds tasks for each --user: name one")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with removed_at_exit(Path(tempfile.mkdtemp(prefix="taskd-")), port_file) as directory:
+        settings = ephemeral_settings(directory, given or [])
+        listener = taskd.listen(settings.host, settings.port)
+        port = listener.getsockname()[1]
+        application = taskd.create_app(settings)
+        if seed:
+            add_believable(settings, user or [], seed)
+        taskd.configure_log(settings)
+        if port_file:
+            write_at_once(port_file, f"{port}\n")
+        print(json.dumps(description(settings, port, user or [])), flush=True)
+        end_with_stdin()
+        taskd.serve(application, listener, settings)
+        application.store.close()
+
+
+@contextlib.contextmanager
+def removed_at_exit(directory: Path, file: Path | None) -> Iterator[Path]:
+    """Have a shell remove both when this process ends, even if it is killed."""
+    null = subprocess.DEVNULL
+    with subprocess.Popen(  # noqa: S603  a command of ours
+        ["/bin/sh", "-c", REMOVE, "sh", str(directory), str(file or "")],
+        stdin=subprocess.PIPE,
+        stdout=null,
+        stderr=null,
+        start_new_session=True,
+    ):
+        yield directory
+
+
+def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
+    """Return settings of VARIABLE=VALUE, with a database in this directory and a secret of its own."""
+    known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
+    values = {
+        "BETTER_AUTH_SECRET": secrets.token_urlsafe(32),
+        "TASKD_PORT": "0",
+        "TASKD_LOG": "warning",
+    }
+    for name, _, value in (text.partition("=") for text in given):
+        if name not in known - {"DATABASE_URL"}:
+            raise typer.BadParameter(f"--set takes a setting but DATABASE_URL, not {name!r}")
+        values[name] = value
+    values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
+    return Settings.load(values, directory / ".env")
+
+
+def add_believable(settings: Settings, users: list[str], count: int) -> None:
+    """Add the same tasks for these users each time."""
+    made = believable(users, count, random.Random(1))  # noqa: S311  nothing secret is drawn from it
+    with contextlib.closing(taskd.open_database(settings)) as opened:
+        Task.bind(opened.peewee)
+        for tasks in peewee.chunked(made, BATCH):
+            Task.insert_many(map(row, tasks)).execute()
+
+
+def description(settings: Settings, port: int, users: list[str]) -> dict[str, Any]:
+    """Return what a test needs to know about a server."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    tokens = Tokens(settings)
+    return {
+        "url": f"http://{host}:{port}",
+        "secret": settings.secrets[0] if settings.secrets else settings.secret,
+        "pid": os.getpid(),
+        "tokens": {user: tokens.mint(login(settings, user, TOKEN_TTL)) for user in users},
+    }
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Write a file so that nobody who waits for it reads it half written."""
+    unfinished = Path(f"{path}.new")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def end_with_stdin() -> None:
+    """Terminate when stdin ends, if it is a pipe or a socket: a sign that the starter has ended."""
+    mode = os.fstat(0).st_mode if sys.stdin else 0  # None when it was closed at the start
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        threading.Thread(target=terminate_after_stdin, daemon=True).start()
+
+
+def terminate_after_stdin() -> None:
+    """Wait until the other side of stdin is closed, without reading from it, and terminate."""
+    poll = select.poll()
+    poll.register(0, getattr(select, "POLLRDHUP", 0))  # a hang-up is always reported
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@app.command()
+def wait(
+    url: Annotated[str, typer.Argument(help="The server, such as http://127.0.0.1:8000.")],
+    timeout: Annotated[str, typer.Option(help="How long to wait: 30s, 2m.")] = "30s",
+) -> None:
+    """Wait until /readyz of a server answers 200. Exit status 1 if it does not in time."""
+    if not re.match("https?://[^/]", url):
+        raise typer.BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}")
+    deadline = time.monotonic() + seconds(timeout)
+    while fault := not_ready(url, max(deadline - time.monotonic(), 0.1)):
+        if time.monotonic() >= deadline:
+            raise Refused(f"{url} is not ready after {timeout}: {printable(fault)}")
+        time.sleep(0.05)
+
+
+def not_ready(url: str, timeout: float) -> str:
+    """Return why a server is not ready, or nothing if it is."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url.rstrip('/')}/readyz", timeout=timeout) as answer:
+            return "" if answer.status == 200 else f"/readyz answers {answer.status}"
+    except urllib.error.HTTPError as ex:
+        with ex:
+            return f"/readyz answers {ex.code}: {ex.read(1000).decode(errors='replace')}"
+    except (OSError, ValueError, http.client.HTTPException) as ex:
+        reason = getattr(ex, "reason", ex)
+        return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
 
 
 def main() -> None:
@@ -1260,8 +1600,9 @@ def main() -> None:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # what is unfinished is cleared away
+    taskd.log.addHandler(logging.NullHandler())  # a command tells what went wrong itself
     try:
-        app()
+        app(prog_name="taskctl")
     except Refused as ex:
         say(str(ex))
         sys.exit(1)

@@ -46,7 +46,19 @@ TEXTS = strategies.none() | strategies.text(
     strategies.characters(exclude_categories=["Cs"], exclude_characters="\0")
 )
 CHANGES = strategies.fixed_dictionaries(
-    {}, optional={"title": TITLES, "description": TEXTS, "completed": strategies.booleans()}
+    {},
+    optional={
+        "title": TITLES,
+        "description": TEXTS,
+        "completed": strategies.booleans(),
+        "priority": strategies.sampled_from(["low", "medium", "high", None]),
+        "due_date": strategies.none()
+        | strategies.dates().map(str)
+        | strategies.datetimes().map(taskd.timestamp).map("{}Z".format),
+        "tags": strategies.lists(
+            TITLES.map(lambda title: title[:50]).filter(str.strip), max_size=3, unique=True
+        ),
+    },
 )
 PEOPLE = strategies.sampled_from(USERS)
 # Each way to ask for one task, with a body that would change it.
@@ -55,8 +67,10 @@ ON_ONE_TASK: list[tuple[str, str, dict[str, Any]]] = [
     ("HEAD", "", {}),
     ("PUT", "", {"json": {"title": "taken over"}}),
     ("PUT", "", {"json": {}}),
+    ("PATCH", "", {"json": {"tags": ["taken over"]}}),
     ("DELETE", "", {}),
     ("PATCH", "/complete", {}),
+    ("PATCH", "/complete", {"json": {}}),
     ("PATCH", "/complete", {"json": {"completed": True}}),
 ]
 ON_ALL_TASKS: list[tuple[str, str, dict[str, Any]]] = [
@@ -128,7 +142,12 @@ class Isolation(RuleBasedStateMachine):
         return multiple(*(self.create(user, f"of {user}", {}) for user in USERS[:3]))
 
     def create(self, owner: str, title: str, more: dict[str, Any]) -> tuple[str, int]:
-        new = {"title": title, "description": None, "completed": False} | more
+        new = {"title": title, "description": None, "completed": False} | {
+            "priority": None,
+            "due_date": None,
+            "tags": [],
+        }
+        new |= more
         response = self.call(owner, "POST", tasks_of(owner), json={"title": title} | more)
         assert response.status_code == 201, response.text
         answer = response.json
@@ -275,7 +294,7 @@ class Isolation(RuleBasedStateMachine):
             assert (response.status_code, response.json) == (200, tasks), user
 
 
-TestIsolation = Isolation.TestCase
+TestIsolation = pytest.mark.slow(Isolation.TestCase)
 TestIsolation.settings = settings(
     max_examples=int(os.environ.get("TASKD_FUZZ_EXAMPLES", FEW)),
     stateful_step_count=30,
@@ -287,6 +306,7 @@ TestIsolation.settings = settings(
 
 # --- From the inside: each statement that runs ---
 
+SEARCHED = ["title", "description", "tags"]
 COLUMNS = ", ".join(f'"{{0}}"."{name}"' for name in TASK_KEYS)
 SHOWN, RETURNED = COLUMNS.format("t1"), COLUMNS.format("task") + ', "task"."version"'
 # Beside those that name the owner: what opens a connection.
@@ -381,30 +401,37 @@ def bound_to(user: str) -> re.Pattern[str]:
     def this(table: str) -> str:
         return rf'\({mine(table)} AND \("{table}"\."id" = \d+\)\)'
 
-    expected = rf"""\(CAST\({value} AS TEXT\) IS NULL OR {value} LIKE '%"' \|\| version \|\| '-' \|\| updated_at \|\| '"%'\)"""
-    contains = rf"\(REPLACE\(title_folded, {text}, ''\) <> title_folded OR"
-    contains += rf" REPLACE\(description_folded, {text}, ''\) <> description_folded\)"
+    tag = """'%"' \\|\\| version \\|\\| '-' \\|\\| updated_at \\|\\| '"%'"""
+    expected = rf"\(\({text} = '\*' OR {text} LIKE {tag}\)"
+    expected += rf" AND NOT \({text} = '\*' OR {text} LIKE {tag}\)\)"
     key = rf"\({mine('idempotency_key')} AND \({key_name}\)\)"
     number = '"idempotency_key"."id"'
     oldest = re.escape(
         f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2'
     )
 
-    def half(table: str) -> str:
-        """Return a page's tasks, or those of them that are open or done; what else it asks can only make them fewer."""
-        more = [
-            contains,
-            rf'\((?:"{table}"\."[a-z_]+"(?:, )?|[(), <>]|{value})+\)',
-            rf'\("{table}"\."completed" = \w+\)',
-        ]
-        conditions = rf"\(*{mine(table)}(?: AND (?:{'|'.join(more)})\)?)*"
-        return rf'SELECT {re.escape(COLUMNS.format(table))} FROM "task" AS "{table}" WHERE {conditions}'
+    # What else a list asks can only make its tasks fewer: no OR but in brackets of its own.
+    searched = [rf"REPLACE\({name}_folded, {text}, ''\) <> {name}_folded" for name in SEARCHED]
+    key_of = (
+        r"(?:[a-z_]+|(?:CASE|COALESCE\(|due_date \|\|)(?:(?!WHERE|user_id| OR |').|" + text + ")+?)"
+    )
+    more = [
+        rf"\({' OR '.join(searched)}\)",
+        rf"completed = {value}",
+        rf"priority = {text}",
+        rf"{key_of} [<>] {text}",
+        rf"REPLACE\(tags, {text}, ''\) <> tags",
+        r"id [<>] \d+",
+        rf"\({key_of}, id\) [<>] \({text}, \d+\)",
+    ]
+    conditions = rf"\(*{mine('t1')}(?: AND (?:{'|'.join(more)})\)?)*"
 
     shown, returned = re.escape(SHOWN), re.escape(RETURNED)
     settings = rf"(?:(?!WHERE|user_id|').|{text})+"
     return re.compile(
-        rf"\(*{half('t1')}\)*(?: UNION ALL \(*(?:{half('t2')}|{half('t3')}|{half('t4')})\)*)* ORDER BY [a-z_, DESC]+"
-        r" LIMIT \d+"
+        rf'SELECT {shown}, {key_of} FROM "task" AS "t1" WHERE {conditions}'
+        rf" ORDER BY {key_of}(?: DESC)?(?:, id(?: DESC)?)? LIMIT \d+"
+        rf'|SELECT "t1"\."id" FROM "task" AS "t1" WHERE {mine("t1")} LIMIT 1 OFFSET \d+'
         rf'|SELECT {shown}, "t1"\."version" FROM "task" AS "t1" WHERE {this("t1")}'
         rf'|INSERT INTO "task" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\) RETURNING {returned}'
         rf'|UPDATE "task" SET {settings} WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
@@ -413,7 +440,7 @@ def bound_to(user: str) -> re.Pattern[str]:
         rf'|DELETE FROM "idempotency_key" WHERE \(\({key} OR \("idempotency_key"\."id" IN \({oldest}\)\)\)'
         rf' AND \("idempotency_key"\."created_at" < {text}\)\)'
         rf'|INSERT (?:OR IGNORE )?INTO "idempotency_key" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
-        r"(?: ON CONFLICT DO NOTHING)?"
+        r'(?: ON CONFLICT \("user_id", "name"\) DO NOTHING)?'
         rf' RETURNING "idempotency_key"\."id"'
         rf'|UPDATE "idempotency_key" SET "answer" = {text} WHERE {key}'
         rf'|SELECT "t1"\."body", "t1"\."answer" FROM "idempotency_key" AS "t1"'
@@ -428,6 +455,9 @@ LISTINGS = [
     "sort=-title",
     "sort=updated_at&q=%25'&completed=false&limit=1",
     "sort=title&q=m",
+    "priority=high&tag=it's&tag=b&due_before=2026-12-01&due_after=2020-01-01T00:00:00Z",
+    "sort=due_date&completed=true",
+    "sort=-priority&limit=1",
 ]
 ROUTES: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "", {}),
@@ -446,7 +476,10 @@ ROUTES: list[tuple[str, str, dict[str, Any]]] = [
         "/{id}",
         {"json": {"title": "x"}, "headers": {"If-Match": '"1-2026-11-21T00:00:00.000Z"'}},
     ),
+    ("PATCH", "/{id}", {"json": {"priority": "low", "due_date": "2026-12-01", "tags": ["it's"]}}),
+    ("PATCH", "/{id}/complete", {"json": {}}),
     ("DELETE", "/{id}", {"headers": {"If-Match": '"it\'s"'}}),
+    ("DELETE", "/{id}", {"headers": {"If-None-Match": "*"}}),
     ("DELETE", "/{id}", {}),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import re
 import sqlite3
@@ -101,7 +102,7 @@ def keep(path: Path, count: int, user: str = "alice") -> None:
 
 WRONG = [
     *[("completed", value) for value in ("", "True", "1", "yes", "true ", "null", "true,false")],
-    *[("q", value) for value in ("a" * 1001, "\0", "a\0b")],
+    *[("q", value) for value in ("a" * 201, "\0", "a\0b")],
     *[
         ("sort", value)
         for value in (
@@ -137,20 +138,23 @@ def test_a_wrong_value_is_422_and_named(alice: Person, name: str, value: str) ->
 
 
 @pytest.mark.sqlite("it is not about the database")
-@pytest.mark.parametrize("name", taskd.PARAMETERS)
+@pytest.mark.parametrize("name", [name for name in taskd.PARAMETERS if name != "tag"])
 def test_a_parameter_that_is_given_twice_is_422_even_with_one_value(
     alice: Person, name: str
 ) -> None:
-    good = {"completed": "true", "q": "a", "sort": "id", "limit": "5", "after": "A"}[name]
+    good = {"completed": "true", "priority": "low", "sort": "id", "limit": "5"}.get(
+        name, "2026-12-01"
+    )
     problem = assert_problem(alice.call("GET", query_string=f"{name}={good}&{name}={good}"), 422)
     assert [error["field"] for error in problem["errors"]] == [name]
 
 
 def test_all_that_is_wrong_is_named_at_once(alice: Person) -> None:
     problem = assert_problem(
-        alice.call("GET", query_string="limit=0&sort=x&completed=maybe&q=%00&unknown=1"), 422
+        alice.call("GET", query_string="limit=0&sort=x&completed=maybe&q=%00&unknown=1&_=1"), 422
     )
-    assert {error["field"] for error in problem["errors"]} == {"limit", "sort", "completed", "q"}
+    wrong = [error["field"] for error in problem["errors"]]
+    assert wrong == ["limit", "sort", "completed", "q", "unknown"]
 
 
 def test_a_cursor_is_not_blamed_for_an_order_that_is_wrong_but_beside_any_other_fault(
@@ -167,10 +171,8 @@ def test_a_cursor_is_not_blamed_for_an_order_that_is_wrong_but_beside_any_other_
         assert [error["field"] for error in problem["errors"]] == wrong
 
 
-@pytest.mark.parametrize(
-    "query", ["", "page=2", "Limit=0", "completed[]=x", "&&", "a=b&a=c", "=", "%00=x", "limits=0"]
-)
-def test_what_is_not_known_is_ignored(alice: Person, query: str) -> None:
+@pytest.mark.parametrize("query", ["", "&&", "_=1764547200", "_x=1&_x=2", "%5Fcompleted=true"])
+def test_what_begins_with_an_underscore_is_ignored(alice: Person, query: str) -> None:
     tasks = [alice.add() for _ in range(3)]
     assert alice.call("GET", query_string=query).json == tasks
 
@@ -317,10 +319,10 @@ def test_the_link_keeps_the_other_parameters(alice: Person) -> None:
         ("sort", "-title"),
         ("limit", "1"),
         ("completed", "false"),
-        ("x", "é&="),
-        ("y", ""),
-        ("z", "1"),
-        ("z", "2"),
+        ("_x", "é&="),
+        ("_y", ""),
+        ("_z", "1"),
+        ("_z", "2"),
     ]
     following = next_query(alice.call("GET", query_string=urlencode(query)))
     assert following
@@ -435,8 +437,8 @@ def test_page_1000_costs_what_page_1_costs(app: taskd.App, tmp_path: Path) -> No
     keep(tmp_path / "taskd.db", 20_000)
     database = app.store._database._worker_connection  # type: ignore[union-attr]
     steps: list[int] = []
-    for sort in SORTS:
-        listing: taskd.Listing | None = taskd.Listing(sort=sort, limit=10)
+    for sort, completed in itertools.product(("id", "-id"), (None, False)):
+        listing: taskd.Listing | None = taskd.Listing(sort=sort, limit=10, completed=completed)
         for page in range(1000):
             assert listing
             if page in (0, 1, 999):
@@ -521,10 +523,10 @@ def test_a_list_around_the_size_of_a_piece_is_whole(
 )
 def test_a_long_list_over_a_socket_is_one_array(start: Start, tmp_path: Path, query: str) -> None:
     server = start()
-    keep(tmp_path / "taskd.db", 3000)
+    keep(tmp_path / "taskd.db", 9000)
     answer = server.request("GET", TASKS + query, headers=bearer())
     assert answer.headers["transfer-encoding"] == "chunked"
-    assert len({task["id"] for task in answer.json}) == (2000 if "completed" in query else 3000)
+    assert len({task["id"] for task in answer.json}) == (6000 if "completed" in query else 9000)
     assert answer.content.startswith(b"[{")
     assert answer.content.endswith(b"}]")
 
@@ -570,6 +572,7 @@ def resident(server: Process, what: str = "VmRSS") -> int:
     return int(re.findall(rf"{what}:\s+(\d+)", status)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite("it is not about the database")
 def test_a_hundred_thousand_tasks_take_no_memory_and_hold_nobody_up(
     start: Start, tmp_path: Path

@@ -485,9 +485,11 @@ def test_a_sigterm_with_requests_waiting_in_the_threads_answers_them_all(
             answering = pool.submit(at_once, [two[0]], puts)
             until(lambda: len(sql(tmp_path / "taskd.db", waiting)) >= 20, "they wait for the lock")
             two[0].popen.terminate()
-        assert {answer.status_code for answer in answering.result()} == {201}
+        statuses = [answer.status_code for answer in answering.result()]
+    assert set(statuses) <= {201, 503}, "503 for those beyond the write queue"
+    assert statuses.count(201) >= 20
     assert two[0].popen.wait(DEADLINE) == 0
-    assert len(two[1].request("GET", TASKS, headers=bearer()).json) == 40
+    assert len(two[1].request("GET", TASKS, headers=bearer()).json) == statuses.count(201)
 
 
 # --- What is kept ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from support import (
     OTHER_SECRET,
     ROOT,
     SECRET,
+    ForkServer,
     Process,
     Wire,
     assert_problem,
@@ -82,7 +83,8 @@ def milk(number: int = 0) -> dict[str, str]:
 @pytest.mark.sqlite("it is about settings")
 def test_the_start_line_names_the_port_that_the_system_chose(start: Start) -> None:
     server = start(command=COLD, TASKD_PORT="0")
-    assert re.fullmatch(r"taskd: listening on http://127\.0\.0\.1:[0-9]+\n", server.log)
+    url = rf"http://127\.0\.0\.1:{server.port}"
+    assert re.fullmatch(rf"taskd: listening on {url} \(try it at {url}/docs\)\n", server.log)
     assert server.port > 0
     answer = server.request("GET", "/healthz")
     assert (answer.status_code, answer.json) == (200, {"status": "ok"})
@@ -101,7 +103,7 @@ def test_a_forked_server_is_like_one_from_the_start(
             lambda server=server: "listening" in server.log or server.popen.poll() is not None,
             "it listens, or not",
         )
-        seen.append((server.terminate(), re.sub(r":\d+\n", "", server.log)))
+        seen.append((server.terminate(), re.sub(r":\d+\b", "", server.log)))
     assert seen[0] == seen[1]
     assert seen[0][0] == (2 if "DATABASE_URL" in variables else 0)
 
@@ -175,15 +177,8 @@ def refusal(directory: Path, **variables: str) -> str:
     """Start taskd, which must refuse with exit status 2 and one line, and return that line."""
     before = contents(directory)
     defaults = {"BETTER_AUTH_SECRET": SECRET, "TASKD_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "taskd.py")],
-        cwd=directory,
-        env=environment(**(defaults | variables)),
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        timeout=DEADLINE,
-        check=False,
+    done = ForkServer.of("taskd", "", environment()).run(
+        directory=directory, variables=environment(**(defaults | variables))
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
@@ -616,7 +611,7 @@ def test_a_reader_of_the_log_that_goes_away_does_not_stop_the_service(tmp_path: 
         assert process.stderr
         try:
             server = Process.__new__(Process)
-            server.port = int(process.stderr.readline().rsplit(":", 1)[1])
+            server.port = int(re.findall(r":(\d+)", process.stderr.readline())[0])
             process.stderr.close()
             assert server.request("POST", TASKS, milk(), bearer()).status_code == 201
             assert server.request("GET", TASKS, headers=bearer()).status_code == 200
