@@ -327,6 +327,7 @@ class TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return a line, and the traceback below it if there is one."""
         line = f"{self.formatTime(record)} {record.levelname} {printable(record.getMessage())}"
+        line += f" id={record.id}" if hasattr(record, "id") else ""
         if not record.exc_info:
             return line
         traceback = self.formatException(record.exc_info).splitlines()
@@ -338,11 +339,12 @@ class JsonLines(TextLines):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line with a request's fields, or with a message and perhaps a traceback."""
-        line = {"time": self.formatTime(record), "level": record.levelname}
+        line: dict[str, Any] = {"time": self.formatTime(record), "level": record.levelname}
         if isinstance(record, AccessLogRecord):
             line |= record.fields
         else:
             line["message"] = record.getMessage()
+            line |= {"id": record.id} if hasattr(record, "id") else {}  # the request's
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -2468,7 +2470,7 @@ class Metrics:
         try:
             self._count(req, resp)
         except Exception:
-            log.exception("the metrics lack a request id=%s", req.context.id)
+            log.exception("the metrics lack a request", extra={"id": req.context.id})
 
     def _count(self, req: falcon.Request, resp: falcon.Response) -> None:
         what = req.uri_template or "-", req.method
@@ -2983,7 +2985,7 @@ def unavailable(
 ) -> NoReturn:
     """Answer 503 while the database or the key set cannot be used, and tell the operator why."""
     what, why = ex.args
-    log.error("%s cannot be used: %s id=%s", what, why, req.context.id)
+    log.error("%s cannot be used: %s", what, why, extra={"id": req.context.id})
     raise falcon.HTTPServiceUnavailable(
         description=f"{what} cannot be used right now; try again", retry_after=ex.retry_after
     )
@@ -3021,7 +3023,7 @@ def handle_unexpected(
     req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
 ) -> NoReturn:
     """Answer 500 to a fault of ours: the log gets the traceback, the caller the request id to quote."""
-    log.error("unhandled exception id=%s", req.context.id, exc_info=ex)
+    log.error("unhandled exception", exc_info=ex, extra={"id": req.context.id})
     raise falcon.HTTPInternalServerError(
         description=f"this is our fault; when you report it, quote {req.context.id}"
     )
