@@ -192,7 +192,8 @@ def printable(value: object) -> str:
     """Return a value as text that a terminal shows and does not obey."""
     words: dict[object, str] = {None: "-", True: "yes", False: "no"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
-    return taskd.printable(", ".join(value) if isinstance(value, list) else text)
+    text = (", ".join(value) or "-") if isinstance(value, list) else text
+    return taskd.printable(text)
 
 
 def progress(hidden: bool = False) -> Progress:

@@ -722,7 +722,7 @@ def test_without_a_token_every_method_is_401_before_it_is_405(settled, method):
 @pytest.mark.parametrize(
     "path",
     [
-        "/", "/api", "/api/", "/api/alice", "/api/alice/", "/api/alice/task", "/api/alice/Tasks", "/API/alice/tasks",
+        "/api", "/api/", "/api/alice", "/api/alice/", "/api/alice/task", "/api/alice/Tasks", "/API/alice/tasks",
         "/api/alice/tasks/1/completed", "/api/alice/tasks/1/complete/x", "/api/alice/tasks/1/2", "/tasks",
         "/alice/tasks",        "/api/alice/x/tasks", "/favicon.ico", "/robots.txt", "/.env", "/taskd.db", "/healthz/x",
         "/api/../../etc/passwd",        "/%00", "/%FF", "/" + "x" * 5000,
