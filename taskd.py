@@ -822,7 +822,10 @@ class TagsField(peewee.TextField):
 
     def python_value(self, value: str) -> list[str]:
         """Return the array as a view shows it."""
-        return msgspec.json.decode(value, type=list[str])
+        try:
+            return msgspec.json.decode(value, type=list[str])
+        except (ValueError, msgspec.DecodeError) as ex:
+            raise Unavailable("the database", f"it is damaged: {ex}") from None
 
 
 def quoted(text: str) -> str:

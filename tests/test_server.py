@@ -268,11 +268,7 @@ MISFITS = [
     ("wal", "CREATE TABLE task (id INTEGER PRIMARY KEY, title TEXT)", "user_id"),
     ("delete", "{schema} DROP INDEX task_id;", "task_id"),
     ("wal", "{schema} ALTER TABLE task DROP COLUMN description;", "description"),
-    (
-        "delete",
-        "{schema} ALTER TABLE task ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;",
-        "priority",
-    ),
+    ("delete", "{schema} ALTER TABLE task ADD COLUMN mood INTEGER NOT NULL DEFAULT 0;", "mood"),
 ]
 
 
@@ -285,7 +281,7 @@ def test_a_schema_that_does_not_fit_stops_the_start_naming_the_difference(
     database.execute(f"PRAGMA journal_mode = {journal}")
     database.executescript(
         script.replace(
-            "{schema}", (ROOT / "schema.sql").read_text() + "INSERT INTO about VALUES (2, 'x');"
+            "{schema}", (ROOT / "schema.sql").read_text() + "INSERT INTO about VALUES (3, 'x');"
         )
     )
     database.close()
