@@ -96,20 +96,11 @@ def test_each_field_changes_alone_and_null_clears_it(alice: Person) -> None:
     more = {"priority": "low", "due_date": "2026-12-01", "tags": ["b", "a"]}
     task = alice.add(description="x", **more)
     assert {name: task[name] for name in more} == more
-    changes: dict[str, Any]
-    for method, changes in itertools.product(
-        ("PUT", "PATCH"),
-        [
-            {"priority": None},
-            {"priority": "high"},
-            {"due_date": None},
-            {"tags": []},
-            {"tags": ["c"]},
-        ],
-    ):
-        changed = alice.call(method, "/1", json=changes).json
-        assert changed == task | changes | {"updated_at": changed["updated_at"]}
-        task = changed
+    for name, value in [("priority", None), ("due_date", None), ("tags", []), ("tags", ["c"])]:
+        for method, sent in (("PUT", more[name]), ("PATCH", value)):
+            changed = alice.call(method, "/1", json={name: sent}).json
+            assert changed == task | {name: sent, "updated_at": changed["updated_at"]}
+            task = changed
 
 
 def test_an_empty_object_toggles_as_no_body_does(alice: Person) -> None:

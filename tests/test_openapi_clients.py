@@ -33,15 +33,30 @@ def run(*command: str | Path, at: Path, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
+def install(directory: Path, names: str, *commands: list[str]) -> Path:
+    """Run commands that install what a file names, unless that very file was installed before."""
+    stamp = directory / ".installed"
+    digest = hashlib.sha256((HERE / names).read_bytes()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != digest:
+        for command in commands:
+            run(*command, at=HERE)
+        stamp.write_text(digest)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def tools() -> Path:
-    """Install what package-lock.json names, unless that very lock file was installed before."""
-    stamp = HERE / "node_modules" / ".installed"
-    digest = hashlib.sha256((HERE / "package-lock.json").read_bytes()).hexdigest()
-    if not stamp.exists() or stamp.read_text() != digest:
-        run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", at=HERE)
-        stamp.write_text(digest)
-    return HERE / "node_modules" / ".bin"
+    npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    return install(HERE / "node_modules", "package-lock.json", npm) / ".bin"
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    """A Python with the generator of clients, which wants another typer than taskctl."""
+    pip = [".venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    venv = [sys.executable, "-m", "venv", ".venv"]
+    directory = install(HERE / ".venv", "requirements.txt", venv, [*pip, "-r", "requirements.txt"])
+    return directory / "bin" / "python"
 
 
 @pytest.mark.parametrize(
@@ -72,17 +87,18 @@ def test_a_strict_typescript_client_calls_every_route(
 
 
 def test_a_strict_python_client_calls_every_route(
-    tmp_path: Path, start: Callable[..., Process]
+    python: Path, tmp_path: Path, start: Callable[..., Process]
 ) -> None:
     (tmp_path / "config.yml").write_text(
         "package_name_override: taskd_client\nproject_name_override: taskd-client\npost_hooks: []\n"
     )
     module = "openapi_python_client"
-    generator: list[str | Path] = [sys.executable, "-m", module, "generate", "--path", DOCUMENT]
+    generator: list[str | Path] = [python, "-m", module, "generate", "--path", DOCUMENT]
     options = ["--config", "config.yml", "--meta", "none", "--output-path", "taskd_client"]
     assert "WARNING" not in run(*generator, *options, at=tmp_path).upper()
     (tmp_path / "taskd_client" / "py.typed").touch()
     shutil.copy(HERE / "client.py", tmp_path)
-    run(sys.executable, "-m", "mypy", "--strict", "client.py", at=tmp_path)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python)]
+    run(*mypy, "client.py", at=tmp_path)
     where = {"TASKD_URL": f"http://127.0.0.1:{start().port}", "TASKD_TOKEN": token("alice")}
-    assert run(sys.executable, "client.py", at=tmp_path, **where) == "all routes\n"
+    assert run(python, "client.py", at=tmp_path, **where) == "all routes\n"
