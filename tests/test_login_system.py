@@ -358,7 +358,7 @@ def test_a_failure_is_logged_once_for_each_reason_and_again_after_a_good_answer(
 ) -> None:
     caplog.set_level(logging.INFO, "taskd")
     for status in (500, 500, 404, 500, 200, 500):
-        auth_server.answer = lambda request, status=status: AuthServer.send(
+        auth_server.answer = lambda request, status=status: AuthServer.send(  # type: ignore[misc]
             request, status, b'{"keys": []}'
         )
         clock.ahead += taskd.KEYS_PAUSE

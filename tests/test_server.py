@@ -100,7 +100,7 @@ def test_a_forked_server_is_like_one_from_the_start(
     for command in (COLD, None):
         server = start(command=command, wait=False, **variables)
         until(
-            lambda server=server: "listening" in server.log or server.popen.poll() is not None,
+            lambda server=server: "listening" in server.log or server.popen.poll() is not None,  # type: ignore[misc]
             "it listens, or not",
         )
         seen.append((server.terminate(), re.sub(r":\d+\b", "", server.log)))
