@@ -5,9 +5,26 @@ It reads the settings that taskd reads, and decides about tokens and the databas
 stdout, messages to stderr. Exit status: 0; 1 when something is refused, not found or off; 2 for usage and settings.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "falcon==4.4.0",
+#     "httptools==0.9.0",
+#     "msgspec==0.22.0",
+#     "peewee==4.5.3",
+#     "prometheus-client==0.26.0",
+#     "PyJWT[crypto]==2.15.1",
+#     "python-dotenv==1.2.4",
+#     "rich==15.0.0",
+#     "typer==0.29.2",
+#     "waitress==3.0.2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import http.client
@@ -17,37 +34,58 @@ import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import sqlite3
+import stat
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import urlsplit
 
-import msgspec
-import peewee
-import typer
-from jwt.utils import base64url_decode
-from peewee import fn
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
+try:
+    import msgspec
+    import peewee
+    import typer
+    from dotenv import dotenv_values
+    from jwt.utils import base64url_decode
+    from peewee import fn
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
 
-import taskd
-from taskd import DOTENV, About, Settings, Task, Tokens
+    import taskd
+    from taskd import DOTENV, About, Settings, Task, Tokens
+except ModuleNotFoundError as ex:
+    if __name__ != "__main__":
+        raise
+    sys.exit(
+        f"taskctl: the package {ex.name} is not installed for this Python; "
+        "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
+    )
 
 app = typer.Typer(
-    help="Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsLines = Annotated[bool, typer.Option("--nl", help="Print JSON lines.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Wide = Annotated[bool, typer.Option("--wide", help="All columns, however wide.")]
+STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
+TIMES = ("created_at", "updated_at", "due_date", "last_change")  # shown to the minute
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
@@ -72,17 +110,83 @@ def show(row: dict[str, Any], as_json: bool) -> None:
         print(f"{name:{max(map(len, row))}}  {printable(value)}")
 
 
-def show_all(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Print rows: as a JSON array, or a table."""
+def show_all(
+    rows: list[dict[str, Any]],
+    as_json: bool,
+    nl: bool = False,
+    as_csv: bool = False,
+    hidden: tuple[str, ...] | None = (),
+) -> None:
+    """Print rows: as JSON, JSON lines, CSV, or a table, on a terminal without the hidden columns."""
     if as_json:
         print(json.dumps(rows))
-        return
-    if not rows:
-        return
-    table = Table(*rows[0], box=None, pad_edge=False)
+    elif nl:
+        print(*map(json.dumps, rows), sep="\n", end="\n" if rows else "")
+    elif as_csv:
+        show_csv(rows)
+    elif rows:
+        show_table(rows, hidden if sys.stdout.isatty() else None)
+
+
+def show_csv(rows: list[dict[str, Any]]) -> None:
+    """Print rows as CSV with a header; what is not text is written as in JSON, and null as nothing."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerows(row.keys() for row in rows[:1])
     for row in rows:
-        table.add_row(*(Text(printable(value), overflow="fold") for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 10**6).print(table)
+        values = row.values()
+        writer.writerow(v if v is None or isinstance(v, str) else json.dumps(v) for v in values)
+
+
+def show_table(rows: list[dict[str, Any]], hidden: tuple[str, ...] | None) -> None:
+    """Print a table: short, without the hidden columns and those without a value, or whole (None)."""
+    names = [
+        name
+        for name in rows[0]
+        if hidden is None
+        or (name not in hidden and any(row[name] not in (None, []) for row in rows))
+    ]
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=name in TIMES)
+    for row in rows:
+        table.add_row(*(cell(name, row[name], hidden is not None) for name in names))
+    Console(width=10**6 if hidden is None else None).print(table)
+
+
+def cell(name: str, value: object, short: bool) -> Text:
+    """Return a value for a table, where short times are to the minute, in UTC."""
+    text = printable(value)
+    if short and name in TIMES:
+        text = text[:16].replace("T", " ")
+    return Text(text, STYLES.get(text, "") if name == "result" else "", overflow="fold")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "no tasks", "1 task" or "2 tasks"."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def conclude(results: list[str], noun: str, quiet: bool, why: str = "") -> None:
+    """Say how many checks or calls passed; raise Refused if one failed."""
+    failed, warned = results.count("FAIL"), results.count("warning")
+    if failed:
+        raise Refused(f"{failed} of {len(results)} {noun}s failed{why}")
+    if not quiet:
+        warnings = f", {counted(warned, 'warning')}" if warned else ""
+        say(f"all {len(results)} {noun}s passed{warnings}")
+
+
+def total(rows: list[Any], message: str) -> None:
+    """Say how many rows there are where somebody reads them, and everywhere that there are none."""
+    if not rows or sys.stdout.isatty():
+        say(message)
+
+
+def read_stdin(what: str) -> str:
+    """Return what stdin holds to its end, and say so where somebody has to type it."""
+    if sys.stdin.isatty():
+        say(f"paste {what}, then press Enter and Ctrl-D")
+    return sys.stdin.buffer.read().decode(errors="replace")
 
 
 def printable(value: object) -> str:
@@ -97,6 +201,25 @@ def progress(hidden: bool = False) -> Progress:
     """Return a progress bar on stderr, which shows only where somebody looks at it."""
     console = Console(stderr=True)
     return Progress(console=console, disable=hidden or not console.is_terminal, transient=True)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and exit, where --version is given."""
+    if wanted:
+        print(f"taskctl {taskd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server."""
 
 
 # --- Set up ---------------------------------------------------------------------------------------
@@ -139,18 +262,17 @@ def write_secret() -> None:
 
 @app.command()
 def settings(as_json: AsJson = False) -> None:
-    """Show the effective settings; secrets are masked."""
-    effective = Settings.load()
-    rows = [
-        (field.metadata, getattr(effective, field.name)) for field in dataclasses.fields(effective)
-    ]
-    show(
-        {
-            meta["variable"]: "(set)" if meta["secret"] and value else plain(value)
-            for meta, value in rows
-        },
-        as_json,
-    )
+    """Show the effective settings, and where each comes from. Secrets are masked."""
+    effective, written = Settings.load(), dotenv_values(DOTENV)
+    values, sources = {}, {}
+    for field in dataclasses.fields(effective):
+        variable, value = field.metadata["variable"], getattr(effective, field.name)
+        values[variable] = "(set)" if field.metadata["secret"] and value else plain(value)
+        given = "environment" if os.environ.get(variable) else written.get(variable) and DOTENV
+        sources[variable] = given or "default"
+    if as_json:
+        return show(values, as_json)
+    show({name: f"{printable(value)}  ({sources[name]})" for name, value in values.items()}, False)
 
 
 def plain(value: object) -> object:
@@ -216,7 +338,7 @@ def login(settings: Settings, user: str, ttl: int, **more: str | None) -> dict[s
 def seconds(text: str) -> int:
     """Return a duration such as 90s, 15m, 1h or 7d in seconds."""
     if not (found := re.fullmatch(r"(-?[0-9]{1,9})([smhd]?)", text)):
-        raise typer.BadParameter(f"--ttl must look like 90s, 15m, 1h or 7d, not {text!r}")
+        raise typer.BadParameter(f"a duration must look like 90s, 15m, 1h or 7d, not {text!r}")
     return int(found[1]) * UNITS[found[2]]
 
 
@@ -243,7 +365,7 @@ def verify(
     Its header and claims are shown in both cases; those of a refused token are unverified.
     """
     tokens = Tokens(Settings.load())
-    text = sys.stdin.buffer.read().decode(errors="replace") if token == "-" else token
+    text = read_stdin("a token") if token == "-" else token
     text = re.sub("^bearer +", "", text.strip(), flags=re.IGNORECASE)
     try:
         user = tokens.verify(text)
@@ -335,8 +457,7 @@ def check(as_json: AsJson = False) -> None:
         [{"result": result, "about": about, "found": found} for result, about, found in findings],
         as_json,
     )
-    if off := sum(result == "FAIL" for result, _, _ in findings):
-        raise Refused(f"{off} of {len(findings)} checks failed")
+    conclude([result for result, _, _ in findings], "check", as_json)
 
 
 def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
@@ -512,16 +633,31 @@ def rows(query: Any, *names: str) -> list[dict[str, Any]]:
 
 
 @app.command()
-def users(as_json: AsJson = False) -> None:
+def users(
+    sort: Annotated[
+        str, typer.Option(help="user_id, tasks, done or last_change; -tasks for most first.")
+    ] = "user_id",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    as_json: AsJson = False,
+    nl: AsLines = False,
+    as_csv: AsCsv = False,
+    wide: Wide = False,
+) -> None:
     """List the users who have tasks."""
     database()
-    counts = {
+    counts: dict[str, Any] = {
         "tasks": fn.COUNT(Task.id),
         "done": count_where(COMPLETED),
         "last_change": fn.MAX(Task.updated_at),
     }
+    if not (key := ({"user_id": Task.user_id} | counts).get(sort.removeprefix("-"))):
+        raise typer.BadParameter("--sort takes user_id, tasks, done or last_change")
     query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
-    show_all(rows(query.group_by(Task.user_id).order_by(Task.user_id), "user_id", *counts), as_json)
+    order = [key.desc() if sort.startswith("-") else key, Task.user_id]
+    found = rows(query.group_by(Task.user_id).order_by(*order).limit(limit), "user_id", *counts)
+    show_all(found, as_json, nl, as_csv, None if wide else ())
+    if not (as_json or nl or as_csv):
+        total(found, counted(len(found), "user"))
 
 
 def count_where(condition: Any) -> peewee.Function:
@@ -570,6 +706,9 @@ def tasks(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
+    nl: AsLines = False,
+    as_csv: AsCsv = False,
+    wide: Wide = False,
 ) -> None:
     """List a user's tasks, oldest first."""
     if only_open and only_done:
@@ -590,7 +729,12 @@ def tasks(
         found += page
     store.close()
     found = found[:limit]
-    show_all([msgspec.structs.asdict(task) for task in found], as_json)
+    filters = only_open, only_done, q, limit, priority, tag, due_before
+    hidden = None if wide else ("user_id", "description", "created_at")
+    show_all([msgspec.structs.asdict(task) for task in found], as_json, nl, as_csv, hidden)
+    if not (as_json or nl or as_csv):
+        noun = "such task" if any(filters) else "task"
+        total(found, f"{printable(user)} has {counted(len(found), noun)}")
 
 
 @app.command()
@@ -616,50 +760,15 @@ def stats(as_json: AsJson = False) -> None:
 
 
 VERBS = {
-    "Buy": [
-        "milk",
-        "bread and butter",
-        "a birthday present for Nora",
-        "coffee beans",
-        "light bulbs",
-        "stamps",
-    ],
-    "Call": [
-        "the dentist",
-        "grandmother",
-        "the landlord about the heating",
-        "the bank",
-        "Jonas back",
-    ],
-    "Write": [
-        "the minutes of Monday's meeting",
-        "the release notes",
-        "a letter of thanks",
-        "the travel report",
-    ],
-    "Repair": [
-        "the bicycle's rear light",
-        "the dripping tap",
-        "the kitchen shelf",
-        "the build on main",
-    ],
-    "Book": [
-        "the train to Vienna",
-        "a table for six",
-        "the vaccination",
-        "the meeting room for Thursday",
-    ],
-    "Read": ["the lease", "chapter four", "the review of the new API", "the manual before asking"],
+    "Buy": "milk|bread and butter|a birthday present for Nora|coffee beans|light bulbs|stamps",
+    "Call": "the dentist|grandmother|the landlord about the heating|the bank|Jonas back",
+    "Write": "the minutes of Monday's meeting|the release notes|a letter of thanks|the travel report",
+    "Repair": "the bicycle's rear light|the dripping tap|the kitchen shelf|the build on main",
+    "Book": "the train to Vienna|a table for six|the vaccination|the meeting room for Thursday",
+    "Read": "the lease|chapter four|the review of the new API|the manual before asking",
 }
-NOTES = [
-    "before the weekend",
-    "ask Mira first",
-    "2 litres",
-    "see the e-mail of Tuesday",
-    "not urgent",
-    "twice, if need be",
-]
 TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
+NOTES = "before the weekend|ask Mira first|2 litres|see the e-mail of Tuesday|not urgent|twice, if need be"
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 BATCH = 1000  # tasks in a statement
 
@@ -699,8 +808,8 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
             due = created + timedelta(days=chance.randrange(1, 60), hours=chance.randrange(24))
             yield {
                 "user_id": name,
-                "title": f"{verb} {chance.choice(VERBS[verb])}",
-                "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
+                "title": f"{verb} {chance.choice(VERBS[verb].split('|'))}",
+                "description": chance.choice(NOTES.split("|")) if chance.random() < 0.5 else None,
                 "completed": done,
                 "priority": chance.choice(["low", "medium", "high", None, None]),
                 "due_date": chance.choice([None, f"{due:%Y-%m-%d}", taskd.timestamp(due)]),
@@ -1197,6 +1306,10 @@ class SmokeClient:
         self._token = Tokens(settings).mint(login(settings, self.id, ttl=300))
         self.results: list[dict[str, Any]] = []
 
+    def connect(self) -> None:
+        """Connect to the server, or raise OSError."""
+        self._connection.connect()
+
     def call(
         self,
         method: str,
@@ -1311,24 +1424,178 @@ def smoke(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call every route of a live server as a throw-away user, and leave nothing behind."""
+    """Call every route of a live server, and leave nothing behind."""
     settings = Settings.load()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = url or f"http://{host}:{settings.port}"
-    visitor = SmokeClient(url, settings)
+    visitor = SmokeClient(url := url or f"http://{host}:{settings.port}", settings)
     try:
+        visitor.connect()
         try:
             visitor.try_every_route()
         finally:
             visitor.clean_up()
+    except ConnectionRefusedError:
+        raise Refused(f"nothing listens at {url}; start taskd, or name its URL") from None
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as ex:
         raise Refused(
             f"{url} does not answer as taskd does: {printable(str(ex).strip())}"
         ) from None
     finally:
         show_all(visitor.results, as_json)
-    if off := sum(row["result"] != "ok" for row in visitor.results):
-        raise Refused(f"{off} of {len(visitor.results)} calls failed")
+    statuses = {row["status"] for row in visitor.results if row["expected"] != 401}
+    secret = "; the server has another secret than these settings" if statuses == {200, 401} else ""
+    conclude([row["result"] for row in visitor.results], "call", as_json, secret)
+
+
+# --- A server for tests ---------------------------------------------------------------------------
+
+REMOVE = 'read -r _; rm -rf -- "$1"; rm -f -- "$2"'  # run by sh; read ends with its stdin
+TOKEN_TTL = 24 * 3600  # seconds that the tokens of a server for tests are valid
+
+
+@app.command()
+def serve(
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="Required: the database is temporary.")
+    ] = False,
+    user: Annotated[
+        list[str] | None, typer.Option(help="A user to print a token for.", callback=some_text)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Believable tasks for each --user.")] = 0,
+    port_file: Annotated[
+        Path | None, typer.Option(help="A file to write the port to.", dir_okay=False)
+    ] = None,
+    given: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, such as TASKD_PORT=8123.")
+    ] = None,
+) -> None:
+    """Serve a temporary database for tests, and print url, secret, pid and tokens as one JSON line.
+
+    The environment and .env are not read. The server ends on SIGTERM or SIGINT, or when its stdin
+    ends if that is a pipe or a socket. Its database and the port file are then removed.
+    """
+    if not ephemeral:
+        raise typer.BadParameter("--ephemeral is required; python taskd.py serves your database")
+    if seed and not user:
+        raise typer.BadParameter("--seed adds tasks for each --user: name one")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with removed_at_exit(Path(tempfile.mkdtemp(prefix="taskd-")), port_file) as directory:
+        settings = ephemeral_settings(directory, given or [])
+        listener = taskd.listen(settings.host, settings.port)
+        port = listener.getsockname()[1]
+        application = taskd.create_app(settings)
+        if seed:
+            add_believable(settings, user or [], seed)
+        taskd.configure_log(settings)
+        if port_file:
+            write_at_once(port_file, f"{port}\n")
+        print(json.dumps(description(settings, port, user or [])), flush=True)
+        end_with_stdin()
+        taskd.serve(application, listener, settings)
+        application.store.close()
+
+
+@contextlib.contextmanager
+def removed_at_exit(directory: Path, file: Path | None) -> Iterator[Path]:
+    """Have a shell remove both when this process ends, even if it is killed."""
+    null = subprocess.DEVNULL
+    with subprocess.Popen(  # noqa: S603  a command of ours
+        ["/bin/sh", "-c", REMOVE, "sh", str(directory), str(file or "")],
+        stdin=subprocess.PIPE,
+        stdout=null,
+        stderr=null,
+        start_new_session=True,
+    ):
+        yield directory
+
+
+def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
+    """Return settings of VARIABLE=VALUE, with a database in this directory and a secret of its own."""
+    known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
+    values = {
+        "BETTER_AUTH_SECRET": secrets.token_urlsafe(32),
+        "TASKD_PORT": "0",
+        "TASKD_LOG": "warning",
+    }
+    for name, _, value in (text.partition("=") for text in given):
+        if name not in known - {"DATABASE_URL"}:
+            raise typer.BadParameter(f"--set takes a setting but DATABASE_URL, not {name!r}")
+        values[name] = value
+    values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
+    return Settings.load(values, directory / ".env")
+
+
+def add_believable(settings: Settings, users: list[str], count: int) -> None:
+    """Add the same tasks for these users each time."""
+    made = believable(users, count, random.Random(1))  # noqa: S311  nothing secret is drawn from it
+    with contextlib.closing(taskd.open_database(settings)) as opened:
+        Task.bind(opened.peewee)
+        for tasks in peewee.chunked(made, BATCH):
+            Task.insert_many(map(row, tasks)).execute()
+
+
+def description(settings: Settings, port: int, users: list[str]) -> dict[str, Any]:
+    """Return what a test needs to know about a server."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    tokens = Tokens(settings)
+    return {
+        "url": f"http://{host}:{port}",
+        "secret": settings.secrets[0] if settings.secrets else settings.secret,
+        "pid": os.getpid(),
+        "tokens": {user: tokens.mint(login(settings, user, TOKEN_TTL)) for user in users},
+    }
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Write a file so that nobody who waits for it reads it half written."""
+    unfinished = Path(f"{path}.new")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def end_with_stdin() -> None:
+    """Terminate when stdin ends, if it is a pipe or a socket: a sign that the starter has ended."""
+    mode = os.fstat(0).st_mode if sys.stdin else 0  # None when it was closed at the start
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        threading.Thread(target=terminate_after_stdin, daemon=True).start()
+
+
+def terminate_after_stdin() -> None:
+    """Wait until the other side of stdin is closed, without reading from it, and terminate."""
+    poll = select.poll()
+    poll.register(0, getattr(select, "POLLRDHUP", 0))  # a hang-up is always reported
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@app.command()
+def wait(
+    url: Annotated[str, typer.Argument(help="The server, such as http://127.0.0.1:8000.")],
+    timeout: Annotated[str, typer.Option(help="How long to wait: 30s, 2m.")] = "30s",
+) -> None:
+    """Wait until /readyz of a server answers 200. Exit status 1 if it does not in time."""
+    if not re.match("https?://[^/]", url):
+        raise typer.BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}")
+    deadline = time.monotonic() + seconds(timeout)
+    while fault := not_ready(url, max(deadline - time.monotonic(), 0.1)):
+        if time.monotonic() >= deadline:
+            raise Refused(f"{url} is not ready after {timeout}: {printable(fault)}")
+        time.sleep(0.05)
+
+
+def not_ready(url: str, timeout: float) -> str:
+    """Return why a server is not ready, or nothing if it is."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url.rstrip('/')}/readyz", timeout=timeout) as answer:
+            return "" if answer.status == 200 else f"/readyz answers {answer.status}"
+    except urllib.error.HTTPError as ex:
+        with ex:
+            return f"/readyz answers {ex.code}: {ex.read(1000).decode(errors='replace')}"
+    except (OSError, ValueError, http.client.HTTPException) as ex:
+        reason = getattr(ex, "reason", ex)
+        return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
 
 
 def main() -> None:
@@ -1338,7 +1605,7 @@ def main() -> None:
     )  # what is unfinished is cleared away
     taskd.log.addHandler(logging.NullHandler())  # a command tells what went wrong itself
     try:
-        app()
+        app(prog_name="taskctl")
     except Refused as ex:
         say(str(ex))
         sys.exit(1)

@@ -1087,9 +1087,7 @@ def broken(user_id, listing):
 def lines():
     """What taskd logs during the test, formatted as an operator sees it."""
     lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(
-        logging.Formatter("%(levelname)s %(message)s").format(record)
-    )
+    handler.emit = lambda record: lines.append(taskd.TextLines().format(record).partition(" ")[2])
     logger = logging.getLogger("taskd")
     level = logger.level
     logger.addHandler(handler)

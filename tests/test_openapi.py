@@ -180,6 +180,7 @@ def routed(app: taskd.App) -> set[tuple[str, str]]:
         for route in falcon.inspect.inspect_routes(app)
         for method in route.methods
         if method.method in falcon.HTTP_METHODS and method.function_name != "method_not_allowed"
+        if route.path != "/"  # which only leads a browser to /docs
     }
 
 

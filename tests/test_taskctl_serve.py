@@ -1,0 +1,245 @@
+"""taskctl serve and wait: a server for other people's tests, which leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import free_port
+from support import (
+    DEADLINE,
+    OTHER_SECRET,
+    ROOT,
+    Process,
+    assert_problem,
+    bearer,
+    environment,
+    until,
+)
+from test_taskctl import Taskctl, run
+
+pytestmark = pytest.mark.sqlite("it is about a database of its own, which is SQLite")
+
+COMMAND = [sys.executable, str(ROOT / "taskctl.py"), "serve", "--ephemeral"]
+
+
+class Ephemeral(Process):
+    """A server for tests, and what it printed about itself."""
+
+    def __init__(self, directory: Path, *options: str, stdin: Any = subprocess.PIPE) -> None:
+        self.temporary = directory / "tmp"
+        self.temporary.mkdir(exist_ok=True)
+        self.log_path = directory / "stderr.log"
+        with self.log_path.open("wb") as log:
+            self.popen: subprocess.Popen[bytes] = subprocess.Popen(
+                [*COMMAND, *options],
+                cwd=directory,
+                env=environment(
+                    TMPDIR=str(self.temporary),
+                    BETTER_AUTH_SECRET="far too short",
+                    DATABASE_URL="sqlite:///not-this-one.db",
+                    TASKD_PORT="no port",
+                ),
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert self.popen.stdout
+        line = self.popen.stdout.readline()
+        assert line, self.log
+        self.told: dict[str, Any] = json.loads(line)
+        self.port = int(self.told["url"].rpartition(":")[2])
+
+    def files(self) -> list[Path]:
+        return list(self.temporary.iterdir())
+
+    def close_stdin(self) -> None:
+        assert self.popen.stdin
+        self.popen.stdin.close()
+
+
+Serve = Callable[..., Ephemeral]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start servers in this test's directory, where a .env says what they must not heed."""
+    (tmp_path / ".env").write_text("BETTER_AUTH_SECRET=short\nTASKD_THREADS=0\n")
+    started: list[Ephemeral] = []
+
+    def serve(*options: str, **streams: Any) -> Ephemeral:
+        started.append(Ephemeral(tmp_path, *options, **streams))
+        return started[-1]
+
+    yield serve
+    for server in started:
+        if server.popen.poll() is None:
+            server.kill()
+        for stream in (server.popen.stdin, server.popen.stdout):
+            if stream:
+                stream.close()
+
+
+def test_it_prints_one_line_and_each_user_has_a_token_and_the_tasks_that_were_asked_for(
+    serve: Serve, tmp_path: Path
+) -> None:
+    options = ["--user", "alice", "--user", "bob/é", "--seed", "3", "--port-file", "port"]
+    server = serve(*options, "--set", "TASKD_CORS_ORIGINS=http://localhost:5173")
+    told = server.told
+    assert list(told) == ["url", "secret", "pid", "tokens"]
+    assert told["url"] == f"http://127.0.0.1:{server.port}"
+    assert told["pid"] == server.popen.pid
+    assert list(told["tokens"]) == ["alice", "bob/é"]
+    assert (tmp_path / "port").read_text() == f"{server.port}\n"
+    for path, user in [("/api/alice/tasks", "alice"), ("/api/bob%2F%C3%A9/tasks", "bob/é")]:
+        headers = {
+            "Authorization": f"Bearer {told['tokens'][user]}",
+            "Origin": "http://localhost:5173",
+        }
+        answer = server.request("GET", path, headers=headers)
+        assert (answer.status_code, len(answer.json)) == (200, 3)
+        assert answer.headers["access-control-allow-origin"] == "http://localhost:5173"
+    minted = bearer("carol", secret=told["secret"])
+    assert server.request("GET", "/api/carol/tasks", headers=minted).json == []
+    assert_problem(
+        server.request("GET", "/api/alice/tasks", headers=bearer("alice", secret=OTHER_SECRET)), 401
+    )
+    server.close_stdin()
+    assert server.popen.wait(DEADLINE) == 0
+    assert server.popen.stdout
+    assert server.popen.stdout.read() == b""
+    assert server.files() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".env", "stderr.log", "tmp"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_without_a_pipe_as_stdin_it_serves_until_a_signal(serve: Serve, number: int) -> None:
+    server = serve(stdin=subprocess.DEVNULL)
+    assert server.request("GET", "/readyz").status_code == 200
+    assert server.told["tokens"] == {}
+    assert len(server.files()) == 1
+    assert server.terminate(number) == 0
+    assert server.files() == []
+
+
+def test_with_stdin_closed_at_the_start_it_serves_and_a_kill_leaves_nothing_behind(
+    serve: Serve, tmp_path: Path
+) -> None:
+    closed = [
+        sys.executable,
+        "-c",
+        "import os, sys; os.close(0); os.execv(sys.argv[1], sys.argv[1:])",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "COMMAND", [*closed, *COMMAND])
+        server = serve("--port-file", "port")
+    headers = bearer("alice", secret=server.told["secret"])
+    created = server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, headers)
+    assert created.status_code == 201
+    assert (tmp_path / "port").exists()
+    server.kill()
+    until(lambda: not server.files() and not (tmp_path / "port").exists(), "all is removed")
+
+
+def test_it_ends_with_a_socket_as_stdin_and_when_that_was_at_its_end_from_the_start(
+    serve: Serve,
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs_at_its_end = os.dup(theirs.fileno())
+        ours.shutdown(socket.SHUT_WR)
+        server = serve(stdin=theirs_at_its_end)
+        os.close(theirs_at_its_end)
+    assert server.popen.wait(DEADLINE) == 0
+    assert server.files() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ([], 2, "--ephemeral is required"),
+        (["--ephemeral", "--seed", "3"], 2, "name one"),
+        (["--ephemeral", "--set", "TASKD_PROT=1"], 2, "TASKD_PROT"),
+        (["--ephemeral", "--set", "DATABASE_URL=sqlite:///mine.db"], 2, "DATABASE_URL"),
+        (["--ephemeral", "--set", "TASKD_THREADS=0"], 2, "TASKD_THREADS must be"),
+        (["--ephemeral", "--port-file", "."], 2, "is a directory"),
+        (["--ephemeral", "--port-file", "nowhere/port"], 1, "nowhere/port.new: No such file"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_and_leaves_nothing_behind(
+    tmp_path: Path, options: list[str], status: int, words: str
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    (tmp_path / "here").mkdir()
+    answer = run(tmp_path / "here", "serve", *options, TMPDIR=str(temporary))
+    assert (answer.returncode, answer.stdout) == (status, "")
+    assert words in " ".join(answer.stderr.split())
+    assert list(temporary.iterdir()) == list((tmp_path / "here").iterdir()) == []
+
+
+def test_wait_returns_when_the_server_is_ready(
+    taskctl: Taskctl, start: Callable[..., Process], tmp_path: Path
+) -> None:
+    port = free_port()
+    waiting = threading.Thread(target=lambda: answers.append(taskctl("wait", url)))
+    url, answers = f"http://127.0.0.1:{port}/", []
+    waiting.start()
+    start(TASKD_PORT=str(port))
+    waiting.join(DEADLINE)
+    [answer] = answers
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+
+
+class NotReady(BaseHTTPRequestHandler):
+    """Answers as a server whose database is away."""
+
+    def do_GET(self) -> None:
+        self.send_error(503, "Service Unavailable", "the database is away")
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_wait_says_in_one_line_why_a_server_was_not_ready_in_time(taskctl: Taskctl) -> None:
+    with served(NotReady) as port, socket.create_server(("127.0.0.1", 0)) as silent:
+        for number, why in [
+            (free_port(), "Connection refused"),
+            (port, "/readyz answers 503: "),
+            (silent.getsockname()[1], "timed out"),
+        ]:
+            answer = taskctl("wait", f"http://127.0.0.1:{number}", "--timeout", "0s")
+            assert (answer.returncode, answer.stdout) == (1, "")
+            assert answer.stderr.startswith(
+                f"taskctl: http://127.0.0.1:{number} is not ready after 0s: {why}"
+            )
+            assert answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ftp://x"], ["127.0.0.1:8000"], ["http://x", "--timeout", "soon"]]
+)
+def test_wait_refuses_what_is_no_address_and_no_duration(
+    taskctl: Taskctl, arguments: list[str]
+) -> None:
+    assert taskctl("wait", *arguments).returncode == 2
