@@ -3,7 +3,7 @@
 from typing import Any
 
 import database
-from database import TASK_KEYS, database_url, empty, locked, release, sql, stored
+from database import NEW_TASK, TASK_KEYS, database_url, empty, locked, release, sql, stored
 from processes import COLD, LISTENING, MEASURED, ROOT, Child, ForkServer, Process, environment
 from tokens import OTHER_SECRET, SECRET, base64url, bearer, sign, token
 from waiting import DEADLINE, until
@@ -15,6 +15,7 @@ __all__ = [
     "DEADLINE",
     "LISTENING",
     "MEASURED",
+    "NEW_TASK",
     "OTHER_SECRET",
     "ROOT",
     "SECRET",

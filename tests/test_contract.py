@@ -16,7 +16,17 @@ from falcon import testing
 import support
 import taskd
 from conftest import Person
-from support import DEADLINE, SECRET, TASK_KEYS, assert_problem, bearer, database_url, sql, token
+from support import (
+    DEADLINE,
+    NEW_TASK,
+    SECRET,
+    TASK_KEYS,
+    assert_problem,
+    bearer,
+    database_url,
+    sql,
+    token,
+)
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 JSON = {"Content-Type": "application/json"}
@@ -111,11 +121,7 @@ def test_a_task_of_which_only_the_title_is_given_is_open_and_has_nothing_else(al
         "id": 1,
         "user_id": "alice",
         "title": "Buy milk",
-        "description": None,
-        "completed": False,
-        "priority": None,
-        "due_date": None,
-        "tags": [],
+        **NEW_TASK,
     }
 
 

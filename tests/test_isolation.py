@@ -30,7 +30,16 @@ from hypothesis.stateful import (
 import support
 import taskd
 from conftest import Person
-from support import OTHER_SECRET, SECRET, TASK_KEYS, assert_problem, bearer, database_url, release
+from support import (
+    NEW_TASK,
+    OTHER_SECRET,
+    SECRET,
+    TASK_KEYS,
+    assert_problem,
+    bearer,
+    database_url,
+    release,
+)
 
 # Ids that a careless comparison would take for one another: by case, by composition (NFC, NFD), by white space, by a
 # wild card, by quotes, as a number.
@@ -142,12 +151,7 @@ class Isolation(RuleBasedStateMachine):
         return multiple(*(self.create(user, f"of {user}", {}) for user in USERS[:3]))
 
     def create(self, owner: str, title: str, more: dict[str, Any]) -> tuple[str, int]:
-        new = {"title": title, "description": None, "completed": False} | {
-            "priority": None,
-            "due_date": None,
-            "tags": [],
-        }
-        new |= more
+        new = {"title": title} | NEW_TASK | more
         response = self.call(owner, "POST", tasks_of(owner), json={"title": title} | more)
         assert response.status_code == 201, response.text
         answer = response.json
@@ -306,7 +310,6 @@ TestIsolation.settings = settings(
 
 # --- From the inside: each statement that runs ---
 
-SEARCHED = ["title", "description", "tags"]
 COLUMNS = ", ".join(f'"{{0}}"."{name}"' for name in TASK_KEYS)
 SHOWN, RETURNED = COLUMNS.format("t1"), COLUMNS.format("task") + ', "task"."version"'
 # Beside those that name the owner: what opens a connection.
@@ -411,7 +414,9 @@ def bound_to(user: str) -> re.Pattern[str]:
     )
 
     # What else a list asks can only make its tasks fewer: no OR but in brackets of its own.
-    searched = [rf"REPLACE\({name}_folded, {text}, ''\) <> {name}_folded" for name in SEARCHED]
+    searched = [
+        rf"REPLACE\({name}_folded, {text}, ''\) <> {name}_folded" for name in taskd.SEARCHED
+    ]
     key_of = (
         r"(?:[a-z_]+|(?:CASE|COALESCE\(|due_date \|\|)(?:(?!WHERE|user_id| OR |').|" + text + ")+?)"
     )
@@ -523,7 +528,8 @@ def test_every_statement_that_runs_for_a_user_is_bound_to_that_user(
     assert call(person, "GET", tasks_of(name)).status_code == 200
     recorder.start()
     statuses = everything_by(person, [*mine, *theirs, 2**63 - 1], call)
-    ran = recorder.finish()
+    # A search's time-out on PostgreSQL is a statement that reads no rows.
+    ran = [statement for statement in recorder.finish() if not statement.startswith("SET LOCAL")]
     assert set(statuses) == {200, 201, 404, 412}
     assert len(ran) >= len(statuses)
     assert {statement.split(" ", 1)[0].lstrip("(") for statement in ran} == {

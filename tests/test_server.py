@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+import taskd
 from support import (
     COLD,
     DEADLINE,
@@ -281,7 +282,8 @@ def test_a_schema_that_does_not_fit_stops_the_start_naming_the_difference(
     database.execute(f"PRAGMA journal_mode = {journal}")
     database.executescript(
         script.replace(
-            "{schema}", (ROOT / "schema.sql").read_text() + "INSERT INTO about VALUES (3, 'x');"
+            "{schema}",
+            (ROOT / "schema.sql").read_text() + f"INSERT INTO about VALUES ({taskd.VERSION}, 'x');",
         )
     )
     database.close()

@@ -10,6 +10,7 @@ import pytest
 
 import taskd
 from support import (
+    NEW_TASK,
     OTHER_SECRET,
     SECRET,
     TASK_KEYS,
@@ -95,12 +96,9 @@ def test_us2_scenario_1_a_created_task_belongs_to_the_user_of_the_token(alice):
     assert task == {
         "id": 1,
         "user_id": "alice",
-        "priority": None,
-        "due_date": None,
-        "tags": [],
+        **NEW_TASK,
         "title": "Buy milk",
         "description": "2 litres",
-        "completed": False,
         "created_at": task["created_at"],
         "updated_at": task["created_at"],
     }
@@ -295,9 +293,6 @@ def test_fr_003_the_user_id_is_the_sub_claim_and_no_other(client):
     claims = {
         "userId": "alice",
         "user_id": "alice",
-        "priority": None,
-        "due_date": None,
-        "tags": [],
         "id": "alice",
         "email": "alice",
         "uid": "alice",

@@ -17,12 +17,15 @@ from falcon import testing
 
 import taskd
 from conftest import Person
-from support import DEADLINE, ROOT, SECRET, assert_problem, bearer
+from support import DEADLINE, NEW_TASK, ROOT, SECRET, assert_problem, bearer
 
 pytestmark = pytest.mark.sqlite("it is about SQLite's file, locks and pragmas")
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-GOOD = " ".join(re.sub("--.*", "", SCHEMA).split()) + " INSERT INTO about VALUES (3, 'secret');"
+GOOD = (
+    " ".join(re.sub("--.*", "", SCHEMA).split())
+    + f" INSERT INTO about VALUES ({taskd.VERSION}, 'secret');"
+)
 
 
 def altered(old: str, new: str) -> str:
@@ -326,11 +329,8 @@ def test_an_old_database_is_opened_with_its_tasks(make_app, path):
             "id": 41,
             "user_id": "alice",
             "title": "Milk",
-            "description": None,
+            **NEW_TASK,
             "completed": True,
-            "priority": None,
-            "due_date": None,
-            "tags": [],
             "created_at": "2026-01-01T00:00:00.000Z",
             "updated_at": "2026-01-02T00:00:00.000Z",
         }

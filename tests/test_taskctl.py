@@ -30,6 +30,7 @@ import support
 import taskd
 from support import (
     DEADLINE,
+    NEW_TASK,
     OTHER_SECRET,
     ROOT,
     SECRET,
@@ -74,15 +75,14 @@ OPTIONS = {
     "verify": ["--json"],
     "wait": ["--timeout"],
 }
+NOT_GIVEN = ["-"] * (len(NEW_TASK) - 2)  # after description and completed
 MILK = [
     "1",
     "alice",
     "Buy milk",
     "2 litres",
     "no",
-    "-",
-    "-",
-    "-",
+    *NOT_GIVEN,
     "2026-01-02T03:04:05.006Z",
     "2026-01-02T03:04:05.006Z",
 ]
@@ -92,9 +92,7 @@ DENTIST = [
     "Call the dentist",
     "-",
     "yes",
-    "-",
-    "-",
-    "-",
+    *NOT_GIVEN,
     "2026-01-03T03:04:05.006Z",
     "2026-01-05T03:04:05.006Z",
 ]
@@ -104,9 +102,7 @@ LETTER = [
     "Write a letter",
     "-",
     "no",
-    "-",
-    "-",
-    "-",
+    *NOT_GIVEN,
     "2026-01-01T03:04:05.006Z",
     "2026-01-04T03:04:05.006Z",
 ]
@@ -194,9 +190,12 @@ def keep(path: Path, rows: list[list[Any]]) -> None:
     """Make a database with these tasks, without taskd's own code."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript((ROOT / "schema.sql").read_text())
-        connection.execute("INSERT INTO about VALUES (3, 'cursors are signed with it')")
+        connection.execute(
+            f"INSERT INTO about VALUES ({taskd.VERSION}, 'cursors are signed with it')"
+        )
         columns = ", ".join(TASK_KEYS)
-        rows = [[*row[:5], None, None, "[]", *row[-2:]] for row in rows]
+        more = [json.dumps(value) if value == [] else value for value in NEW_TASK.values()][2:]
+        rows = [[*row[:5], *more, *row[-2:]] for row in rows]
         marks = ", ".join("?" * len(TASK_KEYS))
         connection.executemany(f"INSERT INTO task ({columns}) VALUES ({marks})", rows)
         connection.commit()
@@ -854,13 +853,11 @@ def test_tasks_shows_one_users_tasks_oldest_first(taskctl: Taskctl, kept: Path) 
     shown = taskctl("tasks", "alice", "--json")
     assert data(shown) == [
         {
-            "id": 1, "user_id": "alice", "title": "Buy milk", "description": "2 litres", "completed": False,
-            "priority": None, "due_date": None, "tags": [],
+            "id": 1, "user_id": "alice", "title": "Buy milk", **NEW_TASK, "description": "2 litres",
             "created_at": "2026-01-02T03:04:05.006Z", "updated_at": "2026-01-02T03:04:05.006Z",
         },
         {
-            "id": 3, "user_id": "alice", "title": "Call the dentist", "description": None, "completed": True,
-            "priority": None, "due_date": None, "tags": [],
+            "id": 3, "user_id": "alice", "title": "Call the dentist", **NEW_TASK, "completed": True,
             "created_at": "2026-01-03T03:04:05.006Z", "updated_at": "2026-01-05T03:04:05.006Z",
         },
     ]  # fmt: skip

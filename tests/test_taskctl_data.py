@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import taskctl
-from support import DEADLINE, SECRET, TASK_KEYS, Process, bearer, locked, stored, until
+from support import DEADLINE, NEW_TASK, SECRET, TASK_KEYS, Process, bearer, locked, stored, until
 from test_taskctl import (
     COMMAND,
     NO_KEY_SET,
@@ -41,8 +41,7 @@ pytestmark = pytest.mark.sqlite("it is about SQLite's files")
 TRACED = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 PEOPLE = ["alice", "bob", "zoë/ünïcode"]
 MILK = {
-    "id": 7, "user_id": "alice", "title": "Buy milk", "description": "2 litres", "completed": False,
-    "priority": None, "due_date": None, "tags": [],
+    "id": 7, "user_id": "alice", "title": "Buy milk", **NEW_TASK, "description": "2 litres",
     "created_at": "2026-11-20T21:00:00.000Z", "updated_at": "2026-11-20T21:00:00.000Z",
 }  # fmt: skip
 
