@@ -1,8 +1,8 @@
 """taskd: a JWT-protected task API for many users, in one file.
 
 Better Auth logs people in; taskd verifies the token that it hands out and serves that user's tasks, nobody else's.
-The chapters, from top to bottom: settings, tokens, fields, bodies, store, database, middleware, resources, errors, app,
-server. Importing this module does nothing; `create_app` builds everything.
+The chapters, from top to bottom: settings, tokens, fields, bodies, store, database, middleware,
+resources, errors, app, server. Importing this module does nothing; `create_app` builds everything.
 """
 
 # /// script
@@ -875,7 +875,7 @@ def each_once(tags: list[str]) -> list[str]:
 
 
 class Field(Struct, frozen=True, kw_only=True):
-    """A field of a task that its owner sets: bodies, views, columns, lists and openapi.json follow."""
+    """A field that a task's owner sets: bodies, views, columns, lists, openapi.json follow."""
 
     type: Any  # in a body
     rule: str  # the message where a body breaks it
@@ -959,7 +959,7 @@ JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*"?utf-?8"?\s*)?',
 
 
 class Body(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The members of a body that the server owns; ignored, so that a task can be sent back whole."""
+    """The members of a body that the server owns, ignored: a task can be sent back whole."""
 
     id: msgspec.Raw | UnsetType = UNSET
     user_id: msgspec.Raw | UnsetType = UNSET
@@ -1149,7 +1149,7 @@ IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
 
 
 class Listing(Struct, frozen=True):
-    """Which of a user's tasks, in which order, after which position; all of them without a limit."""
+    """Which of a user's tasks, in which order, after which position; without a limit all."""
 
     completed: bool | None = None
     q: str = ""
@@ -1229,7 +1229,7 @@ def _instead(name: str) -> str:
 
 
 class Cursors:
-    """Say where a page ended, in a form that only the same user can use, and only for the same order."""
+    """Signs where a page ended, so that only the same user can use it, for the same order."""
 
     def __init__(self, key: str) -> None:
         self._key = key.encode()
@@ -1241,7 +1241,7 @@ class Cursors:
         return base64.urlsafe_b64encode(seal + position).decode().rstrip("=")
 
     def read(self, cursor: str, user_id: str, sort: str) -> POSITION | None:
-        """Return the position, or None if this is not its cursor, to the letter, for this user and order."""
+        """Return the position, or None if this is not its cursor for this user and order."""
         try:
             position = jwt.utils.base64url_decode(cursor)[SEAL:]
             after = msgspec.json.decode(position, type=POSITION)
@@ -1379,7 +1379,7 @@ for _name in SEARCHED:
 
 
 class IdempotencyKey(peewee.Model):
-    """A create that can be repeated: its key, the digest of what was asked for, and what was answered."""
+    """A create that can be repeated: its key, the digest of the request, and the answer."""
 
     id = peewee.AutoField()
     user_id = peewee.TextField()
@@ -1409,16 +1409,16 @@ class About(peewee.Model):
 
 MODELS: tuple[type[peewee.Model], ...] = (Task, IdempotencyKey, About)
 SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
-LOADED: list[tuple[int, Callable[[Any], Any]]] = [
-    (place, bool if isinstance(column, peewee.BooleanField) else column.python_value)
-    for place, column in enumerate(SHOWN)
-    if isinstance(column, peewee.BooleanField | TagsField)
-]
+LOADS: dict[Any, Callable[[Any], Any]] = {  # engine to Python
+    peewee.BooleanField: bool,
+    TagsField: TagsField().python_value,
+}  # engine's to Python's
+LOADED = [(n, LOADS[type(column)]) for n, column in enumerate(SHOWN) if type(column) in LOADS]
 Row = tuple[Any, ...]
 
 
 class Stored(Struct, frozen=True):
-    """A task with its id and entity tag; `replayed` if a create with the same Idempotency-Key made it before."""
+    """A task with its id and entity tag; `replayed` if an earlier create with this key made it."""
 
     task: View
     id: int
@@ -1434,7 +1434,7 @@ class Replay(Struct):
 
 
 def search_columns(fields: dict[str, Any]) -> dict[str, str | None]:
-    """Return the case-folded copies, which `q` searches, of those of these fields that are searched."""
+    """Return the case-folded copies, which `q` searches, of the texts among these fields."""
     return {f"{name}_folded": _folded(fields[name]) for name in SEARCHED if name in fields}
 
 
@@ -1475,6 +1475,7 @@ def queries() -> dict[str, Any]:
         IdempotencyKey.created_at < placeholder("before")
     )
     claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
+    first = Task.select(Task.id).where(owned_by_user(Task)).limit(peewee.SQL("1"))
     claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim).on_conflict(
         "NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name)
     )
@@ -1483,10 +1484,7 @@ def queries() -> dict[str, Any]:
         "add": _returning(
             Task.insert(user_id=placeholder("user_id"), created_at=now, updated_at=now, **new)
         ),
-        "long": Task.select(Task.id)
-        .where(owned_by_user(Task))
-        .limit(peewee.SQL("1"))
-        .offset(peewee.SQL(str(CHUNK))),
+        "long": first.offset(peewee.SQL(str(CHUNK))),
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
         "expire": IdempotencyKey.delete().where(expired),
@@ -1574,8 +1572,8 @@ class TaskLimit:
 class TaskStore:
     """One user's tasks at a time. Returns None if the user has no such task.
 
-    Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is therefore atomic; only a
-    create that can be repeated takes several, in one transaction. Raises Unavailable if the
+    Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is
+    therefore atomic; only a create that can be repeated takes several, in one transaction. Raises Unavailable if the
     database cannot be used, and Changed for a task that is not as `conditions` ask for.
     """
 
@@ -1662,7 +1660,7 @@ class TaskStore:
     def add(self, user_id: str, task: dict[str, Any], key: str | None = None) -> Stored | None:
         """Create a task; it is on disk when this returns. None if the key was used for another one.
 
-        With a key, a create that was done within 24 hours is not done again, but answered as it was then.
+        With a key, a create that was done within 24 hours is answered as it was then.
         Raises TooManyTasks.
         """
         now = datetime.now(UTC)
@@ -1745,7 +1743,7 @@ class TaskStore:
 
 
 def _view(row: Row) -> View:
-    """Return a row as a task; behind its columns is one more, the version or the position in a list."""
+    """Return a row as a task, without its last column: the version, or the position in a list."""
     *values, _ = row
     for place, load in LOADED:
         values[place] = load(values[place])
@@ -1774,7 +1772,7 @@ def _first(rows: list[Row]) -> Stored | None:
 
 
 def _digest(task: dict[str, Any]) -> str:
-    """Return the SHA-256 of a task that was asked for; a newer field does not change that of an older request."""
+    """Return the SHA-256 of a requested task, which does not change when a field is added."""
     asked = {
         name: value
         for name, value in task.items()
@@ -3013,7 +3011,7 @@ def unstorable(
 
 
 def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: object) -> NoReturn:
-    """Answer 412 when the task is not as If-Match and If-None-Match ask for, with its entity tag."""
+    """Answer 412 to a change whose If-Match or If-None-Match fails, with the entity tag."""
     detail = "the task was changed in between; read it again, and send the ETag that it has now"
     raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
 

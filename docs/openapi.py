@@ -1,4 +1,4 @@
-"""Write the parts of openapi.json that follow from the declaration of a task's fields: `make openapi`.
+"""Write the parts of openapi.json that follow from the declaration of fields: `make openapi`.
 
 These are the schemas of a task and of the bodies, the parameters of lists whose values taskd
 knows, and every example that shows a task. The rest of the document is written by hand.
@@ -49,7 +49,7 @@ OWNED: dict[str, dict[str, Any]] = {
 
 
 def schema_of(kind: Any) -> dict[str, Any]:
-    """Return the schema of a type, with null as one of its types and patterns that any engine has."""
+    """Return the schema of a type, with null among its types and portable patterns."""
     schema = msgspec.json.schema(kind)
     if "anyOf" in schema:
         [schema] = [choice for choice in schema["anyOf"] if choice != {"type": "null"}]
@@ -80,7 +80,7 @@ def fields(*names: str) -> dict[str, Any]:
 
 
 def body(about: str, *names: str, required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the schema of a body in which these fields can be, and what the server owns is ignored."""
+    """Return the schema of a body with these fields; what the server owns is ignored."""
     return {
         "type": "object",
         "description": about,
@@ -137,7 +137,7 @@ def examples(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def complete(task: dict[str, Any]) -> dict[str, Any]:
-    """Return an example of a task with all its members, in their order; a new one is its example."""
+    """Return an example of a task with all its members, in their order."""
     given = {name: field.example for name, field in taskd.FIELDS.items()} | task
     return {name: given[name] for name in taskd.TaskView.__struct_fields__}
 

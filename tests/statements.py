@@ -19,14 +19,14 @@ sys.path.insert(0, str(ROOT))
 import taskd  # noqa: E402
 
 FILE = Path(__file__).with_name("statements.sql")
-HEAD = """-- Every statement that taskd runs for a user, as Peewee compiles it; `make statements` writes this file.
+HEAD = """-- The statements that taskd runs for a user, as Peewee compiles them: `make statements`.
 -- Where PostgreSQL's text differs it follows. Its placeholders are %(name)s in place of :name.
 -- Of the pages of lists there are the orders, and each filter once; filters are joined by AND.
 """
 
 
 def queries() -> dict[str, Any]:
-    """Return the statements of the store by name: all, and samples of those that are put together."""
+    """Return the statements of the store by name, with samples of those put together."""
     found = dict(taskd.queries())
     for name in taskd.FIELDS:
         columns = [name, *([f"{name}_folded"] if name in taskd.SEARCHED else [])]

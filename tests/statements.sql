@@ -1,4 +1,4 @@
--- Every statement that taskd runs for a user, as Peewee compiles it; `make statements` writes this file.
+-- The statements that taskd runs for a user, as Peewee compiles them: `make statements`.
 -- Where PostgreSQL's text differs it follows. Its placeholders are %(name)s in place of :name.
 -- Of the pages of lists there are the orders, and each filter once; filters are joined by AND.
 

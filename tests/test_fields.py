@@ -1,4 +1,4 @@
-"""Priority, due date and tags: what is taken, how it is kept, and lists filtered and sorted by it."""
+"""Priority, due date and tags: what is taken, how it is kept, and lists by them."""
 
 from __future__ import annotations
 

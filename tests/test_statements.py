@@ -1,4 +1,4 @@
-"""The statements of the store are those of tests/statements.sql, which shows what runs on each engine."""
+"""The store's statements are those of tests/statements.sql, which shows what runs where."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls every route of a running taskd with the client that openapi-python-client makes of openapi.json."""
+"""Calls every route of a running taskd with the client that openapi-python-client makes."""
 
 from __future__ import annotations
 
