@@ -1409,10 +1409,7 @@ class About(peewee.Model):
 
 MODELS: tuple[type[peewee.Model], ...] = (Task, IdempotencyKey, About)
 SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
-LOADS: dict[Any, Callable[[Any], Any]] = {  # engine to Python
-    peewee.BooleanField: bool,
-    TagsField: TagsField().python_value,
-}  # engine's to Python's
+LOADS: dict[Any, Any] = {peewee.BooleanField: bool, TagsField: TagsField().python_value}
 LOADED = [(n, LOADS[type(column)]) for n, column in enumerate(SHOWN) if type(column) in LOADS]
 Row = tuple[Any, ...]
 
