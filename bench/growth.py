@@ -49,7 +49,7 @@ COLUMNS = (
     "completed",
     "created_at",
     "updated_at",
-    *taskd.search_columns(None, None),
+    *taskd.search_columns({"title": "", "description": None}),
 )
 INSERT = f"INSERT INTO task ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
@@ -91,7 +91,7 @@ def rows(case: Case) -> Iterator[tuple[Any, ...]]:
             number % 3 == 0,
             now,
             now,
-            *taskd.search_columns(title, description).values(),
+            *taskd.search_columns({"title": title, "description": description}).values(),
         )
 
 

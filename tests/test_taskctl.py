@@ -881,11 +881,8 @@ def test_tasks_of_a_priority_a_tag_or_a_time_are_those_of_the_service(
     ]:
         answer = taskctl("tasks", "alice", *options, "--json")
         assert [str(task["id"]) for task in json.loads(answer.stdout)] == ids, options
-    assert cells(taskctl("tasks", "alice", "--tag", "home"))[1][5:8] == [
-        "high",
-        "2026-12-01",
-        "home, a b",
-    ]
+    shown = cells(taskctl("tasks", "alice", "--tag", "home"))[1]
+    assert {"high", "2026-12-01", "home, a b"} <= set(shown)
     for option in (["--priority", "urgent"], ["--tag", " "], ["--due-before", "2026-02-30"]):
         assert taskctl("tasks", "alice", *option).returncode == 2
 
