@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import jwt
@@ -358,9 +359,7 @@ def test_a_failure_is_logged_once_for_each_reason_and_again_after_a_good_answer(
 ) -> None:
     caplog.set_level(logging.INFO, "taskd")
     for status in (500, 500, 404, 500, 200, 500):
-        auth_server.answer = lambda request, status=status: AuthServer.send(
-            request, status, b'{"keys": []}'
-        )
+        auth_server.answer = partial(AuthServer.send, status=status, body=b'{"keys": []}')
         clock.ahead += taskd.KEYS_PAUSE
         assert call(GOOD).status_code == (401 if status == 200 else 503)
     said = [re.findall(r"is \d+", line)[0][3:] for line in warnings_in(caplog)]
