@@ -809,6 +809,7 @@ MIDNIGHT = "T00:00:00.000Z"  # a day counts as its first moment in UTC
 CAPITAL = "A"  # case folding leaves none, so that no text that is searched for spans two tags
 
 to_json = msgspec.json.Encoder().encode
+parse_tags = msgspec.json.Decoder(list[str]).decode
 Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
 Tag = Annotated[str, Meta(min_length=1, max_length=50, pattern=r"\S")]
 
@@ -823,7 +824,7 @@ class TagsField(peewee.TextField):
     def python_value(self, value: str) -> list[str]:
         """Return the array as a view shows it."""
         try:
-            return msgspec.json.decode(value, type=list[str])
+            return parse_tags(value)
         except (ValueError, msgspec.DecodeError) as ex:
             raise Unavailable("the database", f"it is damaged: {ex}") from None
 
@@ -1408,8 +1409,8 @@ class About(peewee.Model):
 
 MODELS: tuple[type[peewee.Model], ...] = (Task, IdempotencyKey, About)
 SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
-LOADED = [
-    (place, column.python_value)
+LOADED: list[tuple[int, Callable[[Any], Any]]] = [
+    (place, bool if isinstance(column, peewee.BooleanField) else column.python_value)
     for place, column in enumerate(SHOWN)
     if isinstance(column, peewee.BooleanField | TagsField)
 ]
@@ -1637,8 +1638,10 @@ class TaskStore:
         size = listing.limit or (CHUNK if listing.is_by_id else SORTED_CHUNK)
         sql, values = self._page_statement(listing)
         values |= {"user_id": user_id, "limit": size + 1}
-        if size == CHUNK:
-            tasks, after = _fill_page(self._database.run(sql, **values), size)
+        if not listing.limit and listing.is_by_id:
+            found = self._database.run(sql, **values)
+            tasks = [_view(row) for row in found[:size]]
+            after = (found[size - 1][-1], tasks[-1].id) if len(found) > size else None
         else:
             with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
                 tasks, after = _fill_page(rows, size)
@@ -1646,8 +1649,8 @@ class TaskStore:
 
     def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
         value, last = listing.after or (None, None)
-        asked = {name: getattr(listing, name) for name in FILTERS}
-        values = {name: value for name, value in asked.items() if value not in (None, "")}
+        asked = ((name, getattr(listing, name)) for name in FILTERS)
+        values = {name: value for name, value in asked if value is not None and value != ""}
         sql = self._page(tuple(values), len(listing.tags), listing.sort, last is None)
         values |= {f"tag_{place}": quoted(tag) for place, tag in enumerate(listing.tags)}
         return sql, values | {"q": listing.q.casefold(), "value": value, "last": last}
@@ -1743,10 +1746,10 @@ class TaskStore:
 
 def _view(row: Row) -> View:
     """Return a row as a task; behind its columns is one more, the version or the position in a list."""
-    values = [*row]
+    *values, _ = row
     for place, load in LOADED:
         values[place] = load(values[place])
-    return TaskView(*values[:-1])
+    return TaskView(*values)
 
 
 def _fill_page(rows: Iterable[Row], limit: int) -> tuple[list[View], POSITION | None]:
