@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import http.client
 import json
+import logging
 import os
 import random
 import re
@@ -37,6 +38,7 @@ from urllib.parse import urlsplit
 import msgspec
 import peewee
 import typer
+from jwt.utils import base64url_decode
 from peewee import fn
 from rich.console import Console
 from rich.progress import Progress
@@ -44,7 +46,7 @@ from rich.table import Table
 from rich.text import Text
 
 import taskd
-from taskd import About, Settings, Task, Tokens
+from taskd import DOTENV, About, Settings, Task, Tokens
 
 app = typer.Typer(
     help="Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server.",
@@ -52,7 +54,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DOTENV = Path(".env")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
@@ -94,6 +95,7 @@ def printable(value: object) -> str:
     """Return a value as text that a terminal shows and does not obey."""
     words: dict[object, str] = {None: "-", True: "yes", False: "no"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
+    text = ", ".join(value) if isinstance(value, list) else text
     return taskd.printable(text)
 
 
@@ -108,10 +110,15 @@ def progress(hidden: bool = False) -> Progress:
 
 @app.command()
 def init() -> None:
-    """Write .env with a fresh secret if there is none, and create the database. Nothing is ever overwritten."""
+    """Write .env with a fresh secret if one is needed, and create the database.
+
+    Nothing is ever overwritten. Where TASKD_JWKS_URL is set, no secret is needed.
+    """
     settings = Settings.load()
     if settings.secret or settings.secrets:
         say("the secret is there already")
+    elif settings.jwks_url:
+        say("no secret is needed: TASKD_JWKS_URL is set, and only its keys sign logins")
     else:
         write_secret()
         say(f"wrote a new secret to {DOTENV}; give the same BETTER_AUTH_SECRET to Better Auth")
@@ -122,15 +129,16 @@ def init() -> None:
 
 
 def write_secret() -> None:
-    """Append a secret of 256 random bits to .env, which its owner alone may read."""
+    """Append a secret of 256 random bits to .env, which only its owner may read."""
     line = f"BETTER_AUTH_SECRET={secrets.token_urlsafe(32)}\n"
+    if DOTENV.is_symlink():
+        raise taskd.SettingsError(f"{DOTENV} is a symbolic link, and is not written through")
     try:
-        DOTENV.touch(mode=0o600)
-        DOTENV.chmod(0o600)
-        with DOTENV.open("a+", encoding="utf-8") as file:
-            file.seek(0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        with open(DOTENV, "r+b", opener=lambda path, _: os.open(path, flags, 0o600)) as file:
+            os.fchmod(file.fileno(), 0o600)
             written = file.read()
-            file.write(line if not written or written.endswith("\n") else f"\n{line}")
+            file.write((line if not written or written.endswith(b"\n") else f"\n{line}").encode())
     except OSError as ex:
         raise taskd.SettingsError(f"{DOTENV} cannot be written: {ex.strerror}") from None
 
@@ -219,8 +227,10 @@ def seconds(text: str) -> int:
 
 
 def parse_claim(text: str) -> tuple[str, Any]:
-    """Return the name and value of `k=v`; a value that is no JSON is a string."""
+    """Return the name and value of `k=v`; a value that is not JSON is a string."""
     name, equals, value = text.partition("=")
+    if name == "sub":
+        raise typer.BadParameter("--claim cannot set sub: it is the USER that is named")
     if not name or not equals:
         raise typer.BadParameter(f"--claim must look like role=admin, not {text!r}")
     try:
@@ -234,31 +244,58 @@ def verify(
     token: Annotated[str, typer.Argument(help="The token; - reads it from stdin.")] = "-",
     as_json: AsJson = False,
 ) -> None:
-    """Say whether taskd would accept a token, as whom and until when, or exactly why not."""
+    """Say whether taskd would accept a token, as whom and until when, or exactly why not.
+
+    Its header and claims are shown in both cases; those of a refused token are unverified.
+    """
     tokens = Tokens(Settings.load())
     text = sys.stdin.buffer.read().decode(errors="replace") if token == "-" else token
     text = re.sub("^bearer +", "", text.strip(), flags=re.IGNORECASE)
     try:
         user = tokens.verify(text)
     except taskd.TokenError as ex:
-        if as_json:
-            print(json.dumps({"accepted": False, "reason": str(ex)}))
+        show_refused(text, str(ex), as_json)
         raise Refused(f"taskd refuses this token: {ex}{hint(text)}") from None
-    show(
-        {
-            "accepted": True,
-            "user_id": user.id,
-            "email": user.email,
-            "name": user.name,
-            "until": until(user),
-        },
-        as_json,
-    )
+    accepted: dict[str, Any] = {"accepted": True, "user_id": user.id, "email": user.email}
+    accepted |= {"name": user.name, "until": instant(user.expires)}
+    show(accepted | (contents(text) if as_json else readable(contents(text))), as_json)
+
+
+def show_refused(token: str, reason: str, as_json: bool) -> None:
+    """Print the header and claims of a token that was refused, marked as unverified."""
+    unverified = contents(token)
+    if as_json:
+        refused = {"accepted": False, "reason": reason}
+        print(json.dumps(refused | ({"unverified": unverified} if unverified else {})))
+    elif unverified:
+        rows = readable(unverified).items()
+        show({f"{name} (unverified)": value for name, value in rows}, as_json)
+
+
+def contents(token: str) -> dict[str, Any]:
+    """Return the header and the claims of a token as far as they can be read, whoever signed it."""
+    found = {}
+    if token.count(".") == 2:
+        for name, part in zip(("header", "claims"), token.split("."), strict=False):
+            with contextlib.suppress(ValueError, RecursionError):
+                found[name] = json.loads(base64url_decode(part))
+    return found
+
+
+def readable(contents: dict[str, Any]) -> dict[str, Any]:
+    """Return a header and claims for people: as JSON, with the times as RFC 3339 below them."""
+    claims = contents.get("claims")
+    times = claims.items() if isinstance(claims, dict) else ()
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in contents.items()} | {
+        name: instant(value)
+        for name, value in times
+        if name in ("iat", "nbf", "exp") and type(value) in (int, float)
+    }
 
 
 def hint(token: str) -> str:
     """Return what is probably wrong with the secret, where a small change of it would make the token good."""
-    settings = Settings.load()
+    settings = dataclasses.replace(Settings.load(), jwks_url=None)
     for secret in settings.secrets or filter(None, [settings.secret]):
         changes = {
             "followed by a line break": f"{secret}\n",
@@ -276,16 +313,13 @@ def hint(token: str) -> str:
     return ""
 
 
-def until(user: taskd.User) -> str:
-    """Return when a token expires, in RFC 3339."""
+def instant(seconds: float) -> str:
+    """Return a time in RFC 3339."""
     try:
-        return (
-            datetime.fromtimestamp(user.expires, UTC)
-            .isoformat(timespec="seconds")
-            .replace("+00:00", "Z")
-        )
+        found = datetime.fromtimestamp(seconds, UTC)
+        return found.isoformat(timespec="seconds").replace("+00:00", "Z")
     except (OverflowError, ValueError, OSError):
-        return f"{user.expires} seconds after 1970"
+        return f"{seconds} seconds after 1970"
 
 
 @app.command()
@@ -297,6 +331,7 @@ def check(as_json: AsJson = False) -> None:
     settings = Settings.load()
     Tokens(settings)
     findings = [
+        *(("warning", message.split()[0], message) for message in taskd.misspelt()),
         *check_secrets(settings),
         *check_database(settings),
         *check_modes(settings),
@@ -372,13 +407,11 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
         yield "ok", "TASKD_JWKS_URL", "not set: only tokens signed with the secret are accepted"
         return
     try:
-        keys = taskd.download_keys(settings.jwks_url)
-        found = ", ".join(f"{key.algorithm_name} {key.key_id}" for key in keys)
-        yield (
-            ("ok", settings.jwks_url, f"keys: {found}")
-            if keys
-            else ("FAIL", settings.jwks_url, "no key that can sign")
-        )
+        keys, oddities = taskd.parse_key_set(taskd.download(settings.jwks_url))
+        found = "keys: " + ", ".join(f"{alg} {kid}" for kid, alg in keys)
+        result = "ok" if keys else "FAIL"
+        yield result, settings.jwks_url, found if keys else "it has no key that can sign a login"
+        yield from (("warning", settings.jwks_url, oddity) for oddity in oddities)
     except Exception as ex:  # whatever the other side does
         yield "FAIL", settings.jwks_url, f"{type(ex).__name__}: {ex}"
     for variable, value in (
@@ -394,7 +427,7 @@ def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
-COMPLETED = taskd.FIELDS["completed"].column
+COMPLETED = Task._meta.fields["completed"]
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
 Execute = Callable[..., Any]  # runs a statement with its values, and returns a cursor
 
@@ -502,11 +535,13 @@ def count_where(condition: Any) -> peewee.Function:
     return fn.COUNT(peewee.Case(None, [(condition, 1)]))
 
 
-def fits(context: typer.CallbackParam, value: str | int | None) -> str | int | None:
+def fits(
+    context: typer.CallbackParam, value: str | int | list[str] | None
+) -> str | int | list[str] | None:
     """Return the value of an option that the service knows as a parameter, or refuse what the service would."""
-    pattern, rule = taskd.PARAMETERS[context.name or ""]
-    if value is not None and not re.fullmatch(pattern, str(value)):
-        raise typer.BadParameter(rule)
+    values = value if isinstance(value, list) else [str(value)]
+    if value and (wrong := taskd.wrong_parameter(context.name or "", values)):
+        raise typer.BadParameter(wrong)
     return value
 
 
@@ -526,9 +561,19 @@ def tasks(
     sort: Annotated[
         str,
         typer.Option(
-            help="id, created_at, updated_at or title; with - before it descending.", callback=fits
+            help=f"{', '.join(taskd.ORDERS)}; with - before it descending.", callback=fits
         ),
     ] = "id",
+    priority: Annotated[
+        str | None, typer.Option(help="Only those of this priority.", callback=fits)
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(help="Only those with this tag; several times: with all.", callback=fits),
+    ] = None,
+    due_before: Annotated[
+        str | None, typer.Option(help="Only those due before a day or a time.", callback=fits)
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -537,13 +582,20 @@ def tasks(
         raise typer.BadParameter("--open and --done exclude each other")
     store = taskd.TaskStore(database())
     rest: taskd.Listing | None = taskd.Listing(
-        completed=only_done if only_open or only_done else None, q=q, sort=sort, limit=limit
+        completed=only_done if only_open or only_done else None,
+        q=q,
+        priority=priority,
+        tags=tuple(tag or ()),
+        due_before=due_before and taskd.due_moment(due_before),
+        sort=sort,
+        limit=limit,
     )
     found: list[taskd.View] = []
-    while rest and len(found) != limit:
+    while rest and (not limit or len(found) < limit):
         page, rest = store.page(user, rest)
         found += page
     store.close()
+    found = found[:limit]
     show_all([msgspec.structs.asdict(task) for task in found], as_json)
 
 
@@ -613,6 +665,7 @@ NOTES = [
     "not urgent",
     "twice, if need be",
 ]
+TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 BATCH = 1000  # tasks in a statement
 
@@ -649,11 +702,15 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
             created = EPOCH + timedelta(seconds=second)
             done = chance.random() < 0.4
             updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
+            due = created + timedelta(days=chance.randrange(1, 60), hours=chance.randrange(24))
             yield {
                 "user_id": name,
                 "title": f"{verb} {chance.choice(VERBS[verb])}",
                 "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
                 "completed": done,
+                "priority": chance.choice(["low", "medium", "high", None, None]),
+                "due_date": chance.choice([None, f"{due:%Y-%m-%d}", taskd.timestamp(due)]),
+                "tags": chance.sample(TAGS, chance.choice([0, 0, 1, 2])),
                 "created_at": taskd.timestamp(created),
                 "updated_at": taskd.timestamp(updated),
             }
@@ -1194,7 +1251,13 @@ class SmokeClient:
         self.call("GET", "/api/somebody-else/tasks", 403)
         self.call("POST", self._tasks, 422, body={"title": " "})
         self.call("GET", self._tasks, 200)
-        new = {"title": "Try every route", "description": "with taskctl smoke"}
+        new = {
+            "title": "Try every route",
+            "description": "with taskctl smoke",
+            "priority": "high",
+            "due_date": "2026-12-01",
+            "tags": ["smoke"],
+        }
         key = {"Idempotency-Key": self.id}
         if task := self.call(
             "POST", self._tasks, 201, body=new, headers=key, shows={**new, "completed": False}
@@ -1222,10 +1285,19 @@ class SmokeClient:
                 shows=tried,
                 carries="ETag",
             )
+            self.call(
+                "PATCH",
+                path,
+                200,
+                body={"priority": None},
+                shows={"priority": None},
+                carries="ETag",
+            )
             self.call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
             self.call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
             self.call("POST", self._tasks, 201, body=new)
-            self.call("GET", f"{self._tasks}?limit=1", 200, carries="Link")
+            self.call("GET", f"{self._tasks}?limit=1&sort=-due_date&tag=smoke", 200, carries="Link")
+            self.call("GET", f"{self._tasks}?status=open", 422)
             self.call("DELETE", path, 200, shows={"title": "Tried", "completed": True})
             self.call("GET", path, 404)
 
@@ -1329,7 +1401,7 @@ def removed_at_exit(directory: Path, file: Path | None) -> Iterator[Path]:
 
 
 def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
-    """Return settings of VARIABLE=VALUE, with a database in this directory and a secret of its own."""
+    """Return settings with these VARIABLE=VALUE, a database in this directory and a new secret."""
     known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
     values = {
         "BETTER_AUTH_SECRET": secrets.token_urlsafe(32),
@@ -1421,6 +1493,7 @@ def main() -> None:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # what is unfinished is cleared away
+    taskd.log.addHandler(logging.NullHandler())  # a command tells what went wrong itself
     try:
         app()
     except Refused as ex:

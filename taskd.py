@@ -5,12 +5,28 @@ The chapters, from top to bottom: settings, tokens, fields, bodies, store, datab
 server. Importing this module does nothing; `create_app` builds everything.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "falcon==4.4.0",
+#     "msgspec==0.22.0",
+#     "peewee==4.5.3",
+#     "prometheus-client==0.26.0",
+#     "PyJWT[crypto]==2.15.1",
+#     "python-dotenv==1.2.4",
+#     "rich==15.0.0",
+#     "typer==0.29.2",
+#     "waitress==3.0.2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import base64
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -21,31 +37,44 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, InvalidStateError, wait
 from datetime import UTC, date, datetime, timedelta
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
-from urllib.parse import urlencode
+from urllib.parse import SplitResult, unquote_to_bytes, urlencode, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
-import falcon
-import jwt
-import msgspec
-import peewee
-import waitress.channel
-import waitress.parser
-import waitress.server
-import waitress.task
-from msgspec import UNSET, Meta, Struct, UnsetType
-from waitress import wasyncore
+try:
+    import falcon
+    import jwt
+    import msgspec
+    import peewee
+    import waitress.channel
+    import waitress.parser
+    import waitress.server
+    import waitress.task
+    from msgspec import UNSET, Meta, Struct, UnsetType
+    from waitress import wasyncore
+except ModuleNotFoundError as ex:
+    if __name__ != "__main__":
+        raise
+    sys.exit(
+        f"taskd: the package {ex.name} is not installed for this Python; "
+        "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
+    )
 
 __version__ = "0.2.0"
 
@@ -53,13 +82,34 @@ log = logging.getLogger("taskd")
 
 # --- Settings -------------------------------------------------------------------------------------
 
+DOTENV = Path(".env")  # in the working directory
 MIN_SECRET = 32  # bytes; RFC 7518, section 3.2: an HS256 key is at least as long as the hash
-PUBLIC_SECRET = (
-    "better-auth-secret-12345678901234567890"  # what Better Auth signs with when given none
-)
+PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # Better Auth's default
 MAKE_ONE = "make one with: python taskctl.py init"
-KEY_SET_URL = r"https://[^\s@]+|http://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/\S*)?"
-ORIGIN = r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[0-9]+)?"
+DATABASE = (
+    r"sqlite:///(?!:memory:)[^?#\0]+"
+    r"|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?"
+)
+DATABASES = "sqlite:/// and the path of a file, or postgresql://user:password@host/name"
+LOOPBACK = r"localhost|127\.[0-9.]+|\[?::1\]?"
+KEY_SET_URL = rf"(https|insecure\+http)://[^\s@/?#][^\s@]*|http://({LOOPBACK})(:[0-9]+)?(/\S*)?"
+KEY_SETS = "https, or http to this machine: Better Auth's /api/auth/jwks"
+ORIGIN = re.compile(
+    r"((https?)://(?:\[([0-9a-f:]+)\]|[a-z0-9._-]+)"
+    r"|(?:capacitor|ionic|tauri|[a-z-]+-extension)://[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?"
+)
+ORIGINS = "origins such as https://a.example, with commas"
+PROXIES = "IP addresses, with commas, or * for any"
+LEVELS = "debug|info|warning|error"
+MAX_TASKS = "how many tasks a user may have, at most"
+SETTING_NAMES = ("TASKD", "BETTER_AUTH_S", "DATABASE_")  # how a setting's name begins
+
+
+def shipped(name: str) -> Path:
+    """Return a file that belongs to taskd: installed in taskd_files, in a checkout beside this file."""
+    here = Path(__file__).parent
+    installed = here / "taskd_files" / name
+    return installed if installed.exists() else here / name
 
 
 class SettingsError(Exception):
@@ -69,6 +119,8 @@ class SettingsError(Exception):
 def _secret(text: str) -> str:
     if text == PUBLIC_SECRET:
         raise ValueError(f"is Better Auth's public default, which everybody knows; {MAKE_ONE}")
+    if not text.strip():
+        raise ValueError(f"must not be only white space; {MAKE_ONE}")
     try:
         size = len(text.encode())
         jwt.get_algorithm_by_name("HS256").prepare_key(text)
@@ -84,9 +136,8 @@ def _secrets(text: str) -> tuple[str, ...]:
     for entry in text.split(","):
         version, _, secret = entry.strip().partition(":")
         if not re.fullmatch("[0-9]+", version) or version in secrets:
-            raise ValueError(
-                'must look like "2:new,1:old", with a different whole number before each secret'
-            )
+            form = '"2:new,1:old", with a different whole number before each secret'
+            raise ValueError(f"must look like {form}")
         secrets[version] = _secret(secret.strip())
     return tuple(secrets.values())
 
@@ -97,219 +148,203 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(re.split(r"[,\s]+", text.strip(", ")))
+def _split(text: str) -> list[str]:
+    return re.split(r"[,\s]+", text.strip(", "))
+
+
+def _key_set_url(text: str) -> str:
+    with contextlib.suppress(ValueError):
+        if urlsplit(text).hostname and urlsplit(text).port != 0:
+            return text
+    raise ValueError("must have a host name, and a port from 1 to 65535 if any")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    return tuple(map(_origin, _split(text)))
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers send it: without the scheme's own port (RFC 6454, section 6)."""
+    if not (found := ORIGIN.fullmatch(text)):
+        raise ValueError(f"must be {ORIGINS}")
+    origin, scheme, address, port = found.groups()
+    if address:
+        origin = f"{scheme}://[{ipaddress.IPv6Address(address)}]"
+    if port and not 1 <= int(port) <= 65535:
+        raise ValueError(f"must have ports from 1 to 65535, not {port}")
+    default = {"http": 80, "https": 443}.get(scheme)
+    return f"{origin}:{int(port)}" if port and int(port) != default else origin
 
 
 def _addresses(text: str) -> tuple[str, ...]:
-    """Return IP addresses as the server spells them, or "*"."""
+    """Return normalised IP addresses, or "*"."""
     try:
-        return (
-            ("*",) if text == "*" else tuple(str(ipaddress.ip_address(one)) for one in _split(text))
-        )
+        return ("*",) if text == "*" else tuple(str(ipaddress.ip_address(a)) for a in _split(text))
     except ValueError as ex:
-        raise ValueError(f"must be IP addresses, with commas, or * for any: {ex}") from None
+        raise ValueError(f"must be {PROXIES}: {ex}") from None
 
 
-def _setting(
-    variable: str,
-    default: Any,
-    about: str,
-    pattern: str = "(?s).+",
-    parse: Callable[[str], Any] = str,
-    secret: bool = False,
-) -> Any:
-    metadata = {
-        "variable": variable,
-        "about": about,
-        "pattern": pattern,
-        "parse": parse,
-        "secret": secret,
-    }
+def _env(variable: str, default: Any, about: str, form: str = "", parse: Any = str) -> Any:
+    """Declare a setting: its variable, default and meaning, an expression that fits, and a type."""
+    secret = variable.startswith("BETTER_AUTH_SECRET")
+    metadata = {"variable": variable, "about": about, "form": form or "(?s).+", "parse": parse}
+    metadata["secret"] = secret
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What an operator can change: each with its environment variable, default, meaning and form, declared once."""
+    """What an operator can change; each setting is declared once."""
 
-    secret: str | None = _setting(
-        "BETTER_AUTH_SECRET", None, "the secret shared with Better Auth", parse=_secret, secret=True
-    )
-    secrets: tuple[str, ...] = _setting(
-        "BETTER_AUTH_SECRETS",
-        (),
-        'rotation: "2:new,1:old"; all verify, the first signs',
-        parse=_secrets,
-        secret=True,
-    )
-    database_url: str = _setting(
-        "DATABASE_URL",
-        "sqlite:///taskd.db",
-        "sqlite:/// and the path of a file, or postgresql://user:password@host/name",
-        r"sqlite:///(?!:memory:)[^?#\0]+|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?",
-    )
-    host: str = _setting(
-        "TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+"
-    )
-    port: int = _setting(
-        "TASKD_PORT", 8000, "a port from 1 to 65535, or 0 for any free one", "[0-9]{1,5}", _port
-    )
-    threads: int = _setting(
-        "TASKD_THREADS", 16, "a number of threads from 2 to 99", "[2-9]|[1-9][0-9]", int
-    )
-    cors_origins: tuple[str, ...] = _setting(
-        "TASKD_CORS_ORIGINS",
-        (),
-        "origins such as https://a.example, with commas",
-        rf"{ORIGIN}([,\s]+{ORIGIN})*,?",
-        _split,
-    )
-    jwks_url: str | None = _setting(
-        "TASKD_JWKS_URL",
-        None,
-        "https, or http to this machine: Better Auth's /api/auth/jwks",
-        KEY_SET_URL,
-    )
-    issuer: str | None = _setting("TASKD_ISSUER", None, "the iss claim that a token must have")
-    audience: str | None = _setting("TASKD_AUDIENCE", None, "the aud claim that a token must have")
-    metrics: bool | None = _setting(
-        "TASKD_METRICS", None, "1 to show /metrics, else 0", "[01]", "1".__eq__
-    )
-    trusted_proxies: tuple[str, ...] = _setting(
-        "TASKD_TRUSTED_PROXY",
-        (),
-        "the address of the proxy before taskd, or several, or *",
-        parse=_addresses,
-    )
-    log_level: str = _setting(
-        "TASKD_LOG", "info", "debug, info, warning or error", "debug|info|warning|error"
-    )
-    log_format: str | None = _setting(
-        "TASKD_LOG_FORMAT", None, "text (as without it) or json", "text|json"
-    )
+    secret: str | None = _env("BETTER_AUTH_SECRET", None, "shared with Better Auth", "", _secret)
+    secrets: tuple[str, ...] = _env("BETTER_AUTH_SECRETS", (), '"2:new,1:old"', "", _secrets)
+    database_url: str = _env("DATABASE_URL", "sqlite:///taskd.db", DATABASES, DATABASE)
+    host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
+    port: int = _env("TASKD_PORT", 8000, "a port, or 0 for any free one", "[0-9]{1,5}", _port)
+    threads: int = _env("TASKD_THREADS", 16, "from 2 to 99", "[2-9]|[1-9][0-9]", int)
+    cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGINS, "", _origins)
+    jwks_url: str | None = _env("TASKD_JWKS_URL", None, KEY_SETS, KEY_SET_URL, _key_set_url)
+    issuer: str | None = _env("TASKD_ISSUER", None, "the iss that a token must have")
+    audience: str | None = _env("TASKD_AUDIENCE", None, "the aud that a token must have")
+    metrics: bool | None = _env("TASKD_METRICS", None, "1 or 0", "[01]", lambda text: text == "1")
+    trusted_proxies: tuple[str, ...] = _env("TASKD_TRUSTED_PROXY", (), PROXIES, "", _addresses)
+    max_tasks: int | None = _env("TASKD_MAX_TASKS", None, MAX_TASKS, "[1-9][0-9]{0,15}", int)
+    log_level: str = _env("TASKD_LOG", "info", "one of " + LEVELS, LEVELS)
+    log_format: str | None = _env("TASKD_LOG_FORMAT", None, "text or json", "text|json")
 
     @classmethod
-    def load(cls, environ: Mapping[str, str] = os.environ, dotenv: Path = Path(".env")) -> Settings:
+    def load(cls, environ: Mapping[str, str] = os.environ, dotenv: Path = DOTENV) -> Settings:
         """Return the settings of the environment and, for variables not set there, of `.env`.
 
-        An empty value is none. Raises SettingsError for a value that cannot be used.
+        An empty value counts as not set. Raises SettingsError for a value that cannot be used.
         """
-        given = {
-            **_read_dotenv(dotenv),
-            **{name: value for name, value in environ.items() if value},
-        }
-        fields = [
-            field for field in dataclasses.fields(cls) if given.get(field.metadata["variable"])
-        ]
-        return cls(
-            **{
-                field.name: _parse(given[field.metadata["variable"]], **field.metadata)
-                for field in fields
-            }
-        )
+        given = _given(environ, dotenv)
+        values = {}
+        for field in dataclasses.fields(cls):
+            if text := given.get(field.metadata["variable"]):
+                values[field.name] = _parse(text, field.metadata)
+        return cls(**values)
 
     @property
     def database(self) -> str:
-        """The path of SQLite's file, or what else can be told of where the data is: no password."""
+        """The path of SQLite's file, or the database's address without its password."""
         if self.database_url.startswith("sqlite:"):
             return self.database_url.removeprefix("sqlite:///")
         return re.sub("//.*@", "//…@", self.database_url.partition("?")[0])
 
 
-def _parse(
-    text: str, *, variable: str, about: str, pattern: str, parse: Callable[[str], Any], secret: bool
-) -> Any:
+def _parse(text: str, metadata: Mapping[str, Any]) -> Any:
     try:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"must be {about}")
-        return parse(text)
+        if not re.fullmatch(metadata["form"], text):
+            raise ValueError(f"must be {metadata['about']}")
+        return metadata["parse"](text)
     except ValueError as ex:
-        raise SettingsError(f"{variable} {ex}") from None
+        raise SettingsError(f"{metadata['variable']} {ex}") from None
+
+
+def _given(environ: Mapping[str, str], dotenv: Path) -> dict[str, str]:
+    return _read_dotenv(dotenv) | {name: value for name, value in environ.items() if value}
 
 
 def _read_dotenv(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
-    from dotenv import dotenv_values  # loaded only where there is such a file
+    from dotenv.parser import parse_stream  # loaded only where there is such a file
 
     try:
-        values = dotenv_values(path, interpolate=False)  # a $ in a secret is a $
+        with path.open(encoding="utf-8") as file:
+            bindings = list(parse_stream(file))
     except (OSError, UnicodeDecodeError) as ex:
         raise SettingsError(f"{path} cannot be read: {ex}") from None
-    return {name: value for name, value in values.items() if value is not None}
+    for binding in bindings:
+        if binding.error:
+            where = f"{path}, line {binding.original.line},"
+            raise SettingsError(f"{where} cannot be parsed: write NAME=value, and close each quote")
+    return {one.key: one.value for one in bindings if one.key and one.value is not None}
+
+
+def misspelt(environ: Mapping[str, str] = os.environ, dotenv: Path = DOTENV) -> list[str]:
+    """Return a message for each variable that is probably meant as a setting, but is none."""
+    names = [field.metadata["variable"] for field in dataclasses.fields(Settings)]
+    unknown = sorted(set(_given(environ, dotenv)) - set(names))
+    found = [_nearest(name, names) for name in unknown if name.upper().startswith(SETTING_NAMES)]
+    return list(filter(None, found))
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    from difflib import get_close_matches  # loaded only where there is such a name
+
+    ours = name.upper().startswith("TASKD")
+    nearest = get_close_matches(name.upper(), names, 1, 0.6 if ours else 0.9)
+    hint = f": is {nearest[0]} meant?" if nearest else ""
+    return f"{name} is not a setting, and is ignored{hint}" if ours or nearest else ""
 
 
 # --- Log ------------------------------------------------------------------------------------------
 
-EMPTY_RECORD = logging.LogRecord(log.name, logging.INFO, __file__, 0, "", None, None).__dict__
-
 
 class AccessLogRecord(logging.LogRecord):
-    """A request's line in the log, without all that logging looks up elsewhere and no line of ours shows."""
-
-    fields: dict[str, Any]
+    """A request in the log."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         """Take the fields in the order in which JSON shows them."""
-        now = time.time()
-        self.__dict__ = {**EMPTY_RECORD, "created": now, "msecs": now % 1 * 1000, "fields": fields}
+        super().__init__(log.name, logging.INFO, __file__, 0, "", None, None)
+        self.fields = fields
 
     def getMessage(self) -> str:  # noqa: N802
-        """Return it as text. The user is percent-encoded as in a URL: no field and no line can be forged with it."""
+        """Return them as text; the user is percent-encoded, so that it cannot forge a field."""
         field, user = self.fields, self.fields["user"]
         user = "-" if user is None else f"'{falcon.uri.encode_value(user)}'"
         client = f" client={field['client']}" if "client" in field else ""
+        reason = f' reason="{field["reason"]}"' if "reason" in field else ""
         what = f"{field['method']} {field['route']} {field['status']} {field['ms']:.1f}ms"
-        return f"{what} id={field['id']} user={user}{client}"
+        return f"{what} id={field['id']} user={user}{client}{reason}"
 
 
 def log_request(**fields: Any) -> None:
-    """Log a request; the user is None where nobody is known."""
+    """Log a request; the user is None where it is not known."""
     if log.isEnabledFor(logging.INFO):
         log.handle(AccessLogRecord(fields))
 
 
 class TextLines(logging.Formatter):
-    """Log lines for people. A traceback is indented, so that none of its lines can be taken for one of the log."""
+    """Log lines for people. A traceback is indented, so that it cannot forge a line."""
 
     _second, _clock = 0, ""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """Return the time in UTC, of which only the milliseconds are made anew each time."""
+        """Return the time in UTC; what precedes the milliseconds is formatted once a second."""
         if self._second != int(record.created):
             self._second = int(record.created)
             self._clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
         return f"{self._clock}.{int(record.msecs):03}Z"
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a line, and perhaps a traceback below it."""
+        """Return a line, and the traceback below it if there is one."""
         line = f"{self.formatTime(record)} {record.levelname} {printable(record.getMessage())}"
         if not record.exc_info:
             return line
-        return "\n    ".join(
-            [line, *map(printable, self.formatException(record.exc_info).splitlines())]
-        )
+        traceback = self.formatException(record.exc_info).splitlines()
+        return "\n    ".join([line, *map(printable, traceback)])
 
 
 class JsonLines(TextLines):
-    """Log lines for programs: each a JSON object."""
+    """Log lines for programs: each is a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line with a request's fields, or with a message and perhaps a traceback."""
         line = {"time": self.formatTime(record), "level": record.levelname}
-        line |= (
-            record.fields
-            if isinstance(record, AccessLogRecord)
-            else {"message": record.getMessage()}
-        )
-        return json.dumps(
-            line | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {})
-        )
+        if isinstance(record, AccessLogRecord):
+            line |= record.fields
+        else:
+            line["message"] = record.getMessage()
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def printable(text: str) -> str:
-    """Return a text with everything escaped that breaks a line or moves a cursor."""
+    """Return a text with every character escaped that breaks a line or moves a cursor."""
     if text.isprintable():
         return text
     return "".join(
@@ -326,20 +361,41 @@ def configure_log(settings: Settings) -> None:
     for logger in (log, logging.getLogger("waitress")):
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(settings.log_level.upper())
-    logging.getLogger("waitress.queue").setLevel(
-        "ERROR"
-    )  # it warns of every request that waits for a thread
+    # waitress warns of every request that waits for a thread.
+    logging.getLogger("waitress.queue").setLevel("ERROR")
 
 
 # --- Threads --------------------------------------------------------------------------------------
 
 
+RETRY_AFTER = 2  # seconds
+
+
 class Unavailable(Exception):
-    """What is needed to answer cannot be used right now; the arguments say what and why."""
+    """What is needed to answer cannot be used right now: what, why, and when to try again."""
+
+    def __init__(self, what: str, why: str, retry_after: int = RETRY_AFTER) -> None:
+        super().__init__(what, why)
+        self.retry_after = retry_after  # seconds
 
 
 class WouldBlock(BaseException):
-    """This thread must not wait, and would have to; nothing was done, so the request can start again in another."""
+    """Raised in the event loop when a request would block.
+
+    Nothing has been changed yet, so the request is run again from the start: in a worker thread,
+    or in the event loop when `until` is done.
+    """
+
+    def __init__(self, until: Future[None] | None = None) -> None:
+        self.until = until
+
+
+class SearchWouldBlock(WouldBlock):
+    """The same for a request that may take long: it goes to one of the few threads for searches."""
+
+
+class Busy(Unavailable):
+    """The user asks for more at once than is served; the arguments are a detail and the reason."""
 
 
 class _ThreadState(threading.local):
@@ -351,39 +407,47 @@ thread_state = _ThreadState()
 
 # --- Tokens ---------------------------------------------------------------------------------------
 
-LEEWAY = 10  # seconds that this clock and Better Auth's may differ
+LEEWAY = 10  # seconds by which this clock and the issuer's may differ
 MAX_TOKEN = 16 * 1024  # characters; Better Auth's have a few hundred
 TOKEN_CACHE_SIZE = 1000  # verified tokens
-COMPACT_JWS = re.compile(
-    r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}"
-)  # RFC 7515, section 7.1: no padding
-LOGIN_TYPES = (
-    "jwt",
-    "at+jwt",
-)  # RFC 8725, section 3.11: Better Auth signs its session cookies too, of another type
-ASYMMETRIC = (
-    "EdDSA",
-    "ES256",
-    "ES512",
-    "RS256",
-    "PS256",
-)  # what Better Auth's jwt() plugin can sign with
+TOKEN_CACHE_AGE = 300  # seconds after which a token is verified again
+COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, 7.1: no padding
+# RFC 8725, section 3.11: Better Auth signs its session cookies too, with another type.
+LOGIN_TYPES = ("jwt", "at+jwt")
+NO_KEY_SET = (
+    "signed with Better Auth's own key, which this server does not know: set TASKD_JWKS_URL"
+)
+ASYMMETRIC = ("EdDSA", "ES256", "ES512", "RS256", "PS256")  # what Better Auth's plugin offers
 REFUSALS: dict[type[Exception], str] = {
     jwt.InvalidTokenError: "the header's typ, kid, crit or b64 is not that of a login token",
     jwt.ExpiredSignatureError: "the token has expired; log in again",
     jwt.ImmatureSignatureError: "the token is not valid yet: nbf or iat is in the future",
-    jwt.InvalidSignatureError: "the signature does not match: the token was changed, or signed with another secret",
+    jwt.InvalidSignatureError: (
+        "the signature does not match: the token was changed, or signed with another secret"
+    ),
     jwt.InvalidIssuerError: "iss is not the issuer that this server trusts (TASKD_ISSUER)",
     jwt.InvalidAudienceError: "aud does not name this server (TASKD_AUDIENCE)",
     jwt.exceptions.InvalidSubjectError: "sub must be a string",
 }
-KEYS_AGE = 300  # seconds after which the key set is fetched again, while its keys go on
-KEYS_PAUSE = 3  # seconds at least between two fetches, whatever kids are asked for
-KEYS_WAIT = 5  # seconds that a request waits for a fetch
+KEYS_AGE = 240  # seconds after which the key set is fetched again, while its keys are used
+KEYS_LIMIT = 290  # seconds after the last fetch when callers wait for the next one
+KEYS_RETRY = 20  # seconds until the next fetch after one that failed
+KEYS_PAUSE = 3  # seconds at least between two fetches, whatever key ids are asked for
+KEYS_WAIT = 5  # seconds that a fetch may take
+KEYS_END = 3600  # seconds after the last good answer when the keys are no longer accepted
+KEYS_SIZE = 1024 * 1024  # bytes of an answer
+KEYS_COUNT = 100  # members of a key set that are read
+
+KeyId = tuple[str | None, str]  # a kid and an alg
+Claims = dict[str, Any]
 
 
 class TokenError(Exception):
-    """The token is not accepted; the message says why, fit for an error_description (RFC 6750, section 3)."""
+    """The token is not accepted; the message is fit for an error_description (RFC 6750, 3)."""
+
+
+class OddKey(Exception):
+    """A member of a key set cannot be used; the message says why."""
 
 
 class User(Struct, frozen=True):
@@ -396,69 +460,194 @@ class User(Struct, frozen=True):
 
 
 class KeySet:
-    """Better Auth's public keys (RFC 7517), fetched when they are old or a token names one that is not among them."""
+    """The public keys of an issuer (RFC 7517).
 
-    def __init__(self, url: str, waiting: int) -> None:
-        """Take the address of a key set; at most `waiting` requests wait for it at once."""
+    A background thread fetches them at the start, every KEYS_AGE seconds while they are used, and
+    when a key is asked for that is not among them.
+    """
+
+    def __init__(self, url: str) -> None:
         self._url = url
-        self._slots = threading.BoundedSemaphore(waiting)
-        self._lock = threading.Lock()
-        self._keys: dict[str, jwt.PyJWK] = {}
-        self._started, self._finished, self._failure = -math.inf, threading.Event(), ""
-        self._finished.set()
+        self._keys: dict[KeyId, jwt.PyJWK] = {}
+        self._answered = self._ended = -math.inf  # the last good fetch, and the last fetch
+        self._failure = ""
+        self._logged: set[str] = set()
+        self._lock, self._thread = threading.Lock(), threading.Thread()
+        self._fetch: Future[None] | None = None  # the one under way
 
-    def find(self, kid: str) -> jwt.PyJWK | None:
-        """Return the key of this name, or None if the set has none. Raises Unavailable if the set cannot be had."""
-        finished = self._refresh(KEYS_AGE if kid in self._keys else KEYS_PAUSE)
-        if kid not in self._keys and not finished.is_set():
-            self._wait(finished)
-        if kid not in self._keys and self._failure:
-            raise Unavailable("the key set", self._failure)
-        return self._keys.get(kid)
+    def find(self, kid: str | None, alg: str) -> jwt.PyJWK | None:
+        """Return a key, or None if the set has no such key.
 
-    def _refresh(self, age: float) -> threading.Event:
-        """Start a fetch if none is under way and the last began `age` seconds ago; return what tells its end."""
+        A caller that asks for an unknown key waits for the fetch under way, or for a new one.
+        Raises Unavailable if the set cannot be fetched.
+        """
+        if key := self.get(kid, alg):
+            return key
+        if fetch := self.fetch():
+            if thread_state.in_event_loop:
+                raise WouldBlock(until=fetch)
+            wait([fetch], KEYS_WAIT + 1)
+        key = self.get(kid, alg)
+        if key is None and self._failure:
+            pause = math.ceil(self._ended + KEYS_PAUSE - time.monotonic())
+            raise Unavailable("the key set", self._failure, max(1, pause))
+        return key
+
+    def get(self, kid: str | None, alg: str) -> jwt.PyJWK | None:
+        """Return a key of a set that is fresh enough, without waiting."""
+        now = time.monotonic()
+        if now - self._ended > (KEYS_RETRY if self._failure else KEYS_AGE):
+            self.fetch()
+        fresh = now - self._ended < KEYS_LIMIT and now - self._answered < KEYS_END
+        return self._keys.get((kid, alg)) if fresh else None
+
+    def fetch(self) -> Future[None] | None:
+        """Return the fetch under way, or begin one, or return None if the last was just now."""
         with self._lock:
-            if self._finished.is_set() and time.monotonic() - self._started > age:
-                self._started, self._finished = time.monotonic(), threading.Event()
-                threading.Thread(target=self._fetch, args=(self._finished,), daemon=True).start()
-            return self._finished
+            if self._fetch and not self._thread.is_alive():
+                self._fetch = None  # this process was forked during a fetch
+            if self._fetch is None and time.monotonic() >= self._ended + KEYS_PAUSE:
+                fetch: Future[None] = Future()
+                self._thread = threading.Thread(target=self._run, args=[fetch], daemon=True)
+                try:
+                    self._thread.start()
+                    self._fetch = fetch
+                except RuntimeError as ex:  # the system allows no further thread
+                    self._fail(ex)
+                    self._ended = time.monotonic()
+            return self._fetch
 
-    def _wait(self, finished: threading.Event) -> None:
-        if thread_state.in_event_loop:
-            raise WouldBlock
-        if not self._slots.acquire(blocking=False):
-            raise Unavailable("the key set", "too many requests are waiting for it")
+    def _run(self, fetch: Future[None]) -> None:
         try:
-            if not finished.wait(KEYS_WAIT):
-                raise Unavailable("the key set", f"no answer within {KEYS_WAIT} s")
+            self._replace_keys()
         finally:
-            self._slots.release()
+            with self._lock:
+                self._fetch, self._ended = None, time.monotonic()
+            fetch.set_result(None)
 
-    def _fetch(self, finished: threading.Event) -> None:
+    def _replace_keys(self) -> None:
         try:
-            keys = download_keys(self._url)
-            self._keys, self._failure = {str(key.key_id): key for key in keys}, ""
+            keys, oddities = parse_key_set(download(self._url))
         except Exception as ex:  # whatever the other side does
-            self._failure = f"{type(ex).__name__}: {ex}"
-        finished.set()
+            return self._fail(ex)
+        if self._failure:
+            log.info("the key set is fetched again")
+        self._keys, self._failure, self._answered = keys, "", time.monotonic()
+        self._logged &= set(oddities)
+        self._warn(oddities)
+
+    def _fail(self, ex: Exception) -> None:
+        self._failure = f"{type(ex).__name__}: {ex}"[:200]
+        ended = bool(self._keys) and time.monotonic() - self._answered >= KEYS_END
+        self._warn(
+            [f"it cannot be fetched: {self._failure}"]
+            + ["its keys have ended: no good answer for an hour"] * ended
+        )
+
+    def _warn(self, messages: list[str]) -> None:
+        for message in messages:
+            if message not in self._logged:
+                log.warning("the key set %s: %s", self._url, message)
+        self._logged.update(messages)
 
 
-def download_keys(url: str) -> list[jwt.PyJWK]:
-    """Return the keys of a set that can verify a login; a set that leaves its host or holds secrets gives none."""
-    keys = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=KEYS_WAIT).get_signing_keys()
-    return [
-        key
-        for key in keys
-        if key.algorithm_name in ASYMMETRIC and not key.Algorithm.check_key_length(key.key)
-    ]
+def download(url: str) -> bytes:
+    """Return what an address answers: at most KEYS_SIZE bytes, within KEYS_WAIT seconds.
+
+    Only 200 counts, and a redirect is not followed. Raises OSError, HTTPException or ValueError.
+    """
+    connection, answer = _connection(urlsplit(url)), Future[bytes]()
+    threading.Thread(target=_download, args=(url, connection, answer), daemon=True).start()
+    try:
+        return answer.result(KEYS_WAIT)
+    except TimeoutError:
+        raise TimeoutError(f"no whole answer within {KEYS_WAIT} s") from None
+    finally:  # the thread ends: its next read fails, or finds that nobody waits for it
+        answer.cancel()
+        with contextlib.suppress(OSError, AttributeError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-class StrictJWT(jwt.PyJWT):
-    """PyJWT that also refuses a claim given twice (RFC 7519, section 4)."""
+def _download(url: str, connection: HTTPConnection, answer: Future[bytes]) -> None:
+    where = urlsplit(url)
+    target = urlunsplit(("", "", where.path or "/", where.query, ""))
+    headers = {"User-Agent": f"taskd/{__version__}", "Accept": "application/json"}
+    try:
+        connection.request("GET", target, headers=headers)
+        with connection.getresponse() as response:
+            answer.set_result(_read_answer(response, answer.cancelled))
+    except Exception as ex:  # whatever the other side does
+        with contextlib.suppress(InvalidStateError):
+            answer.set_exception(ex)
+    finally:
+        connection.close()
 
-    def _decode_payload(self, decoded: dict[str, Any]) -> dict[str, Any]:
-        return _json_object(decoded["payload"])
+
+def _read_answer(response: HTTPResponse, is_cancelled: Callable[[], bool]) -> bytes:
+    if response.status != HTTPStatus.OK:
+        raise OSError(f"the answer is {response.status}, not 200")
+    body = bytearray()
+    while (piece := response.read1(KEYS_SIZE)) and not is_cancelled():
+        body += piece
+        if len(body) > KEYS_SIZE:
+            raise OSError(f"the answer is longer than {KEYS_SIZE} bytes")
+    return bytes(body)
+
+
+def _connection(url: SplitResult) -> HTTPConnection:
+    """Return a connection for an address: https through the environment's proxy, if it has one."""
+    host, port = url.hostname or "", url.port
+    if url.scheme != "https":
+        return HTTPConnection(host, port, timeout=KEYS_WAIT)
+    direct = re.fullmatch(LOOPBACK, host) or proxy_bypass(host)
+    proxy = urlsplit("//" + ("" if direct else getproxies().get("https", "")).split("://")[-1])
+    if not proxy.hostname:
+        return HTTPSConnection(host, port, timeout=KEYS_WAIT)
+    connection = HTTPSConnection(proxy.hostname, proxy.port or 80, timeout=KEYS_WAIT)
+    login = base64.b64encode(unquote_to_bytes(proxy.netloc.rpartition("@")[0])).decode()
+    connection.set_tunnel(
+        host, port or 443, {"Proxy-Authorization": f"Basic {login}"} if login else {}
+    )
+    return connection
+
+
+def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
+    """Return the usable keys of a key set, and a message about each member that is left out."""
+    document = json.loads(text)
+    members = document.get("keys") if isinstance(document, dict) else None
+    if not isinstance(members, list):
+        raise ValueError("the answer is not a JSON object with a list of keys")
+    keys: dict[KeyId, jwt.PyJWK] = {}
+    oddities = [f"only its first {KEYS_COUNT} keys are read"] * (len(members) > KEYS_COUNT)
+    for number, member in enumerate(members[:KEYS_COUNT], 1):
+        try:
+            key = public_key(member)
+            if keys.setdefault((key.key_id, key.algorithm_name), key) is not key:
+                raise OddKey("a key before it has the same kid and alg")
+        except Exception as ex:  # a message of another class could show a key
+            why = str(ex) if isinstance(ex, OddKey) else f"it is malformed ({type(ex).__name__})"
+            kid = member.get("kid") if isinstance(member, dict) else None
+            name = f" (kid {kid[:60]!r})" if isinstance(kid, str) else ""
+            oddities.append(f"its key number {number}{name} is left out: {why}")
+    return keys, oddities
+
+
+def public_key(member: Any) -> jwt.PyJWK:
+    """Return a member of a key set as a key. Raises OddKey, or another error if it is malformed."""
+    names = [member.get("kid"), member.get("alg")] if isinstance(member, dict) else [member, 0]
+    if not all(isinstance(name, str | None) for name in names):
+        raise OddKey("it is not an object, or its kid or alg is not a string")
+    if not {"d", "k"}.isdisjoint(member):
+        raise OddKey("it is private or secret: whoever can read the set can sign with it")
+    if member.get("use", "sig") != "sig":
+        raise OddKey("its use is not sig")
+    key = jwt.PyJWK(member)
+    if key.algorithm_name not in ASYMMETRIC:
+        raise OddKey(f"its alg is not one of {', '.join(ASYMMETRIC)}")
+    if weak := key.Algorithm.check_key_length(key.key):
+        raise OddKey(weak)
+    key.Algorithm.verify(b"", key.Algorithm.prepare_key(key.key), b"")  # it must not raise
+    return key
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -471,55 +660,70 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _decode_strictly = json.JSONDecoder(object_pairs_hook=_each_once).decode
 
 
-def _json_object(text: bytes) -> dict[str, Any]:
+def _header(token: str) -> dict[str, Any]:
+    """Return the header of a login token; no member may be given twice (RFC 7515, section 4)."""
     try:
-        members = _decode_strictly(text.decode())
+        header = _decode_strictly(jwt.utils.base64url_decode(token.partition(".")[0]).decode())
     except (ValueError, RecursionError) as ex:
         raise jwt.DecodeError(str(ex)) from None
-    if not isinstance(members, dict):
+    if not isinstance(header, dict):
         raise jwt.DecodeError("not a JSON object")
-    return members
+    kind = str(header.get("typ", "JWT")).lower().removeprefix("application/")
+    kid_is_text = isinstance(header.get("kid", ""), str)
+    if not kid_is_text or kind not in LOGIN_TYPES or not {"crit", "b64"}.isdisjoint(header):
+        raise jwt.InvalidTokenError
+    return header
 
 
 class Tokens:
-    """Verify Better Auth's JWTs (RFC 7519): HS256 with the shared secret, or signed with a key of its key set."""
+    """Verify JWTs (RFC 7519): HS256 with the shared secret, or signed with a key of the key set."""
 
     def __init__(self, settings: Settings) -> None:
         """Raise SettingsError when there is neither a secret nor a key set."""
         self._secrets = settings.secrets or ((settings.secret,) if settings.secret else ())
-        self._key_set = (
-            KeySet(settings.jwks_url, settings.threads // 2) if settings.jwks_url else None
-        )
+        self._key_set = KeySet(settings.jwks_url) if settings.jwks_url else None
         if not self._secrets and not self._key_set:
             raise SettingsError(f"BETTER_AUTH_SECRET is missing; {MAKE_ONE}")
         self._issuer, self._audience = settings.issuer, settings.audience
-        # Better Auth puts aud into its tokens, and PyJWT refuses any token with an aud unless told otherwise.
-        self._jwt = StrictJWT({"require": ["sub", "exp"], "verify_aud": self._audience is not None})
-        self._verified: dict[str, User] = {}
+        # PyJWT refuses any token with an aud unless told otherwise, and Better Auth's have one.
+        self._jwt = jwt.PyJWT({"require": ["sub", "exp"], "verify_aud": self._audience is not None})
+        self._verified: dict[str, tuple[float, jwt.PyJWK | None, User]] = {}
+
+    def fetch_keys(self) -> None:
+        """Begin to fetch the key set, so that the first login need not wait for it."""
+        if self._key_set:
+            self._key_set.fetch()
 
     def verify(self, token: str) -> User:
-        """Return the user of a compact JWS, or raise TokenError, or Unavailable if its key cannot be had.
+        """Return the user of a compact JWS.
 
-        Identity is `sub` and nothing else: Better Auth signs e-mail links with the same secret, and they name a user
-        by `userId` and `email`.
+        Raises TokenError, or Unavailable if its key cannot be fetched. Identity is `sub` and
+        nothing else: Better Auth signs e-mail links with the same secret, and they name a user by
+        `userId` and `email`.
         """
-        user = self._verified.get(token)
-        if user is None or user.expires <= time.time() - LEEWAY:
-            user = self._verify(token)
+        until, key, user = self._verified.get(token, (0, None, None))
+        if user is None or until <= time.time() or not self._still_valid(key):
+            user, key = self._verify(token)
+            until = min(user.expires + LEEWAY, time.time() + TOKEN_CACHE_AGE)
             if len(self._verified) >= TOKEN_CACHE_SIZE:
                 self._verified.clear()
-            self._verified[token] = user
+            self._verified[token] = (until, key, user)
         return user
 
-    def mint(self, claims: dict[str, Any]) -> str:
+    def mint(self, claims: Claims) -> str:
         """Return a token with these claims, signed with the first secret."""
         if not self._secrets:
-            raise SettingsError(
-                f"BETTER_AUTH_SECRET is missing, without which no token can be signed; {MAKE_ONE}"
-            )
+            missing = "BETTER_AUTH_SECRET is missing, without which no token can be signed"
+            raise SettingsError(f"{missing}; {MAKE_ONE}")
         return self._jwt.encode(claims, self._secrets[0], "HS256")
 
-    def _verify(self, token: str) -> User:
+    def _still_valid(self, key: jwt.PyJWK | None) -> bool:
+        """Say whether the key set still has the key with which a token was verified."""
+        if key is None or self._key_set is None:
+            return True
+        return self._key_set.get(key.key_id, key.algorithm_name) is key
+
+    def _verify(self, token: str) -> tuple[User, jwt.PyJWK | None]:
         if len(token) > MAX_TOKEN:
             raise TokenError(f"the token is longer than {MAX_TOKEN} characters")
         if token.count(".") == 1:
@@ -531,13 +735,9 @@ class Tokens:
                 "this is no JWT: it must be three base64url parts with dots between them"
             )
         try:
-            header = _json_object(jwt.utils.base64url_decode(token.partition(".")[0]))
-            if (
-                not {"crit", "b64"}.isdisjoint(header)
-                or str(header.get("typ", "JWT")).lower() not in LOGIN_TYPES
-            ):
-                raise jwt.InvalidTokenError
-            return _user(self._decode(token, header.get("alg"), str(header.get("kid"))))
+            header = _header(token)
+            claims, key = self._decode(token, header.get("alg"), header.get("kid"))
+            return _user(claims), key
         except jwt.MissingRequiredClaimError as ex:
             raise TokenError(
                 f"the {ex.claim} claim is missing: this is not the token of a login"
@@ -545,47 +745,37 @@ class Tokens:
         except (jwt.InvalidTokenError, ValueError) as ex:
             raise TokenError(REFUSALS.get(type(ex), "the token is malformed")) from None
 
-    def _decode(self, token: str, alg: object, kid: str) -> dict[str, Any]:
-        """Return the claims. The key pins the algorithm: the header only says which key to try (RFC 8725, 3.1)."""
-        for key, algorithm in self._keys(alg, kid):
+    def _decode(self, token: str, alg: object, kid: str | None) -> tuple[Claims, jwt.PyJWK | None]:
+        """Return the claims, and the key of the key set that signed them, if it was one.
+
+        The key pins the algorithm: the header only says which key to try (RFC 8725, section 3.1).
+        """
+        decode = partial(
+            self._jwt.decode, token, issuer=self._issuer, audience=self._audience, leeway=LEEWAY
+        )
+        if alg != "HS256" or not self._secrets:
+            key = self._find_key(alg, kid)
+            return decode(key, [key.algorithm_name]), key
+        for secret in self._secrets:
             try:
-                return self._jwt.decode(
-                    token,
-                    key,
-                    [algorithm],
-                    issuer=self._issuer,
-                    audience=self._audience,
-                    leeway=LEEWAY,
-                )
+                return decode(secret, ["HS256"]), None
             except jwt.InvalidSignatureError as ex:
                 mismatch = ex  # perhaps another of the secrets made it
         raise mismatch
 
-    def _keys(self, alg: object, kid: str) -> list[tuple[Any, str]]:
-        if alg == "HS256" and self._secrets:
-            return [(secret, "HS256") for secret in self._secrets]
-        if alg not in ASYMMETRIC:
-            raise TokenError(
-                "alg must be HS256"
-                if self._secrets
-                else f"alg must be one of {', '.join(ASYMMETRIC)}"
-            )
+    def _find_key(self, alg: object, kid: str | None) -> jwt.PyJWK:
+        if not isinstance(alg, str) or alg not in ASYMMETRIC:
+            one_of = f"alg must be one of {', '.join(ASYMMETRIC)}"
+            raise TokenError("alg must be HS256" if self._secrets else one_of)
         if not self._key_set:
-            raise TokenError(
-                "signed with Better Auth's own key, which this server does not know: set TASKD_JWKS_URL"
-            )
-        key = self._key_set.find(kid)
-        if key is None or key.algorithm_name != alg:
+            raise TokenError(NO_KEY_SET)
+        if not (key := self._key_set.find(kid, alg)):
             raise TokenError("the key set has no key for this kid and alg")
-        return [(key, key.algorithm_name)]
+        return key
 
 
-def _user(claims: dict[str, Any]) -> User:
-    for name in (
-        "exp",
-        "nbf",
-        "iat",
-    ):  # RFC 7519, section 2: a number; PyJWT would take a string of digits too
+def _user(claims: Claims) -> User:
+    for name in ("exp", "nbf", "iat"):  # RFC 7519, section 2; PyJWT would take a string of digits
         if name in claims and type(claims[name]) not in (int, float):
             raise TokenError(f"{name} must be a number")
     subject = claims["sub"]
@@ -674,7 +864,7 @@ class Field(Struct, frozen=True, kw_only=True):
     rule: str  # the message where a body breaks it
     about: str  # the description in openapi.json
     example: Any
-    column: peewee.Field
+    column: Callable[[], peewee.Field] = partial(peewee.TextField, null=True)
     default: Any = UNSET  # without one, a new task must have the field
     normalise: Callable[[Any], Any] | None = None  # raises ValueError where the rule is broken
     searched: bool = False  # by q, in the column of this name with _folded behind it
@@ -687,7 +877,7 @@ FIELDS = {
         rule="must be a string of 1 to 200 characters",
         about="1 to 200 characters, not only white space, no U+0000; stored exactly as sent.",
         example="Buy milk",
-        column=peewee.TextField(),
+        column=peewee.TextField,
         searched=True,
         order="title",
     ),
@@ -696,7 +886,6 @@ FIELDS = {
         rule="must be a string of at most 10,000 characters, or null",
         about="At most 10,000 characters, no U+0000; null for none.",
         example="2 litres",
-        column=peewee.TextField(null=True),
         default=None,
         searched=True,
     ),
@@ -705,7 +894,7 @@ FIELDS = {
         rule="must be true or false",
         about="Whether the task is done.",
         example=False,
-        column=peewee.BooleanField(default=False),
+        column=peewee.BooleanField,
         default=False,
     ),
     "priority": Field(
@@ -713,30 +902,28 @@ FIELDS = {
         rule="must be low, medium or high, or null",
         about="How important the task is; null for not said.",
         example="high",
-        column=peewee.TextField(null=True),
         default=None,
         order="CASE priority WHEN 'low' THEN '1' WHEN 'medium' THEN '2' WHEN 'high' THEN '3' END",
     ),
     "due_date": Field(
-        type=str | None,
+        type=Annotated[str, Meta(pattern=f"^{DUE_DATE.pattern}$")] | None,
         rule="must be a day such as 2026-12-01, a time with its offset from UTC such as"
         " 2026-12-01T09:00:00Z, or null",
         about="RFC 3339: a day, kept as it is, or a time, kept in UTC with milliseconds;"
         " null for none.",
         example="2026-12-01",
-        column=peewee.TextField(null=True),
         default=None,
         normalise=parse_due_date,
         order=f"due_date || SUBSTR('{MIDNIGHT}', LENGTH(due_date) - 9)",
     ),
     "tags": Field(
-        type=Annotated[list[Tag], Meta(max_length=20)],
+        type=Annotated[list[Tag], Meta(max_length=20, extra_json_schema={"uniqueItems": True})],
         rule="must be an array of at most 20 different strings of 1 to 50 characters,"
         " none of them blank",
         about="At most 20, each 1 to 50 characters, not only white space, no U+0000, none twice;"
         " in the order sent.",
         example=["home"],
-        column=TagsField(default="[]"),
+        column=TagsField,
         default=[],
         normalise=each_once,
         searched=True,
@@ -952,6 +1139,11 @@ class Listing(Struct, frozen=True):
     limit: int | None = None
     after: POSITION | None = None
 
+    @property
+    def is_by_id(self) -> bool:
+        """Whether its order is that of an index."""
+        return self.sort in ("id", "-id")
+
 
 def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
     """Return what the query asks for, or raise 422 for a wrong value or an unknown parameter."""
@@ -963,7 +1155,7 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
     faults = [
         Fault(name[:MAX_NAME], reason)
         for name, values in itertools.islice(given.items(), MAX_FAULTS)
-        if (reason := _wrong(name, values))
+        if (reason := wrong_parameter(name, values))
     ]
     single = {name: values[0] for name, values in given.items() if name != REPEATABLE}
     sort, after = single.get("sort", "id"), None
@@ -971,7 +1163,7 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
         after = cursors.read(single["after"], req.context.user.id, sort)
         faults += [] if after else [Fault("after", PARAMETERS["after"][1])]
     if faults:
-        raise Unprocessable(faults)
+        raise Unprocessable(faults[:MAX_FAULTS])
     return _listing(single, tuple(given.get(REPEATABLE, ())), after)
 
 
@@ -989,8 +1181,8 @@ def _listing(single: dict[str, str], tags: tuple[str, ...], after: POSITION | No
     )
 
 
-def _wrong(name: str, values: list[str]) -> str | None:
-    """Return what is wrong with a parameter."""
+def wrong_parameter(name: str, values: list[str]) -> str | None:
+    """Return what is wrong with a parameter of lists, or None."""
     if name not in PARAMETERS:
         return f"is not a parameter of lists; {_instead(name[:MAX_NAME])}"
     pattern, rule = PARAMETERS[name]
@@ -1099,6 +1291,14 @@ def read_key(req: falcon.Request) -> str | None:
 # --- Store ----------------------------------------------------------------------------------------
 
 CHUNK = 100  # tasks of a list that are read and sent at once
+SORTED_CHUNK = 5000  # the same where reading a chunk sorts all tasks of the user
+MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
+LIMIT_MARGIN = 1000  # tasks; more creates than can be under way at once
+RECOUNT = 500  # new tasks after which a user is counted again
+USERS_COUNTED = 10_000
+SEARCHES = 4  # of all users at once
+SEARCHES_OF_USER = 2
+SEARCH_TIME = 2.0  # seconds
 IDEMPOTENCY_WINDOW = timedelta(
     hours=24
 )  # how long a create can be repeated with its Idempotency-Key
@@ -1116,6 +1316,13 @@ AS_EXPECTED = (
     f"(:match = '*' OR :match LIKE {ENTITY_TAG_OF_ROW})"
     f" AND NOT (:none_match = '*' OR :none_match LIKE {ENTITY_TAG_OF_ROW})"
 )
+
+
+class TooManyTasks(Exception):
+    """The user has as many tasks as `most`, which the operator allows."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
 
 
 class Changed(Exception):
@@ -1144,9 +1351,9 @@ class Task(peewee.Model):
 
 
 for _name, _field in FIELDS.items():
-    Task._meta.add_field(_name, _field.column)
-    if _field.searched:
-        Task._meta.add_field(f"{_name}_folded", peewee.TextField(null=_field.column.null))
+    Task._meta.add_field(_name, _field.column())
+for _name in SEARCHED:
+    Task._meta.add_field(f"{_name}_folded", peewee.TextField(null=getattr(Task, _name).null))
 
 
 class IdempotencyKey(peewee.Model):
@@ -1217,7 +1424,7 @@ def _folded(value: str | list[str] | None) -> str | None:
 
 def columns(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the columns in which the database keeps these fields."""
-    kept = {name: FIELDS[name].column.db_value(value) for name, value in fields.items()}
+    kept = {name: getattr(Task, name).db_value(value) for name, value in fields.items()}
     return kept | search_columns(fields)
 
 
@@ -1246,7 +1453,9 @@ def queries() -> dict[str, Any]:
         IdempotencyKey.created_at < placeholder("before")
     )
     claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
-    claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim)
+    claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim).on_conflict(
+        "NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name)
+    )
     return {
         "get": Task.select(*SHOWN, Task.version).where(THIS),
         "add": _returning(
@@ -1259,7 +1468,7 @@ def queries() -> dict[str, Any]:
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
         "expire": IdempotencyKey.delete().where(expired),
-        "claim": claimed.on_conflict_ignore().returning(IdempotencyKey.id),
+        "claim": claimed.returning(IdempotencyKey.id),
         "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
     }
@@ -1287,7 +1496,7 @@ def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> A
     """
     name, descending = sort.lstrip("-"), sort.startswith("-")
     key = ORDERS[name]
-    if name in FIELDS and FIELDS[name].column.null:
+    if getattr(Task, name).null:
         key = f"COALESCE({key}, '{'' if descending else 'z'}')"
     where = [peewee.SQL(FILTERS[name]) for name in filters]
     where += [peewee.SQL(f"REPLACE(tags, :tag_{n}, '') <> tags") for n in range(tags)]
@@ -1300,6 +1509,46 @@ def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> A
     return query.order_by(*order).limit(placeholder("limit"))
 
 
+class TaskLimit:
+    """How many tasks a user may have. Only who is near the limit is counted exactly, and alone."""
+
+    def __init__(self, database: Database, most: int | None) -> None:
+        self._database, self._most = database, most
+        self._counted: dict[str, tuple[int, int]] = {}  # a user's tasks, and the id of the newest
+        count = Task.select(
+            peewee.fn.COUNT(Task.id), peewee.fn.COALESCE(peewee.fn.MAX(Task.id), peewee.SQL("0"))
+        )
+        self._sql = database.compile(
+            count.where(owned_by_user(Task), Task.id > placeholder("last"))
+        )
+
+    def is_near(self, user_id: str) -> bool:
+        """Say whether the user may be at the limit: count the tasks that are new since the last count.
+
+        Deletions since then are not seen, nor the few tasks that were being created at that time.
+        """
+        if self._most is None:
+            return False
+        known, last = self._counted.get(user_id) or self._recount(user_id)
+        [(new, _)] = self._database.run(self._sql, user_id=user_id, last=last)
+        if new > RECOUNT:
+            self._counted.pop(user_id, None)
+        return known + int(new) + LIMIT_MARGIN > self._most
+
+    def check(self, user_id: str) -> None:
+        """Raise TooManyTasks unless the user may have one more; to be called in a transaction."""
+        self._database.lock(user_id)
+        if self._most is not None and self._recount(user_id)[0] >= self._most:
+            raise TooManyTasks(self._most)
+
+    def _recount(self, user_id: str) -> tuple[int, int]:
+        if len(self._counted) >= USERS_COUNTED:
+            self._counted.clear()
+        [(count, newest)] = self._database.run(self._sql, user_id=user_id, last=0)
+        self._counted[user_id] = count, newest
+        return count, newest
+
+
 class TaskStore:
     """One user's tasks at a time. Returns None if the user has no such task.
 
@@ -1308,39 +1557,79 @@ class TaskStore:
     database cannot be used, and Changed for a task that is not as `conditions` ask for.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, max_tasks: int | None = None) -> None:
+        self._database, self._limit = database, TaskLimit(database, max_tasks)
         self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
         self._sql = {name: database.compile(query) for name, query in queries().items()}
         self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
         self._page = lru_cache(256)(lambda *shape: database.compile(page_query(*shape)))
+        self._searching: Counter[str] = Counter()
+        self._searching_lock = threading.Lock()
 
-    def page(self, user_id: str, listing: Listing) -> tuple[list[View], Listing | None]:
-        """Return the user's tasks, at most the listing's limit or a chunk; and the listing of those that follow."""
-        asked = msgspec.structs.asdict(listing)
-        filters = tuple(name for name in FILTERS if asked[name] not in (None, ""))
-        if thread_state.in_event_loop and self._is_slow(user_id, listing):
-            raise WouldBlock
-        size, (value, last) = listing.limit or CHUNK, listing.after or (None, None)
-        sql = self._page(filters, len(listing.tags), listing.sort, last is None)
-        values = {name: asked[name] for name in filters} | {"q": listing.q.casefold()}
-        values |= {f"tag_{place}": quoted(tag) for place, tag in enumerate(listing.tags)}
-        values |= {"user_id": user_id, "limit": size + 1, "value": value, "last": last}
-        rows = self._database.run(sql, **values)
-        tasks = [_view(row) for row in rows[:size]]
-        if len(rows) <= size:
-            return tasks, None
-        after = rows[size - 1][-1], tasks[-1].id
-        return tasks, msgspec.structs.replace(listing, after=after)
+    @contextlib.contextmanager
+    def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
+        """Limit a search, which reads each task of the user, in number and time. Raises Busy."""
+        if not self._is_search(user_id, listing):
+            yield
+            return
+        if thread_state.in_event_loop:
+            raise SearchWouldBlock
+        end = time.monotonic() + SEARCH_TIME
+        with self._counted(user_id):
+            try:
+                with self._database.deadline(SEARCH_TIME):
+                    yield
+            except Unavailable as ex:
+                if time.monotonic() < end:
+                    raise
+                detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
+                raise Busy(detail, str(ex)) from ex
 
-    def _is_slow(self, user_id: str, listing: Listing) -> bool:
-        """Say whether a page looks at each task of a user who has many, or searches texts."""
+    def _is_search(self, user_id: str, listing: Listing) -> bool:
+        """Say whether a page reads texts, or each task of a user who has more than CHUNK."""
         if listing.q:
             return True
         filters = listing.priority, listing.tags, listing.due_before, listing.due_after
-        if listing.sort.lstrip("-") == "id" and not any(filters):
+        if listing.is_by_id and not any(filters):
             return False
         return bool(self._database.run(self._sql["long"], user_id=user_id))
+
+    @contextlib.contextmanager
+    def _counted(self, user_id: str) -> Iterator[None]:
+        with self._searching_lock:
+            if self._searching[user_id] >= SEARCHES_OF_USER:
+                raise Busy("other searches of yours are still running; wait until one ends", "busy")
+            self._searching[user_id] += 1
+        try:
+            yield
+        finally:
+            with self._searching_lock:
+                self._searching[user_id] -= 1
+                self._searching += Counter()  # forgets who has none
+
+    def page(self, user_id: str, listing: Listing) -> tuple[list[View], Listing | None]:
+        """Return the user's tasks, and the listing of those that follow.
+
+        With a limit they are at most so many, and about MAX_PAGE bytes of JSON; without one they
+        are the next CHUNK, or SORTED_CHUNK where each chunk sorts all tasks again.
+        """
+        size = listing.limit or (CHUNK if listing.is_by_id else SORTED_CHUNK)
+        sql, values = self._page_statement(listing)
+        values |= {"user_id": user_id, "limit": size + 1}
+        if size == CHUNK:
+            tasks, after = _fill_page(self._database.run(sql, **values), size)
+        else:
+            with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
+                tasks, after = _fill_page(rows, size)
+        return tasks, after and msgspec.structs.replace(listing, after=after)
+
+    def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
+        value, last = listing.after or (None, None)
+        asked = {name: getattr(listing, name) for name in FILTERS}
+        values = {name: value for name, value in asked.items() if value not in (None, "")}
+        sql = self._page(tuple(values), len(listing.tags), listing.sort, last is None)
+        values |= {f"tag_{place}": quoted(tag) for place, tag in enumerate(listing.tags)}
+        return sql, values | {"q": listing.q.casefold(), "value": value, "last": last}
 
     def get(self, user_id: str, task_id: int) -> Stored | None:
         """Return one task."""
@@ -1350,17 +1639,25 @@ class TaskStore:
         """Create a task; it is on disk when this returns. None if the key was used for another one.
 
         With a key, a create that was done within 24 hours is not done again, but answered as it was then.
+        Raises TooManyTasks.
         """
         now = datetime.now(UTC)
         values = {**columns(task), "user_id": user_id, "now": timestamp(now)}
-        if key is None:
+        near = self._limit.is_near(user_id)
+        if key is None and not near:
             return _first(self._database.write(self._sql["add"], **values))
+        if key is None:
+            with self._database.transaction():
+                self._limit.check(user_id)
+                return _first(self._run("add", values))
         body = _digest(task)
         values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
             self._run("expire", values)
             found = self._run("replay", values)
             if not found and self._run("claim", values):
+                if near:
+                    self._limit.check(user_id)
                 [row] = self._run("add", values)
                 stored = _stored(row)
                 self._run("answer", values | {"answer": to_json(stored.task).decode()})
@@ -1397,6 +1694,11 @@ class TaskStore:
         """Delete the task, and return it as it was."""
         return self._write(self._sql["remove"], conditions, user_id, task_id)
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether writes take so long that they are better run in a worker thread from the start."""
+        return self._database.is_slow
+
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         self._database.check()
@@ -1424,6 +1726,18 @@ def _view(row: Row) -> View:
     for place, load in LOADED:
         values[place] = load(values[place])
     return TaskView(*values[:-1])
+
+
+def _fill_page(rows: Iterable[Row], limit: int) -> tuple[list[View], POSITION | None]:
+    """Return the first tasks, until there are `limit` or MAX_PAGE bytes, and where more follow."""
+    tasks: list[View] = []
+    room, position = MAX_PAGE, 0  # as the last column of a row says it
+    for row in rows:
+        if len(tasks) == limit or room <= 0:
+            return tasks, (position, tasks[-1].id)
+        tasks.append(_view(row))
+        position, room = row[-1], room - len(to_json(tasks[-1]))
+    return tasks, None
 
 
 def _stored(row: Row) -> Stored:
@@ -1458,18 +1772,29 @@ def _now() -> str:
 
 # --- Database -------------------------------------------------------------------------------------
 
-SCHEMA = Path(__file__).with_name("schema.sql")
-MIGRATIONS = Path(__file__).with_name("migrations")
-VERSION = 2  # of the schema; migrations/2.sql makes it from version 1
+SCHEMA = shipped("schema.sql")
+MIGRATIONS = shipped("migrations")
+VERSION = 3  # of the schema; migrations/N.sql makes version N from the one before it
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
+MIN_SQLITE = (3, 35)  # has RETURNING
+FULL = 256 * 1024  # bytes free, with which SQLite cannot make its files or store every task
+UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
+INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
+SESSION = """
+    SET statement_timeout = {:.0f}; SET lock_timeout = {:.0f};
+    SET default_transaction_isolation = 'read committed';
+    SELECT set_config('synchronous_commit', 'on', FALSE)
+        WHERE current_setting('synchronous_commit') = 'off'
+"""  # in milliseconds; a commit is on disk before it is answered
+MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = (
     4.0  # seconds that a write waits for another process which holds the database's write lock
 )
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for the writes of this process
-QUEUE_PLACE_TIMEOUT = (
-    0.25  # seconds that it waits for leave to wait, so that waiting writes never take every thread
-)
+DEADLINE_STEPS = 1000  # of SQLite's machine between two looks at the clock; a few rows of a search
+TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes: statement_timeout and lock_timeout were over
+QUEUE_PLACE_TIMEOUT = 0.25  # seconds after which a queue of writes that does not move is closed
 SLOW_WRITE = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
 
 
@@ -1477,10 +1802,17 @@ class DatabaseError(Exception):
     """The database cannot be opened or does not fit schema.sql; the message says which file and why."""
 
 
-def open_database(settings: Settings) -> Database:
-    """Return the database of the settings, made or brought up to date if need be. Raises DatabaseError."""
+class Unstorable(Exception):
+    """The user id cannot be stored by this database."""
+
+
+def open_database(settings: Settings, timeout: float = LOCK_TIMEOUT) -> Database:
+    """Return the database of the settings, created or migrated if need be. Raises DatabaseError.
+
+    The time-out in seconds bounds PostgreSQL's statements and locks; 0 is none.
+    """
     if settings.database_url.startswith("postgresql:"):
-        return Postgres(settings)
+        return Postgres(settings, timeout)
     return Sqlite(settings.database, settings.threads // 2)
 
 
@@ -1492,7 +1824,61 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(sql)
 
 
-class Sqlite:
+class WriteQueue:
+    """Places for writes that wait, fewer than there are worker threads, so that reads find one."""
+
+    def __init__(self, places: int) -> None:
+        self._free, self._places = places, places
+        self._moved, self._changed = 0.0, threading.Condition()
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Wait for a place while the queue moves. Raises Unavailable at once when it does not."""
+        if thread_state.in_event_loop:
+            raise WouldBlock
+        with self._changed:
+            if self._free == self._places:
+                self._moved = time.monotonic()
+            while not self._free:
+                patience = self._moved + QUEUE_PLACE_TIMEOUT - time.monotonic()
+                if patience <= 0:
+                    raise Unavailable("the database", "too many writes are waiting")
+                self._changed.wait(patience)
+            self._free -= 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free, self._moved = self._free + 1, time.monotonic()
+                self._changed.notify()
+
+
+class _LastWrite:
+    """What the last write met, for /readyz: reads go on where a disk is full or read-only."""
+
+    _failure = ""
+    write: Callable[..., object]
+
+    @contextlib.contextmanager
+    def _remembered(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as ex:
+            if UNWRITABLE.search(ex.args[1]):
+                self._failure = ex.args[1]
+            raise
+        self._failure = ""
+
+    def _check_last_write(self) -> None:
+        """Raise Unavailable if the last write could not be stored, and another one cannot be now."""
+        try:
+            if self._failure:
+                self.write("UPDATE about SET version = version")
+        except Unavailable as ex:
+            raise Unavailable("the database, which stores no writes,", ex.args[1]) from ex
+
+
+class Sqlite(_LastWrite):
     """SQLite: a connection in each thread, and one write at a time."""
 
     def __init__(self, path: str, waiting: int) -> None:
@@ -1508,9 +1894,8 @@ class Sqlite:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._worker_connection  # for queries of taskctl's own
         self._path, self._opened = Path(path), Path(path).stat()
-        self._slots = threading.BoundedSemaphore(waiting)
-        self._turn = threading.Lock()
-        self._slow = False
+        self._queue, self._turn = WriteQueue(waiting), threading.Lock()
+        self._write_time, self.is_slow = 0.0, False
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -1523,22 +1908,51 @@ class Sqlite:
             with peewee.__exception_wrapper__:  # type: ignore[attr-defined]  # the last fetch commits, and can fail
                 return database.execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
         except peewee.DatabaseError as ex:
-            if thread_state.in_event_loop and "locked" in str(ex):
-                raise WouldBlock from None
-            self._drop()  # whatever state the connection is in, the next request starts with a fresh one
-            if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
-                raise
-            raise Unavailable("the database", str(ex)) from ex
+            self._fail(ex)
+
+    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed."""
+        try:
+            with (
+                peewee.__exception_wrapper__,  # type: ignore[attr-defined]
+                contextlib.closing(self._here().execute_sql(sql, values)) as cursor,
+            ):
+                yield from cursor
+        except peewee.DatabaseError as ex:
+            self._fail(ex)
+
+    def _fail(self, ex: peewee.DatabaseError) -> NoReturn:
+        if thread_state.in_event_loop and "locked" in str(ex):
+            raise WouldBlock from None
+        self._drop()  # whatever state the connection is in, the next request starts with a fresh one
+        if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
+            raise ex
+        raise Unavailable("the database", str(ex)) from ex
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """End this thread's statements with Unavailable when the time is over."""
+        self.run("SELECT 1")  # opens the connection, or raises Unavailable
+        end, connection = time.monotonic() + seconds, self._here().connection()
+        connection.set_progress_handler(lambda: time.monotonic() > end, DEADLINE_STEPS)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
+                connection.set_progress_handler(None, 0)
+
+    def lock(self, user_id: str) -> None:
+        """Keep other creates of the user out until the transaction ends; here all writes are."""
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something, alone; it is on disk when this returns."""
-        with self._alone():
+        with self._remembered(), self._alone():
             return self.run(sql, **values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements alone; all of them are on disk when this ends, or none."""
-        with self._alone():
+        with self._remembered(), self._alone():
             self.run("BEGIN IMMEDIATE")
             try:
                 yield
@@ -1552,14 +1966,19 @@ class Sqlite:
         """Wait for this thread's turn. Writes queue here, because in SQLite's own waiting they back off and starve."""
         if not thread_state.in_event_loop:
             self._queue_up()
-        elif self._slow or not self._turn.acquire(blocking=False):
+        elif self.is_slow or not self._turn.acquire(blocking=False):
             raise WouldBlock
         started = time.monotonic()
         try:
             yield
+            self._note_time(time.monotonic() - started)
         finally:
-            self._slow = time.monotonic() - started > SLOW_WRITE
             self._turn.release()
+
+    def _note_time(self, seconds: float) -> None:
+        """Decide by a moving average, with hysteresis, whether the event loop leaves writes to the workers."""
+        self._write_time += (min(seconds, 10 * SLOW_WRITE) - self._write_time) / 8
+        self.is_slow = self._write_time > (SLOW_WRITE / 2 if self.is_slow else SLOW_WRITE)
 
     def _drop(self) -> None:
         """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
@@ -1574,25 +1993,19 @@ class Sqlite:
         )
 
     def _queue_up(self) -> None:
-        if not self._slots.acquire(timeout=QUEUE_PLACE_TIMEOUT):
-            raise Unavailable("the database", "too many writes are waiting")
-        try:
+        with self._queue.place():
             if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
-        finally:
-            self._slots.release()
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers, fits schema.sql, and is still what lies at its path.
 
         SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
         """
-        if thread_state.in_event_loop:
-            raise WouldBlock
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
             replaced = not os.path.samestat(self._path.stat(), self._opened)
-            _check_fit(self._worker_connection, sqlite_definitions)
+            _check_fit(self._here(), sqlite_definitions)
         except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
             raise Unavailable("the database", str(ex)) from ex
         if replaced:
@@ -1600,6 +2013,9 @@ class Sqlite:
                 "the database, whose file was replaced,",
                 "restart taskd to serve what lies there now",
             )
+        if self._failure and shutil.disk_usage(self._path.parent).free < FULL:
+            raise Unavailable("the database, whose disk is full,", self._failure)
+        self._check_last_write()
 
     def close(self) -> None:
         """Close this thread's connections; the last one of all folds SQLite's log into the database."""
@@ -1607,35 +2023,51 @@ class Sqlite:
         self._worker_connection.close()
 
 
-class Postgres:
-    """PostgreSQL: a pool of connections, and any number of taskd processes beside each other."""
+class PostgresSession(peewee.PostgresqlDatabase):
+    """Connections with the same session settings whatever the role, the database or libpq have."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Open the database, and make its tables if need be. Raises DatabaseError, or SettingsError for no driver."""
-        try:
-            import psycopg  # only those who have a server pay for its driver
-            from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+    session_settings: str
 
-            psycopg.conninfo.conninfo_to_dict(settings.database_url)
-        except ImportError:
-            raise SettingsError(
-                "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
-            ) from None
-        except (
-            psycopg.ProgrammingError
-        ):  # what it says of a password with a % may have the password in it
-            raise SettingsError(
-                "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
-            ) from None
-        self._pool = self.peewee = PooledPostgresqlDatabase(
+    def _connect(self) -> Any:
+        connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
+        try:  # after connecting: PgBouncer refuses settings in the start-up packet
+            connection.execute(self.session_settings)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class Postgres(_LastWrite):
+    """PostgreSQL: a pool of connections; several taskd processes can share the database."""
+
+    is_slow = False  # every statement leaves the event loop anyway
+
+    def __init__(self, settings: Settings, timeout: float) -> None:
+        """Open the database, and create or migrate its tables. Raises DatabaseError or SettingsError.
+
+        A statement may take twice the time-out in seconds, and wait that long for a lock; 0 is no limit.
+        """
+        given = _libpq_parameters(settings.database_url)
+        from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+
+        class Pool(PooledPostgresqlDatabase, PostgresSession):
+            session_settings = SESSION.format(2000 * timeout, 1000 * timeout)
+
+        defaults: dict[str, Any] = {
+            "connect_timeout": 3,
+            "tcp_user_timeout": 5000,
+            "application_name": "taskd",
+        }
+        self._pool = self.peewee = Pool(
             settings.database_url,
-            max_connections=settings.threads,
+            max_connections=settings.threads + SEARCHES,
             timeout=WRITE_TURN_TIMEOUT,
             prefer_psycopg3=True,
-            connect_timeout=3,
-            tcp_user_timeout=5000,
-            options=f"-c statement_timeout={2000 * LOCK_TIMEOUT:.0f}ms -c lock_timeout={1000 * LOCK_TIMEOUT:.0f}ms",
+            encoding="UTF8",
+            **{name: value for name, value in defaults.items() if name not in given},
         )
+        self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
         self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
@@ -1658,12 +2090,31 @@ class Postgres:
             cursor = self._pool.execute_sql(sql, values)
             return cursor.fetchall() if cursor.description else []
 
-    write = run  # the server keeps writers apart
+    def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement that changes something; it is on disk when this returns."""
+        with self._queue.place(), self._remembered():
+            return self.run(sql, **values)
+
+    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed."""
+        with self._connected(), peewee.__exception_wrapper__:  # type: ignore[attr-defined]
+            yield from self._pool.cursor().stream(sql, values)
+
+    def lock(self, user_id: str) -> None:
+        """Keep other creates of the user out that lock too, until the transaction ends."""
+        self.run("SELECT pg_advisory_xact_lock(hashtextextended(%(user_id)s, 0))", user_id=user_id)
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """End each of this thread's statements with Unavailable when it takes longer."""
+        with self._connected(), self._pool.atomic():
+            self.run(f"SET LOCAL statement_timeout = {1000 * seconds:.0f}")
+            yield
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
-        with self._connected(), self._pool.atomic():
+        with self._queue.place(), self._remembered(), self._connected(), self._pool.atomic():
             yield
 
     @contextlib.contextmanager
@@ -1679,24 +2130,74 @@ class Postgres:
             ):
                 yield
         except self._unusable as ex:
-            self._pool.close_idle()  # the server was perhaps away; then none of them is good any more
+            original = getattr(ex, "orig", None) or ex.__cause__ or ex.__context__
+            code = getattr(original, "sqlstate", None)
+            if isinstance(ex, peewee.DataError) or code == INDEX_ROW_TOO_LONG:
+                raise Unstorable from ex
+            if code not in TIMED_OUT:
+                self._pool.close_idle()  # after a restart of the server none of them is usable
             raise Unavailable("the database", _first_line(ex)) from ex
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         with self._connected():
             _check_fit(self._pool, portable_definitions)
+            if not self._pool.execute_sql("SELECT pg_is_in_recovery()").fetchone()[0]:
+                self._check_last_write()  # a standby refuses every write, and serves reads
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
         self._pool.close_idle()
 
     def _prepare(self, name: str) -> None:
-        with self._pool.connection_context(), self._pool.atomic():
-            self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (int.from_bytes(b"taskd"),))
-            if not schema_version(self._pool):
-                _make_tables(self._pool, map(for_postgresql, statements(SCHEMA)))
-            check_schema(self._pool, name, portable_definitions)
+        with self._pool.connection_context():
+            self._check_connection(name)
+            with self._pool.atomic():
+                for setting in ("statement_timeout", "lock_timeout"):  # a migration may take long
+                    self._pool.execute_sql(f"SET LOCAL {setting} = 0")
+                self._pool.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+                self._pool.execute_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
+                if (version := schema_version(self._pool)) < VERSION:
+                    self._check_search_path(version)
+                    migrate(self._pool, version, for_postgresql)
+                check_schema(self._pool, name, portable_definitions)
+
+    def _check_connection(self, name: str) -> None:
+        """Refuse an encoding that cannot hold every text, and warn of a connection without TLS."""
+        [encoding] = self._pool.execute_sql("SHOW server_encoding").fetchone()
+        if encoding != "UTF8":
+            raise DatabaseError(f"{name} has the encoding {encoding}, and taskd needs UTF8")
+        connection = self._pool.connection()
+        address = connection.info.hostaddr  # empty for a socket in the file system
+        away = address and not ipaddress.ip_address(address).is_loopback
+        if away and not connection.pgconn.ssl_in_use:
+            log.warning("%s is not encrypted on its way: add ?sslmode=verify-full", name)
+
+    def _check_search_path(self, version: int) -> None:
+        """Refuse to create tables in front of those that the search path has found so far."""
+        [found] = self._pool.execute_sql("SELECT to_regclass('task')::text").fetchone()
+        if found and not version:
+            raise peewee.DatabaseError(f"{found} is not in the first schema of the search path")
+
+
+def _libpq_parameters(url: str) -> set[str]:
+    """Return the names of the connection parameters that the URL or the environment sets."""
+    try:
+        import psycopg  # loaded only where PostgreSQL is used
+
+        parameters = psycopg.conninfo.conninfo_to_dict(url)
+    except ImportError:
+        raise SettingsError(
+            "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
+        ) from None
+    except psycopg.ProgrammingError:  # its message may contain a password with a % in it
+        raise SettingsError(
+            "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
+        ) from None
+    in_environment = {"PGCONNECT_TIMEOUT": "connect_timeout", "PGAPPNAME": "application_name"}
+    return parameters.keys() | {
+        in_environment[name] for name in in_environment if name in os.environ
+    }
 
 
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
@@ -1707,11 +2208,10 @@ def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -
 
 
 def for_postgresql(statement: str) -> str:
-    """Return a statement of schema.sql as PostgreSQL has it, where text is to be sorted by code point as in SQLite."""
+    """Return a statement of schema.sql or a migration for PostgreSQL; text is sorted by code point."""
     key = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
-    return statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace(
-        " TEXT", ' TEXT COLLATE "C"'
-    )
+    statement = statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace("%", "%%")
+    return re.sub(r"(?<! AS) TEXT\b", ' TEXT COLLATE "C"', statement)
 
 
 def _first_line(ex: Exception) -> str:
@@ -1736,19 +2236,25 @@ def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
 
 
 def prepare_database(path: str) -> None:
-    """Make a new file fit schema.sql, readable by its owner alone, or check that an old one does.
+    """Create a file that fits schema.sql, readable by its owner alone, or migrate or check an old one.
 
-    One of an earlier version is brought up to date; beside it stays a copy of what it was. Raises DatabaseError for a
-    file that cannot be opened or does not fit, and leaves it as it was.
+    Before a migration the database is copied to a file beside it. Raises DatabaseError for a file
+    that cannot be opened or does not fit, and leaves it as it was.
     """
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        raise DatabaseError(
+            f"SQLite {sqlite3.sqlite_version} is too old; taskd needs 3.35 or newer"
+        )
     database = peewee.SqliteDatabase(path, timeout=LOCK_TIMEOUT)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if schema_version(database) < VERSION:
-            _bring_up_to_date(database, path)
+            _migrate_file(database, path)
         check_schema(database, path, sqlite_definitions)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
-        raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < FULL
+        why = "database or disk is full" if full else ex  # which SQLite does not always say
+        raise DatabaseError(f"{path} cannot be opened: {why}") from None
     finally:
         database.close()
 
@@ -1764,53 +2270,70 @@ def check_schema(database: peewee.Database, name: str, describe: Callable[[Any],
 
 
 def schema_version(database: peewee.Database) -> int:
-    """Return the version of the schema that a database has; 0 for none.
+    """Return the version of the schema that a database has; 0 if it has no tables.
 
-    Version 1 did not say so. A task table that nobody knows counts as today's, and will not fit.
+    Version 1 had no table `about`. An unknown table `task` counts as the newest and will not fit.
     """
     if database.table_exists("about"):
-        [version] = database.execute_sql("SELECT MAX(version) FROM about").fetchone()
-        return version if isinstance(version, int) else 0
+        rows = database.execute_sql("SELECT version FROM about").fetchall()
+        if len(rows) != 1 or not isinstance(rows[0][0], int):
+            raise peewee.DatabaseError("the table about must have one row, with a version")
+        return rows[0][0]
     columns = [column.name for column in database.get_columns("task")]
     return 0 if not columns else 1 if columns == VERSION_1 else VERSION
 
 
-def _bring_up_to_date(database: peewee.SqliteDatabase, path: str) -> None:
+def migrate(database: peewee.Database, version: int, translate: Callable[[str], str] = str) -> None:
+    """Run the scripts from this version to the newest, or schema.sql for version 0."""
+    numbers = range(version + 1, VERSION + 1)
+    scripts = [MIGRATIONS / f"{number}.sql" for number in numbers] if version else [SCHEMA]
+    for statement in itertools.chain(*map(statements, scripts)):
+        database.execute_sql(translate(statement))
+    if not About.update(version=VERSION).execute(database):
+        About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
+
+
+def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
     database.register_function(lambda text: text and text.casefold(), "casefold", 1)
-    with database.atomic("IMMEDIATE"), contextlib.ExitStack() as undo:
-        version = schema_version(database)  # another process may have been here first
-        if version >= VERSION:
-            return
-        if version:
-            undo.callback(os.unlink, _keep_copy(path, version))
-        scripts = (
-            [MIGRATIONS / f"{number}.sql" for number in range(version + 1, VERSION + 1)]
-            if version
-            else [SCHEMA]
-        )
-        _make_tables(database, itertools.chain(*map(statements, scripts)))
-        check_schema(database, path, sqlite_definitions)
-        undo.pop_all()
+    database.execute_sql("BEGIN IMMEDIATE")
+    version = schema_version(database)  # another process may have migrated it meanwhile
+    copy = _copy_beside(path, version) if 0 < version < VERSION else None
+    try:
+        if version < VERSION:
+            migrate(database, version)
+            check_schema(database, path, sqlite_definitions)
+        database.execute_sql("COMMIT")
+    except BaseException as ex:
+        traceback.clear_frames(ex.__traceback__)  # a cursor there would keep the file locked
+        database.close()
+        if copy and _is_whole(database, path, version):
+            copy.unlink()
+        raise
 
 
-def _make_tables(database: peewee.Database, script: Iterable[str]) -> None:
-    for statement in script:
-        database.execute_sql(statement)
-    About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
+def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
+    """Say whether a rollback has succeeded; opening the file finishes it."""
+    with contextlib.suppress(peewee.DatabaseError, sqlite3.DatabaseError):
+        found = schema_version(database)
+        return found == version and not Path(f"{path}-journal").exists()
+    return False
 
 
-def _keep_copy(path: str, version: int) -> str:
-    """Copy the database beside itself, under its name only when it is whole, and return that name."""
-    copy, part = f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"{path}.part"
-    for left in (part, f"{part}-journal"):  # by a start that was killed
-        Path(left).unlink(missing_ok=True)
-    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with (
-        contextlib.closing(sqlite3.connect(path)) as now,
-        contextlib.closing(sqlite3.connect(part)) as kept,
-    ):
-        now.backup(kept)
-    Path(part).rename(copy)
+def _copy_beside(path: str, version: int) -> Path:
+    """Copy the database to a file beside it, named only when it is complete, and return its path."""
+    copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    part, journal = Path(f"{path}.part"), Path(f"{path}.part-journal")
+    with contextlib.ExitStack() as cleanup:
+        for left in (part, journal):  # by a start that was killed
+            left.unlink(missing_ok=True)
+            cleanup.callback(left.unlink, missing_ok=True)
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with (
+            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(part)) as target,
+        ):
+            source.backup(target)
+        part.rename(copy)
     return copy
 
 
@@ -1972,6 +2495,11 @@ class TimedDatabase:
         with self._timed(sql.partition(" ")[0].lower()):
             return self._database.write(sql, **values)
 
+    def rows(self, sql: str, **values: Any) -> Generator[Row]:
+        """Read a statement's rows one by one."""
+        with self._timed(sql.partition(" ")[0].lower()):
+            yield from self._database.rows(sql, **values)
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together, and take the time of all of them with their commit."""
@@ -1994,22 +2522,30 @@ class TimedDatabase:
 # --- Middleware -----------------------------------------------------------------------------------
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-ADDRESS = re.compile(
-    r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\](:[0-9]{1,5})?"
-)  # some proxies add a port
+# Some proxies add a port.
+ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\](:[0-9]{1,5})?")
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
-CORS_ALLOWED = "Authorization, Content-Type, If-Match, Idempotency-Key"
-CORS_EXPOSED = "Location, Link, ETag, X-Request-ID"
+CORS_ALLOWED = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID"
+CORS_EXPOSED = (
+    "Location, Link, ETag, X-Request-ID, Idempotency-Replayed, Retry-After, WWW-Authenticate"
+)
+HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(, ?[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
 
 
 class AuthMiddleware:
-    """Let a request for a user's tasks pass only with that user's token, and leave the user on `req.context.user`."""
+    """Let a request for a user's tasks pass only with that user's token.
+
+    The user is left on `req.context.user`.
+    """
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Route by the path as it was sent if a slash is encoded in it: WSGI decodes %2F, a user id may have one."""
+        """Route by the path as it was sent if a slash is encoded in it.
+
+        WSGI decodes %2F, and a user id may have a slash.
+        """
         sent = req.env.get("REQUEST_URI", "").partition("?")[0]
         req.context.decode = "%2f" in sent or "%2F" in sent
         if req.context.decode:
@@ -2020,60 +2556,61 @@ class AuthMiddleware:
     ) -> None:
         """Raise 401 without a good token, 403 for another user's URL.
 
-        This runs after routing, because the router reads `//api/...` as `/api/...`. Every resource is private unless
-        it says otherwise, and no resource learns the user from the URL: the token's `sub` takes its place.
+        This runs after routing, because the router reads `//api/...` as `/api/...`. Every resource
+        is private unless it says otherwise, and no resource learns the user from the URL: the
+        token's `sub` takes its place.
         """
         if req.method == "OPTIONS" or getattr(resource, "public", False):
             return  # a CORS preflight carries no token
-        user = self._authenticate(req.get_header("Authorization"))
+        req.context.user = user = self._authenticate(req)
         asked, path = params.pop("user_id", ""), req.env["PATH_INFO"]
         asked = falcon.uri.decode(asked, unquote_plus=False) if req.context.decode else asked
-        if (
-            asked != user.id or user.id.encode().decode("latin-1") not in path
-        ):  # bytes that are no UTF-8 are U+FFFD
+        # Bytes that are not UTF-8 are U+FFFD in the parameter, but not in the path.
+        if asked != user.id or user.id.encode().decode("latin-1") not in path:
             raise falcon.HTTPForbidden(
                 description="this token is not for the user in the URL; use your own user id"
             )
-        req.context.user = user
 
-    def _authenticate(self, authorization: str | None) -> User:
-        """Return the user of an Authorization header (RFC 6750, section 2.1), or raise 401 (section 3)."""
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not (token := token.strip(" ")):
-            raise _unauthorized(
-                "send the header Authorization: Bearer <JWT>, with the token from your login"
-            )
+    def _authenticate(self, req: falcon.Request) -> User:
+        """Return the user of the Authorization header (RFC 6750, 2.1), or raise 401 (3)."""
+        scheme, _, token = (req.get_header("Authorization") or "").partition(" ")
+        error = ""
         try:
-            return self._tokens.verify(token)
+            if scheme.lower() == "bearer" and (token := token.strip(" ")):
+                return self._tokens.verify(token)
+            reason = "send the header Authorization: Bearer <JWT>, with the token from your login"
         except TokenError as ex:
-            raise _unauthorized(
-                str(ex), f', error="invalid_token", error_description="{ex}"'
-            ) from None
-
-
-def _unauthorized(detail: str, why: str = "") -> falcon.HTTPUnauthorized:
-    return falcon.HTTPUnauthorized(description=detail, challenges=[f'Bearer realm="taskd"{why}'])
+            reason = str(ex)
+            error = f', error="invalid_token", error_description="{reason}"'
+        req.context.reason = reason
+        raise falcon.HTTPUnauthorized(
+            description=reason, challenges=[f'Bearer realm="taskd"{error}']
+        )
 
 
 class RequestContext:
-    """Give every answer the headers that all have, and every request its id and its line in the log."""
+    """Give every response the headers that all have, and every request an id and a log line."""
 
     def __init__(self, trusted_proxies: tuple[str, ...]) -> None:
         self._proxies = trusted_proxies
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Take the client's request id if it can stand in a log, else make one, and start the clock."""
+        """Take the client's request id if it can stand in a log, else make one; start the clock."""
         req.context.started = time.perf_counter()
         given = req.get_header("X-Request-ID")
         req.context.id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
-        resp.set_headers({
-            "X-Request-ID": req.context.id, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-        })  # fmt: skip
+        resp.set_headers(
+            {
+                "X-Request-ID": req.context.id,
+                "Cache-Control": "no-store",
+                "X-Content-Type-Options": "nosniff",
+            }
+        )
         if self._proxies:
             req.context.client = self._client(req)
 
     def _client(self, req: falcon.Request) -> str:
-        """Return the client's address as the trusted proxy tells it, and believe it where it has put taskd."""
+        """Return the client's address as the trusted proxy tells it, and take over its prefix."""
         if self._proxies != ("*",) and req.remote_addr not in self._proxies:
             return str(req.remote_addr)
         prefix = req.get_header("X-Forwarded-Prefix") or ""
@@ -2086,7 +2623,10 @@ class RequestContext:
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
         """Log the request: never its token, its query or its body."""
-        context = req.context
+        context, allow = req.context, resp.get_header("Allow")
+        if req.method == "OPTIONS" and allow and "OPTIONS" not in allow:
+            resp.set_header("Allow", f"{allow}, OPTIONS")  # as a 405 says it
+            resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
         log_request(
             method=req.method,
             route=req.uri_template or "-",
@@ -2095,11 +2635,12 @@ class RequestContext:
             id=context.id,
             user=context.user.id if "user" in context else None,
             **({"client": context.client} if self._proxies else {}),
+            **({"reason": context.reason} if "reason" in context else {}),
         )
 
 
 class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
-    """Let pages of exactly these origins call taskd, and read its errors (WHATWG Fetch, CORS protocol)."""
+    """Let pages of exactly these origins call taskd and read its errors (WHATWG Fetch, CORS)."""
 
     def __init__(self, origins: tuple[str, ...]) -> None:
         super().__init__(allow_origins=origins, expose_headers=CORS_EXPOSED)
@@ -2107,12 +2648,17 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
-        """Add the headers; where Falcon would allow whatever a preflight asks for, allow what taskd reads."""
+        """Add the headers; a page of a listed origin may send whatever header it asks for.
+
+        taskd reads no cookie, so a header that it does not know can do nothing.
+        """
         allow = resp.get_header("Allow")
         super().process_response(req, resp, resource, succeeded)
         resp.append_header("Vary", "Origin")
         if resp.get_header("Access-Control-Allow-Headers"):
-            resp.set_header("Access-Control-Allow-Headers", CORS_ALLOWED)
+            asked = req.get_header("Access-Control-Request-Headers") or ""
+            allowed = f"{CORS_ALLOWED}, {asked}" if HEADER_NAMES.fullmatch(asked) else CORS_ALLOWED
+            resp.set_header("Access-Control-Allow-Headers", allowed)
         if allow:
             resp.set_header("Allow", allow)
 
@@ -2138,7 +2684,8 @@ class TaskResource:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
-        tasks, rest = self._store.page(user_id, listing)
+        with self._store.turn(user_id, listing):
+            tasks, rest = self._store.page(user_id, listing)
         if rest and not listing.limit:
             resp.stream = LongList(self._store, user_id, tasks, rest)
             return
@@ -2231,7 +2778,8 @@ class LongList:
             return first
         if self._rest is None:
             raise StopIteration
-        tasks, self._rest = self._store.page(self._user_id, self._rest)
+        with self._store.turn(self._user_id, self._rest):
+            tasks, self._rest = self._store.page(self._user_id, self._rest)
         piece = b"," + to_json(tasks)[1:-1] if tasks else b""
         return piece if self._rest else piece + b"]"
 
@@ -2265,20 +2813,29 @@ class ReadyResource:
 
 
 class FileResource:
-    """A file of this repository that everybody may read."""
+    """A file that taskd ships and everybody may read."""
 
     public = True
 
     def __init__(self, name: str, content_type: str) -> None:
-        self._content, self._content_type = (
-            (Path(__file__).parent / name).read_bytes(),
-            content_type,
-        )
+        self._content, self._content_type = shipped(name).read_bytes(), content_type
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Show it; it may load and call nothing but this server."""
         resp.content_type, resp.data = self._content_type, self._content
         resp.set_header("Content-Security-Policy", DOCS_POLICY)
+
+    on_head = on_get
+
+
+class RootResource:
+    """The root, where a browser starts."""
+
+    public = True
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Redirect to the page that describes the API."""
+        resp.status, resp.location = falcon.HTTP_307, f"{req.root_path}/docs"
 
     on_head = on_get
 
@@ -2310,7 +2867,6 @@ def respond_with_task(resp: falcon.Response, stored: Stored) -> None:
 
 # --- Errors ---------------------------------------------------------------------------------------
 
-RETRY_AFTER = 2  # seconds
 DETAILS = {
     404: "there is nothing at this path; tasks are at /api/{user_id}/tasks",
     405: "this path does not know this method; the Allow header lists those that it knows",
@@ -2346,7 +2902,21 @@ def unavailable(
     what, why = ex.args
     log.error("%s cannot be used: %s id=%s", what, why, req.context.id)
     raise falcon.HTTPServiceUnavailable(
-        description=f"{what} cannot be used right now; try again", retry_after=RETRY_AFTER
+        description=f"{what} cannot be used right now; try again", retry_after=ex.retry_after
+    )
+
+
+def busy(req: falcon.Request, resp: falcon.Response, ex: Busy, params: object) -> NoReturn:
+    """Answer 503 to a user who asks for too much at once; the operator has nothing to do."""
+    raise falcon.HTTPServiceUnavailable(description=ex.args[0], retry_after=RETRY_AFTER)
+
+
+def unstorable(
+    req: falcon.Request, resp: falcon.Response, ex: Unstorable, params: object
+) -> NoReturn:
+    """Answer 403 to a user whose id the database cannot store."""
+    raise falcon.HTTPForbidden(
+        description="this user id cannot be stored here: it is too long or contains U+0000"
     )
 
 
@@ -2354,6 +2924,14 @@ def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: obj
     """Answer 412 when the task is not as If-Match and If-None-Match ask for, with its entity tag."""
     detail = "the task was changed in between; read it again, and send the ETag that it has now"
     raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
+
+
+def too_many_tasks(
+    req: falcon.Request, resp: falcon.Response, ex: TooManyTasks, params: object
+) -> NoReturn:
+    """Answer 403 to a create of a user who has as many tasks as TASKD_MAX_TASKS allows."""
+    detail = f"you have {ex.most:,} tasks, and this server allows no more; delete one first"
+    raise falcon.HTTPForbidden(description=detail)
 
 
 def handle_unexpected(
@@ -2369,6 +2947,7 @@ def handle_unexpected(
 # --- App ------------------------------------------------------------------------------------------
 
 METHODS = frozenset(falcon.HTTP_METHODS)
+HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
 class App(falcon.App):  # type: ignore[type-arg]
@@ -2380,14 +2959,26 @@ class App(falcon.App):  # type: ignore[type-arg]
         """Answer a request. Falcon has 400 for a method that it never heard of, even before routing; TRACE is 405."""
         if env["REQUEST_METHOD"] not in METHODS:
             env["REQUEST_METHOD"] = "TRACE"
-        return super().__call__(env, start_response)
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            named = [(header_name(name), value) for name, value in headers]
+            return start_response(status, named, *more)
+
+        return super().__call__(env, start)
+
+
+@cache
+def header_name(name: str) -> str:
+    """Return a header's name as the documentation spells it; Falcon has it in lower case."""
+    return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.split("-"))
 
 
 def create_app(settings: Settings) -> App:
     """Return the WSGI application: the only place where its parts meet. Raises SettingsError and DatabaseError."""
     tokens, database = Tokens(settings), open_database(settings)
+    tokens.fetch_keys()
     metrics = [Metrics()] if settings.metrics else []
-    store = TaskStore(metrics[0].timed(database) if metrics else database)
+    store = TaskStore(metrics[0].timed(database) if metrics else database, settings.max_tasks)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
     app = App(
         middleware=[
@@ -2402,11 +2993,15 @@ def create_app(settings: Settings) -> App:
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
     app.add_error_handler(Unavailable, unavailable)
+    app.add_error_handler(Busy, busy)
+    app.add_error_handler(Unstorable, unstorable)
     app.add_error_handler(Changed, changed)
+    app.add_error_handler(TooManyTasks, too_many_tasks)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
     app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
+    app.add_route("/", RootResource())
     app.add_route("/healthz", HealthResource())
     app.add_route("/readyz", ReadyResource(store))
     if metrics:
@@ -2416,10 +3011,22 @@ def create_app(settings: Settings) -> App:
     return app
 
 
+def warn_about(settings: Settings) -> None:
+    """Log what in the settings is usable, but probably not meant."""
+    for message in misspelt():
+        log.warning("%s", message)
+    if DOTENV.exists() and DOTENV.stat().st_mode & 0o007:
+        log.warning("%s can be read or changed by every user: chmod 600 %s", DOTENV, DOTENV)
+    if settings.jwks_url and not (settings.issuer and settings.audience):
+        without = "TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE"
+        log.warning("%s takes tokens meant for other services", without)
+
+
 def wsgi() -> App:
     """Return the application with the environment's settings, for other WSGI servers: `gunicorn 'taskd:wsgi()'`."""
     settings = Settings.load()
     configure_log(settings)
+    warn_about(settings)
     return create_app(settings)
 
 
@@ -2492,6 +3099,8 @@ class ServerTask(waitress.task.WSGITask):
         ):
             self.set_close_on_finish()
         head: bytes = super().build_response_header()
+        for name in (b"ETag", b"X-Request-ID", b"WWW-Authenticate"):  # waitress capitalises words
+            head = head.replace(b"\r\n%b:" % name.title(), b"\r\n%b:" % name, 1)
         return head
 
     def write(self, data: bytes) -> None:
@@ -2590,6 +3199,8 @@ class Server(waitress.server.TcpWSGIServer):
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._app = app
         self._ready: deque[ServerChannel] = deque()
+        self._searches = waitress.task.ThreadedTaskDispatcher()
+        self._searches.set_thread_count(SEARCHES)
         self.stopping = False
         super().__init__(self._begin, **adjustments)
 
@@ -2643,6 +3254,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.socket.close()
         self._drain()
         self.task_dispatcher.shutdown(timeout=1)
+        self._searches.shutdown(timeout=1)
         wasyncore.close_all(self._map)
 
     def _serve_once(self, timeout: float) -> None:
@@ -2655,12 +3267,24 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _answer(self, channel: ServerChannel) -> None:
         try:
+            method = getattr(channel.requests[0], "command", None)
+            if method in CHANGES and self._app.store.is_slow:
+                raise WouldBlock  # at once, not after the request was read and run in vain
             channel.service()
-        except WouldBlock:
-            self.task_dispatcher.add_task(channel)
+        except SearchWouldBlock:
+            self._searches.add_task(channel)
+        except WouldBlock as ex:
+            if ex.until is None:
+                self.task_dispatcher.add_task(channel)
+            else:
+                ex.until.add_done_callback(lambda _: self._run_again(channel))
         except Exception:
             log.exception("unhandled exception outside the application")
             channel.handle_close()
+
+    def _run_again(self, channel: ServerChannel) -> None:
+        self.add_task(channel)
+        self.pull_trigger()
 
     def _drain(self) -> None:
         deadline, quiet = time.monotonic() + DRAIN, 0
@@ -2679,8 +3303,12 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as ex:
+        in_use = isinstance(ex, OSError) and ex.errno == errno.EADDRINUSE
+        reason = (
+            "it is in use; stop what listens there, or set another TASKD_PORT" if in_use else ex
+        )
         raise SettingsError(
-            f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {ex}"
+            f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {reason}"
         ) from None
 
 
@@ -2705,7 +3333,8 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
-    line = f"taskd: listening on http://{host}:{server.effective_port}"  # told at every level of the log
+    url = f"http://{host}:{server.effective_port}"
+    line = f"taskd: listening on {url} (try it at {url}/docs)"  # told at every level of the log
     if settings.log_format == "json":
         line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))
     print(
@@ -2716,22 +3345,42 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def parse_arguments(arguments: list[str]) -> None:
+    """Answer --help and --version, and reject every other argument: exit status 2."""
+    import argparse  # loaded only where there are arguments
+
+    rows = [(field.metadata, field.default) for field in dataclasses.fields(Settings)]
+    settings = (
+        f"  {meta['variable']:20}  {meta['about']}{f' ({default})' if default else ''}\n"
+        for meta, default in rows
+    )
+    parser = argparse.ArgumentParser(
+        "taskd",
+        description="Serve each user's tasks to whoever has that user's token.",
+        epilog=f"settings, from the environment or .env:\n{''.join(settings)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"taskd {__version__}")
+    parser.parse_args(arguments)
+
+
 def main() -> int:
     """Serve with the environment's settings, and return the exit status: 2 when they cannot be used."""
+    if len(sys.argv) > 1:
+        parse_arguments(sys.argv[1:])
     try:
         settings = Settings.load()
+        configure_log(settings)
         listener = listen(settings.host, settings.port)
+        configure_log(settings)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:
         print(
             "taskd:", *str(ex).splitlines(), file=sys.stderr
         )  # one line, whatever a path may hold
         return 2
-    configure_log(settings)
-    if settings.jwks_url and not (settings.issuer and settings.audience):
-        log.warning(
-            "TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE takes tokens meant for other services"
-        )
+    warn_about(settings)
     serve(app, listener, settings)
     app.store.close()
     return 0

@@ -15,9 +15,11 @@ from falcon import testing
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import support
+import database
 import taskd
-from support import SECRET, Process, bearer, database_url
+from database import database_url
+from processes import ForkServer, Process
+from tokens import SECRET, bearer
 
 Pair = tuple[list[Process], Path]
 SERVER = (
@@ -25,6 +27,7 @@ SERVER = (
 )
 DIRECTORY = "TASKD_TEST_DIRECTORY"  # what is in there goes with it
 ENGINES = ("sqlite", "postgresql", "both_engines")
+SLOW = {"browser", "installed", "machine", "proxy", "schemathesis"}  # fixtures; see tests/README.md
 cluster = None
 
 
@@ -51,25 +54,28 @@ def pytest_configure(config: pytest.Config) -> None:
         )  # so that the end is the same as after Ctrl-C
         cluster = Cluster(*CARELESS)
         os.environ[SERVER], os.environ[DIRECTORY] = cluster.url(), str(cluster.directory)
-    support.postgresql = Databases(os.environ[SERVER])
+    database.postgresql = Databases(os.environ[SERVER])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish() -> None:
-    """End the nurseries before their coverage is asked for."""
-    support.Nursery.close()
+    """End the fork servers before their coverage is asked for."""
+    ForkServer.close()
 
 
 def pytest_unconfigure() -> None:
-    if support.postgresql:
-        support.postgresql.close()
+    if database.postgresql:
+        database.postgresql.close()
     if cluster:
         cluster.remove()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is about the other engine."""
+    """Leave out what is about the other engine, and mark as slow what uses a slow fixture."""
+    for item in items:
+        if SLOW & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
     other = "sqlite" if config.getoption("postgresql") else "postgresql"
     left_out = [item for item in items if _engine(item) == other]
     config.hook.pytest_deselected(items=left_out)
@@ -85,7 +91,7 @@ def _engine(item: pytest.Item) -> str:
 @pytest.fixture(autouse=True)
 def _databases() -> Iterator[None]:
     """Give the databases of a test to the next one."""
-    with support.postgresql.until_the_end() if support.postgresql else contextlib.nullcontext():
+    with database.postgresql.until_the_end() if database.postgresql else contextlib.nullcontext():
         yield
 
 
@@ -123,8 +129,8 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
 
     def make(**settings: Any) -> taskd.App:
         url = database_url(tmp_path / "taskd.db")
-        if support.postgresql and not made and not settings:
-            made.append(support.postgresql.app(url))
+        if database.postgresql and not made and not settings:
+            made.append(database.postgresql.app(url))
         else:
             made.append(
                 taskd.create_app(

@@ -35,7 +35,7 @@ from support import (
     environment,
     until,
 )
-from taskd import Settings
+from taskd import Settings, Tokens
 
 pytestmark = pytest.mark.sqlite("it is about tokens")
 
@@ -431,6 +431,41 @@ def test_a_rotated_secret_signs_new_tokens_while_old_ones_go_on(
     assert_refused(
         serve(BETTER_AUTH_SECRET=OTHER_SECRET), alice, alice.token(), "the signature does not match"
     )
+
+
+LOGINS = {  # a start of Better Auth, and what it answers a user without and one with a second factor
+    "before": None,
+    "without the old one beside": ["signed out", 200, {"secret": 200, "jwks": 500}, 200, 500, 401],
+    "with the old one beside": ["signed out", 200, 200, 200, 200, 200],
+    "without the old one in the list": [200, 200, 200, 200, 200, 200],
+    "with quotes": None,
+}
+
+
+@needs_node
+@pytest.mark.parametrize("mode", ["secret", "jwks"])
+def test_the_rotation_of_the_page_locks_nobody_out_and_without_the_old_secret_beside_it_would(
+    installed: None, mode: str
+) -> None:
+    command = ["node", "rotation.mjs", mode, SECRET, OTHER_SECRET]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=DEADLINE)
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout)
+    assert list(seen["answers"]) == list(LOGINS)
+    for step, expected in LOGINS.items():
+        if expected:
+            statuses = [answer.partition(" ")[2] for answer in seen["answers"][step]]
+            assert statuses == [
+                str(one[mode] if isinstance(one, dict) else one) for one in expected
+            ]
+    assert "Invalid version in BETTER_AUTH_SECRETS" in seen["answers"]["with quotes"]
+    if mode == "secret":
+        both = Tokens(Settings(secret=SECRET, secrets=(OTHER_SECRET, SECRET)))
+        new = Tokens(Settings(secret=SECRET, secrets=(OTHER_SECRET,)))
+        for step, token in seen["tokens"].items():
+            assert both.verify(token).id, "taskd, which was told first, takes old and new tokens"
+            if not step.startswith("before"):
+                assert new.verify(token).id, "and new ones when the old secret is off its list"
 
 
 # The key set.

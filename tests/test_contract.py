@@ -186,8 +186,8 @@ GOOD_VALUES = [
     ("tags", []),
     ("tags", [f"tag {number}" for number in range(20)]),
     ("tags", ["b", "a", "B", "é", "e\u0301", " a", "a "]),
-    ("tags", [CLOCK * 50, "x" * 50, FAMILY * 10]),
-    ("tags", ['"', "\\", ",", '","', "]", '["a"]', "\\u0000", "'", "A", "%", "\n", "\ufeff"]),
+    ("tags", [CLOCK * 50, "x" * 50, FAMILY * 2]),
+    ("tags", ['"', "\\", ",", '","', "]", '["a"]', "\\u0000", "'", "A", "%", "a\nb", "\ufeff"]),
 ]
 
 
@@ -1235,7 +1235,9 @@ def test_every_answer_can_be_read_by_a_page_of_a_configured_origin(answer, name,
     exposed = {
         header.strip() for header in response.headers["access-control-expose-headers"].split(",")
     }
-    assert exposed == {"Location", "Link", "ETag", "X-Request-ID"}
+    assert exposed == {
+        "Location", "Link", "ETag", "X-Request-ID", "Idempotency-Replayed", "Retry-After", "WWW-Authenticate",
+    }  # fmt: skip
     assert "access-control-allow-credentials" not in response.headers
     assert varies_by_origin(response)
 
@@ -1283,7 +1285,10 @@ def test_a_preflight_needs_no_token_and_says_what_is_allowed(make_app, path):
         allowed = {
             name.strip() for name in response.headers["access-control-allow-headers"].split(",")
         }
-        assert allowed == {"Authorization", "Content-Type", "If-Match", "Idempotency-Key"}
+        assert allowed >= {
+            "Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-ID",
+        }  # fmt: skip
+        assert "x-anything" in allowed, "a page of a listed origin may send any header"
         assert {name.strip() for name in response.headers["allow"].split(",")} - {
             "OPTIONS"
         } == ALLOWED[path]

@@ -112,9 +112,8 @@ class Page:
             "an answer",
         )
         body = self.browser.find_elements(By.CSS_SELECTOR, f"{form} ~ .result pre")
-        return self.find(f"{form} ~ .result .status").text, body[0].get_property(
-            "textContent"
-        ) if body else ""
+        text = body[0].get_property("textContent") if body else ""
+        return self.find(f"{form} ~ .result .status").text, str(text)
 
     def open_everything(self) -> None:
         self.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")

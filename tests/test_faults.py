@@ -157,6 +157,7 @@ class Writer:
         self.tasks, self.asked = found, None
 
 
+@pytest.mark.slow
 def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
@@ -187,6 +188,7 @@ def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path) -> 
     sound(tmp_path / "taskd.db")
 
 
+@pytest.mark.slow
 def test_a_kill_during_the_very_first_start_does_no_harm(start: Start, tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
@@ -268,6 +270,7 @@ def write(server: Process, number: int) -> tuple[Answer, float]:
     return answer, time.monotonic() - started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [2, 12])
 def test_a_lock_held_elsewhere_delays_writes_alone(
     start: Start, tmp_path: Path, seconds: int
@@ -304,6 +307,7 @@ def test_a_lock_held_elsewhere_delays_writes_alone(
     assert (answer.status_code, took < 1) == (201, True)
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_lock_is_held_elsewhere_still_answers_every_write_and_ends(
     start: Start, tmp_path: Path
 ) -> None:
@@ -348,6 +352,7 @@ def test_a_lock_held_elsewhere_at_the_start_does_not_stop_it(start: Start, tmp_p
     assert second.request("POST", TASKS, {"title": "Buy tea"}, bearer()).status_code == 201
 
 
+@pytest.mark.slow
 def test_a_lock_held_elsewhere_before_the_first_request_stops_no_read(
     start: Start, tmp_path: Path
 ) -> None:

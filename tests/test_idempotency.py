@@ -58,8 +58,9 @@ def path(tmp_path: Path) -> Path:
 
 def create(person: Person, key: str, task: object = None, **options: Any) -> testing.Result:
     headers = {"Idempotency-Key": key} | options.pop("headers", {})
-    body = {} if "body" in options else {"json": {"title": "Buy milk"} if task is None else task}
-    return person.call("POST", headers=headers, **body, **options)
+    if "body" not in options:
+        options["json"] = {"title": "Buy milk"} if task is None else task
+    return person.call("POST", headers=headers, **options)
 
 
 def shown(answer: testing.Result | Answer) -> tuple[object, ...]:
@@ -485,7 +486,8 @@ def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(
             nonlocal steps
             steps += 1
 
-        connection = alice.client.app.store._database._worker_connection.connection()
+        app: Any = alice.client.app
+        connection = app.store._database._worker_connection.connection()
         connection.set_progress_handler(step, 10)
         for _ in range(2):
             assert create(alice, f"k{len(keys(path))}").status_code == 201
@@ -618,6 +620,7 @@ def test_the_thread_of_the_sockets_leaves_a_keyed_create_to_another_while_a_writ
     alice: Person, app: taskd.App, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+    assert isinstance(app.store._database, taskd.Sqlite)
     with app.store._database._turn, pytest.raises(taskd.WouldBlock):
         create(alice, "k")
     assert keys(path) == []
@@ -655,6 +658,7 @@ def test_whatever_fails_halfway_neither_a_task_nor_a_key_stays_behind(
 def test_on_a_full_database_a_create_is_503_and_leaves_no_key(
     alice: Person, app: taskd.App, path: Path
 ) -> None:
+    assert isinstance(app.store._database, taskd.Sqlite)
     database = app.store._database._here()
     [[pages]] = database.execute_sql("PRAGMA page_count").fetchall()
     database.execute_sql(f"PRAGMA max_page_count = {pages + 2}")
@@ -689,7 +693,7 @@ class Customer:
 
     def __init__(self, user: str, chance: random.Random) -> None:
         self.user, self.chance = user, chance
-        self.answers: dict[str, tuple[object, ...]] = {}  # by key, which is the title too
+        self.answers: dict[str, tuple[Any, ...]] = {}  # by key, which is the title too
         self.waiting: str | None = None
         self.unanswered = self.found = 0
 

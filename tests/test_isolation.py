@@ -55,7 +55,9 @@ CHANGES = strategies.fixed_dictionaries(
         "due_date": strategies.none()
         | strategies.dates().map(str)
         | strategies.datetimes().map(taskd.timestamp).map("{}Z".format),
-        "tags": strategies.lists(TITLES.map(lambda title: title[:50]).filter(str.strip), max_size=3, unique=True),
+        "tags": strategies.lists(
+            TITLES.map(lambda title: title[:50]).filter(str.strip), max_size=3, unique=True
+        ),
     },
 )
 PEOPLE = strategies.sampled_from(USERS)
@@ -292,7 +294,7 @@ class Isolation(RuleBasedStateMachine):
             assert (response.status_code, response.json) == (200, tasks), user
 
 
-TestIsolation = Isolation.TestCase
+TestIsolation = pytest.mark.slow(Isolation.TestCase)
 TestIsolation.settings = settings(
     max_examples=int(os.environ.get("TASKD_FUZZ_EXAMPLES", FEW)),
     stateful_step_count=30,
@@ -410,7 +412,9 @@ def bound_to(user: str) -> re.Pattern[str]:
 
     # What else a list asks can only make its tasks fewer: no OR but in brackets of its own.
     searched = [rf"REPLACE\({name}_folded, {text}, ''\) <> {name}_folded" for name in SEARCHED]
-    key_of = r"(?:[a-z_]+|(?:CASE|COALESCE\(|due_date \|\|)(?:(?!WHERE|user_id| OR |').|" + text + ")+?)"
+    key_of = (
+        r"(?:[a-z_]+|(?:CASE|COALESCE\(|due_date \|\|)(?:(?!WHERE|user_id| OR |').|" + text + ")+?)"
+    )
     more = [
         rf"\({' OR '.join(searched)}\)",
         rf"completed = {value}",
@@ -436,7 +440,7 @@ def bound_to(user: str) -> re.Pattern[str]:
         rf'|DELETE FROM "idempotency_key" WHERE \(\({key} OR \("idempotency_key"\."id" IN \({oldest}\)\)\)'
         rf' AND \("idempotency_key"\."created_at" < {text}\)\)'
         rf'|INSERT (?:OR IGNORE )?INTO "idempotency_key" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
-        r"(?: ON CONFLICT DO NOTHING)?"
+        r'(?: ON CONFLICT \("user_id", "name"\) DO NOTHING)?'
         rf' RETURNING "idempotency_key"\."id"'
         rf'|UPDATE "idempotency_key" SET "answer" = {text} WHERE {key}'
         rf'|SELECT "t1"\."body", "t1"\."answer" FROM "idempotency_key" AS "t1"'

@@ -95,7 +95,7 @@ ALL = [
     pytest.param(*case, id=f"{case[1].upper()} {case[0]}")
     for case in sorted(operations(), key=lambda case: case[:2])
 ]
-PRIVATE = [case for case in ALL if "/api/" in case.id and "OPTIONS" not in case.id]
+PRIVATE = [case for case in ALL if "/api/" in str(case.id) and "OPTIONS" not in str(case.id)]
 
 
 # --- The document and OpenAPI ---
@@ -222,7 +222,8 @@ def test_the_statuses_of_an_operation_are_those_of_the_contract(path, method, op
         expected |= {404} if "{task_id}" in path else set()
         expected |= {400, 413, 415, 422} if method in ("post", "put", "patch") else set()
         expected |= {400} if "{task_id}" in path else {422}
-        expected |= {412} if method in ("put", "patch", "delete") else set()
+        expected |= {412} if "{task_id}" in path else set()
+        expected |= {431}
         expected |= {304} if path == ONE and method in ("get", "head") else set()
     expected |= (
         {"/readyz": {503}, "/metrics": {404}}.get(path, set()) if method != "options" else set()
@@ -295,7 +296,8 @@ def examples() -> Iterator[tuple[str, Any, Any]]:
                 yield f"{where}: {name}", media["schema"], example["value"]
     for kind in ("parameters", "headers"):
         for name, one in DOCUMENT["components"][kind].items():
-            yield f"{kind}: {name}", one["schema"], one["example"]
+            if "example" in one:
+                yield f"{kind}: {name}", one["schema"], one["example"]
 
 
 def test_every_example_fits_its_schema():
@@ -340,7 +342,9 @@ def test_every_example_of_a_body_is_taken_by_the_server(alice):
 
 # --- Parameters ---
 
-QUERY = ["completed", "q", "sort", "limit", "after"]
+QUERY = [
+    "completed", "priority", "tag", "due_before", "due_after", "q", "sort", "limit", "after",
+]  # fmt: skip
 HEADERS = {
     "Idempotency-Key": taskd.IDEMPOTENCY_KEY,
     "If-None-Match": rf"(?:\*|{taskd.ENTITY_TAGS})",
@@ -360,6 +364,8 @@ def taken(operation: dict[str, Any], path: str, place: str, name: str, text: str
     schema = parameters(path, operation)[place, name]["schema"]
     if schema["type"] == "boolean":
         return text in ("true", "false")
+    if schema["type"] == "array":
+        return bool(validator(schema).is_valid([text]))
     if schema["type"] == "integer":
         return bool(re.fullmatch("0|-?[1-9][0-9]*", text)) and validator(schema).is_valid(int(text))
     return bool(validator(schema).is_valid(text))
@@ -372,7 +378,7 @@ def test_an_operation_has_the_parameters_that_it_looks_at_and_no_other(
     """One that looks at a parameter refuses a value that cannot be; nobody else minds."""
     declared = set(parameters(path, operation))
     url = path.replace("{user_id}", "alice").replace("{task_id}", str(alice.add()["id"]))
-    body = {"json": {"title": "x"}} if method in ("post", "put") else {}
+    body = {"json": {"title": "x"}} if method in ("post", "put") or path == ONE else {}
     for place, name, status in [("query", name, 422) for name in QUERY] + [
         ("header", name, 400) for name in HEADERS
     ]:
@@ -403,7 +409,7 @@ def test_the_parameters_of_the_query_are_those_of_the_code_in_the_same_order():
 def test_document_and_server_agree_which_values_a_parameter_of_the_query_can_have(name, alice):
     pattern, rule = taskd.PARAMETERS[name]
     operation = DOCUMENT["paths"][LIST]["get"]
-    example = parameters(LIST, operation)["query", name]["example"]
+    example = parameters(LIST, operation)["query", name].get("example", "")
     texts = [*TEXTS, example if isinstance(example, str) else json.dumps(example)]
     for text in [*texts, *map(str, range(1002))] if name == "limit" else texts:
         declared = taken(operation, LIST, "query", name, text)
@@ -422,7 +428,7 @@ def test_what_a_parameter_of_the_query_is_when_left_out_is_what_the_document_say
         alice.add(title=title)
     declared = parameters(LIST, DOCUMENT["paths"][LIST]["get"])
     defaults = {name: declared["query", name]["schema"].get("default") for name in QUERY}
-    assert defaults == {"completed": None, "q": None, "sort": "id", "limit": None, "after": None}
+    assert defaults == dict.fromkeys(QUERY) | {"sort": "id"}
     assert alice.call("GET").json == alice.call("GET", params={"sort": defaults["sort"]}).json
 
 
@@ -434,8 +440,10 @@ def test_document_and_server_agree_which_values_a_header_can_have(name, alice):
         one = parameters(path, operation)["header", name]
         assert one["schema"] == {"type": "string", "pattern": f"^{HEADERS[name]}$"}
         assert one["required"] is False
-        for text in [*(KEYS if name == "Idempotency-Key" else TAGS), one["example"]]:
-            task, body = alice.add(), {"json": {"title": "x"}} if method in ("post", "put") else {}
+        assert "example" not in one or name == "If-Match", "a tool would send it, and be refused"
+        writes = method in ("post", "put") or (path == ONE and method == "patch")
+        for text in KEYS if name == "Idempotency-Key" else TAGS:
+            task, body = alice.add(), {"json": {"title": "x"}} if writes else {}
             url = path.replace("{user_id}", "alice").replace("{task_id}", str(task["id"]))
             response = alice.call(method.upper(), url, headers={name: text}, **body)
             assert (response.status_code != 400) == taken(operation, path, "header", name, text), (
@@ -450,7 +458,7 @@ def test_an_entity_tag_and_a_link_are_as_the_code_makes_them(alice):
     assert re.fullmatch(taskd.ENTITY_TAGS, headers["ETag"]["example"])
     cursor = headers["Link"]["example"].partition("after=")[2].partition(">")[0]
     assert len(cursor) == len(taskd.Cursors("key").write((7, 7), "alice", "id"))
-    assert DOCUMENT["components"]["parameters"]["after"]["example"] == cursor
+    assert re.fullmatch(taskd.PARAMETERS["after"][0], cursor)
 
 
 # --- Bodies ---
@@ -464,6 +472,8 @@ def types(schema: dict[str, Any]) -> set[str]:
     """Return the JSON types that a schema allows, whether it says so in a list or with anyOf."""
     if "anyOf" in schema:
         return {name for choice in schema["anyOf"] for name in types(choice)}
+    if "enum" in schema and "type" not in schema:
+        return {"string"}
     return set(schema["type"]) if isinstance(schema["type"], list) else {schema["type"]}
 
 
@@ -496,10 +506,7 @@ def test_a_body_has_the_types_limits_and_defaults_of_its_type(name):
         mine, other = ours[field.name], theirs[field.name]
         assert types(mine) == types(other), field.name
         assert limits(mine) == string_limits(other), field.name
-        default = (
-            field.default if field.default not in (msgspec.NODEFAULT, msgspec.UNSET) else "none"
-        )
-        assert mine.get("default", "none") == default, field.name
+        assert "default" not in mine, "openapi-typescript makes such a member required"
 
 
 @pytest.mark.parametrize("name", BODY_TYPES)
@@ -520,7 +527,7 @@ def test_a_task_has_the_members_of_its_type_in_the_same_order():
 
 
 def test_a_task_shows_what_a_body_may_set():
-    for name in ("title", "description", "completed"):
+    for name in taskd.FIELDS:
         task, new = SCHEMAS["Task"]["properties"][name], SCHEMAS["NewTask"]["properties"][name]
         changes = SCHEMAS["TaskChanges"]["properties"][name]
         for keyword in ("type", "minLength", "maxLength", "pattern"):
@@ -544,7 +551,7 @@ def test_document_and_server_agree_for_each_character_whether_it_makes_a_text(me
     schema = SCHEMAS["NewTask"]["properties"][member]
     declared, taken = (
         validator(schema).is_valid,
-        msgspec.json.Decoder(taskd.RULES[member][0]).decode,
+        msgspec.json.Decoder(taskd.FIELDS[member].type).decode,
     )
     for character in CHARACTERS:
         try:

@@ -25,6 +25,7 @@ from support import (
     OTHER_SECRET,
     ROOT,
     SECRET,
+    ForkServer,
     Process,
     Wire,
     assert_problem,
@@ -96,11 +97,9 @@ def test_a_forked_server_is_like_one_from_the_start(
 ) -> None:
     seen = []
     for command in (COLD, None):
-        server = start(command=command, wait=False, **variables)
-        until(
-            lambda server=server: "listening" in server.log or server.popen.poll() is not None,
-            "it listens, or not",
-        )
+        server = start(command=command, wait="DATABASE_URL" not in variables, **variables)
+        if "DATABASE_URL" in variables:
+            server.popen.wait(DEADLINE)
         seen.append((server.terminate(), re.sub(r":\d+\n", "", server.log)))
     assert seen[0] == seen[1]
     assert seen[0][0] == (2 if "DATABASE_URL" in variables else 0)
@@ -175,15 +174,8 @@ def refusal(directory: Path, **variables: str) -> str:
     """Start taskd, which must refuse with exit status 2 and one line, and return that line."""
     before = contents(directory)
     defaults = {"BETTER_AUTH_SECRET": SECRET, "TASKD_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "taskd.py")],
-        cwd=directory,
-        env=environment(**(defaults | variables)),
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        timeout=DEADLINE,
-        check=False,
+    done = ForkServer.of("taskd", "", environment()).run(
+        directory=directory, variables=environment(**(defaults | variables))
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

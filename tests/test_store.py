@@ -352,7 +352,8 @@ def lists(store):
     sorts = [f"{sign}{name}" for sign in ("", "-") for name in taskd.ORDERS]
     filters = [(), ("completed",), ("q",), tuple(taskd.FILTERS)]
     return {
-        shape: store._page(*shape) for shape in itertools.product(filters, [0, 2], sorts, [True, False])
+        shape: store._page(*shape)
+        for shape in itertools.product(filters, [0, 2], sorts, [True, False])
     }
 
 
@@ -639,7 +640,7 @@ def test_it_leaves_a_write_to_another_thread_while_one_is_under_way(app, monkeyp
 
 
 def test_it_leaves_writes_to_other_threads_while_the_disk_is_slow(app, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW_WRITE", -1)
+    monkeypatch.setattr(taskd, "SLOW_WRITE", 1e-9)
     app.store.add("alice", new_task())
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
@@ -689,7 +690,7 @@ def test_only_so_many_writes_wait(path, monkeypatch):
         database._turn.acquire()
         waiting = another.submit(lambda: (store.add("alice", new_task()), store.close()))
         deadline = time.monotonic() + DEADLINE
-        while database._slots._value and time.monotonic() < deadline:
+        while database._queue._free and time.monotonic() < deadline:
             time.sleep(0.001)
         started = time.monotonic()
         with pytest.raises(taskd.Unavailable) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import taskctl
 from support import DEADLINE, SECRET, TASK_KEYS, Process, bearer, locked, stored, until
 from test_taskctl import (
     COMMAND,
@@ -170,6 +172,7 @@ def test_a_server_on_the_backup_answers_as_the_first_did_though_it_was_made_amid
     )
 
 
+@pytest.mark.slow
 def test_a_backup_holds_up_no_write_and_is_of_the_moment_at_which_it_began(
     taskctl: Taskctl, large: Path, start: Start, tmp_path: Path
 ) -> None:
@@ -281,10 +284,11 @@ def test_a_backup_to_stdout_is_the_same_file(
 def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str) -> None:
     taskctl("seed", "alice")
     path = tmp_path / ("taskd.db" if there == "the database" else "copy.db")
-    {
+    make: dict[str, Callable[[], object]] = {
         "a file": lambda: path.write_text("precious"), "an empty file": path.touch, "a directory": path.mkdir,
         "a link to nowhere": lambda: path.symlink_to("nowhere"), "the database": lambda: None,
-    }[there]()  # fmt: skip
+    }  # fmt: skip
+    make[there]()
     before, database = names(tmp_path), (tmp_path / "taskd.db").read_bytes()
     assert (
         one_line(taskctl("backup", path.name), 1)
@@ -294,6 +298,7 @@ def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str)
     assert there != "a file" or path.read_text() == "precious"
 
 
+@pytest.mark.slow
 @TRACED
 def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
     large: Path, tmp_path: Path
@@ -325,6 +330,7 @@ def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
     assert [name for name in names(tmp_path) if name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @TRACED
 def test_a_file_system_without_links_is_good_enough_for_a_backup(
     taskctl: Taskctl, tmp_path: Path
@@ -336,6 +342,7 @@ def test_a_file_system_without_links_is_good_enough_for_a_backup(
     assert dump(tmp_path / "copy.db") == dump(tmp_path / "taskd.db")
 
 
+@pytest.mark.slow
 @TRACED
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_backup_that_is_stopped_leaves_nothing(
@@ -681,6 +688,7 @@ def test_a_log_that_lost_its_database_is_not_mixed_into_the_restored_one(
     assert names(tmp_path) == ["copy.db", "elsewhere.db", "taskd.db-wal"]
 
 
+@pytest.mark.slow
 @TRACED
 def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
     taskctl: Taskctl, large: Path, tmp_path: Path
@@ -893,6 +901,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_export_and_import_take_no_more_memory_for_more_tasks(tmp_path: Path) -> None:
     def most(home: Path, *arguments: str) -> int:
         process = launched(home, *arguments, before=[sys.executable, "-c", MEASURED])
@@ -983,7 +992,7 @@ def test_of_the_task_and_the_line_the_newer_one_stays(taskctl: Taskctl, server: 
         add(server, title=title) for title in ("same", "older here", "newer here", "as new here")
     ]
     later, earlier = "2126-01-01T00:00:00.000Z", tasks[0]["created_at"]
-    changes = [
+    changes: list[dict[str, Any]] = [
         {},
         {"completed": True, "description": "n", "updated_at": later},
         {"completed": True},
@@ -1094,20 +1103,25 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("bad", "why"), BAD_LINES.values(), ids=BAD_LINES)
-def test_one_bad_line_is_named_and_nothing_is_imported(
-    taskctl: Taskctl, tmp_path: Path, bad: Any, why: str
-) -> None:
-    taskctl("seed", "bob", "--count", "3")
-    before = dump(tmp_path / "taskd.db")
+def test_a_bad_line_is_named_with_what_is_wrong(bad: Any, why: str) -> None:
     if isinstance(bad, dict):
         bad = json.dumps({name: value for name, value in (MILK | bad).items() if value is not ...})
     bad = bad if isinstance(bad, bytes) else bad.encode()
+    with pytest.raises(taskctl.Refused) as caught:
+        list(taskctl.parsed(io.BytesIO(lines(MILK, MILK).encode() + bad + b"\n")))
+    message = str(caught.value)
+    assert message.startswith(f"line 3: {why}")
+    assert message.endswith("; nothing was imported")
+
+
+@pytest.mark.parametrize("bad", ["{'id': 7}", json.dumps(MILK | {"id": 0})])
+def test_nothing_is_imported_if_one_line_is_bad(taskctl: Taskctl, tmp_path: Path, bad: str) -> None:
+    taskctl("seed", "bob", "--count", "3")
+    before = dump(tmp_path / "taskd.db")
     good = (MILK | {"id": number} for number in range(10, 1510))
-    text = (
-        lines(*itertools.islice(good, 1200)).encode() + b"\n" + bad + b"\n" + lines(*good).encode()
-    )
+    text = f"{lines(*itertools.islice(good, 1200))}\n{bad}\n{lines(*good)}"
     message = one_line(taskctl("import", "-", stdin=text), 1)
-    assert message.startswith(f"line 1202: {why}")
+    assert message.startswith("line 1202: ")
     assert message.endswith("; nothing was imported")
     assert dump(tmp_path / "taskd.db") == before
 
@@ -1139,6 +1153,7 @@ def test_an_id_that_stands_twice_is_refused_and_named(taskctl: Taskctl, tmp_path
     assert stored(tmp_path / "taskd.db") == {}
 
 
+@pytest.mark.slow
 def test_an_import_waits_for_no_lock_until_all_lines_are_read_and_then_imports_all_or_nothing(
     taskctl: Taskctl, server: Process, tmp_path: Path
 ) -> None:

@@ -1,0 +1,175 @@
+"""Write the parts of openapi.json that follow from the declaration of a task's fields: `make openapi`.
+
+These are the schemas of a task and of the bodies, the parameters of lists whose values taskd
+knows, and every example that shows a task. The rest of the document is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import taskd  # noqa: E402
+
+DOCUMENT = ROOT / "openapi.json"
+SPACES = "".join(map(chr, [0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]))
+BLANK = rf"\t-\r\x1c-\x20\x85\xa0{SPACES}"  # escapes that RE2, Perl and ECMAScript share
+PATTERNS = {None: r"^[^\x00]*$", r"\S": rf"^[^\x00]*[^\x00{BLANK}][^\x00]*$"}
+IGNORED = {"description": "The server's own: accepted whatever it is, and ignored."}
+TIME = {
+    "type": "string",
+    "format": "date-time",
+    "pattern": r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z$",
+}
+OWNED: dict[str, dict[str, Any]] = {
+    "id": {
+        "type": "integer",
+        "format": "int64",
+        "minimum": 1,
+        "maximum": taskd.MAX_TASK_NUMBER,
+        "description": "Unique across all users, and never used again.",
+    },
+    "user_id": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": taskd.MAX_TOKEN * 3 // 4,
+        "description": "The owner: the token's `sub`.",
+    },
+    "created_at": TIME | {"description": "When it was created: RFC 3339, UTC, milliseconds."},
+    "updated_at": TIME | {"description": "When it last changed."},
+}
+
+
+def schema_of(kind: Any) -> dict[str, Any]:
+    """Return the schema of a type, with null as one of its types and patterns that any engine has."""
+    schema = msgspec.json.schema(kind)
+    if "anyOf" in schema:
+        [schema] = [choice for choice in schema["anyOf"] if choice != {"type": "null"}]
+        schema = schema_of_json(schema)
+        nullable = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+        return schema | {"type": [schema["type"], "null"]} | nullable
+    return schema_of_json(schema)
+
+
+def schema_of_json(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema of msgspec's with the patterns of this document."""
+    if "enum" in schema:
+        return {"type": "string", **schema}
+    if schema["type"] == "array":
+        return schema | {"items": schema_of_json(schema["items"])}
+    if schema["type"] == "string":
+        pattern = schema.get("pattern")
+        return schema | {"pattern": PATTERNS.get(pattern, pattern)}
+    return schema
+
+
+def fields(*names: str) -> dict[str, Any]:
+    """Return the properties of these fields."""
+    return {
+        name: schema_of(taskd.FIELDS[name].type) | {"description": taskd.FIELDS[name].about}
+        for name in names
+    }
+
+
+def body(about: str, *names: str, required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the schema of a body in which these fields can be, and what the server owns is ignored."""
+    return {
+        "type": "object",
+        "description": about,
+        "additionalProperties": False,
+        **({"required": list(required)} if required else {}),
+        "properties": fields(*names) | dict.fromkeys(OWNED, IGNORED),
+    }
+
+
+def schemas() -> dict[str, Any]:
+    """Return the schemas of a task and of the bodies."""
+    names = taskd.TaskView.__struct_fields__
+    properties = OWNED | fields(*taskd.FIELDS)
+    required = [name for name, field in taskd.FIELDS.items() if field.default is msgspec.UNSET]
+    return {
+        "Task": {
+            "type": "object",
+            "description": "A task: always these members, in this order.",
+            "additionalProperties": False,
+            "required": list(names),
+            "properties": {name: properties[name] for name in names},
+        },
+        "NewTask": body(
+            "What POST takes. What is left out is null, false or an empty array.",
+            *taskd.FIELDS,
+            required=tuple(required),
+        ),
+        "TaskChanges": body(
+            "What PUT and PATCH take: the fields to change; the rest stays.", *taskd.FIELDS
+        ),
+        "Completion": body(
+            "What PATCH of `complete` takes, if it is given a body; an empty object toggles.",
+            "completed",
+        ),
+    }
+
+
+def sort_schema() -> dict[str, Any]:
+    """Return the schema of `sort`, with names for the generators that make an enumeration of it."""
+    orders = [f"{sign}{name}" for name in taskd.ORDERS for sign in ("", "-")]
+    names = [
+        f"{order.lstrip('-')}{'_descending' * order.startswith('-')}".upper() for order in orders
+    ]
+    return {"type": "string", "enum": orders, "default": "id", "x-enum-varnames": names}
+
+
+def examples(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield the tasks in the examples of the document."""
+    if isinstance(node, dict) and {"id", "user_id", "title"} <= node.keys():
+        yield node
+    children = node.values() if isinstance(node, dict) else node
+    for child in children if isinstance(node, dict | list) else ():
+        yield from examples(child)
+
+
+def complete(task: dict[str, Any]) -> dict[str, Any]:
+    """Return an example of a task with all its members, in their order; a new one is its example."""
+    given = {name: field.example for name, field in taskd.FIELDS.items()} | task
+    return {name: given[name] for name in taskd.TaskView.__struct_fields__}
+
+
+def generate(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document with what follows from the code written anew."""
+    document["info"]["version"] = taskd.__version__
+    components = document["components"]
+    components["schemas"] = schemas() | {
+        name: schema for name, schema in components["schemas"].items() if name not in schemas()
+    }
+    parameters = components["parameters"]
+    parameters["sort"]["schema"] = sort_schema()
+    tags = schema_of(taskd.FIELDS["tags"].type)
+    parameters["tag"]["schema"] = {"type": "array", "items": tags["items"], "maxItems": 20}
+    parameters["user_id"]["schema"] = {
+        name: OWNED["user_id"][name] for name in ("type", "minLength", "maxLength")
+    }
+    for task in examples([document["paths"], components["responses"]]):
+        whole = complete(task)
+        task.clear()
+        task.update(whole)
+    create = document["paths"]["/api/{user_id}/tasks"]["post"]["requestBody"]
+    full = create["content"]["application/json"]["examples"]["full"]
+    full["value"] = {name: field.example for name, field in taskd.FIELDS.items()}
+    return document
+
+
+def text(document: dict[str, Any]) -> str:
+    """Return the document as its file has it."""
+    return json.dumps(document, indent=2, ensure_ascii=True) + "\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(text(generate(json.loads(DOCUMENT.read_text()))))

@@ -1,0 +1,81 @@
+"""Fork a process of taskd or taskctl for each order on stdin, and print its process id.
+
+To start Python and import everything takes 0.5 s of a processor; to fork a process that has done so
+takes some milliseconds. processes.ForkServer starts this file and sends the orders, JSON lines:
+{"ended": pid} asks for a child's exit status (null while it runs); all others start a child.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import ctypes
+import gc
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def serve(program: ModuleType, directory: str) -> None:
+    """Carry out the orders until stdin ends, and then kill the children that still run."""
+    running: set[int] = set()
+    for line in iter(sys.stdin.readline, ""):
+        order = json.loads(line)
+        if "ended" in order:
+            child, status = os.waitpid(order["ended"], os.WNOHANG)
+            running.discard(child)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if child else None), flush=True)
+        elif child := os.fork():
+            running.add(child)
+            print(child, flush=True)
+        else:
+            become(order)
+            sys.argv = [f"{directory}/{program.__name__}.py", *order["arguments"]]
+            sys.exit(program.main())  # and end as any process does, which closes what is open
+    for child in running:  # the tests were interrupted
+        os.kill(child, signal.SIGKILL)
+
+
+def leave_modules(program: ModuleType) -> None:
+    """Let a child end without taking down the modules that it shares with its parent.
+
+    Python clears all modules at its end, which takes 20 ms here and copies their memory. Only the
+    program's own is needed: it holds what a process closes when it ends, such as its database.
+    """
+    shared = {
+        name: module
+        for name, module in sys.modules.items()
+        if module not in (sys, builtins, program)
+    }
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(list(shared.values())))  # never free them
+    atexit.register(lambda: [sys.modules.pop(name, None) for name in shared])
+
+
+def become(order: dict[str, Any]) -> None:
+    """Take on the working directory, environment and standard streams of an order."""
+    os.chdir(order["directory"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    time.tzset()
+    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "a"), ("stderr", "a")]):
+        with Path(order[name]).open(mode + "b") as file:
+            os.dup2(file.fileno(), number)
+        errors, buffering = ("backslashreplace", 1) if name == "stderr" else ("strict", -1)
+        setattr(sys, name, os.fdopen(number, mode, buffering, "utf-8", errors, closefd=False))
+
+
+if __name__ == "__main__":
+    directory, name, prepare = sys.argv[1:]
+    sys.path[0] = directory
+    program = importlib.import_module(name)
+    exec(prepare)
+    if "coverage" not in sys.modules:  # which imports some when it writes its data at the end
+        leave_modules(program)
+    gc.freeze()  # so that a collection in a child does not copy every page
+    serve(program, directory)

@@ -1,0 +1,236 @@
+"""Real taskd processes: started or forked, in a directory of their own, on a port of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import database
+from tokens import SECRET
+from waiting import DEADLINE
+from wire import Answer, ask
+
+ROOT = Path(__file__).parent.parent
+
+# The first line of a log, as text or as JSON.
+LISTENING = r'^(?:\{.*"message": ")?taskd: listening on http://.*:(\d+)'
+
+# The modules whose processes are measured for coverage, which takes half of their time again.
+MEASURED = (
+    "test_server.py",
+    "test_operations.py",
+    "test_faults.py",
+    "test_listing.py",
+    "test_taskctl",
+)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this environment with these variables, and none of taskd's own but these."""
+    dropped = ["TASKD_", "BETTER_AUTH", "DATABASE_URL"]
+    if not any(module in os.environ.get("PYTEST_CURRENT_TEST", "") for module in MEASURED):
+        dropped.append("COVERAGE_PROCESS_")
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(tuple(dropped))
+    } | variables
+
+
+class ForkServer:
+    """A process that has imported a program and forks it (fork_server.py); threads may share it."""
+
+    all: ClassVar[dict[tuple[str, bool], ForkServer]] = {}
+    starting: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, program: str, prepare: str, variables: dict[str, str]) -> None:
+        self._lock = threading.Lock()
+        self._popen = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(ROOT), program, prepare],
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @classmethod
+    def of(cls, program: str, prepare: str, variables: dict[str, str]) -> ForkServer:
+        """Return the one of this program, or of its measured tests; it is started once in a run."""
+        measured = any(name.startswith("COVERAGE_PROCESS_") for name in variables)
+        with cls.starting:
+            if (program, measured) not in cls.all:
+                cls.all[program, measured] = cls(program, prepare, variables)
+            return cls.all[program, measured]
+
+    def order(self, **order: object) -> int | None:
+        """Send an order and return the number that comes back."""
+        assert self._popen.stdin
+        assert self._popen.stdout
+        with self._lock:
+            print(json.dumps(order), file=self._popen.stdin, flush=True)
+            answer: int | None = json.loads(self._popen.stdout.readline())
+            return answer
+
+    def fork(
+        self, *arguments: str, directory: Path, variables: dict[str, str], **streams: Path | str
+    ) -> Child:
+        """Fork a process there; what it writes is appended to these files."""
+        files = {name: str(path) for name, path in streams.items()}
+        pid = self.order(
+            arguments=arguments, directory=str(directory), environment=variables, **files
+        )
+        assert pid
+        return Child(pid, self.order)
+
+    def run(
+        self, *arguments: str, directory: Path, variables: dict[str, str], stdin: bytes = b""
+    ) -> subprocess.CompletedProcess[str]:
+        """Fork a process there, wait until it has ended, and return its status and output."""
+        with tempfile.TemporaryDirectory() as name:
+            files = {stream: Path(name, stream) for stream in ("stdin", "stdout", "stderr")}
+            files["stdin"].write_bytes(stdin)
+            child = self.fork(*arguments, directory=directory, variables=variables, **files)
+            try:
+                status = child.wait(DEADLINE)
+            finally:
+                child.kill()
+            output = [
+                files[stream].read_bytes().decode(errors="surrogateescape")
+                for stream in ("stdout", "stderr")
+            ]
+        return subprocess.CompletedProcess(arguments, status, *output)
+
+    @classmethod
+    def close(cls) -> None:
+        """End them all."""
+        while cls.all:
+            cls.all.popitem()[1]._popen.communicate()
+
+
+class Child:
+    """A process that another one forked, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, pid: int, order: Callable[..., int | None]) -> None:
+        self.pid, self._order = pid, order
+        self.returncode: int | None = None
+        self._asking = threading.Lock()  # a child's status can be had only once
+
+    def poll(self) -> int | None:
+        """Return the exit status, or the signal's number below zero, or None while it runs."""
+        with self._asking:
+            if self.returncode is None:
+                self.returncode = self._order(ended=self.pid)
+            return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.005)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+COLD: list[str] = []  # as the command of a Process: start Python, do not fork
+
+
+class Process:
+    """A taskd process in a directory of its own: forked, unless a command is given to start it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        wait: bool = True,
+        command: list[str] | None = None,
+        **variables: str,
+    ) -> None:
+        if "MUTANT_UNDER_TEST" in os.environ:
+            pytest.skip("a mutant lives in the process of the tests")
+        defaults = {"BETTER_AUTH_SECRET": SECRET, "TASKD_PORT": "0"}
+        if database.postgresql:
+            defaults["DATABASE_URL"] = database.database_url(directory / "taskd.db")
+        self.log_path = directory / f"stderr-{time.monotonic_ns()}.log"
+        self.log_path.touch()
+        self.popen = self._start(command, directory, environment(**(defaults | variables)))
+        self.port = self._wait_for_port() if wait else 0
+
+    def _start(
+        self, command: list[str] | None, directory: Path, variables: dict[str, str]
+    ) -> Child | subprocess.Popen[bytes]:
+        if command is None:
+            return ForkServer.of("taskd", "", environment()).fork(
+                directory=directory,
+                variables=variables,
+                stdin=os.devnull,
+                stdout=self.log_path,
+                stderr=self.log_path,
+            )
+        with self.log_path.open("wb") as log:
+            return subprocess.Popen(
+                [*command, sys.executable, str(ROOT / "taskd.py")],
+                cwd=directory,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def _wait_for_port(self) -> int:
+        deadline = time.monotonic() + DEADLINE
+        while time.monotonic() < deadline and self.popen.poll() is None:
+            if started := re.search(LISTENING, self.log, re.MULTILINE):
+                return int(started[1])
+            time.sleep(0.01)
+        self.kill()
+        raise AssertionError(f"taskd did not start: {self.log}")
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = DEADLINE,
+    ) -> Answer:
+        """Send one request on a connection of its own; a body that is not bytes is sent as JSON."""
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        ) as connection:
+            return ask(connection, method, path, body, headers)
+
+    def terminate(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        return self.popen.wait(DEADLINE)
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait(DEADLINE)

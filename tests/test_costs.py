@@ -1,0 +1,337 @@
+"""What one user may cost: pages, searches and writes of one, and what another gets meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from falcon import testing
+
+import support
+import taskd
+from conftest import Person
+from support import Process, Wire, assert_problem, bearer, written
+
+TEXT = "lorem ipsum dolor sit amet " * 370 + "zebra 0123"  # 10,000 characters
+WHEN = "2026-11-20T21:00:00.000Z"
+MEGABYTE = 1024 * 1024
+
+
+def fill(database: Path, user: str, count: int, text: str = TEXT) -> None:
+    """Put tasks into the database as another process would, because many creates take long."""
+    marks = ", ".join("?" * 7)
+    columns = (
+        "user_id, title, description, created_at, updated_at, title_folded, description_folded"
+    )
+    support.sql(
+        database,
+        f"INSERT INTO task ({columns}) WITH RECURSIVE number(n) AS "
+        f"(SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < {count}) SELECT {marks} FROM number",
+        *(user, "big", text, WHEN, WHEN, "big", text.casefold()),
+    )
+
+
+def processor_seconds(server: Process) -> float:
+    """Return the processor time that a process has used, as the kernel counts it."""
+    fields = Path(f"/proc/{server.popen.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_memory(server: Process) -> int:
+    """Return the most memory that a process has had, in MB."""
+    status = Path(f"/proc/{server.popen.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+
+# Pages
+
+
+@pytest.mark.parametrize("character", ["a", "\U0001f600", "\x01"])
+def test_a_page_ends_after_about_a_mebibyte_of_json_and_its_link_leads_to_all(
+    alice, tmp_path, character
+):
+    fill(tmp_path / "taskd.db", "alice", 240 if character == "a" else 60, character * 10_000)
+    query, seen, sizes = "limit=1000", [], []
+    while query:
+        page = alice.call("GET", query_string=query)
+        seen += [task["id"] for task in page.json]
+        sizes.append(len(page.content))
+        query = page.headers.get("Link", "").partition("?")[2].partition(">")[0]
+    assert seen == sorted(support.stored(tmp_path / "taskd.db"))
+    assert len(sizes) > 1
+    assert all(MEGABYTE * 0.95 < size < MEGABYTE * 1.1 for size in sizes[:-1])
+
+
+def test_a_page_of_a_thousand_small_tasks_is_whole(alice, tmp_path):
+    fill(tmp_path / "taskd.db", "alice", 1000, "a")
+    page = alice.call("GET", query_string="limit=1000")
+    assert len(page.json) == 1000
+    assert "Link" not in page.headers
+
+
+def test_a_page_holds_one_task_at_least(alice, monkeypatch):
+    monkeypatch.setattr(taskd, "MAX_PAGE", 1)
+    added = [alice.add()["id"] for _ in range(3)]
+    page = alice.call("GET", query_string="limit=3")
+    assert [task["id"] for task in page.json] == added[:1]
+    assert 'rel="next"' in page.headers["Link"]
+
+
+# Searches
+
+
+def many(calls: list[Callable[[], Any]]) -> list[Any]:
+    """Make the calls at once, each in a thread of its own, and return what they return."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(lambda call: call(), calls))
+
+
+@contextlib.contextmanager
+def searching(app: taskd.App, user: str, count: int) -> Iterator[None]:
+    """Have so many searches of a user under way, each in a thread of its own."""
+    begun, end = threading.Barrier(count + 1), threading.Event()
+
+    def search() -> None:
+        with app.store.turn(user, taskd.Listing(q="a")):
+            begun.wait(support.DEADLINE)
+            end.wait(support.DEADLINE)
+
+    threads = [threading.Thread(target=search) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    begun.wait(support.DEADLINE)
+    try:
+        yield
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_users_third_search_at_once_is_refused_and_other_users_may_search(app, alice, bob):
+    alice.add()
+    with searching(app, "alice", 2):
+        refused = alice.call("GET", query_string="q=milk")
+        assert_problem(refused, 503)
+        assert refused.headers["Retry-After"] == "2"
+        assert "wait until one ends" in refused.json["detail"]
+        assert alice.call("GET").status_code == 200
+        assert bob.call("GET", query_string="q=milk").status_code == 200
+    assert len(alice.call("GET", query_string="q=milk").json) == 1
+    assert not app.store._searching
+
+
+def test_a_search_that_takes_too_long_is_refused_and_the_next_one_is_served(
+    app, alice, tmp_path, monkeypatch
+):
+    fill(tmp_path / "taskd.db", "alice", 2000)
+    monkeypatch.setattr(taskd, "SEARCH_TIME", 0.001)
+    for query in ("q=nothing", "q=zebra&limit=1000", "q=nothing&sort=-title&completed=false"):
+        refused = alice.call("GET", query_string=query)
+        assert_problem(refused, 503)
+        assert refused.headers["Retry-After"] == "2"
+        assert "narrow it" in refused.json["detail"]
+        assert len(alice.call("GET", query_string="limit=1000").json) > 90
+        assert alice.call("GET", query_string="limit=1").status_code == 200
+    monkeypatch.setattr(taskd, "SEARCH_TIME", 30)
+    assert alice.call("GET", query_string="q=nothing").json == []
+    assert alice.call("POST", json={"title": "Buy milk"}).status_code == 201
+
+
+@pytest.mark.parametrize("q", ["a" * 200, "\U0001f600" * 200])
+def test_a_search_text_may_have_two_hundred_characters(alice, q):
+    title = alice.add(title=q)["title"]
+    [found] = alice.call("GET", params={"q": q}).json
+    assert found["title"] == title
+    assert_problem(alice.call("GET", params={"q": q + "a"}), 422)
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 10_000, "ab" * 5_000, "\u00e4" * 10_000, TEXT], ids=["a", "ab", "ae", "words"]
+)
+@pytest.mark.sqlite("PostgreSQL spends its own processor time")
+def test_a_search_costs_at_most_half_a_millisecond_for_each_long_task(alice, tmp_path, text):
+    fill(tmp_path / "taskd.db", "alice", 200, text)
+    started = time.thread_time()
+    for q in (text[:199] + "x", "x" + text[:199], text[:100] + "x" + text[:99]):
+        assert alice.call("GET", params={"q": q}).json == []
+    assert time.thread_time() - started < 3 * 200 * 0.0005
+
+
+# What another user gets meanwhile
+
+
+OTHERS = [
+    ("GET", "/api/bob/tasks", None, 1.0),
+    ("GET", "/api/bob/tasks?q=milk", None, 1.0),
+    ("GET", "/api/bob/tasks?limit=5&sort=-title", None, 1.0),
+    ("POST", "/api/bob/tasks", {"title": "Buy bread"}, 2.0),
+    ("GET", "/readyz", None, 1.0),
+]
+GREEDY = [
+    "q=nothing&limit=1000", "q=zebra&limit=1000", "limit=1000", "q=zebra&sort=-title&limit=1000",
+    f"q={'lorem%20ipsum%20dolor%20sit%20amet%20' * 7}x", "limit=1000&sort=-updated_at",
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def greedy(server: Process, count: int, answers: list[Any]) -> Iterator[None]:
+    """Have alice ask for much on so many connections at once, again and again."""
+    stop, headers = threading.Event(), bearer("alice")
+
+    def ask(query: str) -> None:
+        while not stop.is_set():
+            answers.append(server.request("GET", f"/api/alice/tasks?{query}", None, headers))
+
+    with ThreadPoolExecutor(count) as threads:
+        futures = [threads.submit(ask, GREEDY[number % len(GREEDY)]) for number in range(count)]
+        try:
+            yield
+        finally:
+            stop.set()
+    for future in futures:
+        future.result()
+
+
+def test_searches_and_pages_of_one_user_keep_nobody_else_waiting(start, tmp_path):
+    server = start()
+    for number in range(20):
+        body = {"title": f"Buy milk {number}"}
+        assert server.request("POST", "/api/bob/tasks", body, bearer("bob")).status_code == 201
+    fill(tmp_path / "taskd.db", "alice", 4_000)
+    answers: list[Any] = []
+    with greedy(server, 8, answers):
+        support.until(lambda: len(answers) > 20, "alice is answered")
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            for method, path, body, seconds in OTHERS:
+                started = time.monotonic()
+                answer = server.request(method, path, body, bearer("bob"))
+                assert answer.status_code in (200, 201), (path, answer.text)
+                assert time.monotonic() - started < seconds, path
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
+    assert max(len(answer.content) for answer in answers) < MEGABYTE * 1.1
+    assert peak_memory(server) < 200
+    assert "Traceback" not in server.log
+
+
+# How many tasks a user may have
+
+
+def test_one_task_more_than_the_operator_allows_is_refused(make_app):
+    app = make_app(max_tasks=3)
+    alice, bob = (Person(testing.TestClient(app), name) for name in ("alice", "bob"))
+    added = [alice.add()["id"] for _ in range(3)]
+    refused = alice.call("POST", json={"title": "Buy milk"})
+    problem = assert_problem(refused, 403)
+    assert problem["detail"] == "you have 3 tasks, and this server allows no more; delete one first"
+    assert bob.add()["title"] == "Buy milk"
+    assert alice.call("PUT", f"/{added[0]}", json={"title": "Buy tea"}).status_code == 200
+    assert alice.call("DELETE", f"/{added[0]}").status_code == 200
+    alice.add()
+    assert_problem(alice.call("POST", json={"title": "Buy milk"}), 403)
+    assert len(alice.call("GET").json) == 3
+
+
+def test_a_repeated_create_is_answered_at_the_limit_and_a_refused_one_leaves_its_key_unused(
+    make_app,
+):
+    alice = Person(testing.TestClient(make_app(max_tasks=1)), "alice")
+    create = {"json": {"title": "Buy milk"}, "headers": {"Idempotency-Key": "first"}}
+    first = alice.call("POST", **create)
+    again = alice.call("POST", **create)
+    assert (again.status_code, again.json) == (201, first.json)
+    assert again.headers["Idempotency-Replayed"] == "true"
+    other = {"json": {"title": "Buy tea"}, "headers": {"Idempotency-Key": "second"}}
+    assert_problem(alice.call("POST", **other), 403)
+    alice.call("DELETE", f"/{first.json['id']}")
+    created = alice.call("POST", **other)
+    assert created.status_code == 201
+    assert "Idempotency-Replayed" not in created.headers
+
+
+def test_a_user_at_once_on_two_servers_gets_exactly_as_many_tasks_as_are_allowed(start, tmp_path):
+    servers = [start(TASKD_MAX_TASKS="30"), start(TASKD_MAX_TASKS="30")]
+    requests = [
+        written("POST", "/api/alice/tasks", {"title": "x"}, *key, user="alice")
+        for number in range(40)
+        for key in ((), (f"Idempotency-Key: {number}",))
+    ]
+    statuses = [answer.status_code for answer in support.at_once(servers, requests)]
+    assert set(statuses) <= {201, 403, 503}
+    assert statuses.count(201) == len(support.stored(tmp_path / "taskd.db")) <= 30
+    for server in servers:
+        last = server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice"))
+        assert last.status_code == (403 if statuses.count(201) == 30 else 201)
+
+
+def test_a_user_who_is_far_from_the_limit_is_not_counted_again(make_app, tmp_path, monkeypatch):
+    monkeypatch.setattr(taskd, "RECOUNT", 5)
+    app = make_app(max_tasks=5_000)
+    fill(tmp_path / "taskd.db", "alice", 3_000, "")
+    limit = app.store._limit
+    for number in range(20):
+        assert not limit.is_near("alice")
+        app.store.add("alice", taskd.NewTask(title="x"))
+        counted, _ = limit._counted.get("alice", (3_000 + number, 0))
+        assert 3_000 + number - 7 < counted <= 3_000 + number
+    fill(tmp_path / "taskd.db", "alice", 1_000, "")
+    assert limit.is_near("alice")
+    fill(tmp_path / "taskd.db", "alice", 979, "")
+    app.store.add("alice", taskd.NewTask(title="the last"))
+    with pytest.raises(taskd.TooManyTasks):
+        app.store.add("alice", taskd.NewTask(title="x"))
+    assert len(support.stored(tmp_path / "taskd.db")) == 5_000
+
+
+# Writes that wait for another process
+
+
+def test_many_writes_that_wait_for_another_process_keep_nobody_else_waiting(server, tmp_path):
+    assert (
+        server.request("POST", "/api/bob/tasks", {"title": "x"}, bearer("bob")).status_code == 201
+    )
+    create = written("POST", "/api/alice/tasks", {"title": "x"}, user="alice")
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(300)]
+        with support.locked(tmp_path / "taskd.db"):
+            for wire in wires:
+                wire.send(create)
+            for path in ("/readyz", "/api/bob/tasks", "/api/bob/tasks?q=x", "/readyz"):
+                started = time.monotonic()
+                assert server.request("GET", path, headers=bearer("bob")).status_code == 200
+                assert time.monotonic() - started < 1
+            refused = server.request("POST", "/api/bob/tasks", {"title": "x"}, bearer("bob"))
+            assert refused.status_code == 503
+        answers = [wire.answer() for wire in wires]
+    statuses = [answer.status_code for answer in answers]
+    assert statuses.count(503) > 200
+    assert statuses.count(503) + statuses.count(201) == 300
+    assert len(support.stored(tmp_path / "taskd.db")) == 1 + statuses.count(201)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ([0.004] * 50, False),
+        ([0.006] * 20, True),
+        ([0.0049, 0.0051] * 20, False),
+        ([0.006] * 20 + [0.004] * 20, True),
+        ([0.006] * 20 + [0.002] * 20, False),
+        ([0.0001] * 50 + [4.0], True),
+        ([0.0001] * 50 + [4.0] + [0.0001] * 8, False),
+    ],
+)
+@pytest.mark.sqlite("on PostgreSQL no write runs in the event loop")
+def test_it_takes_several_writes_to_change_where_writes_run(app, seconds, slow):
+    for one in seconds:
+        app.store._database._note_time(one)
+    assert app.store.is_slow == slow

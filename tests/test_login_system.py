@@ -1,0 +1,483 @@
+"""A login system's bad days: what its key set may do, and what taskd does meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from falcon import testing
+
+import taskd
+from support import Process, Wire, assert_problem, bearer, until, written
+from test_key_set import NEW, PRIVATE, WEAK, AuthServer, auth_server, call, public, signed
+
+__all__ = ["auth_server", "call"]
+pytestmark = pytest.mark.sqlite("it is about keys")
+
+Call = Callable[..., testing.Result]
+GOOD = signed(PRIVATE["ES256"], "ES256", "ES256", exp=253402300799)
+
+
+class Clock:
+    """The clock of taskd's key set, which a test can put forward."""
+
+    ahead = 0.0
+
+    def __call__(self) -> float:
+        return real_clock() + self.ahead
+
+
+real_clock = time.monotonic
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(taskd.time, "monotonic", clock)
+    return clock
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what was said of the key set, without the lines of requests that had to do without."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING and record.name == "taskd"
+    ]
+
+
+# --- What answers at the address of the key set ---------------------------------------------------
+
+
+def test_a_firewall_that_knows_programs_by_their_names_lets_taskd_pass(
+    call: Call, auth_server: AuthServer
+) -> None:
+    auth_server.answer = auth_server.behind_a_firewall
+    assert call(GOOD).status_code == 200
+
+
+def test_of_a_huge_answer_little_is_read(call: Call, auth_server: AuthServer) -> None:
+    auth_server.answer = auth_server.huge
+    assert_problem(call(GOOD), 503)
+    until(lambda: auth_server.sent, "the server has sent something")
+    assert auth_server.sent < 16 * 2**20  # what the kernel holds for both sides, and 1 MiB
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nX-Slow:",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 999999\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffff\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+    ids=["status line", "header", "body", "body of known length", "chunk", "length of a chunk"],
+)
+def test_a_set_that_comes_byte_by_byte_is_given_up_in_time_and_leaves_no_thread(
+    call: Call, auth_server: AuthServer, clock: Clock, monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    monkeypatch.setattr(taskd, "KEYS_WAIT", 0.4)
+    auth_server.answer = auth_server.trickling(head)
+    started = real_clock()
+    assert_problem(call(GOOD), 503)
+    assert real_clock() - started < 4
+    auth_server.answer = auth_server.well
+    clock.ahead += taskd.KEYS_PAUSE
+    assert call(GOOD).status_code == 200, "the next fetch does not wait for the first"
+    until(lambda: not running("_download"), "the thread of the first fetch has ended")
+
+
+def running(name: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if name in thread.name]
+
+
+def test_a_fetch_may_take_five_seconds_and_a_mebibyte_and_a_removed_key_lives_for_five_minutes() -> (
+    None
+):
+    assert (taskd.KEYS_WAIT, taskd.KEYS_SIZE, taskd.KEYS_END) == (5, 2**20, 3600)
+    assert taskd.KEYS_AGE + taskd.KEYS_WAIT + taskd.KEYS_RETRY + taskd.KEYS_WAIT < 300
+    assert taskd.KEYS_LIMIT + taskd.KEYS_WAIT < 300
+    assert taskd.TOKEN_CACHE_AGE <= 300
+
+
+RSA, EC = PRIVATE["RS256"], PRIVATE["ES256"]
+PRIVATE_RSA = jwt.get_algorithm_by_name("RS256").to_jwk(RSA, as_dict=True)
+PRIVATE_EC = jwt.get_algorithm_by_name("ES256").to_jwk(EC, as_dict=True)
+P256 = public(ec.generate_private_key(ec.SECP256R1()), "ES256", "odd")
+ODD: dict[str, Any] = {
+    "a number": 5,
+    "null": None,
+    "text": "key",
+    "a list": [],
+    "an empty object": {},
+    "oct without k": {"kty": "oct", "kid": "odd", "alg": "HS256"},
+    "oct": {"kty": "oct", "kid": "odd", "alg": "HS256", "k": "c2VjcmV0"},
+    "alg none": {"kty": "RSA", "kid": "odd", "alg": "none", "n": "AQAB", "e": "AQAB"},
+    "alg a list": public(NEW, "EdDSA", "odd", alg=["EdDSA"]),  # type: ignore[arg-type]
+    "alg an object": public(NEW, "EdDSA", "odd", alg={}),  # type: ignore[arg-type]
+    "alg a number": public(NEW, "EdDSA", "odd", alg=7),  # type: ignore[arg-type]
+    "alg unknown": public(NEW, "EdDSA", "odd", alg="RSA-OAEP"),
+    "alg of another kty": public(NEW, "EdDSA", "odd", alg="RS256"),
+    "alg of another curve": P256 | {"alg": "ES512"},
+    "alg that logins do not have": P256 | {"alg": "ES384"},
+    "crv unknown": P256 | {"crv": "P-000"},
+    "crv a list": P256 | {"crv": ["P-256"]},
+    "a point that is not on the curve": P256 | {"x": P256["y"]},
+    "a short point": P256 | {"x": "AQAB"},
+    "x a number": P256 | {"x": 7},
+    "x null": public(NEW, "EdDSA", "odd") | {"x": None},
+    "x not base64": public(NEW, "EdDSA", "odd", x="!!!"),
+    "n zero": {"kty": "RSA", "kid": "odd", "alg": "RS256", "n": "AA", "e": "AA"},
+    "n missing": {"kty": "RSA", "kid": "odd", "alg": "RS256", "e": "AQAB"},
+    "weak": public(WEAK, "RS256", "odd"),
+    "kid a list": public(NEW, "EdDSA", None) | {"kid": ["odd"]},
+    "kid a number": public(NEW, "EdDSA", None) | {"kid": 7},
+    "use enc": public(NEW, "EdDSA", "odd", use="enc"),
+    "private RSA": PRIVATE_RSA | {"kid": "odd", "alg": "RS256"},
+    "private RSA, of which half is missing": public(RSA, "RS256", "odd", d="AQAB"),
+    "private EC": PRIVATE_EC | {"kid": "odd", "alg": "ES256"},
+    "nested deeply": {"kty": "OKP", "kid": "odd", "x": [[[[]]]]},
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_an_odd_member_is_left_out_and_logged_and_shuts_nobody_out(
+    call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture, odd: Any
+) -> None:
+    auth_server.keys.insert(1, odd)
+    for algorithm, key in PRIVATE.items():
+        assert call(signed(key, algorithm, algorithm)).status_code == 200
+    for headers in (
+        signed(NEW, "EdDSA", "odd"),
+        signed(RSA, "RS256", "odd"),
+        signed(EC, "ES256", "odd"),
+    ):
+        assert_problem(call(headers), 401)
+    [said] = warnings_in(caplog)
+    assert "its key number 2" in said
+    assert "is left out: " in said
+    for member in ("d", "k", "p", "q"):
+        if isinstance(odd, dict) and len(str(odd.get(member, ""))) > 4:
+            assert odd[member] not in said
+
+
+def test_a_set_of_nothing_but_odd_members_is_an_answer(call: Call, auth_server: AuthServer) -> None:
+    auth_server.keys = [5, None, {}]  # type: ignore[list-item]
+    assert_problem(call(GOOD), 401)
+
+
+def test_of_a_set_without_end_the_first_hundred_keys_are_read(
+    call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    auth_server.keys = auth_server.keys + [5] * 5000  # type: ignore[list-item]
+    assert call(GOOD).status_code == 200
+    assert len(warnings_in(caplog)) <= 101
+
+
+def test_one_kid_may_have_keys_of_several_algorithms(call: Call, auth_server: AuthServer) -> None:
+    auth_server.keys = [public(key, algorithm, "one") for algorithm, key in PRIVATE.items()]
+    for algorithm, key in PRIVATE.items():
+        assert call(signed(key, algorithm, "one")).status_code == 200
+    assert_problem(call(signed(PRIVATE["RS256"], "PS256", "one")), 401)
+
+
+def test_keys_without_alg_are_told_apart_by_their_kind(call: Call, auth_server: AuthServer) -> None:
+    kinds = ("RS256", "ES256", "ES512", "EdDSA")
+    auth_server.keys = [public(PRIVATE[name], name, "one") for name in kinds]
+    for key in auth_server.keys:
+        del key["alg"]
+    for name in kinds:
+        assert call(signed(PRIVATE[name], name, "one")).status_code == 200
+
+
+def test_a_key_without_a_kid_verifies_tokens_without_one(
+    call: Call, auth_server: AuthServer
+) -> None:
+    auth_server.keys = [public(NEW, "EdDSA", None)]
+    assert call(signed(NEW, "EdDSA", None)).status_code == 200
+    assert_problem(call(signed(NEW, "EdDSA", "None")), 401)
+
+
+def test_of_two_keys_with_one_kid_and_alg_the_first_counts(
+    call: Call, auth_server: AuthServer
+) -> None:
+    auth_server.keys.append(public(NEW, "EdDSA", "EdDSA"))
+    assert call(signed(PRIVATE["EdDSA"], "EdDSA", "EdDSA")).status_code == 200
+    assert_problem(call(signed(NEW, "EdDSA", "EdDSA")), 401)
+
+
+# --- Keys that go, and sets that go away ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("age", [None, 1], ids=["the real age", "a shortened age"])
+def test_a_key_that_is_taken_out_is_refused_for_tokens_seen_before_too(
+    call: Call,
+    auth_server: AuthServer,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    age: int | None,
+) -> None:
+    if age:
+        monkeypatch.setattr(taskd, "KEYS_AGE", age)
+    other = signed(PRIVATE["EdDSA"], "EdDSA", "EdDSA")
+    assert call(GOOD).status_code == call(other).status_code == 200
+    auth_server.keys = [key for key in auth_server.keys if key["kid"] != "ES256"]
+    assert call(GOOD).status_code == 200
+    clock.ahead += max(age or taskd.KEYS_AGE, taskd.KEYS_PAUSE)
+    until(lambda: call(GOOD).status_code == 401, "the set was fetched again")
+    assert call(other).status_code == 200
+    assert auth_server.asked == 2
+
+
+def test_after_a_quiet_time_no_old_key_is_believed(
+    call: Call, auth_server: AuthServer, clock: Clock
+) -> None:
+    assert call(GOOD).status_code == 200
+    auth_server.keys = []
+    clock.ahead += 300
+    assert_problem(call(GOOD), 401)
+
+
+def test_a_key_that_is_replaced_under_its_name_no_longer_verifies(
+    call: Call, auth_server: AuthServer, clock: Clock
+) -> None:
+    assert call(GOOD).status_code == 200
+    other = ec.generate_private_key(ec.SECP256R1())
+    auth_server.keys = [public(other, "ES256", "ES256")]
+    clock.ahead += 300
+    assert_problem(call(GOOD), 401)
+    assert call(signed(other, "ES256", "ES256")).status_code == 200
+
+
+def test_an_empty_set_is_an_answer(call: Call, auth_server: AuthServer, clock: Clock) -> None:
+    auth_server.keys = []
+    detail = assert_problem(call(GOOD), 401)["detail"]
+    assert detail == "the key set has no key for this kid and alg"
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_without_a_good_answer_old_keys_go_on_for_an_hour_and_no_longer(
+    call: Call, auth_server: AuthServer, clock: Clock, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    assert call(GOOD).status_code == 200
+    auth_server.answer = lambda request: AuthServer.send(request, status, b"")
+    for _ in range(11):
+        clock.ahead += 5 * 60
+        assert call(GOOD).status_code == 200
+        until(lambda: not running("_run"), "the fetch has ended")
+    clock.ahead += 5 * 60
+    assert_problem(call(GOOD), 503)
+    until(lambda: not running("_run"), "the fetch has ended")
+    first, second = warnings_in(caplog)
+    assert f"it cannot be fetched: OSError: the answer is {status}, not 200" in first
+    assert "its keys have ended" in second
+    auth_server.answer = auth_server.well
+    clock.ahead += taskd.KEYS_PAUSE
+    assert call(GOOD).status_code == 200
+
+
+def test_a_failure_is_logged_once_for_each_reason_and_again_after_a_good_answer(
+    call: Call, auth_server: AuthServer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "taskd")
+    for status in (500, 500, 404, 500, 200, 500):
+        auth_server.answer = lambda request, status=status: AuthServer.send(
+            request, status, b'{"keys": []}'
+        )
+        clock.ahead += taskd.KEYS_PAUSE
+        assert call(GOOD).status_code == (401 if status == 200 else 503)
+    said = [re.findall(r"is \d+", line)[0][3:] for line in warnings_in(caplog)]
+    assert said == ["500", "404", "500"]
+    assert caplog.messages.count("the key set is fetched again") == 1
+
+
+def test_the_client_that_waits_as_long_as_it_is_told_is_served(
+    call: Call, auth_server: AuthServer, clock: Clock
+) -> None:
+    auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
+    assert call(GOOD).headers["Retry-After"] == "3"
+    auth_server.answer = auth_server.well
+    clock.ahead += 1.5
+    refused = call(GOOD)
+    assert_problem(refused, 503)
+    assert refused.headers["Retry-After"] == "2"
+    clock.ahead += 2
+    assert call(GOOD).status_code == 200
+
+
+def test_a_thread_that_cannot_start_once_is_tried_again(
+    call: Call, auth_server: AuthServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert_problem(call(GOOD), 503)
+    clock.ahead += taskd.KEYS_PAUSE
+    assert call(GOOD).status_code == 200
+
+
+def test_a_process_that_is_forked_during_a_fetch_begins_one_of_its_own(
+    auth_server: AuthServer,
+) -> None:
+    keys = taskd.KeySet(auth_server.url)
+    keys._fetch = Future()  # whose thread is in the parent process
+    assert keys.find("ES256", "ES256") is not None
+
+
+# --- A proxy that lies ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy() -> Iterator[AuthServer]:
+    """Something that answers whatever it is asked with a key set of its own."""
+    server = AuthServer()
+    server.keys = [public(NEW, "EdDSA", "EdDSA")]
+    yield server
+    server.close()
+
+
+def test_a_proxy_is_not_asked_for_the_set_of_this_machine(
+    start: Callable[..., Process], auth_server: AuthServer, proxy: AuthServer
+) -> None:
+    address = f"http://127.0.0.1:{proxy.http.server_port}"
+    names = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"), address)
+    server = start(TASKD_JWKS_URL=auth_server.url, NO_PROXY="", no_proxy="", **names)
+    good, forged = (signed(key, "EdDSA", "EdDSA") for key in (PRIVATE["EdDSA"], NEW))
+    assert server.request("GET", "/api/alice/tasks", headers=good).status_code == 200
+    assert server.request("GET", "/api/alice/tasks", headers=forged).status_code == 401
+    assert (auth_server.asked, proxy.asked) == (1, 0)
+
+
+@pytest.mark.parametrize("login", ["", "user:p%40ss@"])
+def test_a_set_elsewhere_is_fetched_through_the_proxy_with_a_tunnel(
+    monkeypatch: pytest.MonkeyPatch, login: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://{login}127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("HTTPS_PROXY", address)
+        monkeypatch.setenv("https_proxy", address)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        asked: list[bytes] = []
+
+        def refuse() -> None:
+            with listener.accept()[0] as connection:
+                asked.append(connection.recv(4096))
+                connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+
+        threading.Thread(target=refuse, daemon=True).start()
+        with pytest.raises(OSError, match="502"):
+            taskd.download("https://auth.example/jwks")
+    assert asked[0].startswith(b"CONNECT auth.example:443 HTTP/1.")
+    assert (b"Proxy-Authorization: Basic dXNlcjpwQHNz\r\n" in asked[0]) == bool(login)
+
+
+# --- Many at once, at a real taskd ----------------------------------------------------------------
+
+
+def at_once(server: Process, headers: dict[str, str], number: int = 40) -> list[Wire]:
+    """Send the same request on connections of their own; nobody waits for an answer."""
+    authorization = f"Authorization: {headers['Authorization']}"
+    wires = [Wire(server) for _ in range(number)]
+    for wire in wires:
+        wire.send(written("GET", "/api/alice/tasks", None, authorization))
+    return wires
+
+
+def test_forty_callers_at_a_cold_start_wait_for_one_fetch_and_hold_nobody_up(
+    start: Callable[..., Process], auth_server: AuthServer
+) -> None:
+    auth_server.answer = auth_server.late
+    server = start(TASKD_JWKS_URL=auth_server.url, TASKD_THREADS="2")
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(wire) for wire in at_once(server, GOOD)]
+        assert server.request("GET", "/healthz").status_code == 200
+        created = server.request("POST", "/api/bob/tasks", {"title": "x"}, bearer("bob"))
+        assert created.status_code == 201
+        auth_server.free.set()
+        assert [wire.answer().status_code for wire in wires] == [200] * 40
+    assert auth_server.asked == 1
+
+
+def test_forty_callers_after_a_rotation_wait_for_one_fetch(
+    start: Callable[..., Process], auth_server: AuthServer
+) -> None:
+    server = start(TASKD_JWKS_URL=auth_server.url)
+    assert server.request("GET", "/api/alice/tasks", headers=GOOD).status_code == 200
+    auth_server.keys.append(public(NEW, "EdDSA", "new"))
+    auth_server.answer = auth_server.late
+    rotated = signed(NEW, "EdDSA", "new")
+
+    def waits() -> bool:
+        with Wire(server) as wire:
+            wire.send(
+                written(
+                    "GET", "/api/alice/tasks", None, f"Authorization: {rotated['Authorization']}"
+                )
+            )
+            return auth_server.asked == 2
+
+    until(waits, "the pause between two fetches is over")
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(wire) for wire in at_once(server, rotated)]
+        assert server.request("GET", "/healthz").status_code == 200
+        auth_server.free.set()
+        assert [wire.answer().status_code for wire in wires] == [200] * 40
+    assert auth_server.asked == 2
+
+
+def test_a_caller_who_leaves_while_the_set_is_fetched_harms_nobody(
+    start: Callable[..., Process], auth_server: AuthServer
+) -> None:
+    auth_server.answer = auth_server.late
+    server = start(TASKD_JWKS_URL=auth_server.url)
+    for wire in at_once(server, GOOD, 10):
+        wire.reset()
+    [stays] = at_once(server, GOOD, 1)
+    auth_server.free.set()
+    assert stays.answer().status_code == 200
+    stays.close()
+    assert server.request("GET", "/api/alice/tasks", headers=GOOD).status_code == 200
+    assert server.terminate() == 0
+    assert "Traceback" not in server.log
+
+
+# --- The log --------------------------------------------------------------------------------------
+
+
+def test_the_log_says_why_a_token_is_refused_and_whose_it_is(start: Callable[..., Process]) -> None:
+    server = start(TASKD_LOG_FORMAT="json")
+    refused = server.request("GET", "/api/alice/tasks", headers=bearer(exp=1))
+    server.request("GET", "/api/alice/tasks")
+    server.request("GET", "/api/alice/tasks", headers=bearer("bob"))
+    server.request("GET", "/api/alice/tasks", headers=bearer())
+    until(lambda: server.log.count("\n") == 5, "a line for each")
+    seen = [json.loads(line) for line in server.log.splitlines()[1:]]
+    assert [(line["status"], line["user"], line.get("reason")) for line in seen] == [
+        (401, None, refused.json["detail"]),
+        (401, None, "send the header Authorization: Bearer <JWT>, with the token from your login"),
+        (403, "bob", None),
+        (200, "alice", None),
+    ]
+
+
+def test_the_reason_ends_the_line_for_people(start: Callable[..., Process]) -> None:
+    server = start()
+    server.request("GET", "/api/alice/tasks", headers=bearer(exp=1))
+    until(lambda: server.log.count("\n") == 2, "a line for it")
+    assert server.log.endswith(' user=- reason="the token has expired; log in again"\n')

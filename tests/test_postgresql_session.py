@@ -1,0 +1,238 @@
+"""What the role, the database, the environment or a pooler set for a session does no harm."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from cluster import Cluster, _exists, free_port
+from conftest import DIRECTORY
+from support import DEADLINE, Process, at_once, bearer, until, written
+from test_postgresql import create, made, run
+
+pytestmark = pytest.mark.postgresql
+
+Start = Callable[..., Process]
+TASKS = "/api/alice/tasks"
+TABLES = "SELECT schemaname FROM pg_tables WHERE tablename IN ('task', 'about', 'idempotency_key')"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A server of these tests' own: roles and what they set are of the whole server."""
+    cluster = Cluster("fsync=off", "listen_addresses=*", within=os.environ[DIRECTORY])
+    yield cluster
+    cluster.remove()
+
+
+@pytest.fixture
+def empty(cluster: Cluster) -> str:
+    return made(cluster.url())
+
+
+def execute(url: str, *statements: str) -> list[Any]:
+    """Run statements, and return the rows of the last one."""
+    with psycopg.connect(url, autocommit=True) as session:
+        for statement in statements:
+            cursor = session.execute(statement.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+IN_OWN = "options=-c%20search_path%3Down"
+
+
+@pytest.mark.parametrize(
+    ("query", "variables"),
+    [
+        (f"?{IN_OWN}", {}),
+        ("", {"PGOPTIONS": "-c search_path=own"}),
+        (f"?{IN_OWN}%20-c%20geqo%3Doff", {"PGOPTIONS": "-c search_path=public"}),
+    ],
+    ids=["in the URL", "in the environment", "in both"],
+)
+def test_options_are_honoured_and_the_tables_land_in_that_schema(
+    empty: str, start: Start, tmp_path: Path, query: str, variables: dict[str, str]
+) -> None:
+    execute(empty, "CREATE SCHEMA own")
+    server = start(DATABASE_URL=empty + query, **variables)
+    assert create(server, 1, "key").status_code == 201
+    assert create(server, 1, "key").headers["idempotency-replayed"] == "true"
+    assert server.request("GET", "/readyz").status_code == 200
+    assert set(execute(empty, TABLES)) == {("own",)}
+    ended = run(tmp_path, "taskctl.py", "stats", DATABASE_URL=empty + query, **variables)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    again = start(DATABASE_URL=empty + query, **variables)
+    assert len(again.request("GET", TASKS, headers=bearer()).json) == 1
+
+
+def test_a_search_path_of_the_role_is_honoured(empty: str, start: Start) -> None:
+    name = empty.rpartition("/")[2]
+    execute(empty, "CREATE SCHEMA own", f"ALTER DATABASE {name} SET search_path = own, public")
+    assert create(start(DATABASE_URL=empty), 1).status_code == 201
+    assert set(execute(empty, TABLES)) == {("own",)}
+
+
+def test_a_schema_that_came_in_front_of_the_tables_is_refused_and_stays_empty(
+    empty: str, start: Start, tmp_path: Path
+) -> None:
+    assert create(start(DATABASE_URL=empty), 1).status_code == 201
+    execute(empty, "CREATE SCHEMA taskd")  # named as the user, it is the first that is searched
+    ended = run(tmp_path, "taskd.py", DATABASE_URL=empty)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "search path" in ended.stderr
+    assert set(execute(empty, TABLES)) == {("public",)}
+
+
+def test_a_search_path_without_a_schema_is_refused_in_one_line(empty: str, tmp_path: Path) -> None:
+    ended = run(tmp_path, "taskd.py", DATABASE_URL=f"{empty}?options=-csearch_path%3Dnowhere")
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "schema" in ended.stderr
+
+
+ROLE = (  # what a role, or a database, may have as defaults
+    "default_transaction_isolation = 'serializable'",
+    "statement_timeout = '1ms'",
+    "synchronous_commit = off",
+    "client_encoding = 'LATIN1'",
+    "standard_conforming_strings = off",
+    "default_transaction_deferrable = on",
+    "DateStyle = 'German'",
+)
+
+
+def test_defaults_of_the_role_change_nothing(empty: str, start: Start) -> None:
+    name = empty.rpartition("/")[2]
+    for default in ROLE:
+        execute(empty, "SET statement_timeout = 0", f"ALTER DATABASE {name} SET {default}")
+    server = start(DATABASE_URL=empty, TASKD_THREADS="30", PGCLIENTENCODING="LATIN1")
+    body = {"title": "🌧 Σίσυφος", "description": "C:\\new"}
+    requests = [
+        written("POST", TASKS, body, f"Idempotency-Key: key-{number}", user="alice")
+        for number in range(40)
+        for _ in range(2)
+    ]
+    answers = at_once([server], requests)
+    assert Counter(answer.status_code for answer in answers) == {201: 80}
+    shown = server.request("GET", TASKS, headers=bearer()).json
+    assert [(task["title"], task["description"]) for task in shown] == [tuple(body.values())] * 40
+    with closing(psycopg.connect(empty, options="-c statement_timeout=0")) as session:
+        [(plan,)] = session.execute("SELECT current_setting('synchronous_commit')").fetchall()
+    assert plan == "off", "it was the default of the database"
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_of_another_encoding_is_refused_in_one_line(
+    cluster: Cluster, tmp_path: Path, encoding: str
+) -> None:
+    url = made(cluster.url(), f"ENCODING {encoding} TEMPLATE template0")
+    for program, arguments in (("taskd.py", []), ("taskctl.py", ["stats"])):
+        ended = run(tmp_path, program, *arguments, DATABASE_URL=url)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.count("\n") == 1, ended.stderr
+        assert f"has the encoding {encoding}, and taskd needs UTF8" in ended.stderr
+    assert execute(url, TABLES) == []
+
+
+def test_a_server_elsewhere_without_tls_is_warned_of_and_one_here_is_not(
+    cluster: Cluster, empty: str, start: Start
+) -> None:
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address but its loopback one")
+        address = probe.getsockname()[0]
+    rules = cluster.directory / "data" / "pg_hba.conf"
+    rules.write_text(f"host all all {address}/32 trust\n{rules.read_text()}")
+    execute(cluster.url(), "SELECT pg_reload_conf()")
+    warning = "is not encrypted on its way"
+    assert warning not in start(DATABASE_URL=empty).log
+    elsewhere = empty.replace("127.0.0.1", address)
+    until(lambda: _connects(elsewhere), "the server has read its rules")
+    server = start(DATABASE_URL=elsewhere, TASKD_LOG_FORMAT="json")
+    assert server.log.count(warning) == 1
+    assert server.log.startswith("{")
+
+
+def _connects(url: str) -> bool:
+    try:
+        psycopg.connect(url).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def test_a_connect_timeout_of_the_url_is_honoured(tmp_path: Path) -> None:
+    with closing(socket.socket()) as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x?connect_timeout=2"
+        started = time.monotonic()
+        ended = run(tmp_path, "taskd.py", DATABASE_URL=url + "&gssencmode=disable")
+        assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+        assert time.monotonic() - started < DEADLINE / 2
+
+
+# --- PgBouncer ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooled(cluster: Cluster, empty: str, tmp_path: Path) -> Iterator[str]:
+    """The address of an empty database behind a PgBouncer in session mode, with its defaults."""
+    if not shutil.which("pgbouncer"):
+        pytest.skip("PgBouncer is not installed here")
+    port, directory = free_port(), tmp_path / "pgbouncer"
+    directory.mkdir()
+    (directory / "users").write_text('"taskd" ""\n')
+    (directory / "pgbouncer.ini").write_text(
+        f"[databases]\n* = host=127.0.0.1 port={cluster.port}\n[pgbouncer]\n"
+        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\n"
+        f"auth_file = {directory}/users\npool_mode = session\ndefault_pool_size = 8\n"
+    )
+    command = ["setpriv", "--pdeathsig=KILL", "pgbouncer", str(directory / "pgbouncer.ini")]
+    if os.geteuid() == 0:
+        user = next(name for name in ("postgres", "nobody") if _exists(name))
+        command[1:1] = [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        for place in (directory, *directory.iterdir()):
+            place.chmod(0o755 if place.is_dir() else 0o644)
+        for place in directory.parents:
+            if place.owner() == "root" and not place.stat().st_mode & 0o001:
+                place.chmod(place.stat().st_mode | 0o011)
+    with (directory / "log").open("wb") as log:
+        pooler = subprocess.Popen(command, stdout=log, stderr=log)
+    url = empty.replace(f":{cluster.port}/", f":{port}/")
+    until(lambda: pooler.poll() is not None or _connects(url), "PgBouncer listens")
+    assert pooler.poll() is None, (directory / "log").read_text()
+    yield url
+    pooler.kill()
+    pooler.wait()
+
+
+def test_behind_pgbouncer_in_session_mode_it_serves(
+    pooled: str, empty: str, start: Start, tmp_path: Path
+) -> None:
+    server = start(DATABASE_URL=pooled, TASKD_THREADS="6")
+    for number in range(12):
+        assert create(server, number, f"key-{number}").status_code == 201
+        assert create(server, number, f"key-{number}").headers["idempotency-replayed"] == "true"
+    requests = [written("PATCH", f"{TASKS}/1/complete", user="alice") for _ in range(40)]
+    assert Counter(answer.status_code for answer in at_once([server], requests)) == {200: 40}
+    assert server.request("GET", f"{TASKS}/1", headers=bearer()).json["completed"] is False
+    assert server.request("GET", "/readyz").status_code == 200
+    assert server.terminate() == 0
+    ended = run(tmp_path, "taskctl.py", "stats", DATABASE_URL=pooled)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    again = start(DATABASE_URL=pooled, TASKD_THREADS="6")
+    assert len(again.request("GET", TASKS, headers=bearer()).json) == 12
+    assert execute(empty, "SELECT count(*) FROM task") == [(12,)]
