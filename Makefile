@@ -13,12 +13,12 @@ run: .venv/run
 	@$(BIN)/python taskctl.py init
 	@exec $(BIN)/python taskd.py
 
+check: .venv/test
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint test-quick
+
 # Better Auth, a page and taskd together. Only this needs Node.
 demo: examples/better-auth/node_modules/.installed .venv/run
 	@PYTHON=$(CURDIR)/$(BIN)/python exec node examples/better-auth/demo.mjs
-
-check: .venv/test
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint test-quick
 
 test: lint test-sqlite test-postgresql
 
@@ -65,14 +65,7 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python bench/latency.py
 
 clean:
-	rm -rf .venv .venv-bench .venv-3.* mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/*/node_modules examples/*/node_modules
-
-examples/better-auth/node_modules/.installed: examples/better-auth/package-lock.json
-	@command -v npm >/dev/null || \
-		{ echo "make demo needs Node 20.19 or newer and npm: https://nodejs.org" >&2; exit 1; }
-	@echo "Installing Better Auth ..."
-	@npm ci --prefix examples/better-auth --ignore-scripts --no-audit --no-fund --loglevel=error
-	@touch $@
+	rm -rf .venv .venv-bench .venv-3.* mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/*/node_modules tests/openapi_clients/.venv examples/*/node_modules
 
 # uv installs in a tenth of the time; where it is missing or fails, pip does it.
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
@@ -82,6 +75,13 @@ define install
 	@$(if $(UV),uv pip install --quiet --python $(BIN)/python -r $(1) ||) \
 		$(BIN)/pip install --quiet --disable-pip-version-check -r $(1)
 endef
+
+examples/better-auth/node_modules/.installed: examples/better-auth/package-lock.json
+	@command -v npm >/dev/null || \
+		{ echo "make demo needs Node 20.19 or newer and npm: https://nodejs.org" >&2; exit 1; }
+	@echo "Installing Better Auth ..."
+	@npm ci --prefix examples/better-auth --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'

@@ -5,9 +5,26 @@ It reads the settings that taskd reads, and decides about tokens and the databas
 stdout, messages to stderr. Exit status: 0; 1 when something is refused, not found or off; 2 for usage and settings.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "falcon==4.4.0",
+#     "httptools==0.9.0",
+#     "msgspec==0.22.0",
+#     "peewee==4.5.3",
+#     "prometheus-client==0.26.0",
+#     "PyJWT[crypto]==2.15.1",
+#     "python-dotenv==1.2.4",
+#     "rich==15.0.0",
+#     "typer==0.29.2",
+#     "waitress==3.0.2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import http.client
@@ -35,25 +52,40 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import urlsplit
 
-import msgspec
-import peewee
-import typer
-from jwt.utils import base64url_decode
-from peewee import fn
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
+try:
+    import msgspec
+    import peewee
+    import typer
+    from dotenv import dotenv_values
+    from jwt.utils import base64url_decode
+    from peewee import fn
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
 
-import taskd
-from taskd import DOTENV, About, Settings, Task, Tokens
+    import taskd
+    from taskd import DOTENV, About, Settings, Task, Tokens
+except ModuleNotFoundError as ex:
+    if __name__ != "__main__":
+        raise
+    sys.exit(
+        f"taskctl: the package {ex.name} is not installed for this Python; "
+        "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
+    )
 
 app = typer.Typer(
-    help="Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsLines = Annotated[bool, typer.Option("--nl", help="Print JSON lines.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Wide = Annotated[bool, typer.Option("--wide", help="All columns, however wide.")]
+STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
+TIMES = ("created_at", "updated_at", "due_date", "last_change")  # shown to the minute
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
@@ -78,24 +110,90 @@ def show(row: dict[str, Any], as_json: bool) -> None:
         print(f"{name:{max(map(len, row))}}  {printable(value)}")
 
 
-def show_all(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Print rows: as a JSON array, or a table."""
+def show_all(
+    rows: list[dict[str, Any]],
+    as_json: bool,
+    nl: bool = False,
+    as_csv: bool = False,
+    hidden: tuple[str, ...] | None = (),
+) -> None:
+    """Print rows: as JSON, JSON lines, CSV, or a table, on a terminal without the hidden columns."""
     if as_json:
         print(json.dumps(rows))
-        return
-    if not rows:
-        return
-    table = Table(*rows[0], box=None, pad_edge=False)
+    elif nl:
+        print(*map(json.dumps, rows), sep="\n", end="\n" if rows else "")
+    elif as_csv:
+        show_csv(rows)
+    elif rows:
+        show_table(rows, hidden if sys.stdout.isatty() else None)
+
+
+def show_csv(rows: list[dict[str, Any]]) -> None:
+    """Print rows as CSV with a header; what is not text is written as in JSON, and null as nothing."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerows(row.keys() for row in rows[:1])
     for row in rows:
-        table.add_row(*(Text(printable(value), overflow="fold") for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 10**6).print(table)
+        values = row.values()
+        writer.writerow(v if v is None or isinstance(v, str) else json.dumps(v) for v in values)
+
+
+def show_table(rows: list[dict[str, Any]], hidden: tuple[str, ...] | None) -> None:
+    """Print a table: short, without the hidden columns and those without a value, or whole (None)."""
+    names = [
+        name
+        for name in rows[0]
+        if hidden is None
+        or (name not in hidden and any(row[name] not in (None, []) for row in rows))
+    ]
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=name in TIMES)
+    for row in rows:
+        table.add_row(*(cell(name, row[name], hidden is not None) for name in names))
+    Console(width=10**6 if hidden is None else None).print(table)
+
+
+def cell(name: str, value: object, short: bool) -> Text:
+    """Return a value for a table, where short times are to the minute, in UTC."""
+    text = printable(value)
+    if short and name in TIMES:
+        text = text[:16].replace("T", " ")
+    return Text(text, STYLES.get(text, "") if name == "result" else "", overflow="fold")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "no tasks", "1 task" or "2 tasks"."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def conclude(results: list[str], noun: str, quiet: bool, why: str = "") -> None:
+    """Say how many checks or calls passed; raise Refused if one failed."""
+    failed, warned = results.count("FAIL"), results.count("warning")
+    if failed:
+        raise Refused(f"{failed} of {len(results)} {noun}s failed{why}")
+    if not quiet:
+        warnings = f", {counted(warned, 'warning')}" if warned else ""
+        say(f"all {len(results)} {noun}s passed{warnings}")
+
+
+def total(rows: list[Any], message: str) -> None:
+    """Say how many rows there are where somebody reads them, and everywhere that there are none."""
+    if not rows or sys.stdout.isatty():
+        say(message)
+
+
+def read_stdin(what: str) -> str:
+    """Return what stdin holds to its end, and say so where somebody has to type it."""
+    if sys.stdin.isatty():
+        say(f"paste {what}, then press Enter and Ctrl-D")
+    return sys.stdin.buffer.read().decode(errors="replace")
 
 
 def printable(value: object) -> str:
     """Return a value as text that a terminal shows and does not obey."""
     words: dict[object, str] = {None: "-", True: "yes", False: "no"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
-    text = ", ".join(value) if isinstance(value, list) else text
+    text = (", ".join(value) or "-") if isinstance(value, list) else text
     return taskd.printable(text)
 
 
@@ -103,6 +201,25 @@ def progress(hidden: bool = False) -> Progress:
     """Return a progress bar on stderr, which shows only where somebody looks at it."""
     console = Console(stderr=True)
     return Progress(console=console, disable=hidden or not console.is_terminal, transient=True)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and exit, where --version is given."""
+    if wanted:
+        print(f"taskctl {taskd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server."""
 
 
 # --- Set up ---------------------------------------------------------------------------------------
@@ -145,18 +262,17 @@ def write_secret() -> None:
 
 @app.command()
 def settings(as_json: AsJson = False) -> None:
-    """Show the effective settings; secrets are masked."""
-    effective = Settings.load()
-    rows = [
-        (field.metadata, getattr(effective, field.name)) for field in dataclasses.fields(effective)
-    ]
-    show(
-        {
-            meta["variable"]: "(set)" if meta["secret"] and value else plain(value)
-            for meta, value in rows
-        },
-        as_json,
-    )
+    """Show the effective settings, and where each comes from. Secrets are masked."""
+    effective, written = Settings.load(), dotenv_values(DOTENV)
+    values, sources = {}, {}
+    for field in dataclasses.fields(effective):
+        variable, value = field.metadata["variable"], getattr(effective, field.name)
+        values[variable] = "(set)" if field.metadata["secret"] and value else plain(value)
+        given = "environment" if os.environ.get(variable) else written.get(variable) and DOTENV
+        sources[variable] = given or "default"
+    if as_json:
+        return show(values, as_json)
+    show({name: f"{printable(value)}  ({sources[name]})" for name, value in values.items()}, False)
 
 
 def plain(value: object) -> object:
@@ -249,7 +365,7 @@ def verify(
     Its header and claims are shown in both cases; those of a refused token are unverified.
     """
     tokens = Tokens(Settings.load())
-    text = sys.stdin.buffer.read().decode(errors="replace") if token == "-" else token
+    text = read_stdin("a token") if token == "-" else token
     text = re.sub("^bearer +", "", text.strip(), flags=re.IGNORECASE)
     try:
         user = tokens.verify(text)
@@ -341,8 +457,7 @@ def check(as_json: AsJson = False) -> None:
         [{"result": result, "about": about, "found": found} for result, about, found in findings],
         as_json,
     )
-    if off := sum(result == "FAIL" for result, _, _ in findings):
-        raise Refused(f"{off} of {len(findings)} checks failed")
+    conclude([result for result, _, _ in findings], "check", as_json)
 
 
 def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
@@ -518,16 +633,31 @@ def rows(query: Any, *names: str) -> list[dict[str, Any]]:
 
 
 @app.command()
-def users(as_json: AsJson = False) -> None:
+def users(
+    sort: Annotated[
+        str, typer.Option(help="user_id, tasks, done or last_change; -tasks for most first.")
+    ] = "user_id",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    as_json: AsJson = False,
+    nl: AsLines = False,
+    as_csv: AsCsv = False,
+    wide: Wide = False,
+) -> None:
     """List the users who have tasks."""
     database()
-    counts = {
+    counts: dict[str, Any] = {
         "tasks": fn.COUNT(Task.id),
         "done": count_where(COMPLETED),
         "last_change": fn.MAX(Task.updated_at),
     }
+    if not (key := ({"user_id": Task.user_id} | counts).get(sort.removeprefix("-"))):
+        raise typer.BadParameter("--sort takes user_id, tasks, done or last_change")
     query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
-    show_all(rows(query.group_by(Task.user_id).order_by(Task.user_id), "user_id", *counts), as_json)
+    order = [key.desc() if sort.startswith("-") else key, Task.user_id]
+    found = rows(query.group_by(Task.user_id).order_by(*order).limit(limit), "user_id", *counts)
+    show_all(found, as_json, nl, as_csv, None if wide else ())
+    if not (as_json or nl or as_csv):
+        total(found, counted(len(found), "user"))
 
 
 def count_where(condition: Any) -> peewee.Function:
@@ -576,6 +706,9 @@ def tasks(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
+    nl: AsLines = False,
+    as_csv: AsCsv = False,
+    wide: Wide = False,
 ) -> None:
     """List a user's tasks, oldest first."""
     if only_open and only_done:
@@ -596,7 +729,12 @@ def tasks(
         found += page
     store.close()
     found = found[:limit]
-    show_all([msgspec.structs.asdict(task) for task in found], as_json)
+    filters = only_open, only_done, q, limit, priority, tag, due_before
+    hidden = None if wide else ("user_id", "description", "created_at")
+    show_all([msgspec.structs.asdict(task) for task in found], as_json, nl, as_csv, hidden)
+    if not (as_json or nl or as_csv):
+        noun = "such task" if any(filters) else "task"
+        total(found, f"{printable(user)} has {counted(len(found), noun)}")
 
 
 @app.command()
@@ -622,50 +760,15 @@ def stats(as_json: AsJson = False) -> None:
 
 
 VERBS = {
-    "Buy": [
-        "milk",
-        "bread and butter",
-        "a birthday present for Nora",
-        "coffee beans",
-        "light bulbs",
-        "stamps",
-    ],
-    "Call": [
-        "the dentist",
-        "grandmother",
-        "the landlord about the heating",
-        "the bank",
-        "Jonas back",
-    ],
-    "Write": [
-        "the minutes of Monday's meeting",
-        "the release notes",
-        "a letter of thanks",
-        "the travel report",
-    ],
-    "Repair": [
-        "the bicycle's rear light",
-        "the dripping tap",
-        "the kitchen shelf",
-        "the build on main",
-    ],
-    "Book": [
-        "the train to Vienna",
-        "a table for six",
-        "the vaccination",
-        "the meeting room for Thursday",
-    ],
-    "Read": ["the lease", "chapter four", "the review of the new API", "the manual before asking"],
+    "Buy": "milk|bread and butter|a birthday present for Nora|coffee beans|light bulbs|stamps",
+    "Call": "the dentist|grandmother|the landlord about the heating|the bank|Jonas back",
+    "Write": "the minutes of Monday's meeting|the release notes|a letter of thanks|the travel report",
+    "Repair": "the bicycle's rear light|the dripping tap|the kitchen shelf|the build on main",
+    "Book": "the train to Vienna|a table for six|the vaccination|the meeting room for Thursday",
+    "Read": "the lease|chapter four|the review of the new API|the manual before asking",
 }
-NOTES = [
-    "before the weekend",
-    "ask Mira first",
-    "2 litres",
-    "see the e-mail of Tuesday",
-    "not urgent",
-    "twice, if need be",
-]
 TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
+NOTES = "before the weekend|ask Mira first|2 litres|see the e-mail of Tuesday|not urgent|twice, if need be"
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 BATCH = 1000  # tasks in a statement
 
@@ -705,8 +808,8 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
             due = created + timedelta(days=chance.randrange(1, 60), hours=chance.randrange(24))
             yield {
                 "user_id": name,
-                "title": f"{verb} {chance.choice(VERBS[verb])}",
-                "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
+                "title": f"{verb} {chance.choice(VERBS[verb].split('|'))}",
+                "description": chance.choice(NOTES.split("|")) if chance.random() < 0.5 else None,
                 "completed": done,
                 "priority": chance.choice(["low", "medium", "high", None, None]),
                 "due_date": chance.choice([None, f"{due:%Y-%m-%d}", taskd.timestamp(due)]),
@@ -1203,6 +1306,10 @@ class SmokeClient:
         self._token = Tokens(settings).mint(login(settings, self.id, ttl=300))
         self.results: list[dict[str, Any]] = []
 
+    def connect(self) -> None:
+        """Connect to the server, or raise OSError."""
+        self._connection.connect()
+
     def call(
         self,
         method: str,
@@ -1317,24 +1424,27 @@ def smoke(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call every route of a live server as a throw-away user, and leave nothing behind."""
+    """Call every route of a live server, and leave nothing behind."""
     settings = Settings.load()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = url or f"http://{host}:{settings.port}"
-    visitor = SmokeClient(url, settings)
+    visitor = SmokeClient(url := url or f"http://{host}:{settings.port}", settings)
     try:
+        visitor.connect()
         try:
             visitor.try_every_route()
         finally:
             visitor.clean_up()
+    except ConnectionRefusedError:
+        raise Refused(f"nothing listens at {url}; start taskd, or name its URL") from None
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as ex:
         raise Refused(
             f"{url} does not answer as taskd does: {printable(str(ex).strip())}"
         ) from None
     finally:
         show_all(visitor.results, as_json)
-    if off := sum(row["result"] != "ok" for row in visitor.results):
-        raise Refused(f"{off} of {len(visitor.results)} calls failed")
+    statuses = {row["status"] for row in visitor.results if row["expected"] != 401}
+    secret = "; the server has another secret than these settings" if statuses == {200, 401} else ""
+    conclude([row["result"] for row in visitor.results], "call", as_json, secret)
 
 
 # --- A server for tests ---------------------------------------------------------------------------
@@ -1495,7 +1605,7 @@ def main() -> None:
     )  # what is unfinished is cleared away
     taskd.log.addHandler(logging.NullHandler())  # a command tells what went wrong itself
     try:
-        app()
+        app(prog_name="taskctl")
     except Refused as ex:
         say(str(ex))
         sys.exit(1)

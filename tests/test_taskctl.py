@@ -66,8 +66,11 @@ OPTIONS = {
     "settings": ["--json"],
     "smoke": ["--json"],
     "stats": ["--json"],
-    "tasks": ["--done", "--json", "--limit", "--open", "--search", "--sort"],
-    "users": ["--json"],
+    "tasks": [
+        *("--csv", "--done", "--due-before", "--json", "--limit", "--nl", "--open"),
+        *("--priority", "--search", "--sort", "--tag", "--wide"),
+    ],
+    "users": ["--csv", "--json", "--limit", "--nl", "--sort", "--wide"],
     "verify": ["--json"],
     "wait": ["--timeout"],
 }
@@ -77,6 +80,9 @@ MILK = [
     "Buy milk",
     "2 litres",
     "no",
+    "-",
+    "-",
+    "-",
     "2026-01-02T03:04:05.006Z",
     "2026-01-02T03:04:05.006Z",
 ]
@@ -86,6 +92,9 @@ DENTIST = [
     "Call the dentist",
     "-",
     "yes",
+    "-",
+    "-",
+    "-",
     "2026-01-03T03:04:05.006Z",
     "2026-01-05T03:04:05.006Z",
 ]
@@ -95,6 +104,9 @@ LETTER = [
     "Write a letter",
     "-",
     "no",
+    "-",
+    "-",
+    "-",
     "2026-01-01T03:04:05.006Z",
     "2026-01-04T03:04:05.006Z",
 ]
@@ -151,9 +163,9 @@ def data(answer: Answer) -> Any:
     return json.loads(answer.stdout)
 
 
-def cells(answer: Answer) -> list[list[str]]:
-    """Return the table that a command which succeeded printed: on stdout alone, and nothing on stderr."""
-    assert (answer.returncode, answer.stderr) == (0, ""), answer
+def cells(answer: Answer, said: str = "") -> list[list[str]]:
+    """Return the table that a command which succeeded printed on stdout; on stderr is what it said, if anything."""
+    assert (answer.returncode, answer.stderr) == (0, f"taskctl: {said}\n" if said else ""), answer
     return [re.split(" {2,}", line.strip()) for line in answer.stdout.splitlines()]
 
 
@@ -182,9 +194,11 @@ def keep(path: Path, rows: list[list[Any]]) -> None:
     """Make a database with these tasks, without taskd's own code."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript((ROOT / "schema.sql").read_text())
-        connection.execute("INSERT INTO about VALUES (2, 'cursors are signed with it')")
-        columns = "id, user_id, title, description, completed, created_at, updated_at"
-        connection.executemany(f"INSERT INTO task ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.execute("INSERT INTO about VALUES (3, 'cursors are signed with it')")
+        columns = ", ".join(TASK_KEYS)
+        rows = [[*row[:5], None, None, "[]", *row[-2:]] for row in rows]
+        marks = ", ".join("?" * len(TASK_KEYS))
+        connection.executemany(f"INSERT INTO task ({columns}) VALUES ({marks})", rows)
         connection.commit()
 
 
@@ -222,14 +236,15 @@ def test_help_lists_every_command_with_what_it_does(taskctl: Taskctl) -> None:
     answer = taskctl("--help")
     assert (answer.returncode, answer.stderr) == (0, "")
     commands = answer.stdout.partition("Commands")[2]
-    assert sorted(re.findall("^│ ([a-z-]+) +[A-Z]", commands, re.MULTILINE)) == sorted(OPTIONS)
+    assert sorted(re.findall("^  ([a-z-]+) +[A-Z]", commands, re.MULTILINE)) == sorted(OPTIONS)
 
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_each_command_explains_itself_and_its_options(taskctl: Taskctl, command: str) -> None:
     answer = taskctl(command, "--help")
     assert (answer.returncode, answer.stderr) == (0, "")
-    shown = {*re.findall("^│ +(--[a-z-]+)", answer.stdout, re.MULTILINE)}
+    shown = {*re.findall("^  (?:-[a-z], )?(--[a-z-]+)", answer.stdout, re.MULTILINE)}
+    assert "bool" not in answer.stdout
     assert sorted(shown - {"--help"}) == OPTIONS[command]
     assert re.search(r"[A-Z][a-z]+ .+\.", answer.stdout)
 
@@ -743,7 +758,7 @@ def test_check_finds_nothing_off_after_init(taskctl: Taskctl) -> None:
     assert [finding["about"] for finding in findings] == [
         "secret 1", "sqlite:///taskd.db", ".env", "taskd.db", "TASKD_JWKS_URL",
     ]  # fmt: skip
-    table = cells(taskctl("check", secret=""))
+    table = cells(taskctl("check", secret=""), said=f"all {len(findings)} checks passed")
     assert table == [["result", "about", "found"], *([*finding.values()] for finding in findings)]
 
 
@@ -840,14 +855,42 @@ def test_tasks_shows_one_users_tasks_oldest_first(taskctl: Taskctl, kept: Path) 
     assert data(shown) == [
         {
             "id": 1, "user_id": "alice", "title": "Buy milk", "description": "2 litres", "completed": False,
+            "priority": None, "due_date": None, "tags": [],
             "created_at": "2026-01-02T03:04:05.006Z", "updated_at": "2026-01-02T03:04:05.006Z",
         },
         {
             "id": 3, "user_id": "alice", "title": "Call the dentist", "description": None, "completed": True,
+            "priority": None, "due_date": None, "tags": [],
             "created_at": "2026-01-03T03:04:05.006Z", "updated_at": "2026-01-05T03:04:05.006Z",
         },
     ]  # fmt: skip
     assert list(data(shown)[0]) == TASK_KEYS
+
+
+def test_tasks_of_a_priority_a_tag_or_a_time_are_those_of_the_service(
+    taskctl: Taskctl, kept: Path
+) -> None:
+    with contextlib.closing(sqlite3.connect(kept)) as database, database:
+        more = "priority = 'high', due_date = '2026-12-01', tags = '[\"home\",\"a b\"]'"
+        database.execute(f"UPDATE task SET {more} WHERE id = 3")
+    for options, ids in [
+        (["--priority", "high"], ["3"]),
+        (["--priority", "low"], []),
+        (["--tag", "home", "--tag", "a b"], ["3"]),
+        (["--tag", "home", "--tag", "a"], []),
+        (["--due-before", "2026-12-02"], ["3"]),
+        (["--due-before", "2026-12-01"], []),
+        (["--sort=-due_date", "--limit", "1"], ["3"]),
+    ]:
+        answer = taskctl("tasks", "alice", *options, "--json")
+        assert [str(task["id"]) for task in json.loads(answer.stdout)] == ids, options
+    assert cells(taskctl("tasks", "alice", "--tag", "home"))[1][5:8] == [
+        "high",
+        "2026-12-01",
+        "home, a b",
+    ]
+    for option in (["--priority", "urgent"], ["--tag", " "], ["--due-before", "2026-02-30"]):
+        assert taskctl("tasks", "alice", *option).returncode == 2
 
 
 @pytest.mark.parametrize(("option", "ids"), [("--open", [1]), ("--done", [3])])
@@ -901,7 +944,7 @@ def hostile(tmp_path: Path) -> list[list[str]]:
     mallory = [[n + len(rows), "mallory", *row[2:]] for n, row in enumerate(rows, 1)]
     keep(tmp_path / "taskd.db", rows + mallory)
     return [
-        [str(n + len(rows)), "mallory", shown, shown, "no", *MILK[-2:]]
+        [str(n + len(rows)), "mallory", shown, shown, *MILK[4:]]
         for n, shown in enumerate(HOSTILE.values(), 1)
     ]
 
@@ -932,14 +975,7 @@ def test_the_longest_description_is_shown_whole_on_one_line(
 ) -> None:
     description = "word " * 1999 + "end."
     keep(tmp_path / "taskd.db", [[1, "alice", "Buy milk", description, 0, *MILK[-2:]]])
-    assert cells(taskctl("tasks", "alice"))[1] == [
-        "1",
-        "alice",
-        "Buy milk",
-        description,
-        "no",
-        *MILK[-2:],
-    ]
+    assert cells(taskctl("tasks", "alice"))[1] == ["1", "alice", "Buy milk", description, *MILK[4:]]
 
 
 def test_what_users_wrote_does_nothing_to_a_real_terminal_either(tmp_path: Path) -> None:
@@ -1221,7 +1257,7 @@ def test_smoke_tries_every_route_of_a_live_server_and_leaves_nothing_behind(
     assert {call["status"] for call in calls} >= {200, 201, 304, 401, 403, 404, 412, 422}
     assert all(call["status"] == call["expected"] for call in calls)
     assert all(0 < call["ms"] < 10_000 for call in calls)
-    table = cells(taskctl("smoke", f"{url}/"))
+    table = cells(taskctl("smoke", f"{url}/"), said=f"all {len(calls)} calls passed")
     assert table[0] == ["result", "method", "route", "status", "expected", "ms"]
     assert [row[:4] for row in table[1:]] == [
         [call["result"], call["method"], call["route"], str(call["status"])] for call in calls
@@ -1250,7 +1286,8 @@ def test_smoke_fits_the_settings_of_the_server(
 ) -> None:
     server = start(**variables)
     answer = taskctl("smoke", **(variables | {"TASKD_PORT": str(server.port)}))
-    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.returncode == 0
+    assert re.fullmatch(r"taskctl: all \d+ calls passed\n", answer.stderr)
 
 
 def test_smoke_with_a_wrong_secret_says_what_is_off(
