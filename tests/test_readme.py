@@ -128,7 +128,7 @@ def test_the_endpoints_that_need_a_token_are_marked(client: Any) -> None:
 
 
 def test_the_members_of_a_task_are_those_that_a_client_can_set() -> None:
-    assert [code(row[0]) for row in table("Endpoints", "member")] == list(taskd.RULES)
+    assert [code(row[0]) for row in table("Endpoints", "member")] == list(taskd.FIELDS)
 
 
 def test_the_parameters_of_the_list_are_those_of_the_code() -> None:
