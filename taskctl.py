@@ -570,9 +570,9 @@ class SqliteIds:
     @classmethod
     def count_on(cls, execute: Execute, table: str, last: int) -> None:
         """Give new rows ids after this one, and after those that there were."""
-        last = max(last, cls.last(execute, table))
-        execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
-        execute("INSERT INTO sqlite_sequence VALUES (?, ?)", (table, last))
+        if last := max(last, cls.last(execute, table)):
+            execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+            execute("INSERT INTO sqlite_sequence VALUES (?, ?)", (table, last))
 
 
 class PostgresIds:
@@ -1313,17 +1313,21 @@ def purge(
     found = [model.select().where(theirs).count(opened.peewee) for model, theirs in owned]
     if not any(found):
         raise Refused(f"{printable(user)} has no tasks")
-    what = f"{counted(found[0], 'task')} and {counted(found[1], 'idempotency key')}"
+    what = owned_rows(*found)
     if not yes and not sys.stdin.isatty():
         raise Refused(
             f"{printable(user)} has {what}; without a terminal to ask on, --yes must say so"
         )
-    if not yes and not confirmed(f"Delete {what} of {printable(user)}?"):
+    if not yes and not confirmed(f"Delete all {what} of {printable(user)}?"):
         raise Refused("nothing was deleted")
     with opened.transaction():
         done = [model.delete().where(theirs).execute(opened.peewee) for model, theirs in owned]
-    what = f"{counted(done[0], 'task')} and {counted(done[1], 'idempotency key')}"
-    say(f"deleted {what} of {printable(user)}")
+    say(f"deleted {owned_rows(*done)} of {printable(user)}")
+
+
+def owned_rows(tasks: int, keys: int) -> str:
+    """Return in words how many rows a user has."""
+    return counted(tasks, "task") + (f" and {counted(keys, 'idempotency key')}" if keys else "")
 
 
 def confirmed(question: str) -> bool:
