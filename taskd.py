@@ -1492,10 +1492,19 @@ def queries() -> dict[str, Any]:
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
         "expire": IdempotencyKey.delete().where(expired),
+        "expire_all": _expire_all(),
         "claim": claimed.returning(IdempotencyKey.id),
         "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
     }
+
+
+def _expire_all() -> Any:
+    some = IdempotencyKey.select(IdempotencyKey.id).where(
+        IdempotencyKey.created_at < placeholder("before")
+    )
+    expired = IdempotencyKey.id.in_(some.limit(peewee.SQL("500")))
+    return IdempotencyKey.delete().where(expired).returning(IdempotencyKey.id)
 
 
 def change_query(*names: str) -> Any:
@@ -1725,6 +1734,12 @@ class TaskStore:
         """Whether writes take so long that they are better run in a worker thread from the start."""
         return self._database.is_slow
 
+    def expire_keys(self) -> None:
+        """Delete every idempotency key that is too old, some at a time so that no write waits long."""
+        before = timestamp(datetime.now(UTC) - IDEMPOTENCY_WINDOW)
+        while self._database.write(self._sql["expire_all"], before=before):
+            pass
+
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         self._database.check()
@@ -1832,13 +1847,13 @@ class Unstorable(Exception):
     """The user id cannot be stored by this database."""
 
 
-def open_database(settings: Settings, timeout: float = LOCK_TIMEOUT) -> Database:
+def open_database(settings: Settings, statement_timeout: float = 2 * LOCK_TIMEOUT) -> Database:
     """Return the database of the settings, created or migrated if need be. Raises DatabaseError.
 
-    The time-out in seconds bounds PostgreSQL's statements and locks; 0 is none.
+    PostgreSQL ends a statement after the time-out in seconds; 0 is none.
     """
     if settings.database_url.startswith("postgresql:"):
-        return Postgres(settings, timeout)
+        return Postgres(settings, statement_timeout)
     return Sqlite(settings.database, settings.threads // 2)
 
 
@@ -2069,16 +2084,13 @@ class Postgres(_LastWrite):
 
     is_slow = False  # every statement leaves the event loop anyway
 
-    def __init__(self, settings: Settings, timeout: float) -> None:
-        """Open the database, and create or migrate its tables. Raises DatabaseError or SettingsError.
-
-        A statement may take twice the time-out in seconds, and wait that long for a lock; 0 is no limit.
-        """
+    def __init__(self, settings: Settings, statement_timeout: float) -> None:
+        """Open the database, and create or migrate its tables. Raises DatabaseError or SettingsError."""
         given = _libpq_parameters(settings.database_url)
         from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
         class Pool(PooledPostgresqlDatabase, PostgresSession):
-            session_settings = SESSION.format(2000 * timeout, 1000 * timeout)
+            session_settings = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
 
         defaults: dict[str, Any] = {
             "connect_timeout": 3,
@@ -2341,7 +2353,7 @@ def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
     """Say whether a rollback has succeeded; opening the file finishes it."""
     with contextlib.suppress(peewee.DatabaseError, sqlite3.DatabaseError):
         found = schema_version(database)
-        return found == version and not Path(f"{path}-journal").exists()
+        return found == version and not Path(f"{os.path.realpath(path)}-journal").exists()
     return False
 
 
@@ -3041,6 +3053,7 @@ def handle_unexpected(
 # --- App ------------------------------------------------------------------------------------------
 
 METHODS = frozenset(falcon.HTTP_METHODS)
+EXPIRY_INTERVAL = 3600  # seconds between two deletions of old idempotency keys
 HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
@@ -3116,12 +3129,30 @@ def warn_about(settings: Settings) -> None:
         log.warning("%s takes tokens meant for other services", without)
 
 
+def expire_keys_hourly(store: TaskStore) -> None:
+    """Delete old idempotency keys, and the text in them, at the start and then every hour."""
+    while True:
+        try:
+            store.expire_keys()
+        except Unavailable as ex:
+            log.warning("old idempotency keys stay for another hour: %s", ex.args[1])
+        store.close()  # this thread's connections, which would keep SQLite's log from being folded
+        time.sleep(EXPIRY_INTERVAL)
+
+
+def start_expiry(store: TaskStore) -> None:
+    """Delete old idempotency keys in a thread of its own."""
+    threading.Thread(target=expire_keys_hourly, args=(store,), daemon=True).start()
+
+
 def wsgi() -> App:
     """Return the application with the environment's settings, for other WSGI servers: `gunicorn 'taskd:wsgi()'`."""
     settings = Settings.load()
     configure_log(settings)
     warn_about(settings)
-    return create_app(settings)
+    app = create_app(settings)
+    start_expiry(app.store)
+    return app
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
@@ -3914,15 +3945,30 @@ def parse_arguments(arguments: list[str]) -> None:
     parser.parse_args(arguments)
 
 
+def repair_streams() -> None:
+    """Open the standard streams that are closed, and write what their encoding has not as escapes.
+
+    Otherwise a socket or the database would get the number of stdout or stderr.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: PTH123, SIM115
+        setattr(sys, name, stream)
+        if mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> int:
     """Serve with the environment's settings, and return the exit status: 2 when they cannot be used."""
+    repair_streams()
     if len(sys.argv) > 1:
         parse_arguments(sys.argv[1:])
     try:
         settings = Settings.load()
         configure_log(settings)
         listener = listen(settings.host, settings.port)
-        configure_log(settings)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:
         print(
@@ -3930,6 +3976,7 @@ def main() -> int:
         )  # one line, whatever a path may hold
         return 2
     warn_about(settings)
+    start_expiry(app.store)
     serve(app, listener, settings)
     app.store.close()
     return 0
