@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import gzip
 import hashlib
 import http.client
 import json
@@ -46,6 +47,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -483,9 +485,19 @@ def check_database(settings: Settings) -> Iterator[tuple[str, str, str]]:
     elif not Path(settings.database).exists():
         yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
     else:
-        with contextlib.closing(open_read_only(settings.database)) as database:
-            result, found = look_into(database, settings.database)
+        result, found = look_into_file(linked(settings.database))
         yield result, settings.database_url, found
+
+
+def look_into_file(path: Path) -> tuple[str, str]:
+    """Return how good a database is; look again where it changed meanwhile, as at a server's start."""
+    for _ in range(ATTEMPTS):
+        before = fingerprint(path)
+        with open_read_only(path) as database:
+            result, found = look_into(database, str(path))
+        if result != "FAIL" or fingerprint(path) == before:
+            break
+    return result, found
 
 
 def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
@@ -506,7 +518,8 @@ def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
 
 def check_modes(settings: Settings) -> Iterator[tuple[str, str, str]]:
     """Yield whether the files with secrets and tasks are their owner's alone to read."""
-    for path in (DOTENV, *(Path(settings.database + suffix) for suffix in ("", "-wal", "-shm"))):
+    database = linked(settings.database)
+    for path in (DOTENV, *(Path(f"{database}{suffix}") for suffix in ("", "-wal", "-shm"))):
         if path.exists():
             mode = path.stat().st_mode & 0o777
             result = "FAIL" if mode & 0o007 else "warning" if mode & 0o070 else "ok"
@@ -548,44 +561,41 @@ Execute = Callable[..., Any]  # runs a statement with its values, and returns a 
 
 
 class SqliteIds:
-    """The last id that SQLite gave to a task, also if that task was deleted since."""
+    """The last id that SQLite gave to a row of a table, also if that row was deleted since."""
 
     @staticmethod
-    def last(execute: Execute) -> int:
+    def last(execute: Execute, table: str) -> int:
         """Return it, or 0."""
-        [found] = execute(
-            "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'task'"
-        ).fetchone()
-        return int(found)
+        query = "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = ?"
+        return int(execute(query, (table,)).fetchone()[0])
 
     @classmethod
-    def count_on(cls, execute: Execute, last: int) -> None:
-        """Let new tasks have ids after this one, and after those that there were."""
-        last = max(last, cls.last(execute))
-        execute("DELETE FROM sqlite_sequence WHERE name = 'task'")
-        execute("INSERT INTO sqlite_sequence VALUES ('task', ?)", (last,))
+    def count_on(cls, execute: Execute, table: str, last: int) -> None:
+        """Give new rows ids after this one, and after those that there were."""
+        if last := max(last, cls.last(execute, table)):
+            execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+            execute("INSERT INTO sqlite_sequence VALUES (?, ?)", (table, last))
 
 
 class PostgresIds:
-    """The last id that PostgreSQL gave to a task, also if that task was deleted since."""
+    """The last id that PostgreSQL gave to a row of a table, also if that row was deleted since."""
 
     @staticmethod
-    def last(execute: Execute) -> int:
+    def last(execute: Execute, table: str) -> int:
         """Return it, or 0."""
-        [found] = execute(
-            "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM task_id_seq"
-        ).fetchone()
-        return int(found)
+        sequence = "pg_get_serial_sequence(%s, 'id')::regclass"
+        query = f"SELECT COALESCE(pg_sequence_last_value({sequence}), 0)"
+        return int(execute(query, (table,)).fetchone()[0])
 
     @classmethod
-    def count_on(cls, execute: Execute, last: int) -> None:
-        """Let new tasks have ids after this one, and after those that there were."""
-        if last := max(last, cls.last(execute)):
-            execute("SELECT setval('task_id_seq', %s)", (last,))
+    def count_on(cls, execute: Execute, table: str, last: int) -> None:
+        """Give new rows ids after this one, and after those that there were."""
+        if last := max(last, cls.last(execute, table)):
+            execute("SELECT setval(pg_get_serial_sequence(%s, 'id'), %s)", (table, last))
 
 
 def ids_of(database: peewee.Database) -> type[SqliteIds | PostgresIds]:
-    """Return how this engine numbers tasks."""
+    """Return how this engine numbers rows."""
     return SqliteIds if isinstance(database, peewee.SqliteDatabase) else PostgresIds
 
 
@@ -594,7 +604,7 @@ def database(create: bool = False) -> taskd.Database:
     settings = Settings.load()
     if not create:
         existing(settings)
-    opened = taskd.open_database(settings)
+    opened = taskd.open_database(settings, statement_timeout=0)
     Task.bind(opened.peewee)
     return opened
 
@@ -610,7 +620,12 @@ def file_of(settings: Settings) -> Path:
         raise Refused(
             f"{settings.database} is not a file; keep it safe with its server's own tools, such as pg_dump"
         )
-    return Path(settings.database)
+    return linked(settings.database)
+
+
+def linked(path: str) -> Path:
+    """Return where a symbolic link leads, or the path: SQLite's log lies beside the file itself."""
+    return Path(path).resolve() if Path(path).is_symlink() else Path(path)
 
 
 def existing(settings: Settings) -> Path:
@@ -619,7 +634,7 @@ def existing(settings: Settings) -> Path:
         raise Refused(
             f"there is no database {settings.database}; make it with: python taskctl.py init"
         )
-    return Path(settings.database)
+    return linked(settings.database)
 
 
 def row(task: dict[str, Any]) -> dict[str, Any]:
@@ -821,7 +836,10 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
 
 # --- Backup and restore ---------------------------------------------------------------------------
 
-PAGES = 256  # copied between two looks of the progress bar: 1 MB
+PAGES = 256  # copied between two updates of the progress bar: 1 MB
+LOGS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is folded in
+ATTEMPTS = 10  # at reading a file that changes meanwhile
+GZIP = b"\x1f\x8b"  # how a gzip file begins
 
 
 @app.command()
@@ -853,15 +871,17 @@ def backup(
 
 @app.command()
 def restore(
-    file: Annotated[Path, typer.Argument(help="A backup, or any other database of taskd's.")],
+    file: Annotated[
+        str, typer.Argument(help="A backup, packed with gzip or not; - reads it from stdin.")
+    ],
 ) -> None:
     """Put a backup in the database's place, while no server runs.
 
     The backup is checked first. The old database is kept beside the new one, as <name>.before-restore-<time>.
     """
     database = file_of(Settings.load())
-    with unfinished(database) as copy:
-        copy_database(file, copy)
+    with unfinished(database) as copy, unpacked(file, database) as given:
+        copy_database(given, copy)
         if fault := unfit(copy):
             raise Refused(f"{file} cannot be restored: {fault}")
         replaced = database.exists() and database.stat().st_size
@@ -877,6 +897,28 @@ def restore(
             )  # in one transaction: SQLite undoes half of one at the next start
     sync(database.parent)
     say(f"restored {database} from {file}")
+
+
+@contextlib.contextmanager
+def unpacked(file: str, beside: Path) -> Iterator[Path]:
+    """Give the path of a backup; what stdin or a gzip file holds is unpacked into a temporary file."""
+    if file == "-" and sys.stdin.isatty():
+        raise Refused("a backup cannot be typed; send a file or a program to stdin")
+    if file != "-" and not Path(file).is_file():
+        raise Refused(f"there is no file {file}")
+    with open(sys.stdin.fileno() if file == "-" else file, "rb") as stream:  # noqa: PTH123
+        packed = stream.peek(len(GZIP)).startswith(GZIP)
+        if file != "-" and not packed:
+            yield Path(file)
+            return
+        with unfinished(beside) as whole:
+            source = gzip.GzipFile(fileobj=stream) if packed else stream
+            try:
+                with whole.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as ex:
+                raise Refused(f"{file} cannot be unpacked: {ex}") from None
+            yield whole
 
 
 @contextlib.contextmanager
@@ -911,25 +953,37 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def open_existing(path: Path) -> sqlite3.Connection:
-    """Return a connection to a database that is there, with nothing done behind its back."""
-    if not path.is_file():
-        raise Refused(f"there is no file {path}")
-    uri = f"{path.absolute().as_uri()}?mode=rw"
+def open_existing(path: Path, mode: str = "rw") -> sqlite3.Connection:
+    """Return a connection to an existing database, with transactions only where they are begun."""
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
     return sqlite3.connect(uri, uri=True, timeout=taskd.LOCK_TIMEOUT, isolation_level=None)
 
 
 def copy_database(path: Path, copy: Path) -> None:
-    """Copy a database as it is now, with what its log holds, into one file without a log."""
-    with (
-        contextlib.closing(open_existing(path)) as source,
-        contextlib.closing(open_existing(copy)) as target,
-    ):
-        try:
-            copy_pages(source, target, f"reading {path}")
+    """Copy a database as it is now, with what its log holds, into one file without a log.
+
+    Nothing is created beside the source: who may only read it would leave files that taskd cannot
+    write. A file that nobody has open is copied as it is, and again if it changed meanwhile.
+    """
+    if not path.is_file():
+        raise Refused(f"there is no file {path}")
+    for _ in range(ATTEMPTS):
+        before = fingerprint(path)
+        if in_use(path):
+            break
+        copy_files(path, copy)
+        if fingerprint(path) == before:
+            break
+    else:
+        raise Refused(f"{path} cannot be copied: another program goes on writing to it")
+    try:
+        with contextlib.closing(open_existing(copy)) as target:
+            if in_use(path):
+                with contextlib.closing(open_existing(path, "ro")) as source:
+                    copy_pages(source, target, f"reading {path}")
             target.execute("PRAGMA journal_mode = DELETE")
-        except sqlite3.DatabaseError as ex:
-            raise Refused(f"{path} cannot be copied: {ex}") from None
+    except sqlite3.DatabaseError as ex:
+        raise Refused(f"{path} cannot be copied: {ex}") from None
 
 
 def copy_pages(source: sqlite3.Connection, target: sqlite3.Connection, what: str) -> None:
@@ -986,17 +1040,63 @@ def keep_old_copy(live: sqlite3.Connection, path: Path) -> Path:
     return kept
 
 
+def table_name(model: type[peewee.Model]) -> str:
+    """Return the name of a model's table."""
+    return str(model._meta.table_name)
+
+
 def use_no_id_again(live: sqlite3.Connection, new: sqlite3.Connection) -> None:
-    """Let a backup count ids on from where the database is: someone may still know a task made since, by its id."""
+    """Start the restored ids after the current ones, so that no id of a newer task is used again."""
     with contextlib.suppress(sqlite3.DatabaseError), new:  # a damaged one may not tell
-        SqliteIds.count_on(new.execute, SqliteIds.last(live.execute))
+        for table in map(table_name, OWNED):
+            SqliteIds.count_on(new.execute, table, SqliteIds.last(live.execute, table))
 
 
-def open_read_only(path: str) -> peewee.SqliteDatabase:
-    """Return a database that nothing is written to, not even the empty log that a mere look would leave."""
-    logged = any(Path(path + suffix).exists() for suffix in ("-wal", "-journal"))
-    uri = f"{Path(path).absolute().as_uri()}?{'mode=ro' if logged else 'immutable=1'}"
-    return peewee.SqliteDatabase(uri, uri=True, timeout=taskd.LOCK_TIMEOUT)
+@contextlib.contextmanager
+def open_read_only(path: Path) -> Iterator[peewee.SqliteDatabase]:
+    """Open a database to look at it: nothing beside it is created or changed.
+
+    A log that no server has open is read in a copy, because SQLite would create an index for it.
+    """
+    with contextlib.ExitStack() as stack:
+        mode = "mode=ro" if in_use(path) else "immutable=1"
+        if not in_use(path) and any(Path(f"{path}{log}").exists() for log in LOGS):
+            scratch = Path(tempfile.gettempdir(), path.name)
+            path = copy_files(path, stack.enter_context(unfinished(scratch)))
+            mode = "mode=rw"
+        uri = f"{path.absolute().as_uri()}?{mode}"
+        database = peewee.SqliteDatabase(uri, uri=True, timeout=taskd.LOCK_TIMEOUT)
+        with contextlib.closing(database):
+            yield database
+
+
+def in_use(path: Path) -> bool:
+    """Say whether a server has the database open, or had when it was killed."""
+    return Path(f"{path}-shm").exists()
+
+
+def fingerprint(path: Path) -> tuple[object, ...]:
+    """Return what differs when a database was written to: its change counter, size, time and logs."""
+    with path.open("rb") as file:
+        header, status = file.read(28), os.fstat(file.fileno())
+    logs = (Path(f"{path}{suffix}").exists() for suffix in (*LOGS, "-shm"))
+    return header, status.st_size, status.st_mtime_ns, *logs
+
+
+def copy_files(path: Path, copy: Path) -> Path:
+    """Copy a database that nobody has open, and the logs that a killed writer left; return the copy."""
+    for suffix in ("", *LOGS):
+        source = Path(f"{path}{suffix}")
+        Path(f"{copy}{suffix}").unlink(missing_ok=True)
+        if source.exists():
+            target = os.open(f"{copy}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with (
+                progress() as bar,
+                os.fdopen(target, "wb") as file,
+                bar.open(source, "rb", description=f"reading {source}") as whole,
+            ):
+                shutil.copyfileobj(whole, file)
+    return copy
 
 
 def damage(database: peewee.SqliteDatabase) -> str | None:
@@ -1064,16 +1164,33 @@ def export(
     ] = None,
 ) -> None:
     """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
-    database()
+    opened = database()
     query = Task.select(*taskd.SHOWN).order_by(Task.id)
     query = query.where(Task.user_id == user) if user else query
-    total = query.count()
-    if user and not total:
-        raise Refused(f"{printable(user)} has no tasks")
-    stdout = sys.stdout.buffer
-    with progress(hidden=sys.stdout.isatty()) as bar:
-        for task in bar.track(query.tuples().iterator(), total=total, description="exporting"):
-            stdout.write(taskd.to_json(taskd.TaskView(*task)) + b"\n")
+    with one_snapshot(opened.peewee), progress(hidden=sys.stdout.isatty()) as bar:
+        total = query.count()
+        if user and not total:
+            raise Refused(f"{printable(user)} has no tasks")
+        for task in bar.track(in_batches(query), total=total, description="exporting"):
+            sys.stdout.buffer.write(taskd.to_json(taskd.TaskView(*task)) + b"\n")
+        sys.stdout.flush()  # a reader that went away is noticed here, where the bar is taken down
+
+
+@contextlib.contextmanager
+def one_snapshot(database: peewee.Database) -> Iterator[None]:
+    """Let several queries see the database as it is at one moment."""
+    with database.atomic():
+        if not isinstance(database, peewee.SqliteDatabase):
+            database.execute_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        yield
+
+
+def in_batches(query: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a query that is sorted by id, its first column; psycopg keeps all of a result."""
+    last = 0
+    while rows := list(query.where(Task.id > last).limit(BATCH).tuples()):
+        yield from rows
+        last = rows[-1][0]
 
 
 @app.command("import")
@@ -1095,7 +1212,7 @@ def import_tasks(
         imported, there, updated, older = compared()
         merge()
         last = Task.select(fn.COALESCE(fn.MAX(Task.id), 0)).scalar()
-        ids_of(opened.peewee).count_on(opened.peewee.execute_sql, last)
+        ids_of(opened.peewee).count_on(opened.peewee.execute_sql, "task", last)
     left = f", {older} left as they were changed here later" if older else ""
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
 
@@ -1195,18 +1312,25 @@ def purge(
 ) -> None:
     """Delete all of a user's tasks, and whatever else is kept of this user. It asks before it does."""
     opened = database()
-    if not (found := Task.select().where(Task.user_id == user).count()):
+    owned = [(model, model._meta.fields["user_id"] == user) for model in OWNED]
+    found = [model.select().where(theirs).count(opened.peewee) for model, theirs in owned]
+    if not any(found):
         raise Refused(f"{printable(user)} has no tasks")
+    what = owned_rows(*found)
     if not yes and not sys.stdin.isatty():
         raise Refused(
-            f"{printable(user)} has {found} tasks; without a terminal to ask on, --yes must say so"
+            f"{printable(user)} has {what}; without a terminal to ask on, --yes must say so"
         )
-    if not yes and not confirmed(f"Delete all {found} tasks of {printable(user)}?"):
+    if not yes and not confirmed(f"Delete all {what} of {printable(user)}?"):
         raise Refused("nothing was deleted")
     with opened.transaction():
-        mine = [model.delete().where(model._meta.fields["user_id"] == user) for model in OWNED]
-        deleted = [query.execute(opened.peewee) for query in mine]
-    say(f"deleted {deleted[0]} tasks of {printable(user)}")
+        done = [model.delete().where(theirs).execute(opened.peewee) for model, theirs in owned]
+    say(f"deleted {owned_rows(*done)} of {printable(user)}")
+
+
+def owned_rows(tasks: int, keys: int) -> str:
+    """Return in words how many rows a user has."""
+    return counted(tasks, "task") + (f" and {counted(keys, 'idempotency key')}" if keys else "")
 
 
 def confirmed(question: str) -> bool:
@@ -1220,15 +1344,20 @@ def confirmed(question: str) -> bool:
 
 @app.command()
 def copy(
-    source: Annotated[str, typer.Argument(help="A DATABASE_URL.")],
+    source: Annotated[str, typer.Argument(help="A DATABASE_URL, env:VARIABLE or @FILE.")],
     target: Annotated[str, typer.Argument(help="Another, of a database without tasks.")],
 ) -> None:
-    """Copy everything into an empty database, from SQLite to PostgreSQL or back, and compare. Stop taskd first."""
-    old, new = (Settings.load({**os.environ, "DATABASE_URL": url}) for url in (source, target))
+    """Copy everything into an empty database, from SQLite to PostgreSQL or back, and compare.
+
+    Stop taskd first. Every user of the machine can read a password on a command line: put such a
+    URL into an environment variable (env:VARIABLE) or into a file (@FILE).
+    """
+    urls = [given_url(source), given_url(target)]
+    old, new = (Settings.load({**os.environ, "DATABASE_URL": url}) for url in urls)
     if old.database_url == new.database_url:
         raise typer.BadParameter("the two are the same")
     existing(old)
-    reading, writing = taskd.open_database(old), taskd.open_database(new)
+    reading, writing = (taskd.open_database(each, statement_timeout=0) for each in (old, new))
     with reading.transaction(), writing.transaction(), progress() as bar:
         if next(batches(Task, writing.peewee), None):
             raise Refused(f"{new.database} has tasks already; nothing was copied")
@@ -1239,8 +1368,9 @@ def copy(
         about.update(
             {about.cursor_key: table_of(About, reading.peewee).select().get()["cursor_key"]}
         ).execute()
-        last = ids_of(reading.peewee).last(reading.peewee.execute_sql)
-        ids_of(writing.peewee).count_on(writing.peewee.execute_sql, last)
+        for table in map(table_name, OWNED):
+            last = ids_of(reading.peewee).last(reading.peewee.execute_sql, table)
+            ids_of(writing.peewee).count_on(writing.peewee.execute_sql, table, last)
         copied = [digest(model, reading.peewee, bar) for model in OWNED]
         if copied != [digest(model, writing.peewee, bar) for model in OWNED]:
             raise Refused(
@@ -1249,6 +1379,15 @@ def copy(
     (tasks, checksum), (keys, _) = copied
     say(f"copied {tasks} tasks and {keys} idempotency keys from {old.database} to {new.database}")
     say(f"counts and checksums agree; that of the tasks is {checksum}")
+
+
+def given_url(text: str) -> str:
+    """Return a URL that is given as it is, in an environment variable, or in a file."""
+    if text.startswith("env:"):
+        if not (url := os.environ.get(text.removeprefix("env:"))):
+            raise typer.BadParameter(f"{text}: there is no such environment variable")
+        return url
+    return Path(text[1:]).read_text().strip() if text.startswith("@") else text
 
 
 def table_of(model: type[peewee.Model], database: peewee.Database) -> Any:
@@ -1442,9 +1581,21 @@ def smoke(
         ) from None
     finally:
         show_all(visitor.results, as_json)
+        forget_keys(settings, visitor.id)
     statuses = {row["status"] for row in visitor.results if row["expected"] != 401}
     secret = "; the server has another secret than these settings" if statuses == {200, 401} else ""
     conclude([row["result"] for row in visitor.results], "call", as_json, secret)
+
+
+def forget_keys(settings: Settings, user: str) -> None:
+    """Delete a user's idempotency keys if the server's database is the one of these settings."""
+    keys = taskd.IdempotencyKey
+    with contextlib.suppress(
+        Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
+    ):
+        existing(settings)
+        with contextlib.closing(taskd.open_database(settings)) as opened:
+            keys.delete().where(keys.user_id == user).execute(opened.peewee)
 
 
 # --- A server for tests ---------------------------------------------------------------------------
@@ -1511,7 +1662,7 @@ def removed_at_exit(directory: Path, file: Path | None) -> Iterator[Path]:
 
 
 def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
-    """Return settings of VARIABLE=VALUE, with a database in this directory and a secret of its own."""
+    """Return settings with these VARIABLE=VALUE, a database in this directory and a new secret."""
     known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
     values = {
         "BETTER_AUTH_SECRET": secrets.token_urlsafe(32),
@@ -1600,9 +1751,10 @@ def not_ready(url: str, timeout: float) -> str:
 
 def main() -> None:
     """Run a command; what it cannot do is one line on stderr."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # what is unfinished is cleared away
+    taskd.repair_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # unfinished files are removed
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     taskd.log.addHandler(logging.NullHandler())  # a command tells what went wrong itself
     try:
         app(prog_name="taskctl")

@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fcntl
 import hashlib
 import hmac
 import io
@@ -47,6 +48,7 @@ import socket
 import sqlite3
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -1485,10 +1487,19 @@ def queries() -> dict[str, Any]:
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
         "expire": IdempotencyKey.delete().where(expired),
+        "expire_all": _expire_all(),
         "claim": claimed.returning(IdempotencyKey.id),
         "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
     }
+
+
+def _expire_all() -> Any:
+    some = IdempotencyKey.select(IdempotencyKey.id).where(
+        IdempotencyKey.created_at < placeholder("before")
+    )
+    expired = IdempotencyKey.id.in_(some.limit(peewee.SQL("500")))
+    return IdempotencyKey.delete().where(expired).returning(IdempotencyKey.id)
 
 
 def change_query(*names: str) -> Any:
@@ -1718,6 +1729,12 @@ class TaskStore:
         """Whether writes take so long that they are better run in a worker thread from the start."""
         return self._database.is_slow
 
+    def expire_keys(self) -> None:
+        """Delete every idempotency key that is too old, some at a time so that no write waits long."""
+        before = timestamp(datetime.now(UTC) - IDEMPOTENCY_WINDOW)
+        while self._database.write(self._sql["expire_all"], before=before):
+            pass
+
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         self._database.check()
@@ -1825,13 +1842,13 @@ class Unstorable(Exception):
     """The user id cannot be stored by this database."""
 
 
-def open_database(settings: Settings, timeout: float = LOCK_TIMEOUT) -> Database:
+def open_database(settings: Settings, statement_timeout: float = 2 * LOCK_TIMEOUT) -> Database:
     """Return the database of the settings, created or migrated if need be. Raises DatabaseError.
 
-    The time-out in seconds bounds PostgreSQL's statements and locks; 0 is none.
+    PostgreSQL ends a statement after the time-out in seconds; 0 is none.
     """
     if settings.database_url.startswith("postgresql:"):
-        return Postgres(settings, timeout)
+        return Postgres(settings, statement_timeout)
     return Sqlite(settings.database, settings.threads // 2)
 
 
@@ -2062,16 +2079,13 @@ class Postgres(_LastWrite):
 
     is_slow = False  # every statement leaves the event loop anyway
 
-    def __init__(self, settings: Settings, timeout: float) -> None:
-        """Open the database, and create or migrate its tables. Raises DatabaseError or SettingsError.
-
-        A statement may take twice the time-out in seconds, and wait that long for a lock; 0 is no limit.
-        """
+    def __init__(self, settings: Settings, statement_timeout: float) -> None:
+        """Open the database, and create or migrate its tables. Raises DatabaseError or SettingsError."""
         given = _libpq_parameters(settings.database_url)
         from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
         class Pool(PooledPostgresqlDatabase, PostgresSession):
-            session_settings = SESSION.format(2000 * timeout, 1000 * timeout)
+            session_settings = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
 
         defaults: dict[str, Any] = {
             "connect_timeout": 3,
@@ -2334,7 +2348,7 @@ def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
     """Say whether a rollback has succeeded; opening the file finishes it."""
     with contextlib.suppress(peewee.DatabaseError, sqlite3.DatabaseError):
         found = schema_version(database)
-        return found == version and not Path(f"{path}-journal").exists()
+        return found == version and not Path(f"{os.path.realpath(path)}-journal").exists()
     return False
 
 
@@ -2695,7 +2709,7 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
 TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
 NO_TASK = "you have no task with this id"
-MAX_LIST_IN_MEMORY = 1024 * 1024  # bytes; a longer list goes into a file, which its client reads
+MAX_LIST_IN_MEMORY = 512 * 1024  # bytes; a longer list goes into a file, which its client reads
 MAX_LISTS = 32  # such files at a time
 MAX_LISTS_OF_USER = 8
 MAX_LIST_BYTES = 1024 * 1024 * 1024  # in all of them
@@ -3034,6 +3048,7 @@ def handle_unexpected(
 # --- App ------------------------------------------------------------------------------------------
 
 METHODS = frozenset(falcon.HTTP_METHODS)
+EXPIRY_INTERVAL = 3600  # seconds between two deletions of old idempotency keys
 HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
@@ -3109,12 +3124,30 @@ def warn_about(settings: Settings) -> None:
         log.warning("%s takes tokens meant for other services", without)
 
 
+def expire_keys_hourly(store: TaskStore) -> None:
+    """Delete old idempotency keys, and the text in them, at the start and then every hour."""
+    while True:
+        try:
+            store.expire_keys()
+        except Unavailable as ex:
+            log.warning("old idempotency keys stay for another hour: %s", ex.args[1])
+        store.close()  # this thread's connections, which would keep SQLite's log from being folded
+        time.sleep(EXPIRY_INTERVAL)
+
+
+def start_expiry(store: TaskStore) -> None:
+    """Delete old idempotency keys in a thread of its own."""
+    threading.Thread(target=expire_keys_hourly, args=(store,), daemon=True).start()
+
+
 def wsgi() -> App:
     """Return the application with the environment's settings, for other WSGI servers: `gunicorn 'taskd:wsgi()'`."""
     settings = Settings.load()
     configure_log(settings)
     warn_about(settings)
-    return create_app(settings)
+    app = create_app(settings)
+    start_expiry(app.store)
+    return app
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
@@ -3122,7 +3155,7 @@ def wsgi() -> App:
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
 MAX_HEADERS = 4096  # header lines
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
-MAX_CHUNKS = 32 * 1024
+MAX_CHUNKS = 20 * 1024  # besides those of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"  # RFC 9110, section 5.6.2, without small letters
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
@@ -3270,7 +3303,7 @@ class RequestReader:
             return False
         self.waits = "head"
         line, newline, _ = self._buffer.partition(b"\n")
-        found = REQUEST_LINE.fullmatch(line + newline)
+        found = REQUEST_LINE.fullmatch(line + newline) if newline else None
         if not found and (newline or not PRINTABLE.match(line)):
             raise malformed("its first line must be METHOD /path HTTP/1.1")
         if not found:
@@ -3370,7 +3403,7 @@ FREE_READS = 64  # reads of a request before a client that sends a few bytes at 
 PAUSE = 0.05  # seconds
 TURN = 1024 * 1024  # bytes sent to one client before the others have their turn
 DISCARD = 1024 * 1024  # bytes read after a refusal, so that the client comes to read the answer
-MAX_UNSENT = 64 * 1024 * 1024  # bytes in memory of all answers that clients have not taken yet
+MAX_UNSENT = 32 * 1024 * 1024  # bytes in memory of all answers that clients have not taken yet
 OVERFLOW = 4 * 1024 * 1024  # bytes over which waitress would put an answer into a file
 MAX_CONNECTIONS = 16_000
 ACCEPTED = 500  # connections at most in one go
@@ -3444,7 +3477,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     outbufs: list[Any]
     waits: str | None = None
-    _events = _turn = _reads = _received = 0
+    _events = _turn = _reads = _received = _queued = 0
     _served = _closes = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -3558,6 +3591,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return
         if self.total_outbufs_len:
             self.wait_for("reader")
+            self._queued = self._untaken()
             return
         if self.outbufs[-1].buf:  # it would keep the memory of what it has sent
             self.outbufs, self.current_outbuf_count = (
@@ -3616,6 +3650,15 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Return how many bytes are kept in memory until the client takes them."""
         return sum(len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
 
+    def _untaken(self) -> int:
+        """Return how many bytes the kernel has sent, or keeps, that the client has not taken."""
+        try:
+            return int.from_bytes(
+                fcntl.ioctl(self.socket, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder
+            )
+        except OSError:
+            return 0
+
     def close_early(self, why: str) -> None:
         """Close the connection, and tell the operator why."""
         log.info("connection closed: %s client=%s", why, self.addr[0])
@@ -3623,7 +3666,10 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def expire(self) -> None:
         """Close the connection when its client has had its time."""
-        if self.waits == "end" or (self.waits == "request" and self._served):
+        if self.waits == "reader" and self._untaken() < self._queued:
+            self._queued = self._untaken()
+            self.wait_for("reader")  # the client has taken some of what the kernel has
+        elif self.waits == "end" or (self.waits == "request" and self._served):
             self.handle_close()
         else:
             self.close_early(f"it waited too long for the {self.waits}")
@@ -3681,7 +3727,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.deadlines, self.stopping = Deadlines(), False
         self.ready: deque[ServerChannel] = deque()  # with a request to be answered
         self._finished: deque[ServerChannel] = deque()  # answered by a worker thread
-        self._paused: list[ServerChannel] = []
+        self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._warn_at = 0.0
         self._knocking = False  # clients wait to be accepted
         super().__init__(app, **adjustments)
@@ -3693,11 +3739,11 @@ class Server(waitress.server.TcpWSGIServer):
         self._finished.append(channel)
         self.trigger.pull_trigger()
 
-    def pause(self, channel: ServerChannel) -> None:
-        """Resume the channel in a while."""
+    def pause(self, paused: ServerChannel | Server) -> None:
+        """Resume a connection, or accepting others, in a while."""
         if not self._paused:
             self._resume_at = time.monotonic() + PAUSE
-        self._paused.append(channel)
+        self._paused.append(paused)
 
     def handle_accept(self) -> None:
         """Accept clients after the events at hand, which might be about descriptors of the same number."""
@@ -3719,6 +3765,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.poll.unregister(self._fileno)
         self.del_channel()
         self.socket.close()
+        self._paused = [paused for paused in self._paused if paused is not self]
         self._drain()
         self.task_dispatcher.shutdown(timeout=0.5)
         self._searches.shutdown(timeout=0.5)
@@ -3784,34 +3831,43 @@ class Server(waitress.server.TcpWSGIServer):
             channel.expire()
         if self._paused and time.monotonic() >= self._resume_at:
             resumed, self._paused = self._paused, []
-            for channel in resumed:
-                channel.resume()
+            for paused in resumed:
+                paused.resume()
+
+    def resume(self) -> None:
+        """Accept again after a pause."""
+        self.poll.modify(self._fileno, select.POLLIN)
 
     def _accept(self) -> None:
         self._knocking = False
         for _ in range(ACCEPTED):
+            full = len(self.active_channels) > self.adj.connection_limit
             try:
+                if full and not self._make_room():
+                    raise OSError
                 connection, address = self.socket.accept()
             except BlockingIOError:
                 return
-            except OSError:  # the client has left, or this process has no more descriptors
+            except OSError:  # the client has left, or there is no room, or no descriptor
                 self._make_room()
+                self.poll.modify(self._fileno, 0)
+                self.pause(self)
                 return
             with contextlib.suppress(OSError):
                 self.set_socket_options(connection)
-            ServerChannel(self, connection, address, self.adj, map=self._map)
-            if len(self.active_channels) > self.adj.connection_limit:
+            if len(self.active_channels) >= self.adj.connection_limit:
                 self._make_room()
+            ServerChannel(self, connection, address, self.adj, map=self._map)
 
-    def _make_room(self) -> None:
-        """Close the connection that waits longest for its client."""
-        if channel := self.deadlines.longest():
+    def _make_room(self) -> bool:
+        """Close the connection that waits longest for its client; return False if none waits."""
+        channel = self.deadlines.longest()
+        if channel:
             channel.handle_close()
         if time.monotonic() > self._warn_at:
             self._warn_at = time.monotonic() + 10
-            log.warning(
-                "too many connections: the one that is idle longest is closed for each new one"
-            )
+            log.warning("too many connections: each new one closes the one that is idle longest")
+        return channel is not None
 
 
 def connection_limit(threads: int) -> int:
@@ -3884,15 +3940,30 @@ def parse_arguments(arguments: list[str]) -> None:
     parser.parse_args(arguments)
 
 
+def repair_streams() -> None:
+    """Open the standard streams that are closed, and write what their encoding has not as escapes.
+
+    Otherwise a socket or the database would get the number of stdout or stderr.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: PTH123, SIM115
+        setattr(sys, name, stream)
+        if mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> int:
     """Serve with the environment's settings, and return the exit status: 2 when they cannot be used."""
+    repair_streams()
     if len(sys.argv) > 1:
         parse_arguments(sys.argv[1:])
     try:
         settings = Settings.load()
         configure_log(settings)
         listener = listen(settings.host, settings.port)
-        configure_log(settings)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:
         print(
@@ -3900,6 +3971,7 @@ def main() -> int:
         )  # one line, whatever a path may hold
         return 2
     warn_about(settings)
+    start_expiry(app.store)
     serve(app, listener, settings)
     app.store.close()
     return 0
