@@ -3406,6 +3406,7 @@ DISCARD = 1024 * 1024  # bytes read after a refusal, so that the client comes to
 MAX_UNSENT = 32 * 1024 * 1024  # bytes in memory of all answers that clients have not taken yet
 OVERFLOW = 4 * 1024 * 1024  # bytes over which waitress would put an answer into a file
 MAX_CONNECTIONS = 16_000
+OVER_LIMIT = 10  # connections that are accepted even if all others are being answered
 ACCEPTED = 500  # connections at most in one go
 BACKLOG = 1024
 DRAIN = 9.0  # seconds within which what was sent is answered after SIGTERM
@@ -3703,10 +3704,11 @@ class Deadlines:
             found += [channel for channel, _ in over]
         return found
 
-    def longest(self) -> ServerChannel | None:
-        """Return the connection that waits longest, if any does."""
+    def longest(self, before: float) -> ServerChannel | None:
+        """Return the connection that waits longest, if one has waited since before that time."""
         firsts = [next(iter(waiting.items())) for waiting in self._since.values() if waiting]
-        return min(firsts, key=operator.itemgetter(1))[0] if firsts else None
+        channel, since = min(firsts, key=operator.itemgetter(1), default=(None, before))
+        return channel if since < before else None
 
 
 class Server(waitress.server.TcpWSGIServer):
@@ -3839,29 +3841,30 @@ class Server(waitress.server.TcpWSGIServer):
         self.poll.modify(self._fileno, select.POLLIN)
 
     def _accept(self) -> None:
-        self._knocking = False
-        for _ in range(ACCEPTED):
-            full = len(self.active_channels) > self.adj.connection_limit
+        """Accept clients. At the limit each takes the place of one that waited before this."""
+        self._knocking, started = False, time.monotonic()
+        room = len(self.active_channels) < self.adj.connection_limit + OVER_LIMIT
+        for _ in range(ACCEPTED if room or self._make_room(started) else 0):
             try:
-                if full and not self._make_room():
-                    raise OSError
                 connection, address = self.socket.accept()
             except BlockingIOError:
                 return
-            except OSError:  # the client has left, or there is no room, or no descriptor
-                self._make_room()
-                self.poll.modify(self._fileno, 0)
-                self.pause(self)
-                return
+            except OSError:  # the client has left, or this process has no more descriptors
+                self._make_room(started)
+                break
+            full = len(self.active_channels) >= self.adj.connection_limit
+            room = not full or self._make_room(started)
             with contextlib.suppress(OSError):
                 self.set_socket_options(connection)
-            if len(self.active_channels) >= self.adj.connection_limit:
-                self._make_room()
             ServerChannel(self, connection, address, self.adj, map=self._map)
+            if not room:
+                break
+        self.poll.modify(self._fileno, 0)
+        self.pause(self)
 
-    def _make_room(self) -> bool:
-        """Close the connection that waits longest for its client; return False if none waits."""
-        channel = self.deadlines.longest()
+    def _make_room(self, before: float) -> bool:
+        """Close the connection that waits longest for its client, at least since then, if any."""
+        channel = self.deadlines.longest(before)
         if channel:
             channel.handle_close()
         if time.monotonic() > self._warn_at:
