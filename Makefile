@@ -65,7 +65,7 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python bench/latency.py
 
 clean:
-	rm -rf .venv .venv-bench .venv-3.* mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/*/node_modules examples/*/node_modules
+	rm -rf .venv .venv-bench .venv-3.* mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/*/node_modules tests/openapi_clients/.venv examples/*/node_modules
 
 # uv installs in a tenth of the time; where it is missing or fails, pip does it.
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)

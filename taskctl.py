@@ -9,6 +9,7 @@ stdout, messages to stderr. Exit status: 0; 1 when something is refused, not fou
 # requires-python = ">=3.11"
 # dependencies = [
 #     "falcon==4.4.0",
+#     "httptools==0.9.0",
 #     "msgspec==0.22.0",
 #     "peewee==4.5.3",
 #     "prometheus-client==0.26.0",
@@ -194,7 +195,8 @@ def printable(value: object) -> str:
     """Return a value as text that a terminal shows and does not obey."""
     words: dict[object, str] = {None: "-", True: "yes", False: "no"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
-    return taskd.printable(", ".join(value) if isinstance(value, list) else text)
+    text = (", ".join(value) or "-") if isinstance(value, list) else text
+    return taskd.printable(text)
 
 
 def progress(hidden: bool = False) -> Progress:
@@ -742,10 +744,11 @@ def tasks(
         found += page
     store.close()
     found = found[:limit]
+    filters = only_open, only_done, q, limit, priority, tag, due_before
     hidden = None if wide else ("user_id", "description", "created_at")
     show_all([msgspec.structs.asdict(task) for task in found], as_json, nl, as_csv, hidden)
     if not (as_json or nl or as_csv):
-        noun = "such task" if only_open or only_done or q or limit else "task"
+        noun = "such task" if any(filters) else "task"
         total(found, f"{printable(user)} has {counted(len(found), noun)}")
 
 

@@ -9,6 +9,7 @@ server. Importing this module does nothing; `create_app` builds everything.
 # requires-python = ">=3.11"
 # dependencies = [
 #     "falcon==4.4.0",
+#     "httptools==0.9.0",
 #     "msgspec==0.22.0",
 #     "peewee==4.5.3",
 #     "prometheus-client==0.26.0",
@@ -29,23 +30,27 @@ import difflib
 import errno
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
 from datetime import UTC, date, datetime, timedelta
@@ -53,17 +58,18 @@ from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, cast
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, cast
 from urllib.parse import SplitResult, unquote_to_bytes, urlencode, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
 try:
     import falcon
+    import httptools
     import jwt
     import msgspec
     import peewee
+    import waitress.buffers
     import waitress.channel
-    import waitress.parser
     import waitress.server
     import waitress.task
     from msgspec import UNSET, Meta, Struct, UnsetType
@@ -384,8 +390,13 @@ class Unavailable(Exception):
 class WouldBlock(BaseException):
     """Raised in the event loop when a request would block.
 
-    Nothing has been changed yet, so the request is run again from the start: in a worker thread,
-    or in the event loop when `until` is done.
+    One thread, the event loop, reads all requests and runs the application for each, because
+    Python's threads take turns at a high cost. It must never wait. Whatever would wait there raises
+    this instead: the database for a lock or a slow disk, the key set for a fetch. The server then
+    calls the application again from the start: in a worker thread, where nobody raises it because
+    `thread_state.in_event_loop` is False, or in the event loop when `until` is done. So everything
+    before the first write to the database must be safe to run twice; nothing that raises it may
+    have written.
     """
 
     def __init__(self, until: Future[None] | None = None) -> None:
@@ -643,8 +654,8 @@ def public_key(member: Any) -> jwt.PyJWK:
         raise OddKey("it is private or secret: whoever can read the set can sign with it")
     if member.get("use", "sig") != "sig":
         raise OddKey("its use is not sig")
-    key = jwt.PyJWK(member)
-    if key.algorithm_name not in ASYMMETRIC:
+    key = jwt.PyJWK(member) if (member.get("alg") or "EdDSA") in ASYMMETRIC else None
+    if key is None or key.algorithm_name not in ASYMMETRIC:
         raise OddKey(f"its alg is not one of {', '.join(ASYMMETRIC)}")
     if weak := key.Algorithm.check_key_length(key.key):
         raise OddKey(weak)
@@ -811,7 +822,10 @@ class TagsField(peewee.TextField):
 
     def python_value(self, value: str) -> list[str]:
         """Return the array as a view shows it."""
-        return msgspec.json.decode(value, type=list[str])
+        try:
+            return msgspec.json.decode(value, type=list[str])
+        except (ValueError, msgspec.DecodeError) as ex:
+            raise Unavailable("the database", f"it is damaged: {ex}") from None
 
 
 def quoted(text: str) -> str:
@@ -1021,8 +1035,13 @@ def content(req: falcon.Request) -> bytes:
     stream = req.stream if req.env.get("wsgi.input_terminated") else req.bounded_stream
     body: bytes = stream.read(MAX_BODY + 1)
     if len(body) > MAX_BODY:
-        raise falcon.HTTPContentTooLarge(description=f"send a body of at most {MAX_BODY} bytes")
+        raise too_large()
     return body
+
+
+def too_large() -> falcon.HTTPError:
+    """Return the error for a body that is over the limit."""
+    return falcon.HTTPContentTooLarge(description=f"send a body of at most {MAX_BODY} bytes")
 
 
 def decode(text: str, kind: type[Struct]) -> dict[str, Any]:
@@ -2462,6 +2481,8 @@ class Metrics:
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
         """Count and time a request. A fault here is told to the log and breaks no answer."""
+        if req.context.refusal:
+            return
         try:
             self._count(req, resp)
         except Exception:
@@ -2609,7 +2630,10 @@ class RequestContext:
         self._proxies = trusted_proxies
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Take the client's request id if it can stand in a log, else make one; start the clock."""
+        """Take the client's request id if it can stand in a log, else make one, and start the clock.
+
+        Raises what the server refuses the request with: its answer gets the same headers and log line.
+        """
         req.context.started = time.perf_counter()
         given = req.get_header("X-Request-ID")
         req.context.id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
@@ -2622,6 +2646,9 @@ class RequestContext:
         )
         if self._proxies:
             req.context.client = self._client(req)
+        req.context.refusal = req.env.get("taskd.refusal")
+        if req.context.refusal:
+            raise req.context.refusal
 
     def _client(self, req: falcon.Request) -> str:
         """Return the client's address as the trusted proxy tells it, and take over its prefix."""
@@ -2642,7 +2669,7 @@ class RequestContext:
             resp.set_header("Allow", f"{allow}, OPTIONS")  # as a 405 says it
             resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
         log_request(
-            method=req.method,
+            method="-" if context.refusal else req.method,
             route=req.uri_template or "-",
             status=resp.status_code,
             ms=round((time.perf_counter() - context.started) * 1000, 1),
@@ -2682,6 +2709,10 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
 TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
 NO_TASK = "you have no task with this id"
+MAX_LIST_IN_MEMORY = 1024 * 1024  # bytes; a longer list goes into a file, which its client reads
+MAX_LISTS = 32  # such files at a time
+MAX_LISTS_OF_USER = 8
+MAX_LIST_BYTES = 1024 * 1024 * 1024  # in all of them
 DOCS_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -2701,7 +2732,7 @@ class TaskResource:
         with self._store.turn(user_id, listing):
             tasks, rest = self._store.page(user_id, listing)
         if rest and not listing.limit:
-            resp.stream = LongList(self._store, user_id, tasks, rest)
+            self._list_all(req, resp, self._pieces(user_id, tasks, rest))
             return
         resp.data = to_json(tasks)
         if rest and rest.after:
@@ -2754,6 +2785,36 @@ class TaskResource:
     on_head = on_get
     on_patch = on_put
 
+    def _pieces(self, user_id: str, tasks: list[View], rest: Listing | None) -> Iterator[bytes]:
+        """Yield the JSON array of these tasks and the rest, read piece by piece."""
+        yield to_json(tasks)[:-1]
+        while rest:
+            with self._store.turn(user_id, rest):
+                tasks, rest = self._store.page(user_id, rest)
+            yield b"," + to_json(tasks)[1:-1] if tasks else b""
+        yield b"]"
+
+    def _list_all(
+        self, req: falcon.Request, resp: falcon.Response, pieces: Iterator[bytes]
+    ) -> None:
+        """Answer with all pieces: from memory, or from a file if they are too many."""
+        if thread_state.in_event_loop:
+            raise WouldBlock
+        start = bytearray()
+        for piece in pieces:
+            start += piece
+            if len(start) > MAX_LIST_IN_MEMORY:
+                break
+        else:
+            resp.data = bytes(start)
+            return
+        file = ListFile(req.context.user.id, itertools.chain([bytes(start)], pieces))
+        resp.content_length = file.size
+        if req.method == "HEAD":
+            file.close()
+        else:
+            resp.stream = file
+
 
 class TaskCompleteResource:
     """Whether a task is completed."""
@@ -2772,30 +2833,56 @@ class TaskCompleteResource:
         respond_with_task(resp, found(stored))
 
 
-class LongList:
-    """The JSON array of a list too long for memory: an iterator over its pieces, each read when it is its turn."""
+class ListFile(io.FileIO):
+    """A list that is too long for memory, in a temporary file that is gone when it is closed.
 
-    def __init__(self, store: TaskStore, user_id: str, tasks: list[View], rest: Listing) -> None:
-        """Take the first tasks, and the listing of the rest."""
-        self._store, self._user_id = store, user_id
-        self._first = to_json(tasks)[:-1]
-        self._rest: Listing | None = rest
+    Raises Unavailable when the user, or all users together, have too many such files, too many
+    bytes in them, or the disk has no room.
+    """
 
-    def __iter__(self) -> Iterator[bytes]:
-        """Return itself."""
-        return self
+    _lock = threading.Lock()
+    _owners: ClassVar[list[str]] = []
+    _bytes: ClassVar[int] = 0
+    _owner: str | None = None
 
-    def __next__(self) -> bytes:
-        """Return a piece. After WouldBlock it can be asked for again."""
-        if self._first:
-            first, self._first = self._first, b""
-            return first
-        if self._rest is None:
-            raise StopIteration
-        with self._store.turn(self._user_id, self._rest):
-            tasks, self._rest = self._store.page(self._user_id, self._rest)
-        piece = b"," + to_json(tasks)[1:-1] if tasks else b""
-        return piece if self._rest else piece + b"]"
+    def __init__(self, user_id: str, pieces: Iterable[bytes]) -> None:
+        """Write all pieces into the file; it is to be read from its beginning."""
+        with self._lock:
+            full = len(self._owners) >= MAX_LISTS
+            if full or self._owners.count(user_id) >= MAX_LISTS_OF_USER:
+                raise Unavailable("a list this long", "too many of them are being read")
+            self._owners.append(user_id)
+        self._owner, self.size = user_id, 0
+        try:
+            with tempfile.TemporaryFile() as file:
+                super().__init__(os.dup(file.fileno()), "r+")
+            for piece in pieces:
+                self._append(piece)
+        except OSError as ex:
+            self.close()
+            raise Unavailable("the disk for temporary files", str(ex)) from None
+        except BaseException:
+            self.close()
+            raise
+        self.seek(0)
+
+    def _append(self, piece: bytes) -> None:
+        with self._lock:
+            if ListFile._bytes + len(piece) > MAX_LIST_BYTES:
+                raise Unavailable("a list this long", "those being read take too much of the disk")
+            ListFile._bytes += len(piece)
+            self.size += len(piece)
+        while piece:
+            piece = piece[self.write(piece) :]
+
+    def close(self) -> None:
+        """Delete the file, so that another one can be made."""
+        with self._lock:
+            if self._owner is not None:
+                self._owners.remove(self._owner)
+                ListFile._bytes -= self.size
+                self._owner = None
+        super().close()
 
 
 class HealthResource:
@@ -3063,74 +3150,309 @@ def wsgi() -> App:
     return app
 
 
+# --- HTTP -----------------------------------------------------------------------------------------
+
+MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
+MAX_HEADERS = 4096  # header lines
+MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
+MAX_CHUNKS = 32 * 1024
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"  # RFC 9110, section 5.6.2, without small letters
+REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
+PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
+HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
+HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
+CHUNK_SIZE = re.compile(rb"0*([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+ONE_BYTE_CHUNKS = re.compile(rb"(?:1\r\n[\x00-\xff]\r\n)+")
+
+
+def malformed(why: str) -> falcon.HTTPError:
+    """Return the error for what is not HTTP/1.1 (RFC 9112)."""
+    return falcon.HTTPBadRequest(description=f"send a well-formed HTTP/1.1 request: {why}")
+
+
+def head_too_large() -> falcon.HTTPError:
+    """Return the error for a head that is over a limit."""
+    return falcon.HTTPRequestHeaderFieldsTooLarge(
+        description=f"send a head of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines"
+    )
+
+
+@lru_cache(1000)
+def header_key(name: bytes) -> str:
+    """Return a header's name as WSGI has it; "" for one with "_", which WSGI confuses with "-"."""
+    return "" if b"_" in name else name.decode("latin-1").upper().replace("-", "_")
+
+
+class ServerRequest:
+    """A request as waitress's task takes it: whole, or refused before the application sees it."""
+
+    url_scheme, request_uri, path, query = "http", "/", "/", ""
+    command, version = "-", "1.1"
+    refusal: falcon.HTTPError | None = None
+
+    def __init__(self) -> None:
+        self.headers: dict[str, str] = {}
+        self.body = bytearray()
+
+    def get_body_stream(self) -> io.BytesIO:
+        """Return the body, to be read from its beginning."""
+        return io.BytesIO(self.body)
+
+    def take_line(self, method: str, target: str, major: str, minor: str) -> None:
+        """Take the parts of a request line (RFC 9112, section 3). Raises 400 or 505."""
+        self.command, self.version = method, "1.0" if minor == "0" else "1.1"
+        if major == "0":
+            raise malformed("HTTP/0.9 has no headers")
+        if major != "1":
+            raise falcon.HTTPError(falcon.HTTP_505, description="send the request as HTTP/1.1")
+        if url := HTTP_URL.fullmatch(target):
+            target = "/" + (url[1] or "").removeprefix("/")
+        elif not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+            raise malformed("the target must be a path, or an http URL")
+        self.request_uri = target.partition("#")[0]
+        path, _, self.query = self.request_uri.partition("?")
+        self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
+
+    def take_headers(self, lines: Iterable[tuple[bytes, bytes]]) -> None:
+        """Take the headers as WSGI has them: those of the same name become a list."""
+        values: dict[str, list[str]] = {}
+        for name, value in lines:
+            values.setdefault(header_key(name), []).append(value.decode("latin-1").strip(" \t"))
+        self.headers = {key: ", ".join(several) for key, several in values.items() if key}
+        options = [one.strip() for one in self.headers.get("CONNECTION", "").lower().split(",")]
+        closes = "close" in options or (self.version == "1.0" and "keep-alive" not in options)
+        self.headers["CONNECTION"] = "close" if closes else "keep-alive"
+
+    def check_headers(self) -> None:
+        """Raise 400 or 413 for headers that llhttp lets pass."""
+        host = self.headers.get("HOST")
+        if self.version == "1.1" if host is None else not re.fullmatch(HOST, host):
+            raise malformed("there must be one Host header, with a host and perhaps a port")
+        coding = self.headers.get("TRANSFER_ENCODING", "").lower()
+        if coding and (coding != "chunked" or self.version == "1.0"):
+            raise malformed("the only Transfer-Encoding is chunked, and only in HTTP/1.1")
+        if int(self.headers.get("CONTENT_LENGTH", "0")) > MAX_BODY:
+            raise too_large()
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for leave to send the body."""
+        return self.version == "1.1" and self.headers.get("EXPECT", "").lower() == "100-continue"
+
+
+class RequestReader:
+    """Reads one request after another from the bytes of a connection.
+
+    llhttp parses the headers, and trailers. The request line is read here, because llhttp refuses
+    methods that it does not know, and so is the body, because llhttp refuses `f ; extension`. All
+    steps cost time in proportion to the bytes, and keep no more of them than the limits above.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self.next()
+
+    def next(self) -> None:
+        """Expect a new request, of which some may have been received already."""
+        self.request, self.complete, self.waits = ServerRequest(), False, "request"
+        self._step: Callable[[], bool] = self._read_line
+        self._taken = self._chunks = self._length = 0
+        self._lines: list[tuple[bytes, bytes]] = []
+
+    @property
+    def has_more(self) -> bool:
+        """Whether more was received than the request."""
+        return bool(self._buffer)
+
+    def receive(self, data: bytes) -> None:
+        """Read on until the request is complete, perhaps refused, or needs more bytes."""
+        self._buffer += data
+        try:
+            while not self.complete and self._step():
+                pass
+        except falcon.HTTPError as ex:
+            self._refuse(ex)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header from llhttp."""
+        self._lines.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Take note that llhttp has read the empty line."""
+        self._ended = True
+
+    def _refuse(self, refusal: falcon.HTTPError) -> None:
+        """End the request, and the connection: where the next request would begin is not known."""
+        if self.waits != "body":
+            self.request.take_headers(self._lines)
+        self.request.headers["CONNECTION"] = "close"
+        self.request.refusal, self.complete = refusal, True
+
+    def _take(self, size: int) -> bytes:
+        """Cut bytes off the buffer. Raises 413 or 431 when there were too many."""
+        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        self._taken += len(taken)
+        if self._taken > (MAX_CHUNKED if self.waits == "body" else MAX_HEAD):
+            raise too_large() if self.waits == "body" else head_too_large()
+        return taken
+
+    def _read_line(self) -> bool:
+        """Read the request line; empty ones before it do not count (RFC 9112, section 2.2)."""
+        self._take(len(self._buffer) - len(self._buffer.lstrip(b"\r\n")))
+        if not self._buffer:
+            return False
+        self.waits = "head"
+        line, newline, _ = self._buffer.partition(b"\n")
+        found = REQUEST_LINE.fullmatch(line + newline)
+        if not found and (newline or not PRINTABLE.match(line)):
+            raise malformed("its first line must be METHOD /path HTTP/1.1")
+        if not found:
+            return len(line) > MAX_HEAD and bool(self._take(len(line)))
+        self._take(len(line) + 1)
+        self.request.take_line(*(part.decode("latin-1") for part in found.groups()))
+        self._begin_fields(self._read_head)
+        return True
+
+    def _begin_fields(self, step: Callable[[], bool]) -> None:
+        self._llhttp = httptools.HttpRequestParser(self)
+        self._llhttp.feed_data(b"PUT / HTTP/1.1\r\n")
+        self._tail, self._ended, self._step = b"\r\n", False, step
+
+    def _read_fields(self) -> bool:
+        """Give llhttp the header lines that have come, no more; return whether they have ended."""
+        received = self._tail + self._buffer
+        end = received.find(b"\r\n\r\n")
+        size = len(received) if end < 0 else end + 4
+        piece = self._take(size - len(self._tail))
+        self._tail = received[:size][-3:]
+        try:
+            self._llhttp.feed_data(piece)
+        except httptools.HttpParserUpgrade:
+            pass  # taskd speaks nothing else, and answers as if it was not asked to
+        except httptools.HttpParserError as ex:
+            raise malformed(str(ex).replace("`", "")) from None
+        if len(self._lines) > MAX_HEADERS:
+            raise head_too_large()
+        return self._ended
+
+    def _read_head(self) -> bool:
+        if not self._read_fields():
+            return False
+        request = self.request
+        request.take_headers(self._lines)
+        request.check_headers()
+        self.waits, self._taken = "body", 0
+        self._length = int(request.headers.get("CONTENT_LENGTH", "0"))
+        chunked = request.headers.pop("TRANSFER_ENCODING", None)
+        self._step = self._read_chunks if chunked else self._read_body
+        return True
+
+    def _read_body(self) -> bool:
+        body = self.request.body
+        body += self._take(self._length - len(body))
+        self.complete = len(body) == self._length
+        return False
+
+    def _read_chunks(self) -> bool:
+        """Read the chunks that have come whole (RFC 9112, section 7.1)."""
+        at = end = 0
+        while self._step == self._read_chunks and (end := self._read_chunk(at)) > at:
+            at = end
+        if len(self.request.body) > MAX_BODY or self._chunks > MAX_CHUNKS:
+            raise too_large()
+        self._take(at)
+        return self._step != self._read_chunks
+
+    def _read_chunk(self, at: int) -> int:
+        """Read a chunk, or several of one byte, and return where it ends; if it is not whole, `at`."""
+        data, body = self._buffer, self.request.body
+        self._chunks += 1
+        if several := ONE_BYTE_CHUNKS.match(data, at):
+            body += several[0][3::6]
+            return several.end()
+        found = CHUNK_SIZE.match(data, at)
+        if not found:
+            if b"\n" in data[at:] or len(data) - at > MAX_HEAD:
+                raise malformed("a chunk must begin with its size in hexadecimal digits")
+            return at
+        start, size = found.end(), int(found[1], 16)
+        if size == 0:
+            self._begin_fields(self._read_trailers)
+            return start
+        if len(body) + size > MAX_BODY:
+            raise too_large()
+        end = start + size
+        if len(data) < end + 2:
+            return at
+        if data[end : end + 2] != b"\r\n":
+            raise malformed("a chunk must be as long as its size says")
+        body += data[start:end]
+        return end + 2
+
+    def _read_trailers(self) -> bool:
+        """Read trailers, which nobody looks at."""
+        self.complete = self._read_fields()
+        self.request.headers["CONTENT_LENGTH"] = str(len(self.request.body))
+        return False
+
+
 # --- Server ---------------------------------------------------------------------------------------
 
-DRAIN = 9.0  # seconds within which what was sent is answered after SIGTERM
+RECEIVE = 4096  # bytes read at once
+FREE_READS = 64  # reads of a request before a client that sends a few bytes at a time must pause
+PAUSE = 0.05  # seconds
+TURN = 1024 * 1024  # bytes sent to one client before the others have their turn
+DISCARD = 1024 * 1024  # bytes read after a refusal, so that the client comes to read the answer
+MAX_UNSENT = 64 * 1024 * 1024  # bytes in memory of all answers that clients have not taken yet
+OVERFLOW = 4 * 1024 * 1024  # bytes over which waitress would put an answer into a file
+MAX_CONNECTIONS = 16_000
 ACCEPTED = 500  # connections at most in one go
-QUIET = 5  # looks at the sockets, 20 ms apart, that must find nothing to do before the end
+BACKLOG = 1024
+DRAIN = 9.0  # seconds within which what was sent is answered after SIGTERM
+QUIET = 0.1  # seconds without anything to do before the end
+POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
+READ = select.POLLIN | select.POLLPRI  # the latter is urgent data
+DEADLINES = {  # what a connection waits for from its client, and for how many seconds
+    "request": 120.0,
+    "head": 10.0,
+    "body": 30.0,
+    "reader": 60.0,  # since the client last took a part of its answer
+    "end": 10.0,
+}
+EVENTS = {  # what the poll object looks for meanwhile
+    "request": READ,
+    "head": READ,
+    "body": READ,
+    "reader": select.POLLOUT,
+    "end": select.POLLIN,
+    None: 0,
+}
 
 
 class ServerTask(waitress.task.WSGITask):
-    """A request, perhaps one that starts again in a worker thread, or the rest of its answer."""
+    """The answer to a request."""
 
     wrote_header: bool
-    error = None  # it stands in the channel's queue of requests as long as there is a rest
-    rest: LongList | None = None
+
+    def start(self) -> None:
+        """Close the connection after this answer if it is the last before the server stops."""
+        super().start()
+        if self.channel.server.stopping and not self.channel.has_more():
+            self.request.headers["CONNECTION"] = "close"
 
     def get_environment(self) -> dict[str, Any]:
-        """Return the WSGI environment, with the body to be read from its beginning."""
+        """Return the WSGI environment, with the error if the request is refused."""
         environ: dict[str, Any] = super().get_environment()
-        environ["wsgi.input"].seek(0)
+        environ["taskd.refusal"] = self.request.refusal
         return environ
 
-    def execute(self) -> None:
-        """Call the application, or send the next piece of a long list."""
-        try:
-            if self.rest is None:
-                super().execute()
-                self.rest = self.environ.get("taskd.rest")
-            elif (piece := next(self.rest, None)) is not None:
-                self.write(piece)
-            else:
-                self.rest = None
-        except Unavailable as ex:
-            log.error("%s cannot be used: %s; a list ends in the middle", *ex.args)
-            self.rest, self.chunked_response = None, False
-
-    def finish(self) -> None:
-        """End the answer, or see to its rest when the client has taken what there is, and others had their turn."""
-        if self.rest:
-            self.close_on_finish = False
-            self.channel.requests.insert(1, self)
-            return
-        if not self.wrote_header:
-            self.write(b"")
-        self.chunked_response = self.chunked_response and self.request.command != "HEAD"
-        self.close_on_finish = (
-            self.close_on_finish or "taskd.rest" in self.environ
-        )  # as its header said
-        super().finish()
-
-    def close(self) -> None:
-        """Let go of nothing: the request itself was closed when the answer began."""
-
     def set_close_on_finish(self) -> None:
-        """Close the connection at the end; waitress would also after a 304, because it has no Content-Length."""
-        asked = (
-            self.request.headers.get("CONNECTION", "").lower() == "close"
-            or self.channel.server.stopping
-        )
-        if self.has_body or self.version == "1.0" or asked:
+        """Close the connection at the end; waitress would also after a 304, which has no length."""
+        if self.has_body or self.request.headers["CONNECTION"] == "close":
             super().set_close_on_finish()
 
     def build_response_header(self) -> bytes:
-        """Return the head of the answer; once the server is stopping it closes the connection (RFC 9112, 9.6)."""
-        if (
-            self.channel.server.stopping
-            and len(self.channel.requests) == 1
-            and not self.channel.has_unread()
-        ):
-            self.set_close_on_finish()
+        """Return the head of the answer, with header names spelled as they are documented."""
         head: bytes = super().build_response_header()
         for name in (b"ETag", b"X-Request-ID", b"WWW-Authenticate"):  # waitress capitalises words
             head = head.replace(b"\r\n%b:" % name.title(), b"\r\n%b:" % name, 1)
@@ -3138,138 +3460,281 @@ class ServerTask(waitress.task.WSGITask):
 
     def write(self, data: bytes) -> None:
         """Send the head and the whole of a short body in one packet."""
-        if (
-            self.wrote_header
-            or self.content_length != len(data)
-            or not self.complete
-            or not self.has_body
-        ):
+        whole = self.complete and self.has_body and self.content_length == len(data)
+        if self.wrote_header or not whole:
             super().write(data)
         else:
             self.channel.write_soon(self.build_response_header() + data)
             self.wrote_header, self.content_bytes_written = True, len(data)
 
 
-class ServerErrorTask(waitress.task.ErrorTask):
-    """The answer to what never reaches the application: no HTTP, too large, or in an unknown transfer coding."""
-
-    def execute(self) -> None:
-        """Write the error in the shape of all errors; what waitress calls 501 is the client's doing, 400."""
-        error = self.request.error
-        status = 400 if error.code == 501 else error.code
-        body, request_id = problem(status, error.body), os.urandom(8).hex()
-        log_request(method="-", route="-", status=status, ms=0, id=request_id, user=None)
-        self.status = f"{status} {HTTPStatus(status).phrase}"
-        self.response_headers += [
-            ("Content-Type", "application/problem+json"),
-            ("X-Request-ID", request_id),
-        ]
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class ServerParser(waitress.parser.HTTPRequestParser):
-    """A request as it comes in; what is ambiguous or no HTTP is 400."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        """Take the request line and the header, or raise ParsingError."""
-        try:
-            super().parse_header(header_plus)
-        except ValueError as ex:  # such as a Content-Length of 5,000 digits
-            raise waitress.parser.ParsingError(str(ex)) from None
-        if self.chunked and re.search(
-            rb"(?im)^content-length[ \t]*:", header_plus
-        ):  # RFC 9112, section 6.3
-            raise waitress.parser.ParsingError("Content-Length beside Transfer-Encoding")
-
-
 class ServerChannel(waitress.channel.HTTPChannel):
-    """A client's connection. Its next request waits until the client has taken the last answer."""
+    """A client's connection. Its next request is read when the client has taken the last answer.
 
-    error_task_class = ServerErrorTask
-    parser_class = ServerParser
-    waiting_for_client = False
+    `answer` runs in the event loop or in a worker thread, all else in the event loop. Meanwhile
+    `waits` is None, and the poll object looks for nothing: the client can only be heard to leave.
+    """
 
-    @staticmethod
-    def task_class(channel: ServerChannel, request: ServerParser | ServerTask) -> ServerTask:
-        """Return the task of a request; one that has a rest to send is its own."""
-        return request if isinstance(request, ServerTask) else ServerTask(channel, request)
+    outbufs: list[Any]
+    waits: str | None = None
+    _events = _turn = _reads = _received = 0
+    _served = _closes = False
 
-    def has_unread(self) -> bool:
-        """Say whether the client has sent more than was read."""
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._reader = RequestReader()
+        self.sendbuf_len = 256 * 1024  # bytes taken from a file at once
+        self.wait_for("request")
+
+    def add_channel(self, map: Any = None) -> None:  # noqa: A002
+        """Get to know the poll object."""
+        super().add_channel(map)
+        self.server.poll.register(self._fileno, 0)
+
+    def del_channel(self, map: Any = None) -> None:  # noqa: A002
+        """Be forgotten: the connection is about to be closed."""
+        if self._fileno is not None:
+            self.server.deadlines.move(self, self.waits, None)
+            self.server.poll.unregister(self._fileno)
+        super().del_channel(map)
+
+    def wait_for(self, what: str | None) -> None:
+        """Note whose turn it is: what the client has to do now, or None for the server's."""
+        if what != self.waits or what in ("request", "reader"):
+            self.server.deadlines.move(self, self.waits, what)
+            self.waits = what
+        self.watch(EVENTS[what])
+
+    def watch(self, events: int) -> None:
+        """Have the poll object look for these events."""
+        if events != self._events:
+            self._events = events
+            self.server.poll.modify(self._fileno, events)
+
+    def has_more(self) -> bool:
+        """Return whether the client has sent more than the request that is being answered."""
+        if self._reader.has_more:
+            return True
         try:
             return bool(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except OSError:
             return False
 
-    def send_continue(self) -> None:
-        """Invite the body, if one is still to come; waitress would wait for one that never does."""
-        if not self.request.completed:
-            super().send_continue()
+    def handle_read(self) -> None:
+        """Read what the client sends, or discard it after a refusal."""
+        if self.waits is None:
+            return  # the request before comes first
+        try:
+            data = self.socket.recv(RECEIVE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._reads, self._received = self._reads + 1, self._received + len(data)
+        if not data or (self.waits == "end" and self._received > DISCARD):
+            self.handle_close()
+        elif self.waits != "end":
+            self._receive(data)
+        if self.waits and self._reads > FREE_READS + self._received // 512:
+            self.watch(0)
+            self.server.pause(self)
+
+    def resume(self) -> None:
+        """Read again after a pause."""
+        if self.connected:
+            self.watch(EVENTS[self.waits])
+
+    def handle_expt(self) -> None:
+        """Close a connection with urgent data, which HTTP has not."""
+        self.close_early("urgent data came")
+
+    def _receive(self, data: bytes) -> None:
+        reader, self._turn = self._reader, TURN
+        reader.receive(data)
+        if reader.complete:
+            self.server.deadlines.move(self, self.waits, None)
+            self.waits = None
+            self.server.ready.append(self)
+            return
+        if reader.waits == "body" and reader.request.expects_continue:
+            del reader.request.headers["EXPECT"]
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if reader.waits != self.waits:
+            self.wait_for(reader.waits)
+
+    @property
+    def request_method(self) -> str:
+        """The method of the request that is to be answered."""
+        return str(self._reader.request.command)
+
+    def answer(self) -> None:
+        """Answer the request. Raises WouldBlock when a worker thread has to."""
+        task, self._turn = ServerTask(self, self._reader.request), TURN
+        try:
+            if self.connected:
+                task.service()
+        except waitress.channel.ClientDisconnected:
+            task.close_on_finish = True
+        except Exception:
+            log.exception("unhandled exception outside the application")
+            task.close_on_finish = True
+        self._closes = task.close_on_finish
+
+    def service(self) -> None:
+        """Answer the request in a worker thread."""
+        self.answer()
+        self.server.finish(self)
+
+    def answered(self) -> None:
+        """Go on when the request was answered, and the client has taken the answer or some of it."""
+        if not self.connected:
+            return
+        if self.total_outbufs_len:
+            self.wait_for("reader")
+            return
+        if self.outbufs[-1].buf:  # it would keep the memory of what it has sent
+            self.outbufs, self.current_outbuf_count = (
+                [waitress.buffers.OverflowableBuffer(OVERFLOW)],
+                0,
+            )
+        if self._closes:
+            self._end()
+            return
+        self._reader.next()
+        self._reads = self._received = 0
+        self._served = True
+        self.wait_for("request")
+        if self._reader.has_more:
+            self._receive(b"")
+
+    def _end(self) -> None:
+        """Close the connection, after a while if the client may still be sending (RFC 9112, 9.6)."""
+        if self._reader.request.refusal is None and not self._reader.has_more:
+            self.handle_close()
+            return
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        self.wait_for("end")
 
     def handle_write(self) -> None:
-        """Send what the client takes; when it has taken all, see to its next request."""
-        super().handle_write()
-        if self.waiting_for_client and not self.total_outbufs_len:
-            self.waiting_for_client = False
-            self.server.add_task(self)
+        """Send what the client takes."""
+        self._turn = TURN
+        try:
+            if self._flush_some():
+                self.answered()
+        except OSError:
+            self.handle_close()
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        """Send some of the data; nothing when the others must have their turn."""
+        sent: int = super().send(data, do_close) if self._turn > 0 else 0
+        self._turn -= sent
+        return sent
+
+    def write_soon(self, data: Any) -> int:
+        """Send what the client takes at once, and keep the rest. No thread waits for a client."""
+        if not self.connected:
+            raise waitress.channel.ClientDisconnected
+        sent = 0
+        if isinstance(data, bytes) and not self.total_outbufs_len:
+            sent = self.send(data, do_close=False)
+        if sent < len(data):
+            super().write_soon(data[sent:] if sent else data)
+        return len(data)
 
     def _flush_outbufs_below_high_watermark(self) -> None:
-        if not thread_state.in_event_loop:
-            super()._flush_outbufs_below_high_watermark()
+        """Keep what is unsent, which is one answer at most, instead of waiting."""
+
+    def unsent(self) -> int:
+        """Return how many bytes are kept in memory until the client takes them."""
+        return sum(len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
+
+    def close_early(self, why: str) -> None:
+        """Close the connection, and tell the operator why."""
+        log.info("connection closed: %s client=%s", why, self.addr[0])
+        self.handle_close()
+
+    def expire(self) -> None:
+        """Close the connection when its client has had its time."""
+        if self.waits == "end" or (self.waits == "request" and self._served):
+            self.handle_close()
+        else:
+            self.close_early(f"it waited too long for the {self.waits}")
+
+
+class Deadlines:
+    """Which connections wait for their client, for what, and since when; the first waits longest."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, OrderedDict[ServerChannel, float]] = {
+            kind: OrderedDict() for kind in DEADLINES
+        }
+
+    def move(self, channel: ServerChannel, before: str | None, now: str | None) -> None:
+        """Let a connection wait for something else, or for nothing, from now on."""
+        if before:
+            self._since[before].pop(channel, None)
+        if now:
+            self._since[now][channel] = time.monotonic()
+
+    def waiting(self, kind: str) -> list[ServerChannel]:
+        """Return the connections that wait for this, the longest first."""
+        return list(self._since[kind])
+
+    def overdue(self) -> list[ServerChannel]:
+        """Return the connections whose client has had its time."""
+        found: list[ServerChannel] = []
+        for kind, waiting in self._since.items():
+            latest = time.monotonic() - DEADLINES[kind]
+            over = itertools.takewhile(lambda entry: entry[1] < latest, waiting.items())  # noqa: B023
+            found += [channel for channel, _ in over]
+        return found
+
+    def longest(self) -> ServerChannel | None:
+        """Return the connection that waits longest, if any does."""
+        firsts = [next(iter(waiting.items())) for waiting in self._since.values() if waiting]
+        return min(firsts, key=operator.itemgetter(1))[0] if firsts else None
 
 
 class Server(waitress.server.TcpWSGIServer):
-    """waitress, but requests run one after another in the thread that serves the sockets.
+    """waitress, but requests are answered in the event loop: the thread that serves the sockets.
 
-    Python's threads take turns at a cost several times that of a request. So only a request that must wait (`WouldBlock`)
-    goes to a worker thread. SIGTERM, which waitress ignores, ends it when all that was sent is answered.
+    Python's threads take turns at a cost several times that of a request. So only a request that
+    would block (`WouldBlock`) is answered in a worker thread. SIGTERM, which waitress ignores, ends
+    the server when all that was sent is answered.
     """
 
     channel_class = ServerChannel
 
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._app = app
-        self._ready: deque[ServerChannel] = deque()
         self._searches = waitress.task.ThreadedTaskDispatcher()
         self._searches.set_thread_count(SEARCHES)
-        self.stopping = False
-        super().__init__(self._begin, **adjustments)
+        self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
+        self.deadlines, self.stopping = Deadlines(), False
+        self.ready: deque[ServerChannel] = deque()  # with a request to be answered
+        self._finished: deque[ServerChannel] = deque()  # answered by a worker thread
+        self._paused: list[ServerChannel] = []
+        self._resume_at = self._warn_at = 0.0
+        self._knocking = False  # clients wait to be accepted
+        super().__init__(app, **adjustments)
+        for descriptor in self._map:  # the listening socket, and the trigger that ends a wait
+            self.poll.register(descriptor, select.POLLIN)
 
-    def _begin(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Call the application; of a long list take the first piece, and leave the rest to the task."""
-        body = self._app(environ, start_response)
-        if not isinstance(body, LongList):
-            return body
-        environ["taskd.rest"] = body
-        return itertools.islice(body, 1)
+    def finish(self, channel: ServerChannel) -> None:
+        """Take note, from a worker thread, that a request is answered."""
+        self._finished.append(channel)
+        self.trigger.pull_trigger()
 
-    def add_task(self, channel: ServerChannel) -> None:
-        """Take note that a connection has a request to answer."""
-        self._ready.append(channel)
+    def pause(self, channel: ServerChannel) -> None:
+        """Resume the channel in a while."""
+        if not self._paused:
+            self._resume_at = time.monotonic() + PAUSE
+        self._paused.append(channel)
 
     def handle_accept(self) -> None:
-        """Accept whoever is waiting, so that nobody waits for the requests of those who came before."""
-        connections, last = -1, len(self._map) + ACCEPTED
-        while connections < len(self._map) < last:
-            connections = len(self._map)
-            super().handle_accept()
-
-    def maintenance(self, now: float) -> None:
-        """Close idle connections, also those of clients that do not take the rest of their answer."""
-        super().maintenance(now)
-        for channel in self.active_channels.values():
-            if (
-                channel.waiting_for_client
-                and channel.last_activity < now - self.adj.channel_timeout
-            ):
-                channel.will_close = True
-
-    def pull_trigger(self) -> None:
-        """Wake the thread that serves the sockets, unless this is the one."""
-        if not thread_state.in_event_loop:
-            super().pull_trigger()
+        """Accept clients after the events at hand, which might be about descriptors of the same number."""
+        self._knocking = True
 
     def stop(self, *_: object) -> None:
         """Ask the server to stop; safe to call from a signal handler, and more than once."""
@@ -3282,59 +3747,117 @@ class Server(waitress.server.TcpWSGIServer):
         thread_state.in_event_loop = True
         while not self.stopping:
             self._serve_once(timeout=1)
-        self.handle_accept()  # whom the kernel has let in already
+        for _ in range(BACKLOG // ACCEPTED + 1):
+            self._accept()  # whom the kernel has let in already
+        self.poll.unregister(self._fileno)
         self.del_channel()
         self.socket.close()
         self._drain()
-        self.task_dispatcher.shutdown(timeout=1)
-        self._searches.shutdown(timeout=1)
+        self.task_dispatcher.shutdown(timeout=0.5)
+        self._searches.shutdown(timeout=0.5)
         wasyncore.close_all(self._map)
 
-    def _serve_once(self, timeout: float) -> None:
-        wasyncore.loop(0 if self._ready else timeout, use_poll=True, map=self._map, count=1)
-        for _ in range(len(self._ready)):
-            channel = self._ready.popleft()
-            channel.waiting_for_client = channel.total_outbufs_len > 0
-            if not channel.waiting_for_client:
-                self._answer(channel)
+    def _drain(self) -> None:
+        end, last = time.monotonic() + DRAIN, time.monotonic()
+        while time.monotonic() < min(end, last + QUIET):
+            worked = self._serve_once(timeout=QUIET / 5)
+            channels = self.active_channels.values()
+            if worked or any(channel.waits in (None, "reader") for channel in channels):
+                last = time.monotonic()
+
+    def _serve_once(self, timeout: float) -> bool:
+        """Serve the sockets that are ready, and return whether a request was answered."""
+        timeout = 0 if self.ready else min(timeout, PAUSE) if self._paused else timeout
+        for descriptor, events in self.poll.poll(timeout * POLL_SECOND):
+            if descriptor in self._map:
+                wasyncore.readwrite(self._map[descriptor], events)
+        if self._knocking:
+            self._accept()
+        self._keep_time()
+        worked = len(self._finished) + len(self.ready)
+        for _ in range(len(self._finished)):
+            self._answered(self._finished.popleft())
+        for _ in range(len(self.ready)):
+            self._answer(self.ready.popleft())
+        return worked > 0
 
     def _answer(self, channel: ServerChannel) -> None:
         try:
-            method = getattr(channel.requests[0], "command", None)
+            method = channel.request_method
             if method in CHANGES and self._app.store.is_slow:
                 raise WouldBlock  # at once, not after the request was read and run in vain
-            channel.service()
-        except SearchWouldBlock:
-            self._searches.add_task(channel)
+            channel.answer()
         except WouldBlock as ex:
-            if ex.until is None:
+            channel.watch(0)
+            if isinstance(ex, SearchWouldBlock):
+                self._searches.add_task(channel)
+            elif ex.until is None:
                 self.task_dispatcher.add_task(channel)
             else:
                 ex.until.add_done_callback(lambda _: self._run_again(channel))
-        except Exception:
-            log.exception("unhandled exception outside the application")
-            channel.handle_close()
+        else:
+            self._answered(channel)
 
     def _run_again(self, channel: ServerChannel) -> None:
-        self.add_task(channel)
-        self.pull_trigger()
+        """Have the event loop answer the request again; safe to call from any thread."""
+        self.ready.append(channel)
+        self.trigger.pull_trigger()
 
-    def _drain(self) -> None:
-        deadline, quiet = time.monotonic() + DRAIN, 0
-        while quiet < QUIET and time.monotonic() < deadline:
-            self._serve_once(timeout=0.02)
-            busy = any(
-                channel.requests or channel.total_outbufs_len
-                for channel in self.active_channels.values()
+    def _answered(self, channel: ServerChannel) -> None:
+        channel.answered()
+        if channel.waits == "reader":
+            unsent = {one: one.unsent() for one in self.deadlines.waiting("reader")}
+            while sum(unsent.values()) > MAX_UNSENT:
+                slowest = next(iter(unsent))
+                slowest.close_early("others need the memory of its unread answer")
+                del unsent[slowest]
+
+    def _keep_time(self) -> None:
+        for channel in self.deadlines.overdue():
+            channel.expire()
+        if self._paused and time.monotonic() >= self._resume_at:
+            resumed, self._paused = self._paused, []
+            for channel in resumed:
+                channel.resume()
+
+    def _accept(self) -> None:
+        self._knocking = False
+        for _ in range(ACCEPTED):
+            try:
+                connection, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError:  # the client has left, or this process has no more descriptors
+                self._make_room()
+                return
+            with contextlib.suppress(OSError):
+                self.set_socket_options(connection)
+            ServerChannel(self, connection, address, self.adj, map=self._map)
+            if len(self.active_channels) > self.adj.connection_limit:
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Close the connection that waits longest for its client."""
+        if channel := self.deadlines.longest():
+            channel.handle_close()
+        if time.monotonic() > self._warn_at:
+            self._warn_at = time.monotonic() + 10
+            log.warning(
+                "too many connections: the one that is idle longest is closed for each new one"
             )
-            quiet = 0 if busy else quiet + 1
+
+
+def connection_limit(threads: int) -> int:
+    """Return how many connections leave enough descriptors for the database, lists and the log."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(10, min(MAX_CONNECTIONS, descriptors - 3 * threads - 40))
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens there, or raise SettingsError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as ex:
         in_use = isinstance(ex, OSError) and ex.errno == errno.EADDRINUSE
         reason = (
@@ -3354,12 +3877,8 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
         sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
         threads=settings.threads,
         ident=None,  # no Server header
-        connection_limit=max(
-            100, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100
-        ),  # idle ones shut nobody out
-        max_request_body_size=1024 * 1024,
-        max_request_header_size=64 * 1024,
-        recv_bytes=128 * 1024,
+        connection_limit=connection_limit(settings.threads),
+        outbuf_overflow=OVERFLOW,
         clear_untrusted_proxy_headers=False,  # taskd reads none
         log_socket_errors=False,
     )

@@ -172,4 +172,8 @@ def text(document: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(text(generate(json.loads(DOCUMENT.read_text()))))
+    before = DOCUMENT.read_text()
+    after = text(generate(json.loads(before)))
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(before != after)
+    DOCUMENT.write_text(after)

@@ -722,7 +722,7 @@ def test_without_a_token_every_method_is_401_before_it_is_405(settled, method):
 @pytest.mark.parametrize(
     "path",
     [
-        "/", "/api", "/api/", "/api/alice", "/api/alice/", "/api/alice/task", "/api/alice/Tasks", "/API/alice/tasks",
+        "/api", "/api/", "/api/alice", "/api/alice/", "/api/alice/task", "/api/alice/Tasks", "/API/alice/tasks",
         "/api/alice/tasks/1/completed", "/api/alice/tasks/1/complete/x", "/api/alice/tasks/1/2", "/tasks",
         "/alice/tasks",        "/api/alice/x/tasks", "/favicon.ico", "/robots.txt", "/.env", "/taskd.db", "/healthz/x",
         "/api/../../etc/passwd",        "/%00", "/%FF", "/" + "x" * 5000,
@@ -1087,9 +1087,7 @@ def broken(user_id, listing):
 def lines():
     """What taskd logs during the test, formatted as an operator sees it."""
     lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(
-        logging.Formatter("%(levelname)s %(message)s").format(record)
-    )
+    handler.emit = lambda record: lines.append(taskd.TextLines().format(record).partition(" ")[2])
     logger = logging.getLogger("taskd")
     level = logger.level
     logger.addHandler(handler)

@@ -280,15 +280,15 @@ def test_a_user_who_is_far_from_the_limit_is_not_counted_again(make_app, tmp_pat
     limit = app.store._limit
     for number in range(20):
         assert not limit.is_near("alice")
-        app.store.add("alice", taskd.NewTask(title="x"))
+        app.store.add("alice", taskd.decode('{"title": "x"}', taskd.NewTask))
         counted, _ = limit._counted.get("alice", (3_000 + number, 0))
         assert 3_000 + number - 7 < counted <= 3_000 + number
     fill(tmp_path / "taskd.db", "alice", 1_000, "")
     assert limit.is_near("alice")
     fill(tmp_path / "taskd.db", "alice", 979, "")
-    app.store.add("alice", taskd.NewTask(title="the last"))
+    app.store.add("alice", taskd.decode('{"title": "the last"}', taskd.NewTask))
     with pytest.raises(taskd.TooManyTasks):
-        app.store.add("alice", taskd.NewTask(title="x"))
+        app.store.add("alice", taskd.decode('{"title": "x"}', taskd.NewTask))
     assert len(support.stored(tmp_path / "taskd.db")) == 5_000
 
 

@@ -35,6 +35,7 @@ from support import (
     assert_problem,
     bearer,
     environment,
+    sql,
     stored,
     until,
 )
@@ -139,7 +140,7 @@ try:
     sys.exit("this is still allowed")
 except PermissionError:
     pass
-sys.argv = sys.argv[1:]
+sys.argv = sys.argv[1:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -222,10 +223,12 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return directory / "cert.pem", directory / "key.pem"
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in free]
 
 
 class Proxy:
@@ -234,7 +237,8 @@ class Proxy:
     def __init__(
         self, program: str, taskd: Process, home: Path, certificate: tuple[Path, Path]
     ) -> None:
-        self.taskd, self.home, self.port = taskd, home, free_port()
+        self.taskd, self.home = taskd, home
+        self.port, self.plain_port = free_ports(2)
         self._trust = ssl.create_default_context(cafile=str(certificate[0]))
         command = {"nginx": self._nginx, "caddy": self._caddy}[program](*certificate)
         self._log = (home / "proxy.log").open("wb")
@@ -256,7 +260,9 @@ class Proxy:
             .replace("127.0.0.1:8000", f"127.0.0.1:{self.taskd.port}")
         )
         site = site.replace("listen 443 ", f"listen 127.0.0.1:{self.port} ")
-        site = site.replace("listen 80;", f"listen 127.0.0.1:{free_port()};")
+        site = re.sub(r"listen 80\b", f"listen 127.0.0.1:{self.plain_port}", site)
+        site = site.replace("client_header_timeout 10s", "client_header_timeout 1s")
+        site = site.replace('127.0.0.1 "";', '127.0.0.9 "";')  # the tests' own requests count
         site = re.sub(r" *listen \[::\]:.*\n", "", site)
         site = re.sub(r"/etc/letsencrypt/\S+/fullchain\.pem", str(certificate), site)
         site = re.sub(r"/etc/letsencrypt/\S+/privkey\.pem", str(key), site)
@@ -280,9 +286,11 @@ class Proxy:
         site = site.replace(
             f"{NAME} {{", f"{NAME}:{self.port} {{\n\tbind 127.0.0.1\n\ttls {certificate} {key}"
         )
-        (self.home / "Caddyfile").write_text(
-            f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{site}"
-        )
+        others = f"http://:{self.plain_port}, https://:{self.port} {{\n\tbind 127.0.0.1"
+        site = site.replace("http://, https:// {", others)
+        quiet = "{\n\tadmin off\n\tauto_https disable_redirects\n\tservers {"
+        site = site.replace("read_header 10s", "read_header 1s")
+        (self.home / "Caddyfile").write_text(site.replace("{\n\tservers {", quiet, 1))
         return ["caddy", "run", "--adapter", "caddyfile", "--config", str(self.home / "Caddyfile")]
 
     def _serves(self) -> bool:
@@ -393,16 +401,119 @@ def test_the_log_has_the_clients_address_from_the_proxy_and_not_from_the_client(
     assert "6.6.6.6" not in proxy.taskd.log
 
 
+def assert_refused(answer: Answer, status: int) -> None:
+    """Assert that a proxy's own answer looks like one of taskd's, with what the proxy adds."""
+    assert_problem(answer, status)
+    assert answer.headers["strict-transport-security"] == "max-age=31536000"
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+MAX_BODY = 65_536
+
+
 def test_a_body_that_is_too_large_is_refused_in_the_shape_of_all_errors(proxy: Proxy) -> None:
-    for size in (100_000, 1_500_000):
-        answer = proxy.request("POST", "/api/alice/tasks", {"title": "x" * size}, bearer())
-        assert_problem(answer, 413)
-    with contextlib.closing(proxy.connect()) as connection:  # one that does not say how large it is
-        connection.request(
-            "POST", "/api/alice/tasks", iter([b"x" * 100_000] * 15), bearer(), encode_chunked=True
-        )
-        assert_problem(Answer(connection.getresponse()), 413)
+    sizes = [MAX_BODY + 1, 100_000, 999_999, *[2**20] * 20, 1_500_000]
+    for size in sizes:
+        answer = proxy.request("POST", "/api/alice/tasks", b"x" * size, bearer())
+        assert_refused(answer, 413)
+    for size in (MAX_BODY + 1, 2**20, 1_500_000):  # in chunks, that do not say how large it is
+        chunks = (b"x" * min(50_000, size - start) for start in range(0, size, 50_000))
+        with contextlib.closing(proxy.connect()) as connection:
+            connection.request("POST", "/api/alice/tasks", chunks, bearer(), encode_chunked=True)
+            assert_refused(Answer(connection.getresponse()), 413)
     assert proxy.request("GET", "/api/alice/tasks", None, bearer()).json == []
+    largest = {"title": "x", "description": "y" * 10_000}
+    padded = json.dumps(largest).encode().ljust(MAX_BODY)
+    json_type = {"Content-Type": "application/json"}
+    created = proxy.request("POST", "/api/alice/tasks", padded, bearer() | json_type)
+    assert created.status_code == 201
+
+
+def sent_raw(proxy: Proxy, request: bytes) -> Answer:
+    """Send bytes over TLS and return the answer to them."""
+    with contextlib.closing(proxy.connect()) as connection:
+        assert connection.sock
+        connection.sock.sendall(request)
+        response = http.client.HTTPResponse(connection.sock)
+        response.begin()
+        return Answer(response)
+
+
+def request_head(*lines: str, path: str = "/api/alice/tasks", method: str = "POST") -> bytes:
+    head = [f"{method} {path} HTTP/1.1", f"Host: {NAME}", *lines, "", ""]
+    return "\r\n".join(head).encode()
+
+
+BAD_CHUNKS = [b"x\r\n", b"3\r\nabcX\r\n0\r\n\r\n", b"-1\r\n\r\n", b"3\r\nabcd\r\n0\r\n\r\n"]
+
+
+def test_a_malformed_chunk_is_400(proxy: Proxy) -> None:
+    authorization = f"Authorization: {bearer()['Authorization']}"
+    head = request_head(
+        authorization, "Content-Type: application/json", "Transfer-Encoding: chunked"
+    )
+    for body in BAD_CHUNKS:
+        assert_refused(sent_raw(proxy, head + body), 400)
+    assert proxy.request("GET", "/api/alice/tasks", None, bearer()).json == []
+
+
+NGINX_REFUSES = [
+    (request_head("Content-Length: x"), 400),
+    (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (request_head("Host: other"), 400),
+    (request_head(method="TRACE"), 405),
+    (request_head(path="/metrics", method="GET"), 404),
+    (request_head(path="/" + "x" * 40_000), 414),
+    (request_head("X: " + "x" * 40_000), 431),
+    (b"GET / HTTP/3.0\r\nHost: x\r\n\r\n", 505),
+    (request_head("Transfer-Encoding: gzip"), 501),
+]
+
+
+@pytest.mark.parametrize("proxy", [pytest.param("nginx", marks=needs("nginx"))], indirect=True)
+def test_what_nginx_refuses_has_the_shape_of_all_errors(proxy: Proxy) -> None:
+    for request, status in NGINX_REFUSES:
+        assert_refused(sent_raw(proxy, request), status)
+
+
+@pytest.mark.parametrize("proxy", [pytest.param("nginx", marks=needs("nginx"))], indirect=True)
+def test_nginx_bounds_the_requests_and_connections_of_one_address(proxy: Proxy) -> None:
+    with contextlib.closing(proxy.connect()) as connection:
+        answers = [proxy.request("GET", "/healthz", connection=connection) for _ in range(300)]
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 50 < len(refused) < 200
+    for answer in refused:
+        assert_refused(answer, 429)
+        assert answer.headers["retry-after"] == "1"
+
+
+def test_another_host_is_refused_and_not_redirected(proxy: Proxy) -> None:
+    host = {"Host": "evil.example"}
+    answer = proxy.request("GET", "/healthz", None, host)
+    assert_problem(answer, 421)
+    assert "location" not in answer.headers
+    plain = http.client.HTTPConnection("127.0.0.1", proxy.plain_port, timeout=DEADLINE)
+    with contextlib.closing(plain) as connection:
+        answer = ask(connection, "GET", "/x", None, host)
+    assert_problem(answer, 421)
+    assert "location" not in answer.headers
+    untrusting = ssl.create_default_context()
+    untrusting.check_hostname, untrusting.verify_mode = False, ssl.CERT_NONE
+    with (
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=DEADLINE) as tcp,
+        contextlib.suppress(ssl.SSLError, ConnectionError),
+        untrusting.wrap_socket(tcp, server_hostname="evil.example"),
+    ):
+        pytest.fail("TLS for another name was accepted")
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(proxy: Proxy) -> None:
+    with contextlib.closing(proxy.connect()) as connection:
+        assert connection.sock
+        connection.sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: ")
+        with contextlib.suppress(ConnectionError):
+            assert b" 200 " not in connection.sock.recv(1000)
 
 
 def test_a_long_list_comes_whole(proxy: Proxy) -> None:
@@ -444,7 +555,7 @@ METRICS = [
 def test_the_metrics_are_not_public(proxy: Proxy) -> None:
     assert proxy.taskd.request("GET", "/metrics").status_code == 200
     for path in METRICS:
-        assert proxy.request("GET", path).status_code == 404, path
+        assert_problem(proxy.request("GET", path), 404)
     assert proxy.request("GET", "/readyz").status_code == 200
 
 
@@ -453,7 +564,7 @@ def test_while_taskd_is_away_the_proxy_says_so_and_goes_on_when_it_is_back(
 ) -> None:
     proxy.taskd.terminate()
     answer = proxy.request("POST", "/api/alice/tasks", {"title": "x"}, bearer())
-    assert_problem(answer, 503)
+    assert_refused(answer, 503)
     assert answer.headers["retry-after"] == "5"
     start(TASKD_PORT=str(proxy.taskd.port))
     until(lambda: proxy.request("GET", "/readyz").status_code == 200, "the proxy finds taskd again")
@@ -654,7 +765,7 @@ class Machine:
         self.state, self.backups, self._bin = home / "taskd", home / "taskd-backups", home / "bin"
         for path in (self.state, self.backups, self._bin):
             path.mkdir()
-        self._port = free_port()
+        [self._port] = free_ports(1)
         self.server: Process | None = None
         [script] = re.findall(r"<<'END'\n(.*?)END\n", "".join(guide("2. The code")), re.DOTALL)
         taskctl = self._bin / "taskctl"
@@ -767,6 +878,12 @@ def test_the_guide_s_backup_upgrade_and_restore_keep_every_task(machine: Machine
     assert first.exists()
 
 
+def rows_of_version_1(database: Path) -> list[Any]:
+    """Return what the first version kept of each task."""
+    names = "id, user_id, title, description, completed, created_at, updated_at"
+    return sql(database, f"SELECT {names} FROM task ORDER BY id")
+
+
 @needs_shell
 def test_the_guide_s_upgrade_brings_a_database_of_the_first_version_up_to_date_and_keeps_a_copy(
     tmp_path: Path,
@@ -776,15 +893,12 @@ def test_the_guide_s_upgrade_brings_a_database_of_the_first_version_up_to_date_a
     (machine.state / "taskd.db").unlink()
     with contextlib.closing(sqlite3.connect(machine.state / "taskd.db")) as database:
         database.executescript((ROOT / "tests" / "version-1.sql").read_text())
-    before = stored(machine.state / "taskd.db")
+    before = rows_of_version_1(machine.state / "taskd.db")
     machine.follow("Upgrade")
     machine.stop()
     [copy] = machine.state.glob("taskd.db.v1-*")
-    assert stored(copy) == before
-    after = stored(machine.state / "taskd.db")
-    assert {
-        number: {name: task[name] for name in TASK_KEYS} for number, task in after.items()
-    } == before
+    assert rows_of_version_1(copy) == before
+    assert rows_of_version_1(machine.state / "taskd.db") == before
 
 
 def backup_of_this_second(backups: Path) -> Path:

@@ -111,7 +111,7 @@ def unharmed(process: Process, logged: int = 0) -> None:
 
 def decent(answer: WireAnswer) -> WireAnswer:
     """Check what holds of every answer, and return it."""
-    assert answer.status_code < 500, answer.text
+    assert answer.status_code < 500 or answer.status_code == 505, answer.text
     shown = f"{answer.line} {answer.headers} {answer.text}"
     assert not [word for word in NEVER_SHOWN if word in shown], shown
     if answer.status_code >= 400:
@@ -144,10 +144,10 @@ WRONG = [
     ("a folded first header", b"GET /healthz HTTP/1.1\r\n  folded: x\r\n\r\n", 400),
     ("a space before the colon", written("GET", TASKS, None, f"Authorization : Bearer {token()}"), 400),
     ("a NUL in the request line", b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n", (400, 404)),
-    ("no version", b"GET /healthz\r\n\r\n", 200),
-    ("HTTP/9.9", b"GET /healthz HTTP/9.9\r\n\r\n", (200, 400)),
+    ("no version", b"GET /healthz\r\n\r\n", 400),
+    ("HTTP/9.9", b"GET /healthz HTTP/9.9\r\n\r\n", 505),
     ("HTTP/x", b"GET /healthz HTTP/x\r\n\r\n", 400),
-    ("the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400, 404)),
+    ("the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) + b"\r\n\r\n", 400),
     ("OPTIONS *", b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", (200, 400, 404)),
     ("CONNECT", b"CONNECT 127.0.0.1:1 HTTP/1.1\r\nHost: x\r\n\r\n", (400, 404, 405)),
@@ -352,7 +352,7 @@ def test_readers_that_do_not_read_delay_nobody(start: Callable[..., Process]) ->
     fill(server, 100)
     readers = [
         Wire(server, receive_buffer=4096).send(written("GET", TASKS, user="alice"))
-        for _ in range(10)
+        for _ in range(8)  # more long lists of one user at once are refused
     ]
     started = time.monotonic()
     for _ in range(20):
@@ -414,7 +414,7 @@ def test_one_client_that_pipelines_does_not_delay_the_others(server: Process) ->
         sending.join(DEADLINE)
 
 
-def test_more_connections_than_descriptors_stop_new_ones_only_until_some_are_closed(
+def test_more_connections_than_descriptors_close_those_that_are_idle_longest(
     start: Callable[..., Process],
 ) -> None:
     server = start(command=["sh", "-c", 'ulimit -n 100; exec "$@"', "sh"])
@@ -426,30 +426,31 @@ def test_more_connections_than_descriptors_stop_new_ones_only_until_some_are_clo
             == 201
         )
         flood = [Wire(server) for _ in range(150)]
-        assert old.send(written("GET", TASKS, user="alice")).answer().status_code == 200
-        assert old.send(
-            written("POST", TASKS, {"title": "Buy tea"}, user="alice")
-        ).answer().status_code in (201, 503)
+        assert old.is_closed()
+        for number in range(5):
+            started = time.monotonic()
+            task = {"title": f"Buy tea {number}"}
+            assert server.request("POST", TASKS, task, bearer()).status_code == 201
+            assert server.request("GET", "/readyz").status_code == 200
+            assert time.monotonic() - started < SLOWEST
+        assert flood[0].is_closed()
+        assert flood[-1].send(written("GET", "/healthz")).answer().status_code == 200
         for wire in flood:
             wire.close()
-        until(
-            lambda: server.request("GET", TASKS, headers=bearer()).status_code == 200,
-            "it answers again",
-        )
     assert server.request("POST", TASKS, {"title": "Buy milk"}, bearer()).status_code == 201
     assert "Traceback" not in server.log
     assert server.terminate() == 0
 
 
 def test_bodies_that_nobody_may_send_are_not_kept(server: Process) -> None:
-    """Read 64 bodies of 900 KB without a token: refused each, and the memory is given back."""
+    """Send 64 bodies of 900 KB: refused each, and the memory is given back."""
     before = resource.getpagesize() * int(
         Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1]
     )
     for _ in range(64):
         with Wire(server) as wire:
             wire.send(written("POST", TASKS, b"x" * 900_000, JSON, "Content-Length: 900000"))
-            assert decent(wire.answer()).status_code == 401
+            assert decent(wire.answer()).status_code == 413
     after = resource.getpagesize() * int(
         Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1]
     )

@@ -183,8 +183,10 @@ def test_without_a_key_set_and_a_secret_there_is_no_start(make_app):
 
 
 def test_a_server_with_a_key_set_alone_cannot_mint(auth_server):
-    with pytest.raises(taskd.SettingsError, match="no token can be signed"):
+    with pytest.raises(taskd.SettingsError) as caught:
         taskd.Tokens(taskd.Settings(jwks_url=auth_server.url)).mint({"sub": "alice"})
+    missing = "BETTER_AUTH_SECRET is missing, without which no token can be signed"
+    assert str(caught.value) == f"{missing}; make one with: python taskctl.py init"
 
 
 def test_without_a_key_set_a_token_of_better_auths_own_key_says_what_to_set(make_app):

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from falcon import testing
 
 import taskd
-from support import Process, Wire, assert_problem, bearer, until, written
+from support import SECRET, Process, Wire, assert_problem, bearer, until, written
 from test_key_set import NEW, PRIVATE, WEAK, AuthServer, auth_server, call, public, signed
 
 __all__ = ["auth_server", "call"]
@@ -94,6 +94,8 @@ def test_a_set_that_comes_byte_by_byte_is_given_up_in_time_and_leaves_no_thread(
     started = real_clock()
     assert_problem(call(GOOD), 503)
     assert real_clock() - started < 4
+    others = [one for one in threading.enumerate() if one is not threading.main_thread()]
+    assert all(one.daemon for one in others), "none of them keeps the process from ending"
     auth_server.answer = auth_server.well
     clock.ahead += taskd.KEYS_PAUSE
     assert call(GOOD).status_code == 200, "the next fetch does not wait for the first"
@@ -104,9 +106,7 @@ def running(name: str) -> list[str]:
     return [thread.name for thread in threading.enumerate() if name in thread.name]
 
 
-def test_a_fetch_may_take_five_seconds_and_a_mebibyte_and_a_removed_key_lives_for_five_minutes() -> (
-    None
-):
+def test_a_fetch_is_bounded_and_a_removed_key_ends_within_five_minutes() -> None:
     assert (taskd.KEYS_WAIT, taskd.KEYS_SIZE, taskd.KEYS_END) == (5, 2**20, 3600)
     assert taskd.KEYS_AGE + taskd.KEYS_WAIT + taskd.KEYS_RETRY + taskd.KEYS_WAIT < 300
     assert taskd.KEYS_LIMIT + taskd.KEYS_WAIT < 300
@@ -133,6 +133,10 @@ ODD: dict[str, Any] = {
     "alg of another kty": public(NEW, "EdDSA", "odd", alg="RS256"),
     "alg of another curve": P256 | {"alg": "ES512"},
     "alg that logins do not have": P256 | {"alg": "ES384"},
+    "a curve that logins do not have": public(
+        ec.generate_private_key(ec.SECP384R1()), "ES384", "odd"
+    )
+    | {"alg": None},
     "crv unknown": P256 | {"crv": "P-000"},
     "crv a list": P256 | {"crv": ["P-256"]},
     "a point that is not on the curve": P256 | {"x": P256["y"]},
@@ -152,11 +156,29 @@ ODD: dict[str, Any] = {
     "nested deeply": {"kty": "OKP", "kid": "odd", "x": [[[[]]]]},
 }
 
+NO_KEY = "it is not an object, or its kid or alg is not a string"
+NO_ALG = "its alg is not one of EdDSA, ES256, ES512, RS256, PS256"
+SECRET_KEY = "it is private or secret: whoever can read the set can sign with it"
+WHY = {  # the others are malformed
+    **dict.fromkeys(["a number", "null", "text", "a list", "kid a list", "kid a number"], NO_KEY),
+    **dict.fromkeys(["alg a list", "alg an object", "alg a number"], NO_KEY),
+    **dict.fromkeys(["oct without k", "alg none", "alg unknown"], NO_ALG),
+    **dict.fromkeys(["alg that logins do not have", "a curve that logins do not have"], NO_ALG),
+    **dict.fromkeys(["oct", "private RSA", "private EC"], SECRET_KEY),
+    "private RSA, of which half is missing": SECRET_KEY,
+    "use enc": "its use is not sig",
+    "weak": (
+        "The RSA key is 1024 bits long, which is below the minimum recommended size of 2048 bits."
+        " See NIST SP 800-131A."
+    ),
+}
 
-@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+
+@pytest.mark.parametrize("name", ODD)
 def test_an_odd_member_is_left_out_and_logged_and_shuts_nobody_out(
-    call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture, odd: Any
+    call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
+    odd = ODD[name]
     auth_server.keys.insert(1, odd)
     for algorithm, key in PRIVATE.items():
         assert call(signed(key, algorithm, algorithm)).status_code == 200
@@ -167,8 +189,10 @@ def test_an_odd_member_is_left_out_and_logged_and_shuts_nobody_out(
     ):
         assert_problem(call(headers), 401)
     [said] = warnings_in(caplog)
-    assert "its key number 2" in said
-    assert "is left out: " in said
+    kid = " (kid 'odd')" if isinstance(odd, dict) and odd.get("kid") == "odd" else ""
+    why = WHY.get(name) or r"it is malformed \([A-Za-z]+\)"
+    expected = re.escape(f"the key set {auth_server.url}: its key number 2{kid} is left out: ")
+    assert re.fullmatch(expected + (re.escape(why) if name in WHY else why), said)
     for member in ("d", "k", "p", "q"):
         if isinstance(odd, dict) and len(str(odd.get(member, ""))) > 4:
             assert odd[member] not in said
@@ -212,11 +236,48 @@ def test_a_key_without_a_kid_verifies_tokens_without_one(
 
 
 def test_of_two_keys_with_one_kid_and_alg_the_first_counts(
-    call: Call, auth_server: AuthServer
+    call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     auth_server.keys.append(public(NEW, "EdDSA", "EdDSA"))
     assert call(signed(PRIVATE["EdDSA"], "EdDSA", "EdDSA")).status_code == 200
     assert_problem(call(signed(NEW, "EdDSA", "EdDSA")), 401)
+    why = "its key number 6 (kid 'EdDSA') is left out: a key before it has the same kid and alg"
+    assert warnings_in(caplog) == [f"the key set {auth_server.url}: {why}"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "5", '{"keys": {}}', '{"keys": null}', '"keys"'])
+def test_what_is_no_key_set_is_said_to_be_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^the answer is not a JSON object with a list of keys$"):
+        taskd.parse_key_set(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(100, []), (101, ["only its first 100 keys are read"])]
+)
+def test_a_hundred_keys_are_read(number: int, said: list[str]) -> None:
+    [key] = [public(NEW, "EdDSA", "x" * 70)]
+    members = [key | {"kid": f"{n}"} for n in range(number)]
+    keys, oddities = taskd.parse_key_set(json.dumps({"keys": members}).encode())
+    assert (len(keys), oddities) == (100, said)
+
+
+def test_a_long_kid_is_cut_in_the_log() -> None:
+    odd = {"kid": "k" * 99, "use": "enc"}
+    _, [said] = taskd.parse_key_set(json.dumps({"keys": [odd]}).encode())
+    assert said == f"its key number 1 (kid '{'k' * 60}') is left out: its use is not sig"
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_answer_of_a_mebibyte_is_read_and_one_byte_more_is_not(
+    auth_server: AuthServer, more: int
+) -> None:
+    body = b" " * (2**20 + more)
+    auth_server.answer = lambda request: AuthServer.send(request, 200, body)
+    if not more:
+        assert taskd.download(auth_server.url) == body
+        return
+    with pytest.raises(OSError, match=r"^the answer is longer than 1048576 bytes$"):
+        taskd.download(auth_server.url)
 
 
 # --- Keys that go, and sets that go away ----------------------------------------------------------
@@ -278,12 +339,15 @@ def test_without_a_good_answer_old_keys_go_on_for_an_hour_and_no_longer(
         clock.ahead += 5 * 60
         assert call(GOOD).status_code == 200
         until(lambda: not running("_run"), "the fetch has ended")
+        assert len(warnings_in(caplog)) == 1
     clock.ahead += 5 * 60
     assert_problem(call(GOOD), 503)
     until(lambda: not running("_run"), "the fetch has ended")
     first, second = warnings_in(caplog)
     assert f"it cannot be fetched: OSError: the answer is {status}, not 200" in first
-    assert "its keys have ended" in second
+    assert second == (
+        f"the key set {auth_server.url}: its keys have ended: no good answer for an hour"
+    )
     auth_server.answer = auth_server.well
     clock.ahead += taskd.KEYS_PAUSE
     assert call(GOOD).status_code == 200
@@ -294,7 +358,7 @@ def test_a_failure_is_logged_once_for_each_reason_and_again_after_a_good_answer(
 ) -> None:
     caplog.set_level(logging.INFO, "taskd")
     for status in (500, 500, 404, 500, 200, 500):
-        auth_server.answer = lambda request, status=status: AuthServer.send(
+        auth_server.answer = lambda request, status=status: AuthServer.send(  # type: ignore[misc]
             request, status, b'{"keys": []}'
         )
         clock.ahead += taskd.KEYS_PAUSE
@@ -314,8 +378,36 @@ def test_the_client_that_waits_as_long_as_it_is_told_is_served(
     refused = call(GOOD)
     assert_problem(refused, 503)
     assert refused.headers["Retry-After"] == "2"
+    auth_server.answer = auth_server.well
     clock.ahead += 2
     assert call(GOOD).status_code == 200
+
+
+def test_to_try_again_takes_a_second_at_least(
+    call: Call, auth_server: AuthServer, clock: Clock
+) -> None:
+    auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
+    assert_problem(call(GOOD), 503)
+    clock.ahead += 2.5
+    assert call(GOOD).headers["Retry-After"] == "1"
+
+
+def test_known_keys_are_fetched_again_when_they_are_old_and_sooner_after_a_failure(
+    auth_server: AuthServer, clock: Clock
+) -> None:
+    keys = taskd.KeySet(auth_server.url)
+
+    def asked_after(seconds: float) -> int:
+        clock.ahead += seconds
+        assert keys.find("ES256", "ES256") is not None
+        until(lambda: not running("_run"), "the fetch has ended")
+        return auth_server.asked
+
+    assert [asked_after(seconds) for seconds in (0, 200, 41)] == [1, 1, 2]
+    auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
+    assert [asked_after(seconds) for seconds in (241, 15, 6, 21)] == [3, 3, 4, 5]
+    auth_server.answer = auth_server.well
+    assert [asked_after(seconds) for seconds in (21, 200)] == [6, 6]
 
 
 def test_a_thread_that_cannot_start_once_is_tried_again(
@@ -337,6 +429,21 @@ def test_a_process_that_is_forked_during_a_fetch_begins_one_of_its_own(
     keys = taskd.KeySet(auth_server.url)
     keys._fetch = Future()  # whose thread is in the parent process
     assert keys.find("ES256", "ES256") is not None
+
+
+def test_a_long_reason_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    keys = taskd.KeySet("http://127.0.0.1:1/")
+    keys._fail(OSError("x" * 9000))
+    assert warnings_in(caplog) == [
+        f"the key set http://127.0.0.1:1/: it cannot be fetched: OSError: {'x' * 191}"
+    ]
+
+
+def test_tokens_of_either_kind_are_remembered_beside_each_other(auth_server: AuthServer) -> None:
+    tokens = taskd.Tokens(taskd.Settings(secret=SECRET, jwks_url=auth_server.url))
+    for headers in (GOOD, bearer()):
+        token = headers["Authorization"].removeprefix("Bearer ")
+        assert tokens.verify(token) is tokens.verify(token)
 
 
 # --- A proxy that lies ----------------------------------------------------------------------------

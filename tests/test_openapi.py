@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -184,7 +185,14 @@ def routed(app: taskd.App) -> set[tuple[str, str]]:
 
 
 def test_the_document_has_every_path_and_method_of_the_router_and_no_other(app):
-    assert {(path, method) for path, method, _ in operations()} == routed(app)
+    for_people = {("/", "get"), ("/", "head"), ("/", "options")}  # leads a browser to /docs
+    assert {(path, method) for path, method, _ in operations()} == routed(app) - for_people
+
+
+def test_what_follows_from_the_declaration_of_fields_is_as_make_openapi_writes_it():
+    command = [sys.executable, str(ROOT / "docs" / "openapi.py"), "--check"]
+    written = subprocess.run(command, capture_output=True, text=True)
+    assert (written.returncode, written.stdout, written.stderr) == (0, "", ""), "run: make openapi"
 
 
 def test_every_method_of_the_document_is_known_to_its_path_and_every_other_is_405(app, client):

@@ -1,4 +1,4 @@
-"""A real OpenID Connect issuer that is not Better Auth, with the settings of docs/openid-connect.md."""
+"""A real OpenID Connect issuer other than Better Auth, set up as docs/openid-connect.md says."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ FIT_WORDS = (
 UNREADY = {
     "a column is gone": "ALTER TABLE task DROP COLUMN description",
     "a column has another name": "ALTER TABLE task RENAME COLUMN title TO name",
-    "a column has come": "ALTER TABLE task ADD COLUMN colour INTEGER",
+    "a column has come": "ALTER TABLE task ADD COLUMN mood INTEGER",
     "an index is gone": "DROP INDEX task_id",
     "the tasks are gone": "DROP TABLE task",
     "the keys are gone": "DROP TABLE idempotency_key",
@@ -147,7 +147,7 @@ def test_the_event_loop_checks_sqlite_by_itself_however_many_writes_wait(
     app: taskd.App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-    with app.store._database._turn:
+    with app.store._database._turn:  # type: ignore[union-attr]
         app.store.check()
 
 
@@ -337,8 +337,8 @@ def test_metrics_that_fail_break_no_request(
     created = alice.call("POST", json={"title": "x"})
     assert created.status_code == 201
     assert alice.call("GET").json[0]["title"] == "x"
-    ids = [vars(record)["id"] for record in caplog.records if "metrics lack" in record.message]
-    assert ids[0] == created.headers["x-request-id"]
+    record, *_ = [record for record in caplog.records if "metrics lack" in record.message]
+    assert vars(record)["id"] == created.headers["x-request-id"]
 
 
 @pytest.mark.both_engines

@@ -349,8 +349,8 @@ UNFIT = {
     ),
     "an index is gone": ("DROP INDEX task_id", "it lacks index on task (user_id, id)"),
     "a column has come": (
-        "ALTER TABLE task ADD COLUMN priority INTEGER",
-        "it has task.priority INTEGER",
+        "ALTER TABLE task ADD COLUMN mood INTEGER",
+        "it has task.mood INTEGER",
     ),
     "it is newer": (
         "ALTER TABLE about ALTER version TYPE integer USING 99",

@@ -1,4 +1,4 @@
-"""Setting taskd up: names, files and key sets that are not what they should be, at the start and in taskctl."""
+"""Setting taskd up: names, files and key sets that are wrong, at the start and in taskctl."""
 
 from __future__ import annotations
 

@@ -95,6 +95,9 @@ def test_us2_scenario_1_a_created_task_belongs_to_the_user_of_the_token(alice):
     assert task == {
         "id": 1,
         "user_id": "alice",
+        "priority": None,
+        "due_date": None,
+        "tags": [],
         "title": "Buy milk",
         "description": "2 litres",
         "completed": False,
@@ -292,6 +295,9 @@ def test_fr_003_the_user_id_is_the_sub_claim_and_no_other(client):
     claims = {
         "userId": "alice",
         "user_id": "alice",
+        "priority": None,
+        "due_date": None,
+        "tags": [],
         "id": "alice",
         "email": "alice",
         "uid": "alice",

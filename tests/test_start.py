@@ -180,9 +180,9 @@ def test_the_wheel_holds_all_that_the_programs_read(installed: Path) -> None:
 def test_the_installed_programs_serve(installed: Path, tmp_path: Path) -> None:
     variables = {"PYTHONPATH": str(installed), "TASKD_PORT": "0"}
     for program in PROGRAMS:
-        answer = run(installed / "bin" / program, "--version", cwd=tmp_path, **variables)
+        answer = run(installed / "bin" / program, "--version", cwd=tmp_path, **variables)  # type: ignore[arg-type]
         assert answer.stdout == f"{program} {taskd.__version__}\n"
-    run(installed / "bin" / "taskctl", "init", cwd=tmp_path, **variables)
+    run(installed / "bin" / "taskctl", "init", cwd=tmp_path, **variables)  # type: ignore[arg-type]
     with (
         subprocess.Popen(
             [installed / "bin" / "taskd"], cwd=tmp_path, env=environment(**variables),

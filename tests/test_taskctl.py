@@ -67,15 +67,8 @@ OPTIONS = {
     "smoke": ["--json"],
     "stats": ["--json"],
     "tasks": [
-        "--csv",
-        "--done",
-        "--json",
-        "--limit",
-        "--nl",
-        "--open",
-        "--search",
-        "--sort",
-        "--wide",
+        *("--csv", "--done", "--due-before", "--json", "--limit", "--nl", "--open"),
+        *("--priority", "--search", "--sort", "--tag", "--wide"),
     ],
     "users": ["--csv", "--json", "--limit", "--nl", "--sort", "--wide"],
     "verify": ["--json"],
@@ -87,6 +80,9 @@ MILK = [
     "Buy milk",
     "2 litres",
     "no",
+    "-",
+    "-",
+    "-",
     "2026-01-02T03:04:05.006Z",
     "2026-01-02T03:04:05.006Z",
 ]
@@ -96,6 +92,9 @@ DENTIST = [
     "Call the dentist",
     "-",
     "yes",
+    "-",
+    "-",
+    "-",
     "2026-01-03T03:04:05.006Z",
     "2026-01-05T03:04:05.006Z",
 ]
@@ -105,6 +104,9 @@ LETTER = [
     "Write a letter",
     "-",
     "no",
+    "-",
+    "-",
+    "-",
     "2026-01-01T03:04:05.006Z",
     "2026-01-04T03:04:05.006Z",
 ]
@@ -192,9 +194,11 @@ def keep(path: Path, rows: list[list[Any]]) -> None:
     """Make a database with these tasks, without taskd's own code."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript((ROOT / "schema.sql").read_text())
-        connection.execute("INSERT INTO about VALUES (2, 'cursors are signed with it')")
-        columns = "id, user_id, title, description, completed, created_at, updated_at"
-        connection.executemany(f"INSERT INTO task ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.execute("INSERT INTO about VALUES (3, 'cursors are signed with it')")
+        columns = ", ".join(TASK_KEYS)
+        rows = [[*row[:5], None, None, "[]", *row[-2:]] for row in rows]
+        marks = ", ".join("?" * len(TASK_KEYS))
+        connection.executemany(f"INSERT INTO task ({columns}) VALUES ({marks})", rows)
         connection.commit()
 
 
@@ -851,14 +855,42 @@ def test_tasks_shows_one_users_tasks_oldest_first(taskctl: Taskctl, kept: Path) 
     assert data(shown) == [
         {
             "id": 1, "user_id": "alice", "title": "Buy milk", "description": "2 litres", "completed": False,
+            "priority": None, "due_date": None, "tags": [],
             "created_at": "2026-01-02T03:04:05.006Z", "updated_at": "2026-01-02T03:04:05.006Z",
         },
         {
             "id": 3, "user_id": "alice", "title": "Call the dentist", "description": None, "completed": True,
+            "priority": None, "due_date": None, "tags": [],
             "created_at": "2026-01-03T03:04:05.006Z", "updated_at": "2026-01-05T03:04:05.006Z",
         },
     ]  # fmt: skip
     assert list(data(shown)[0]) == TASK_KEYS
+
+
+def test_tasks_of_a_priority_a_tag_or_a_time_are_those_of_the_service(
+    taskctl: Taskctl, kept: Path
+) -> None:
+    with contextlib.closing(sqlite3.connect(kept)) as database, database:
+        more = "priority = 'high', due_date = '2026-12-01', tags = '[\"home\",\"a b\"]'"
+        database.execute(f"UPDATE task SET {more} WHERE id = 3")
+    for options, ids in [
+        (["--priority", "high"], ["3"]),
+        (["--priority", "low"], []),
+        (["--tag", "home", "--tag", "a b"], ["3"]),
+        (["--tag", "home", "--tag", "a"], []),
+        (["--due-before", "2026-12-02"], ["3"]),
+        (["--due-before", "2026-12-01"], []),
+        (["--sort=-due_date", "--limit", "1"], ["3"]),
+    ]:
+        answer = taskctl("tasks", "alice", *options, "--json")
+        assert [str(task["id"]) for task in json.loads(answer.stdout)] == ids, options
+    assert cells(taskctl("tasks", "alice", "--tag", "home"))[1][5:8] == [
+        "high",
+        "2026-12-01",
+        "home, a b",
+    ]
+    for option in (["--priority", "urgent"], ["--tag", " "], ["--due-before", "2026-02-30"]):
+        assert taskctl("tasks", "alice", *option).returncode == 2
 
 
 @pytest.mark.parametrize(("option", "ids"), [("--open", [1]), ("--done", [3])])
@@ -912,7 +944,7 @@ def hostile(tmp_path: Path) -> list[list[str]]:
     mallory = [[n + len(rows), "mallory", *row[2:]] for n, row in enumerate(rows, 1)]
     keep(tmp_path / "taskd.db", rows + mallory)
     return [
-        [str(n + len(rows)), "mallory", shown, shown, "no", *MILK[-2:]]
+        [str(n + len(rows)), "mallory", shown, shown, *MILK[4:]]
         for n, shown in enumerate(HOSTILE.values(), 1)
     ]
 
@@ -943,14 +975,7 @@ def test_the_longest_description_is_shown_whole_on_one_line(
 ) -> None:
     description = "word " * 1999 + "end."
     keep(tmp_path / "taskd.db", [[1, "alice", "Buy milk", description, 0, *MILK[-2:]]])
-    assert cells(taskctl("tasks", "alice"))[1] == [
-        "1",
-        "alice",
-        "Buy milk",
-        description,
-        "no",
-        *MILK[-2:],
-    ]
+    assert cells(taskctl("tasks", "alice"))[1] == ["1", "alice", "Buy milk", description, *MILK[4:]]
 
 
 def test_what_users_wrote_does_nothing_to_a_real_terminal_either(tmp_path: Path) -> None:

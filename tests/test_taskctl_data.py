@@ -42,6 +42,7 @@ TRACED = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not in
 PEOPLE = ["alice", "bob", "zoë/ünïcode"]
 MILK = {
     "id": 7, "user_id": "alice", "title": "Buy milk", "description": "2 litres", "completed": False,
+    "priority": None, "due_date": None, "tags": [],
     "created_at": "2026-11-20T21:00:00.000Z", "updated_at": "2026-11-20T21:00:00.000Z",
 }  # fmt: skip
 

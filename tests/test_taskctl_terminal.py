@@ -53,14 +53,19 @@ def plain(shown: str) -> list[str]:
     return [line.rstrip() for line in re.sub("\x1b\\[[0-9;]*m", "", shown).splitlines()]
 
 
+def new(**fields: object) -> dict[str, object]:
+    """Return the fields of a new task."""
+    return taskd.decode(json.dumps(fields), taskd.NewTask)
+
+
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     """A database with two tasks of alice and one of bob."""
     database = taskd.open_database(taskd.Settings(database_url=f"sqlite:///{tmp_path}/taskd.db"))
     store = taskd.TaskStore(database)
-    store.add("bob", taskd.NewTask(title="Sleep"))
-    store.add("alice", taskd.NewTask(title=ODD, description="2 litres"))
-    store.add("alice", taskd.NewTask(title="Rest", completed=True))
+    store.add("bob", new(title="Sleep"))
+    store.add("alice", new(title=ODD, description="2 litres"))
+    store.add("alice", new(title="Rest", completed=True))
     store.close()
     return tmp_path
 

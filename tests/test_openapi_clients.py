@@ -1,0 +1,104 @@
+"""Linters read openapi.json, and clients that are generated from it call every route of a taskd."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support import ROOT, Process, environment, token
+
+HERE = ROOT / "tests" / "openapi_clients"
+DOCUMENT = ROOT / "openapi.json"
+TIME = 300  # seconds that a command may take
+pytestmark = [
+    pytest.mark.sqlite("it is about a document"),
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("npm"), reason="these tools run on Node: install npm"),
+]
+
+
+def run(*command: str | Path, at: Path, **variables: str) -> str:
+    """Run a command that must succeed, and return what it printed."""
+    done = subprocess.run(
+        command, cwd=at, env=environment(**variables), capture_output=True, text=True, timeout=TIME
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def install(directory: Path, names: str, *commands: list[str]) -> Path:
+    """Run commands that install what a file names, unless that very file was installed before."""
+    stamp = directory / ".installed"
+    digest = hashlib.sha256((HERE / names).read_bytes()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != digest:
+        for command in commands:
+            run(*command, at=HERE)
+        stamp.write_text(digest)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tools() -> Path:
+    npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    return install(HERE / "node_modules", "package-lock.json", npm) / ".bin"
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    """A Python with the generator of clients, which wants another typer than taskctl."""
+    pip = [".venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    venv = [sys.executable, "-m", "venv", ".venv"]
+    directory = install(HERE / ".venv", "requirements.txt", venv, [*pip, "-r", "requirements.txt"])
+    return directory / "bin" / "python"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["redocly", "lint", DOCUMENT, "--extends", "recommended", "--format", "json"],
+        ["spectral", "lint", DOCUMENT, "--ruleset", "spectral.json", "--quiet"],
+    ],
+    ids=["redocly", "spectral"],
+)
+def test_a_linter_finds_no_error(tools: Path, command: list[str | Path]) -> None:
+    printed = run(tools / command[0], *command[1:], at=HERE, REDOCLY_TELEMETRY="off")
+    if command[0] == "redocly":
+        start = printed.index("{")
+        assert json.JSONDecoder().raw_decode(printed[start:])[0]["totals"]["errors"] == 0
+
+
+def test_a_strict_typescript_client_calls_every_route(
+    tools: Path, tmp_path: Path, start: Callable[..., Process]
+) -> None:
+    for name in ("client.ts", "tsconfig.json", "package.json"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "node_modules").symlink_to(HERE / "node_modules")
+    run(tools / "openapi-typescript", DOCUMENT, "-o", "schema.d.ts", at=tmp_path)
+    run(tools / "tsc", "-p", ".", at=tmp_path)
+    where = {"TASKD_URL": f"http://127.0.0.1:{start().port}", "TASKD_TOKEN": token("alice")}
+    assert run("node", "built/client.js", at=tmp_path, **where) == "all routes\n"
+
+
+def test_a_strict_python_client_calls_every_route(
+    python: Path, tmp_path: Path, start: Callable[..., Process]
+) -> None:
+    (tmp_path / "config.yml").write_text(
+        "package_name_override: taskd_client\nproject_name_override: taskd-client\npost_hooks: []\n"
+    )
+    module = "openapi_python_client"
+    generator: list[str | Path] = [python, "-m", module, "generate", "--path", DOCUMENT]
+    options = ["--config", "config.yml", "--meta", "none", "--output-path", "taskd_client"]
+    assert "WARNING" not in run(*generator, *options, at=tmp_path).upper()
+    (tmp_path / "taskd_client" / "py.typed").touch()
+    shutil.copy(HERE / "client.py", tmp_path)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python)]
+    run(*mypy, "client.py", at=tmp_path)
+    where = {"TASKD_URL": f"http://127.0.0.1:{start().port}", "TASKD_TOKEN": token("alice")}
+    assert run(python, "client.py", at=tmp_path, **where) == "all routes\n"
