@@ -308,7 +308,7 @@ def test_closed_streams_get_in_the_way_of_nothing(tmp_path: Path, closed: str) -
     )  # fmt: skip
     until(lambda: (tmp_path / "taskd.db-wal").exists(), "it has opened its database")
     with contextlib.suppress(FileNotFoundError):
-        links = [os.readlink(f"/proc/{server.pid}/fd/{number}") for number in range(3)]
+        links = [str(Path(f"/proc/{server.pid}/fd/{number}").readlink()) for number in range(3)]
         assert not any("socket" in link or "taskd.db" in link for link in links), links
     server.terminate()
     _, messages = server.communicate(timeout=DEADLINE)
