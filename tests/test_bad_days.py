@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import taskctl as taskctl_program
 import taskd
 from support import (
     DEADLINE,
@@ -375,3 +376,88 @@ def test_git_ignores_nothing_that_is_part_of_the_project() -> None:
 def test_the_unit_leaves_the_metrics_of_the_process_what_they_read() -> None:
     unit = (ROOT / "deploy" / "taskd.service").read_text()
     assert "\nProcSubset=" not in unit, "process_* metrics need /proc/stat"
+
+
+# --- PostgreSQL: copies, imports and exports ------------------------------------------------------------
+
+KEYED = {"Idempotency-Key": "once"}
+
+
+@pytest.mark.postgresql
+def test_after_a_copy_in_either_direction_keyed_creates_go_on(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
+    server, path = start(DATABASE_URL="sqlite:///old.db"), tmp_path / "taskd.db"
+    for number in range(5):
+        headers = bearer() | {"Idempotency-Key": f"key-{number}"}
+        assert server.request("POST", TASKS, {"title": "x"}, headers).status_code == 201
+    assert server.terminate() == 0
+    (tmp_path / "url").write_text(database_url(path) + "\n")
+    there = taskctl("copy", "env:OLD", "@url", OLD="sqlite:///old.db")
+    assert "copied 5 tasks and 5 idempotency keys" in there.stderr, there
+    server = start(DATABASE_URL=database_url(path))
+    keyed_creates_go_on(server)
+    assert server.terminate() == 0
+    back = taskctl("copy", "@url", "env:NEW", NEW="sqlite:///new.db")
+    assert "copied 7 tasks and 7 idempotency keys" in back.stderr, back
+    keyed_creates_go_on(start(DATABASE_URL="sqlite:///new.db"), first=7)
+
+
+def keyed_creates_go_on(server: Process, first: int = 5) -> None:
+    for number in range(first + 2):
+        headers = bearer() | {"Idempotency-Key": f"key-{number}"}
+        answer = server.request("POST", TASKS, {"title": "x"}, headers)
+        assert answer.status_code == 201, answer.text
+        assert ("idempotency-replayed" in answer.headers) == (number < first)
+
+
+@pytest.mark.parametrize("url", ["env:NOWHERE", "@nowhere", "mysql://x/y"])
+def test_a_url_that_cannot_be_had_is_named(taskctl: Taskctl, url: str) -> None:
+    answer = taskctl("copy", url, "sqlite:///other.db")
+    assert answer.returncode in (1, 2)
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.postgresql
+def test_the_time_out_of_a_request_does_not_bound_taskctl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BETTER_AUTH_SECRET", SECRET)
+    monkeypatch.setenv("DATABASE_URL", database_url(tmp_path / "taskd.db"))
+    monkeypatch.chdir(tmp_path)
+    opened = taskctl_program.database()
+    try:
+        assert opened.run("SHOW statement_timeout") == [("0",)]
+    finally:
+        opened.close()
+
+
+@pytest.mark.postgresql
+def test_an_export_from_postgresql_takes_no_more_memory_for_more_tasks(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
+    path = tmp_path / "taskd.db"
+    url = database_url(path)
+    assert taskctl("seed", "alice", "--count", "1", DATABASE_URL=url).returncode == 0
+    columns = "user_id, title, description, created_at, updated_at"
+    when = "'2026-11-20T21:00:00.000Z'"
+    sql(
+        path,
+        f"INSERT INTO task ({columns}) SELECT 'bob', 'x', repeat('x', 9000), {when}, {when}"
+        " FROM generate_series(1, 12000)",
+    )
+    measure = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    measured = subprocess.run(
+        [sys.executable, "-c", measure, *COMMAND, "export"],
+        cwd=tmp_path,
+        env=environment(BETTER_AUTH_SECRET=SECRET, DATABASE_URL=url, COVERAGE_PROCESS_CONFIG=""),
+        capture_output=True,
+        text=True,
+        timeout=3 * DEADLINE,
+        check=True,
+    )
+    assert int(measured.stdout) < 150 * 1024, "KiB; all of them are 108 MB"
