@@ -77,7 +77,8 @@ define install
 endef
 
 examples/better-auth/node_modules/.installed: examples/better-auth/package-lock.json
-	@command -v npm >/dev/null || { echo "make demo needs Node 20.19 or newer and npm: https://nodejs.org" >&2; exit 1; }
+	@command -v npm >/dev/null || \
+		{ echo "make demo needs Node 20.19 or newer and npm: https://nodejs.org" >&2; exit 1; }
 	@echo "Installing Better Auth ..."
 	@npm ci --prefix examples/better-auth --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@

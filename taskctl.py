@@ -1675,7 +1675,7 @@ def removed_at_exit(directory: Path, file: Path | None) -> Iterator[Path]:
 
 
 def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
-    """Return settings of VARIABLE=VALUE, with a database in this directory and a secret of its own."""
+    """Return settings with these VARIABLE=VALUE, a database in this directory and a new secret."""
     known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
     values = {
         "BETTER_AUTH_SECRET": secrets.token_urlsafe(32),

@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fcntl
 import hashlib
 import hmac
 import io
@@ -47,6 +48,7 @@ import socket
 import sqlite3
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -809,6 +811,7 @@ MIDNIGHT = "T00:00:00.000Z"  # a day counts as its first moment in UTC
 CAPITAL = "A"  # case folding leaves none, so that no text that is searched for spans two tags
 
 to_json = msgspec.json.Encoder().encode
+parse_tags = msgspec.json.Decoder(list[str]).decode
 Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
 Tag = Annotated[str, Meta(min_length=1, max_length=50, pattern=r"\S")]
 
@@ -823,7 +826,7 @@ class TagsField(peewee.TextField):
     def python_value(self, value: str) -> list[str]:
         """Return the array as a view shows it."""
         try:
-            return msgspec.json.decode(value, type=list[str])
+            return parse_tags(value)
         except (ValueError, msgspec.DecodeError) as ex:
             raise Unavailable("the database", f"it is damaged: {ex}") from None
 
@@ -1408,8 +1411,8 @@ class About(peewee.Model):
 
 MODELS: tuple[type[peewee.Model], ...] = (Task, IdempotencyKey, About)
 SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
-LOADED = [
-    (place, column.python_value)
+LOADED: list[tuple[int, Callable[[Any], Any]]] = [
+    (place, bool if isinstance(column, peewee.BooleanField) else column.python_value)
     for place, column in enumerate(SHOWN)
     if isinstance(column, peewee.BooleanField | TagsField)
 ]
@@ -1646,8 +1649,10 @@ class TaskStore:
         size = listing.limit or (CHUNK if listing.is_by_id else SORTED_CHUNK)
         sql, values = self._page_statement(listing)
         values |= {"user_id": user_id, "limit": size + 1}
-        if size == CHUNK:
-            tasks, after = _fill_page(self._database.run(sql, **values), size)
+        if not listing.limit and listing.is_by_id:
+            found = self._database.run(sql, **values)
+            tasks = [_view(row) for row in found[:size]]
+            after = (found[size - 1][-1], tasks[-1].id) if len(found) > size else None
         else:
             with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
                 tasks, after = _fill_page(rows, size)
@@ -1655,8 +1660,8 @@ class TaskStore:
 
     def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
         value, last = listing.after or (None, None)
-        asked = {name: getattr(listing, name) for name in FILTERS}
-        values = {name: value for name, value in asked.items() if value not in (None, "")}
+        asked = ((name, getattr(listing, name)) for name in FILTERS)
+        values = {name: value for name, value in asked if value is not None and value != ""}
         sql = self._page(tuple(values), len(listing.tags), listing.sort, last is None)
         values |= {f"tag_{place}": quoted(tag) for place, tag in enumerate(listing.tags)}
         return sql, values | {"q": listing.q.casefold(), "value": value, "last": last}
@@ -1758,10 +1763,10 @@ class TaskStore:
 
 def _view(row: Row) -> View:
     """Return a row as a task; behind its columns is one more, the version or the position in a list."""
-    values = [*row]
+    *values, _ = row
     for place, load in LOADED:
         values[place] = load(values[place])
-    return TaskView(*values[:-1])
+    return TaskView(*values)
 
 
 def _fill_page(rows: Iterable[Row], limit: int) -> tuple[list[View], POSITION | None]:
@@ -2709,7 +2714,7 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
 TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
 NO_TASK = "you have no task with this id"
-MAX_LIST_IN_MEMORY = 1024 * 1024  # bytes; a longer list goes into a file, which its client reads
+MAX_LIST_IN_MEMORY = 512 * 1024  # bytes; a longer list goes into a file, which its client reads
 MAX_LISTS = 32  # such files at a time
 MAX_LISTS_OF_USER = 8
 MAX_LIST_BYTES = 1024 * 1024 * 1024  # in all of them
@@ -3155,7 +3160,7 @@ def wsgi() -> App:
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
 MAX_HEADERS = 4096  # header lines
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
-MAX_CHUNKS = 32 * 1024
+MAX_CHUNKS = 20 * 1024  # besides those of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"  # RFC 9110, section 5.6.2, without small letters
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
@@ -3303,7 +3308,7 @@ class RequestReader:
             return False
         self.waits = "head"
         line, newline, _ = self._buffer.partition(b"\n")
-        found = REQUEST_LINE.fullmatch(line + newline)
+        found = REQUEST_LINE.fullmatch(line + newline) if newline else None
         if not found and (newline or not PRINTABLE.match(line)):
             raise malformed("its first line must be METHOD /path HTTP/1.1")
         if not found:
@@ -3403,7 +3408,7 @@ FREE_READS = 64  # reads of a request before a client that sends a few bytes at 
 PAUSE = 0.05  # seconds
 TURN = 1024 * 1024  # bytes sent to one client before the others have their turn
 DISCARD = 1024 * 1024  # bytes read after a refusal, so that the client comes to read the answer
-MAX_UNSENT = 64 * 1024 * 1024  # bytes in memory of all answers that clients have not taken yet
+MAX_UNSENT = 32 * 1024 * 1024  # bytes in memory of all answers that clients have not taken yet
 OVERFLOW = 4 * 1024 * 1024  # bytes over which waitress would put an answer into a file
 MAX_CONNECTIONS = 16_000
 ACCEPTED = 500  # connections at most in one go
@@ -3477,7 +3482,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     outbufs: list[Any]
     waits: str | None = None
-    _events = _turn = _reads = _received = 0
+    _events = _turn = _reads = _received = _queued = 0
     _served = _closes = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -3591,6 +3596,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return
         if self.total_outbufs_len:
             self.wait_for("reader")
+            self._queued = self._untaken()
             return
         if self.outbufs[-1].buf:  # it would keep the memory of what it has sent
             self.outbufs, self.current_outbuf_count = (
@@ -3649,6 +3655,15 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Return how many bytes are kept in memory until the client takes them."""
         return sum(len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
 
+    def _untaken(self) -> int:
+        """Return how many bytes the kernel has sent, or keeps, that the client has not taken."""
+        try:
+            return int.from_bytes(
+                fcntl.ioctl(self.socket, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder
+            )
+        except OSError:
+            return 0
+
     def close_early(self, why: str) -> None:
         """Close the connection, and tell the operator why."""
         log.info("connection closed: %s client=%s", why, self.addr[0])
@@ -3656,7 +3671,10 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def expire(self) -> None:
         """Close the connection when its client has had its time."""
-        if self.waits == "end" or (self.waits == "request" and self._served):
+        if self.waits == "reader" and self._untaken() < self._queued:
+            self._queued = self._untaken()
+            self.wait_for("reader")  # the client has taken some of what the kernel has
+        elif self.waits == "end" or (self.waits == "request" and self._served):
             self.handle_close()
         else:
             self.close_early(f"it waited too long for the {self.waits}")
@@ -3714,7 +3732,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.deadlines, self.stopping = Deadlines(), False
         self.ready: deque[ServerChannel] = deque()  # with a request to be answered
         self._finished: deque[ServerChannel] = deque()  # answered by a worker thread
-        self._paused: list[ServerChannel] = []
+        self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._warn_at = 0.0
         self._knocking = False  # clients wait to be accepted
         super().__init__(app, **adjustments)
@@ -3726,11 +3744,11 @@ class Server(waitress.server.TcpWSGIServer):
         self._finished.append(channel)
         self.trigger.pull_trigger()
 
-    def pause(self, channel: ServerChannel) -> None:
-        """Resume the channel in a while."""
+    def pause(self, paused: ServerChannel | Server) -> None:
+        """Resume a connection, or accepting others, in a while."""
         if not self._paused:
             self._resume_at = time.monotonic() + PAUSE
-        self._paused.append(channel)
+        self._paused.append(paused)
 
     def handle_accept(self) -> None:
         """Accept clients after the events at hand, which might be about descriptors of the same number."""
@@ -3752,6 +3770,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.poll.unregister(self._fileno)
         self.del_channel()
         self.socket.close()
+        self._paused = [paused for paused in self._paused if paused is not self]
         self._drain()
         self.task_dispatcher.shutdown(timeout=0.5)
         self._searches.shutdown(timeout=0.5)
@@ -3817,34 +3836,43 @@ class Server(waitress.server.TcpWSGIServer):
             channel.expire()
         if self._paused and time.monotonic() >= self._resume_at:
             resumed, self._paused = self._paused, []
-            for channel in resumed:
-                channel.resume()
+            for paused in resumed:
+                paused.resume()
+
+    def resume(self) -> None:
+        """Accept again after a pause."""
+        self.poll.modify(self._fileno, select.POLLIN)
 
     def _accept(self) -> None:
         self._knocking = False
         for _ in range(ACCEPTED):
+            full = len(self.active_channels) > self.adj.connection_limit
             try:
+                if full and not self._make_room():
+                    raise OSError
                 connection, address = self.socket.accept()
             except BlockingIOError:
                 return
-            except OSError:  # the client has left, or this process has no more descriptors
+            except OSError:  # the client has left, or there is no room, or no descriptor
                 self._make_room()
+                self.poll.modify(self._fileno, 0)
+                self.pause(self)
                 return
             with contextlib.suppress(OSError):
                 self.set_socket_options(connection)
-            ServerChannel(self, connection, address, self.adj, map=self._map)
-            if len(self.active_channels) > self.adj.connection_limit:
+            if len(self.active_channels) >= self.adj.connection_limit:
                 self._make_room()
+            ServerChannel(self, connection, address, self.adj, map=self._map)
 
-    def _make_room(self) -> None:
-        """Close the connection that waits longest for its client."""
-        if channel := self.deadlines.longest():
+    def _make_room(self) -> bool:
+        """Close the connection that waits longest for its client; return False if none waits."""
+        channel = self.deadlines.longest()
+        if channel:
             channel.handle_close()
         if time.monotonic() > self._warn_at:
             self._warn_at = time.monotonic() + 10
-            log.warning(
-                "too many connections: the one that is idle longest is closed for each new one"
-            )
+            log.warning("too many connections: each new one closes the one that is idle longest")
+        return channel is not None
 
 
 def connection_limit(threads: int) -> int:

@@ -179,6 +179,12 @@ COLORS = {
     "postgresql-2": "#6cc070",
     "postgresql-granian": "#a5d6a7",
 }
+NOTES = [
+    "requests a second, more is better",
+    "bare waitress has 4 threads, as by default, which take turns to run Python; taskd runs requests "
+    "in the event loop,",
+    "one after another, and so can be faster than the server that it is built on",
+]
 CHARTED = ["list", "get", "create", "toggle", "401"]
 LABELS, PANEL, NUMBERS, GAP = (
     150,
@@ -213,8 +219,9 @@ def chart(section: Section) -> str:
             bars(left, TOP + row * group, rates, count, name, list(peers))
             for row, name in enumerate(names)
         ]
-    height = TOP + len(names) * group + 30
-    parts.append(text(0, height - 8, "requests a second, more is better"))
+    height = TOP + len(names) * group + 14 + 16 * len(NOTES)
+    for line, note in enumerate(reversed(NOTES)):
+        parts.append(text(0, height - 8 - 16 * line, note))
     return frame(LABELS + len(counts) * (PANEL + NUMBERS + GAP) - GAP, height, parts)
 
 

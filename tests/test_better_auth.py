@@ -255,7 +255,8 @@ def part(token: str, number: int) -> dict[str, Any]:
 
 def new_task(task: dict[str, Any], user_id: str) -> dict[str, Any]:
     """Return what this task of a user must be when it has just been made."""
-    made = {"title": "Buy milk", "description": None, "completed": False}
+    made: dict[str, Any] = {"title": "Buy milk", "description": None, "completed": False}
+    made |= {"priority": None, "due_date": None, "tags": []}
     times = {"created_at": task["created_at"], "updated_at": task["updated_at"]}
     return {"id": task["id"], "user_id": user_id} | made | times
 

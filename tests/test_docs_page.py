@@ -401,8 +401,9 @@ def test_an_address_with_a_name_leads_to_that_call(page, name):
         lambda: page.run("return document.getElementById(`try-${arguments[0]}`)", name),
         "the call is open",
     )
-    until(lambda: 0 <= page.run("return document.getElementById(arguments[0]).getBoundingClientRect().top", name) < 100,
-          "the call is in view")  # fmt: skip
+    covered = page.run("return document.querySelector('.login').getBoundingClientRect().bottom")
+    until(lambda: covered <= page.run("return document.getElementById(arguments[0]).getBoundingClientRect().top", name) < 200,
+          "the call is in view, below the token")  # fmt: skip
     assert page.find(f"#try-{name} button").is_displayed()
 
 

@@ -20,11 +20,15 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
 from cluster import free_port
-from support import DEADLINE, ROOT, SECRET, Process, environment, stored, until
+from database import stored
+from processes import ROOT, Process, environment
 from test_better_auth import MISSING, PASSWORD
 from test_docs_page import browser  # noqa: F401  a fixture
+from tokens import SECRET
+from waiting import DEADLINE, until
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.sqlite("it is about a page"),
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]

@@ -523,7 +523,8 @@ def test_every_statement_that_runs_for_a_user_is_bound_to_that_user(
     assert call(person, "GET", tasks_of(name)).status_code == 200
     recorder.start()
     statuses = everything_by(person, [*mine, *theirs, 2**63 - 1], call)
-    ran = recorder.finish()
+    # A search's time-out on PostgreSQL is a statement that reads no rows.
+    ran = [statement for statement in recorder.finish() if not statement.startswith("SET LOCAL")]
     assert set(statuses) == {200, 201, 404, 412}
     assert len(ran) >= len(statuses)
     assert {statement.split(" ", 1)[0].lstrip("(") for statement in ran} == {

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import jwt
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from falcon import testing
 
 import taskd
-from support import SECRET, Process, Wire, assert_problem, bearer, until, written
+from support import DEADLINE, SECRET, Process, Wire, assert_problem, bearer, until, written
 from test_key_set import NEW, PRIVATE, WEAK, AuthServer, auth_server, call, public, signed
 
 __all__ = ["auth_server", "call"]
@@ -67,6 +68,39 @@ def test_a_firewall_that_knows_programs_by_their_names_lets_taskd_pass(
     assert call(GOOD).status_code == 200
 
 
+@pytest.mark.parametrize("target", ["/", "/api/auth/jwks", "/keys?tenant=a%20b&x=1"])
+def test_the_set_is_asked_for_as_its_address_says(auth_server: AuthServer, target: str) -> None:
+    asked: list[str] = []
+
+    def answer(request: Any) -> None:
+        asked.append(request.path)
+        AuthServer.send(request, 200, b"{}")
+
+    auth_server.answer = answer
+    origin = auth_server.url.removesuffix("/api/auth/jwks")
+    for url in [origin + target, *([origin] if target == "/" else [])]:
+        assert taskd.download(url) == b"{}"
+    assert set(asked) == {target}
+
+
+def test_a_fetch_does_not_keep_the_process_from_ending_and_the_first_is_not_logged(
+    auth_server: AuthServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "taskd")
+    auth_server.answer = auth_server.late
+    keys = taskd.KeySet(auth_server.url)
+    fetch = keys.fetch()
+    assert fetch
+    until(lambda: auth_server.asked, "the fetch has begun")
+    assert running("(_run)")
+    assert running("(_download)")
+    others = [one for one in threading.enumerate() if one is not threading.main_thread()]
+    assert all(one.daemon for one in others)
+    auth_server.free.set()
+    fetch.result(DEADLINE)
+    assert caplog.messages == []
+
+
 def test_of_a_huge_answer_little_is_read(call: Call, auth_server: AuthServer) -> None:
     auth_server.answer = auth_server.huge
     assert_problem(call(GOOD), 503)
@@ -87,15 +121,20 @@ def test_of_a_huge_answer_little_is_read(call: Call, auth_server: AuthServer) ->
     ids=["status line", "header", "body", "body of known length", "chunk", "length of a chunk"],
 )
 def test_a_set_that_comes_byte_by_byte_is_given_up_in_time_and_leaves_no_thread(
-    call: Call, auth_server: AuthServer, clock: Clock, monkeypatch: pytest.MonkeyPatch, head: bytes
+    call: Call,
+    auth_server: AuthServer,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    head: bytes,
 ) -> None:
     monkeypatch.setattr(taskd, "KEYS_WAIT", 0.4)
     auth_server.answer = auth_server.trickling(head)
     started = real_clock()
     assert_problem(call(GOOD), 503)
     assert real_clock() - started < 4
-    others = [one for one in threading.enumerate() if one is not threading.main_thread()]
-    assert all(one.daemon for one in others), "none of them keeps the process from ending"
+    [said] = warnings_in(caplog)
+    assert said.endswith("it cannot be fetched: TimeoutError: no whole answer within 0.4 s")
     auth_server.answer = auth_server.well
     clock.ahead += taskd.KEYS_PAUSE
     assert call(GOOD).status_code == 200, "the next fetch does not wait for the first"
@@ -160,6 +199,7 @@ NO_KEY = "it is not an object, or its kid or alg is not a string"
 NO_ALG = "its alg is not one of EdDSA, ES256, ES512, RS256, PS256"
 SECRET_KEY = "it is private or secret: whoever can read the set can sign with it"
 WHY = {  # the others are malformed
+    "an empty object": "it is malformed (InvalidKeyError)",
     **dict.fromkeys(["a number", "null", "text", "a list", "kid a list", "kid a number"], NO_KEY),
     **dict.fromkeys(["alg a list", "alg an object", "alg a number"], NO_KEY),
     **dict.fromkeys(["oct without k", "alg none", "alg unknown"], NO_ALG),
@@ -358,9 +398,7 @@ def test_a_failure_is_logged_once_for_each_reason_and_again_after_a_good_answer(
 ) -> None:
     caplog.set_level(logging.INFO, "taskd")
     for status in (500, 500, 404, 500, 200, 500):
-        auth_server.answer = lambda request, status=status: AuthServer.send(  # type: ignore[misc]
-            request, status, b'{"keys": []}'
-        )
+        auth_server.answer = partial(AuthServer.send, status=status, body=b'{"keys": []}')
         clock.ahead += taskd.KEYS_PAUSE
         assert call(GOOD).status_code == (401 if status == 200 else 503)
     said = [re.findall(r"is \d+", line)[0][3:] for line in warnings_in(caplog)]
@@ -411,7 +449,7 @@ def test_known_keys_are_fetched_again_when_they_are_old_and_sooner_after_a_failu
 
 
 def test_a_thread_that_cannot_start_once_is_tried_again(
-    call: Call, auth_server: AuthServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    call: Call, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_thread(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -419,6 +457,8 @@ def test_a_thread_that_cannot_start_once_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", no_thread)
         assert_problem(call(GOOD), 503)
+    [said] = warnings_in(caplog)
+    assert said.endswith("it cannot be fetched: RuntimeError: can't start new thread")
     clock.ahead += taskd.KEYS_PAUSE
     assert call(GOOD).status_code == 200
 

@@ -348,10 +348,7 @@ UNFIT = {
         "it lacks task.title TEXT NOT NULL",
     ),
     "an index is gone": ("DROP INDEX task_id", "it lacks index on task (user_id, id)"),
-    "a column has come": (
-        "ALTER TABLE task ADD COLUMN mood INTEGER",
-        "it has task.mood INTEGER",
-    ),
+    "a column has come": ("ALTER TABLE task ADD COLUMN mood INTEGER", "it has task.mood INTEGER"),
     "it is newer": (
         "ALTER TABLE about ALTER version TYPE integer USING 99",
         "was made by a newer taskd",

@@ -18,17 +18,11 @@ from typing import Any
 import pytest
 
 from cluster import free_port
-from support import (
-    DEADLINE,
-    OTHER_SECRET,
-    ROOT,
-    Process,
-    assert_problem,
-    bearer,
-    environment,
-    until,
-)
+from processes import ROOT, Process, environment
 from test_taskctl import Taskctl, run
+from tokens import OTHER_SECRET, bearer
+from waiting import DEADLINE, until
+from wire import assert_problem
 
 pytestmark = pytest.mark.sqlite("it is about a database of its own, which is SQLite")
 

@@ -16,11 +16,12 @@ import pytest
 import yaml
 
 from cluster import free_port
-from support import ROOT, environment, until
+from processes import ROOT, environment
 from test_better_auth import MISSING
 from test_example import install
+from waiting import until
 
-pytestmark = pytest.mark.sqlite("it is about a text")
+pytestmark = [pytest.mark.slow, pytest.mark.sqlite("it is about a text")]
 
 PAGE = (ROOT / "docs" / "testing.md").read_text()
 PLAYWRIGHT = ROOT / "tests" / "playwright"

@@ -1,0 +1,572 @@
+"""What a client can cost: framing that is not HTTP, and clients that are slow, idle, silent or greedy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support import (
+    DEADLINE,
+    ROOT,
+    Answer,
+    Process,
+    Wire,
+    assert_problem,
+    bearer,
+    stored,
+    token,
+    until,
+    written,
+)
+
+Start = Callable[..., Process]
+
+TASKS = "/api/alice/tasks"
+SOON = 1.0  # second within which another client is served, whatever this one does
+CHUNKED = "Transfer-Encoding: chunked"
+JSON = "Content-Type: application/json"
+MILK = b'{"title": "Buy milk"}'
+GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+HIDDEN = written("DELETE", f"{TASKS}/1", user="alice")  # which a body must not smuggle in
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    process = Process(tmp_path_factory.mktemp("limits"), TASKD_CORS_ORIGINS="https://a.example")
+    assert process.request("POST", TASKS, {"title": "Stay"}, bearer()).status_code == 201
+    yield process
+    assert [*stored(process.log_path.with_name("taskd.db"))][:1] == [1], "nothing was smuggled in"
+    assert not [bad for bad in ("Traceback", "uncaptured", "unhandled") if bad in process.log]
+    assert process.terminate() == 0
+
+
+def processor_time(server: Process) -> float:
+    """Return the seconds of processor time that a process has taken, as the kernel counts them."""
+    fields = Path(f"/proc/{server.popen.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(server: Process) -> int:
+    """Return the bytes of memory that a process has resident."""
+    pages = Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def another_is_served(server: Process) -> None:
+    """Check that another client reads, lists and writes in time."""
+    task = {"title": "Another"}
+    asked = (("GET", None), ("POST", task), ("GET", None))
+    for method, body in asked:
+        started = time.monotonic()
+        answer = server.request(method, "/api/bob/tasks", body, bearer("bob"))
+        assert answer.status_code in (200, 201), answer.text
+        assert time.monotonic() - started < SOON
+    assert server.request("GET", "/readyz").status_code == 200
+
+
+@contextlib.contextmanager
+def connected(server: Process, count: int) -> Iterator[list[Wire]]:
+    """Give connections of a client that takes nothing, and close them."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Wire(server, receive_buffer=4096)) for _ in range(count)]
+
+
+def sent_in_vain(wire: Wire, data: bytes) -> None:
+    with contextlib.suppress(ConnectionError):  # the server may have closed it
+        wire.send(data)
+
+
+# --- Framing ------------------------------------------------------------------------------------
+
+
+def get(*lines: str, target: str = "/healthz", version: str = "HTTP/1.1") -> bytes:
+    return "\r\n".join([f"GET {target} {version}", *lines, "", ""]).encode("latin-1")
+
+
+def post(body: bytes, *lines: str, version: str = "1.1") -> bytes:
+    return written("POST", TASKS, body, JSON, *lines, user="alice", version=version)
+
+
+def put_chunks(body: bytes) -> bytes:
+    return written("PUT", f"{TASKS}/1", body, JSON, CHUNKED, user="alice")
+
+
+HOST = "Host: x"
+EMPTY = b'{"title": "Stay"}'
+REQUESTS: dict[str, tuple[bytes, int]] = {
+    # the request line
+    "version 1.0": (get(HOST, version="HTTP/1.0"), 200),
+    "version 1.2": (get(HOST, version="HTTP/1.2"), 200),
+    "version 1.9": (get(HOST, version="HTTP/1.9"), 200),
+    "version 0.9": (get(HOST, version="HTTP/0.9"), 400),
+    "version 2.0": (get(HOST, version="HTTP/2.0"), 505),
+    "version 3.0": (get(HOST, version="HTTP/3.0"), 505),
+    "version 1.10": (get(HOST, version="HTTP/1.10"), 400),
+    "version 1": (get(HOST, version="HTTP/1"), 400),
+    "version 01.1": (get(HOST, version="HTTP/01.1"), 400),
+    "small letters in the version": (get(HOST, version="http/1.1"), 400),
+    "another protocol": (get(HOST, version="RTSP/1.0"), 400),
+    "a space after the version": (get(HOST, version="HTTP/1.1 "), 400),
+    "two spaces before the version": (get(HOST, version=" HTTP/1.1"), 400),
+    "two spaces before the path": (get(HOST, target=" /healthz"), 400),
+    "a tab for a space": (b"GET\t/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "a carriage return too many": (get(HOST, version="HTTP/1.1\r"), 400),
+    "a bare line feed after the request line": (b"GET /healthz HTTP/1.1\nHost: x\r\n\r\n", 400),
+    "an empty line first": (b"\r\n" + get(HOST), 200),
+    "a space first": (b" " + get(HOST), 400),
+    "an unknown method": (get(HOST).replace(b"GET", b"M-SEARCH"), 405),
+    "a method of every token character": (get(HOST).replace(b"GET", b"!#$%&'*+.^_`|~-A9"), 405),
+    "a method that is no token": (get(HOST).replace(b"GET", b"G@T"), 400),
+    "a method of small letters": (get(HOST).replace(b"GET", b"get"), 400),
+    "a method of TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    "a tab in the path": (get(HOST, target="/hea\tlthz"), 400),
+    "a control character in the path": (get(HOST, target="/hea\x01lthz"), 400),
+    "a NUL in the path": (get(HOST, target="/healthz\x00"), 400),
+    "DEL in the path": (get(HOST, target="/hea\x7flthz"), 400),
+    "a path without a slash": (get(HOST, target="healthz"), 400),
+    "an asterisk": (get(HOST, target="*"), 400),
+    "an authority": (get(HOST, target="x:80"), 400),
+    "CONNECT": (get(HOST, target="x:80").replace(b"GET", b"CONNECT"), 400),
+    "an http URL": (get(HOST, target="http://x/healthz"), 200),
+    "an HTTPS URL with a port": (get(HOST, target="HTTPS://x.example:443/healthz?a=b"), 200),
+    "an http URL without a path": (get(HOST, target="http://x"), 404),
+    "a URL of another scheme": (get(HOST, target="ftp://x/healthz"), 400),
+    "a URL without a host": (get(HOST, target="http:///healthz"), 400),
+    "a URL with a user": (get(HOST, target="http://me@x/healthz"), 400),
+    "a fragment": (get(HOST, target="/healthz#a"), 200),
+    # Host
+    "no Host": (get(), 400),
+    "no Host in 1.0": (get(version="HTTP/1.0"), 200),
+    "an empty Host": (get("Host:"), 400),
+    "an empty Host in 1.0": (get("Host: ", version="HTTP/1.0"), 400),
+    "two Hosts": (get(HOST, "Host: y"), 400),
+    "the same Host twice": (get(HOST, HOST), 400),
+    "a list of Hosts": (get("Host: x, y"), 400),
+    "Hosts without a space": (get("Host: x,y"), 400),
+    "a Host with a space": (get("Host: x y"), 400),
+    "a Host with a path": (get("Host: x/y"), 400),
+    "a Host with a user": (get("Host: me@x"), 400),
+    "a Host with a port": (get("Host: x.example:8000"), 200),
+    "a Host with an underscore": (get("Host: my_service:8000"), 200),
+    "a Host of IPv6": (get("Host: [::1]:8000"), 200),
+    "a Host with half a bracket": (get("Host: [::1"), 400),
+    "a port of letters": (get("Host: x:http"), 400),
+    # headers
+    "a space before the colon": (get(HOST, "X : y"), 400),
+    "a line without a colon": (get(HOST, "X"), 400),
+    "a header without a name": (get(HOST, ": y"), 400),
+    "an empty header": (get(HOST, "X:"), 200),
+    "a folded header": (get(HOST, "X: a", " b"), 400),
+    "a folded first header": (get(" X: a", HOST), 400),
+    "a header in brackets": (get(HOST, "X[]: y"), 400),
+    "a control character in a header": (get(HOST, "X: a\x01b"), 400),
+    "letters beyond ASCII in a header": (get(HOST, "X: \xe4\xff"), 200),
+    "a bare carriage return in a header": (get(HOST, "X: a\rb"), 400),
+    "a bare line feed after a header": (b"GET /healthz HTTP/1.1\r\nHost: x\nX: y\r\n\r\n", 400),
+    "4,000 headers": (get(HOST, *["X: y"] * 4000), 200),
+    "5,000 headers": (get(HOST, *["X: y"] * 5000), 431),
+    "an upgrade": (get(HOST, "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings"), 200),
+    # lengths
+    "two lengths": (post(MILK, "Content-Length: 21", "Content-Length: 21"), 400),
+    "two lengths in one": (post(MILK, "Content-Length: 21, 21"), 400),
+    "an empty length": (post(MILK, "Content-Length:"), 400),
+    "a length with a sign": (post(MILK, "Content-Length: +21"), 400),
+    "a length below zero": (post(MILK, "Content-Length: -1"), 400),
+    "a length in hexadecimal": (post(MILK, "Content-Length: 0x15"), 400),
+    "a length with a space": (post(MILK, "Content-Length: 2 1"), 400),
+    "a length over 2^64": (post(MILK, "Content-Length: 18446744073709551617"), 400),
+    "a length over the limit": (post(b"", "Content-Length: 65537"), 413),
+    "a space before a length's colon": (post(MILK, "Content-Length : 21"), 400),
+    # transfer codings
+    "a length and chunks": (post(b"0\r\n\r\n" + HIDDEN, "Content-Length: 5", CHUNKED), 400),
+    "chunks and a length": (post(b"0\r\n\r\n" + HIDDEN, CHUNKED, "Content-Length: 5"), 400),
+    "chunks in 1.0": (post(b"0\r\n\r\n" + HIDDEN, CHUNKED, version="1.0"), 400),
+    "chunks and a length in 1.0": (
+        post(b"0\r\n\r\n" + HIDDEN, CHUNKED, "Content-Length: 5", version="1.0"),
+        400,
+    ),
+    "chunks in 2.0": (post(b"0\r\n\r\n" + HIDDEN, CHUNKED, version="2.0"), 505),
+    "gzip": (post(b"", "Transfer-Encoding: gzip"), 400),
+    "gzip, chunked": (post(b"0\r\n\r\n", "Transfer-Encoding: gzip, chunked"), 400),
+    "chunked, gzip": (post(b"0\r\n\r\n", "Transfer-Encoding: chunked, gzip"), 400),
+    "identity": (post(b"", "Transfer-Encoding: identity"), 400),
+    "chunked, identity": (post(b"0\r\n\r\n", "Transfer-Encoding: chunked, identity"), 400),
+    "chunked twice": (post(b"0\r\n\r\n", CHUNKED, CHUNKED), 400),
+    "an empty coding": (post(MILK, "Transfer-Encoding:", "Content-Length: 21"), 400),
+    "an empty coding alone": (post(b"", "Transfer-Encoding: "), 400),
+    "a coding in quotes": (post(b"0\r\n\r\n", 'Transfer-Encoding: "chunked"'), 400),
+    "a coding behind a vertical tab": (post(b"0\r\n\r\n", "Transfer-Encoding: \x0bchunked"), 400),
+    "xchunked": (post(b"0\r\n\r\n", "Transfer-Encoding: xchunked"), 400),
+    "a coding of capitals": (
+        written("PUT", f"{TASKS}/1", b"2\r\n{}\r\n0\r\n\r\n", JSON, "Transfer-Encoding: CHUNKED", user="alice"),
+        200,
+    ),
+    # chunks
+    "a chunk": (put_chunks(b"2\r\n{}\r\n0\r\n\r\n"), 200),
+    "one-byte chunks": (put_chunks(b"1\r\n{\r\n1\r\n}\r\n0\r\n\r\n"), 200),
+    "leading zeros": (put_chunks(b"0000000000000002\r\n{}\r\n0000\r\n\r\n"), 200),
+    "an extension": (put_chunks(b"2;a=b\r\n{}\r\n0;c\r\n\r\n"), 200),
+    "an extension between spaces": (put_chunks(b"2 ; a=b\r\n{}\r\n0\t;\tc\r\n\r\n"), 200),
+    "an extension in quotes": (put_chunks(b'2;a="b;c"\r\n{}\r\n0\r\n\r\n'), 200),
+    "a trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\r\n\r\n"), 200),
+    "a trailer with a length": (put_chunks(b"2\r\n{}\r\n0\r\nX-Length: 9\r\n\r\n"), 200),
+    "a control character in an extension": (put_chunks(b"2;a\x01\r\n{}\r\n0\r\n\r\n"), 400),
+    "a bare line feed after a size": (put_chunks(b"2\n{}\r\n0\r\n\r\n"), 400),
+    "a bare line feed after an extension": (put_chunks(b"2;a\n{}\r\n0\r\n\r\n"), 400),
+    "a bare line feed after a chunk": (put_chunks(b"2\r\n{}\n0\r\n\r\n"), 400),
+    "an empty line before a size": (put_chunks(b"\r\n2\r\n{}\r\n0\r\n\r\n"), 400),
+    "a space before a size": (put_chunks(b" 2\r\n{}\r\n0\r\n\r\n"), 400),
+    "a space after a size": (put_chunks(b"2 \r\n{}\r\n0\r\n\r\n"), 400),
+    "a size with a sign": (put_chunks(b"+2\r\n{}\r\n0\r\n\r\n"), 400),
+    "a size of 0x2": (put_chunks(b"0x2\r\n{}\r\n0\r\n\r\n"), 400),
+    "a size with an underscore": (put_chunks(b"0_2\r\n{}\r\n0\r\n\r\n"), 400),
+    "an empty size": (put_chunks(b";a\r\n{}\r\n0\r\n\r\n"), 400),
+    "a chunk too long": (put_chunks(b"2\r\n{}}\r\n0\r\n\r\n"), 400),
+    "a size over 2^64": (put_chunks(b"1" + b"0" * 16 + b"2\r\n{}\r\n0\r\n\r\n"), 400),
+    "a size over the limit": (put_chunks(b"10001\r\n"), 413),
+    "a request for a trailer": (put_chunks(b"2\r\n{}\r\n0\r\n" + HIDDEN), 400),
+    "a folded trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\r\n z\r\n\r\n"), 400),
+    "a bare line feed after a trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\n\r\n"), 400),
+}  # fmt: skip
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize(("sent", "status"), REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut in two"])
+def test_each_request_of_the_corpora_has_its_answer(
+    shared: Process, sent: bytes, status: int, cut: bool
+) -> None:
+    with Wire(shared) as wire:
+        wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if cut:  # in the middle, wherever that is
+            wire.send(sent[: len(sent) // 2])
+            assert shared.request("GET", "/healthz").status_code == 200
+            sent = sent[len(sent) // 2 :]
+        sent_in_vain(wire, sent + GOOD if status < 400 else sent)
+        answer = wire.answer()
+        assert answer.status_code == status, answer.text
+        if status in (400, 413, 431, 505):
+            assert_problem(answer, status)
+            assert wire.is_closed(), "where the next request begins is not known"
+        elif status < 300 and answer.headers.get("connection") != "close":
+            assert wire.answer().text == '{"status": "ok"}'
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_requests_that_come_in_pieces_of_any_size_are_the_same(shared: Process) -> None:
+    requests = [
+        put_chunks(b"2 ; a=b\r\n{}\r\n0\r\nX: y\r\n\r\n"),
+        written("PUT", f"{TASKS}/1", {"title": "Stay"}, user="alice"),
+        written("M-SEARCH", f"{TASKS}/1", None, "Content-Length: 4", user="alice") + b"\r\n\r\n",
+        written("GET", f"{TASKS}/1", None, "Upgrade: x", "Connection: Upgrade", user="alice"),
+        b"\r\n" + GOOD,
+    ]
+    sent = b"".join(requests) * 3
+    for size in (1, 2, 3, 5, 7, 64, 100, 1000):
+        with Wire(shared) as wire:
+            wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for at in range(0, len(sent), size):
+                wire.send(sent[at : at + size])
+            assert [wire.answer().status_code for _ in range(15)] == [200, 200, 405, 200, 200] * 3
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("line", ["Content-Length: 21", CHUNKED])
+def test_an_upgrade_is_ignored_and_its_body_read(shared: Process, line: str) -> None:
+    body = MILK if "Length" in line else b"15\r\n" + MILK + b"\r\n0\r\n\r\n"
+    upgrade = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMA")
+    with Wire(shared) as wire:
+        created = wire.send(post(body, line, *upgrade) + GOOD).answer()
+        assert created.status_code == 201
+        assert wire.answer().status_code == 200
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("options", ["close", "TE, close", "Close", "keep-alive, close"])
+def test_a_connection_is_closed_when_close_is_among_the_options(
+    shared: Process, options: str
+) -> None:
+    with Wire(shared) as wire:
+        answer = wire.send(get(HOST, f"Connection: {options}") + GOOD).answer()
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert wire.is_closed()
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_a_user_id_with_an_encoded_slash_is_found_by_a_url_too(shared: Process) -> None:
+    target = "http://x/api/a%2Fb/tasks?limit=1"
+    request = f"GET {target} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token('a/b')}\r\n\r\n"
+    with Wire(shared) as wire:
+        assert wire.send(request.encode()).answer().json == []
+
+
+REFUSED: dict[int, bytes] = {
+    400: b"POST /api/alice/tasks HTTP/1.1\r\n",
+    413: b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n",
+    431: b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 4100,
+    505: b"GET /healthz HTTP/2.0\r\nHost: x\r\n",
+}
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("status", [400, 413, 431])
+def test_a_refusal_has_the_headers_of_every_answer(shared: Process, status: int) -> None:
+    line, _, rest = REFUSED[status].partition(b"\r\n")
+    request_id = f"refused-{status}"
+    own = f"\r\nX-Request-ID: {request_id}\r\nOrigin: https://a.example\r\n".encode()
+    with Wire(shared) as wire:
+        sent_in_vain(wire, line + own + rest + b"\r\n")
+        answer = wire.answer()
+    assert_problem(answer, status)
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["x-request-id"] == request_id
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
+    assert f"INFO - - {status} " in shared.log
+    assert f" id={request_id} user=-" in shared.log
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_a_refusal_is_logged_with_the_clients_address_and_not_counted(start: Start) -> None:
+    server = start(TASKD_TRUSTED_PROXY="127.0.0.1", TASKD_METRICS="1")
+    with Wire(server) as wire:
+        wire.send(b"GET /healthz HTTP/1.1\r\nX-Forwarded-For: 192.0.2.7\r\n\r\n")
+        assert_problem(wire.answer(), 400)
+    assert " client=192.0.2.7" in server.log.splitlines()[-1]
+    metrics = server.request("GET", "/metrics").text
+    assert not [line for line in metrics.splitlines() if line.startswith("taskd_requests_total{")]
+
+
+# --- Processor time -----------------------------------------------------------------------------
+
+
+DEAR: dict[str, tuple[bytes, float]] = {
+    "white space and a control character": (get(HOST, f"X:{' ' * 65_000}\x01"), 0.02),
+    "white space": (get(HOST, f"X:{' ' * 65_000}y"), 0.02),
+    "tabs and DEL": (get(HOST, "X:" + "\t" * 30_000 + "\x7f"), 0.02),
+    "a URL of digits": (b"GET a://" + b"4" * 65_000 + b" x\r\n\r\n", 0.02),
+    "a port of digits": (get(HOST, target=f"http://x:{'4' * 65_000}"), 0.02),
+    "headers of one letter": (get(HOST, *["a:"] * 16_000), 0.02),
+    "one header many times": (get(HOST, *["Accept: a"] * 4000), 0.02),
+    "many options": (get(HOST, "Connection: " + "," * 64_000), 0.02),
+    "many slashes": (get(HOST, target="/" * 65_000), 0.02),
+    "an encoded path": (get(HOST, target="/" + "%41" * 21_000), 0.02),
+    "a query of parameters": (get(HOST, target="/healthz?" + "a=1&" * 16_000), 0.02),
+    "170,000 chunks of a byte": (post(b"1\r\nx\r\n" * 170_000, CHUNKED), 0.05),
+    "60,000 chunks of a byte": (post(b"1\r\n \r\n" * 60_000 + b"0\r\n\r\n", CHUNKED), 0.05),
+    "30,000 chunks of two bytes": (post(b"2\r\n  \r\n" * 30_000 + b"0\r\n\r\n", CHUNKED), 0.05),
+    "an endless extension": (post(b"1;" + b"a" * 600_000, CHUNKED), 0.05),
+    "an endless trailer": (post(b"0\r\n" + b"a:\r\n" * 100_000, CHUNKED), 0.05),
+    "blank lines": (b"\r\n" * 500_000, 0.05),
+    "1 MB of body": (post(b"x" * 1_000_000, "Content-Length: 1000000"), 0.05),
+}
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize(("sent", "bound"), DEAR.values(), ids=DEAR)
+def test_no_request_costs_more_than_its_bound(shared: Process, sent: bytes, bound: float) -> None:
+    before = processor_time(shared)
+    for _ in range(4):  # the kernel counts in steps of 10 ms
+        with Wire(shared) as wire:
+            sent_in_vain(wire, sent)
+            wire.answer()
+    assert processor_time(shared) - before < 4 * bound + 0.05
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_request_that_comes_byte_by_byte_costs_little(shared: Process, part: str) -> None:
+    sent = post(b" " * 4000, "Content-Length: 4000")
+    if part == "head":
+        sent = get(HOST, "X: " + "y" * 4000)
+    before = processor_time(shared)
+    with Wire(shared) as wire:
+        wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in sent:
+            wire.send(bytes([byte]))
+            time.sleep(0.0001)
+        assert wire.answer().status_code == (200 if part == "head" else 400)
+    assert processor_time(shared) - before < 0.1
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_urgent_data_closes_the_connection_with_one_line_in_the_log(shared: Process) -> None:
+    lines, before = len(shared.log.splitlines()), processor_time(shared)
+    with Wire(shared) as wire:
+        wire.socket.send(b"!", socket.MSG_OOB)
+        assert wire.is_closed()
+    assert shared.log.splitlines()[lines:][0].endswith("urgent data came client=127.0.0.1")
+    assert len(shared.log.splitlines()) == lines + 1
+    assert processor_time(shared) - before < 0.1
+
+
+# --- Time ---------------------------------------------------------------------------------------
+
+
+SHORT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import taskd
+taskd.DEADLINES.update(request=0.9, head=0.3, body=0.6, reader=0.8, end=0.3)
+sys.exit(taskd.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Give a server whose deadlines are short."""
+    command = [sys.executable, "-c", SHORT]
+    process = Process(tmp_path_factory.mktemp("hasty"), command=command)
+    yield process
+    assert process.terminate() == 0
+
+
+WAITING = {
+    "nothing at all": (b"", 0.9, "request"),
+    "half a head": (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ", 0.3, "head"),
+    "half a body": (post(b"x", "Content-Length: 21"), 0.6, "body"),
+    "half a chunk": (post(b"15\r\nx", CHUNKED), 0.6, "body"),
+}
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("trickles", [False, True], ids=["silent", "trickling"])
+@pytest.mark.parametrize(("sent", "seconds", "waits"), WAITING.values(), ids=WAITING)
+def test_a_client_that_keeps_taskd_waiting_is_closed(
+    hasty: Process, sent: bytes, seconds: float, waits: str, trickles: bool
+) -> None:
+    if trickles and waits == "request":
+        pytest.skip("what trickles is a request")
+    logged = len(hasty.log)
+    with Wire(hasty) as wire:
+        started = time.monotonic()
+        wire.send(sent)
+        while trickles and time.monotonic() < started + seconds - 0.05:
+            wire.send(b"x" if waits == "head" else b"")
+            time.sleep(0.02)
+        assert wire.is_closed()
+        assert time.monotonic() - started > seconds - 0.1
+    assert hasty.log[logged:].count(f"it waited too long for the {waits}") == 1
+    assert len(hasty.log[logged:].splitlines()) == 1
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_a_connection_that_was_used_is_closed_when_it_is_idle(hasty: Process) -> None:
+    with Wire(hasty) as wire:
+        for _ in range(4):
+            assert wire.send(GOOD).answer().status_code == 200
+            time.sleep(0.3)
+        lines = len(hasty.log.splitlines())
+        assert wire.is_closed()
+    assert len(hasty.log.splitlines()) == lines
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_an_answer_of_which_nothing_is_taken_closes_the_connection(hasty: Process) -> None:
+    for number in range(100):
+        task = {"title": f"Dig {number}", "description": "x" * 10_000}
+        assert hasty.request("POST", TASKS, task, bearer()).status_code == 201
+    request = written("GET", TASKS, user="alice")
+    with Wire(hasty, receive_buffer=4096) as idle, Wire(hasty, receive_buffer=4096) as slow:
+        for wire in (idle, slow):
+            wire.send(request * 20)
+        taken = 0
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            taken += len(slow.socket.recv(4096))
+            time.sleep(0.01)
+        until(lambda: "too long for the reader" in hasty.log, "the idle one is closed")
+        assert hasty.log.count("too long for the reader") == 1
+        assert len(slow.socket.recv(100)) > 0
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_a_head_that_is_not_whole_is_closed_after_10_seconds(shared: Process) -> None:
+    with Wire(shared) as wire:
+        started = time.monotonic()
+        assert wire.send(b"GET ").is_closed()
+        assert 9.5 < time.monotonic() - started < 15
+
+
+# --- Numbers ------------------------------------------------------------------------------------
+
+PARTS = {
+    "nothing": b"",
+    "half a head": b"GET /healthz HTTP/1.1\r\nX: ",
+    "half a body": post(b"x" * 40_000, "Content-Length: 60000"),
+    "requests, without reading": GOOD * 100,
+}
+LIMITED = ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh"]
+
+
+@pytest.mark.parametrize("sent", PARTS.values(), ids=PARTS)
+def test_more_connections_than_descriptors_keep_nobody_out(start: Start, sent: bytes) -> None:
+    server = start(command=LIMITED, TASKD_THREADS="4")
+    another_is_served(server)
+    before = memory(server)
+    with connected(server, 300) as wires:
+        for wire in wires:
+            sent_in_vain(wire, sent)
+        another_is_served(server)
+        assert len([*Path(f"/proc/{server.popen.pid}/fd").iterdir()]) < 256 - 10
+        assert memory(server) - before < 300 * 100_000
+        assert wires[0].is_closed() or sent.startswith(GOOD)
+        another_is_served(server)
+        started = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - started < 10
+        assert "Traceback" not in server.log
+        assert "uncaptured" not in server.log
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_thousands_of_idle_connections_do_not_make_requests_dear(start: Start) -> None:
+    server = start()
+
+    def cost() -> float:
+        before = processor_time(server)
+        with Wire(server) as wire:
+            for _ in range(600):
+                assert wire.send(GOOD).answer().status_code == 200
+        return processor_time(server) - before
+
+    alone = cost()
+    with connected(server, 700):
+        assert cost() < 2 * alone + 0.1
+
+
+@pytest.mark.parametrize("threads", ["2"])
+def test_readers_that_read_nothing_hold_no_worker(start: Start, threads: str) -> None:
+    server = start(TASKD_THREADS=threads)
+    for number in range(150):
+        task = {"title": f"Dig {number}", "description": "x" * 10_000}
+        assert server.request("POST", TASKS, task, bearer()).status_code == 201
+    request = written("GET", TASKS, user="alice")  # over 100 tasks: a worker makes it
+    wires = [Wire(server, receive_buffer=4096).send(request * 2) for _ in range(4)]
+    for _ in range(3):
+        another_is_served(server)
+    for wire in wires:
+        wire.reset()
+    until(lambda: len(server.request("GET", TASKS, headers=bearer()).json) == 150, "it is served")
+
+
+def test_all_900_clients_that_sent_a_write_before_sigterm_are_answered(start: Start) -> None:
+    server = start()
+    with connected(server, 900) as wires:
+        for number, wire in enumerate(wires):
+            wire.send(written("POST", TASKS, {"title": f"Buy milk {number}"}, user="alice"))
+        server.popen.terminate()
+        answers: list[Answer] = [wire.answer() for wire in wires]
+    counts = Counter(answer.status_code for answer in answers)
+    assert counts.keys() <= {201, 503}, counts  # 503 where the disk is slow
+    assert counts[201] > 800
+    assert server.popen.wait(DEADLINE) == 0
