@@ -7,7 +7,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run demo check test test-quick test-sqlite test-postgresql lint openapi statements \
-    fuzz mutants audit bench clean
+    lock fuzz mutants audit bench clean
 
 run: .venv/run
 	@$(BIN)/python taskctl.py init
@@ -47,6 +47,11 @@ openapi: .venv/run
 
 statements: .venv/test
 	$(BIN)/python tests/statements.py
+
+# Renew requirements.lock: every package that serves, and the hashes of its files, for every platform.
+lock: .venv/test
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+	    --no-annotate --no-header --no-config --output-file requirements.lock requirements-postgresql.txt
 
 fuzz: .venv/test
 	TASKD_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py

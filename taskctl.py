@@ -87,6 +87,7 @@ AsLines = Annotated[bool, typer.Option("--nl", help="Print JSON lines.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
 Wide = Annotated[bool, typer.Option("--wide", help="All columns, however wide.")]
 STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
+ALIGNED = 60  # characters of a value that make a column of a whole table so wide
 TIMES = ("created_at", "updated_at", "due_date", "last_change")  # shown to the minute
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
@@ -147,18 +148,30 @@ def show_table(rows: list[dict[str, Any]], hidden: tuple[str, ...] | None) -> No
         if hidden is None
         or (name not in hidden and any(row[name] not in (None, []) for row in rows))
     ]
+    if hidden is None:
+        print_whole([names, *([printable(row[name]) for name in names] for row in rows)])
+        return
     table = Table(box=None, pad_edge=False)
     for name in names:
         table.add_column(name, no_wrap=name in TIMES)
     for row in rows:
-        table.add_row(*(cell(name, row[name], hidden is not None) for name in names))
-    Console(width=10**6 if hidden is None else None).print(table)
+        table.add_row(*(cell(name, row[name]) for name in names))
+    Console().print(table)
 
 
-def cell(name: str, value: object, short: bool) -> Text:
-    """Return a value for a table, where short times are to the minute, in UTC."""
+def print_whole(lines: list[list[str]]) -> None:
+    """Print a table whole: a value is aligned with its column unless it is long."""
+    columns = zip(*lines, strict=True)
+    widths = [max(len(text) for text in column if len(text) <= ALIGNED) for column in columns]
+    for line in lines:
+        cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
+        print(*cells, sep="  ")
+
+
+def cell(name: str, value: object) -> Text:
+    """Return a value for a short table, in which times are to the minute, in UTC."""
     text = printable(value)
-    if short and name in TIMES:
+    if name in TIMES:
         text = text[:16].replace("T", " ")
     return Text(text, STYLES.get(text, "") if name == "result" else "", overflow="fold")
 

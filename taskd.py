@@ -255,11 +255,11 @@ def _given(environ: Mapping[str, str], dotenv: Path) -> dict[str, str]:
 
 
 def _read_dotenv(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    from dotenv.parser import parse_stream  # loaded only where there is such a file
-
     try:
+        if not path.exists():
+            return {}
+        from dotenv.parser import parse_stream  # loaded only where there is such a file
+
         with path.open(encoding="utf-8") as file:
             bindings = list(parse_stream(file))
     except (OSError, UnicodeDecodeError) as ex:

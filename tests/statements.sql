@@ -47,6 +47,15 @@ DELETE
   LIMIT 2)))
   AND ("idempotency_key"."created_at" < :before));
 
+-- expire_all
+DELETE
+  FROM "idempotency_key"
+  WHERE ("idempotency_key"."id" IN (SELECT "idempotency_key"."id"
+  FROM "idempotency_key" AS "idempotency_key"
+  WHERE ("idempotency_key"."created_at" < :before)
+  LIMIT 500))
+  RETURNING "idempotency_key"."id";
+
 -- claim
 INSERT INTO "idempotency_key" ("user_id", "name", "body", "answer", "created_at")
   VALUES (:user_id, :name, :body, '', :now)

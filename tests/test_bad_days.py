@@ -1,0 +1,463 @@
+"""What operators meet: readers with few rights, links, full disks, hang-ups, odd surroundings."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+import taskctl as taskctl_program
+import taskd
+from support import (
+    DEADLINE,
+    ROOT,
+    SECRET,
+    Answer,
+    Process,
+    assert_problem,
+    bearer,
+    database_url,
+    environment,
+    sql,
+    until,
+)
+from test_taskctl import COMMAND, one_line
+from test_taskctl_data import add, launched, names, said
+
+pytestmark = pytest.mark.sqlite("these are about a file")
+
+Start = Callable[..., Process]
+Taskctl = Callable[..., Answer]
+TASKS = "/api/alice/tasks"
+
+
+# --- Nothing is made beside the database --------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """A directory in which a group may write, as one for a database and its backups."""
+    if os.geteuid():
+        pytest.skip("only root can be several users")
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    tmp_path.chmod(0o775)
+    shutil.chown(tmp_path, "daemon", "daemon")
+    return tmp_path
+
+
+def as_user(user: str) -> list[str]:
+    return ["setpriv", f"--reuid={user}", "--regid=daemon", "--clear-groups"]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_backup_and_a_check_by_who_may_only_read_leave_nothing_that_stops_a_write(
+    shared: Path, start: Start, running: bool
+) -> None:
+    server = start(command=as_user("daemon"))
+    add(server)
+    if not running:
+        assert server.terminate() == 0
+    for path in shared.glob("taskd.db*"):
+        path.chmod(0o640)
+    before = {path.name: path.stat().st_uid for path in shared.glob("taskd.db*")}
+    for number, arguments in enumerate((["backup", "copy.db"], ["check"], ["backup", "-"])):
+        command = launched(shared, *arguments, before=as_user("nobody"), text=False)
+        printed, messages = command.communicate(timeout=DEADLINE)
+        assert command.returncode == 0 or arguments == ["check"], messages
+        assert number < 2 or printed.startswith(b"SQLite format 3\0")
+    assert {path.name: path.stat().st_uid for path in shared.glob("taskd.db*")} == before
+    if not running:
+        server = start(command=as_user("daemon"))
+    assert server.request("POST", TASKS, {"title": "x"}, bearer()).status_code == 201
+    assert len(sql(shared / "copy.db", "SELECT id FROM task")) == 1
+
+
+def test_a_check_of_a_log_that_no_server_has_open_creates_nothing(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
+    server = start()
+    add(server)
+    server.kill()
+    (tmp_path / "taskd.db-shm").unlink()
+    before = names(tmp_path)
+    row = next(row for row in json.loads(taskctl("check", "--json").stdout) if "db" in row["about"])
+    assert (row["result"], row["found"]) == ("ok", "whole, and fits schema.sql")
+    assert names(tmp_path) == before
+    said(taskctl("backup", "copy.db"))
+    assert len(sql(tmp_path / "copy.db", "SELECT id FROM task")) == 1
+
+
+def test_a_check_through_a_symbolic_link_sees_what_is_in_the_log(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "link.db").symlink_to(home / "taskd.db")
+    url = f"sqlite:///{tmp_path}/link.db"
+    server = start(directory=home)
+    add(server)
+
+    def check() -> tuple[str, str]:
+        rows = json.loads(taskctl("check", "--json", DATABASE_URL=url).stdout)
+        row = next(row for row in rows if row["about"] == url)
+        assert any(row["about"].endswith("home/taskd.db-wal") for row in rows)
+        return row["result"], row["found"]
+
+    assert check()[0] == "ok"
+    with contextlib.closing(sqlite3.connect(home / "taskd.db")) as other:
+        other.execute("DROP INDEX task_id")
+    result, found = check()
+    assert (result, "it lacks index task_id" in found) == ("FAIL", True), found
+    said(taskctl("backup", "copy.db", DATABASE_URL=url))
+    assert names(tmp_path) == ["copy.db", "home", "link.db"]
+
+
+# --- Full and read-only disks ---------------------------------------------------------------------------
+
+
+def test_readyz_says_that_the_disk_is_full_until_there_is_room(
+    start: Start, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        server = start(DATABASE_URL=f"sqlite:///{disk}/taskd.db")
+        assert server.request("GET", "/readyz").status_code == 200
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(b"x" * 4096)
+        body = {"title": "x", "description": "x" * 10_000}
+
+        def refused() -> bool:
+            return server.request("POST", TASKS, body, bearer()).status_code == 503
+
+        until(refused, "the disk is full")
+        detail = assert_problem(server.request("GET", "/readyz"), 503)["detail"]
+        assert detail.startswith("the database, whose disk is full, cannot be used right now")
+        assert server.request("GET", TASKS, headers=bearer()).status_code == 200
+        (disk / "ballast").unlink()
+        until(lambda: server.request("GET", "/readyz").status_code == 200, "there is room")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False, capture_output=True)
+        server.terminate()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# --- Idempotency keys go when they are said to go -------------------------------------------------------
+
+
+def plant_key(path: Path, user: str, hours: float) -> None:
+    when = taskd.timestamp(datetime.now(UTC) - timedelta(hours=hours))
+    columns = "idempotency_key (user_id, name, body, answer, created_at)"
+    sql(path, f"INSERT INTO {columns} VALUES (?, ?, '', 'secret text', ?)", user, str(hours), when)
+
+
+@pytest.mark.both_engines
+def test_old_keys_go_without_anybody_creating_even_behind_two_from_the_future(
+    start: Start, tmp_path: Path
+) -> None:
+    path = tmp_path / "taskd.db"
+    assert start().terminate() == 0
+    for hours in (-50, -49, 25, 30, 23):
+        plant_key(path, "carol", hours)
+    start()
+    query = "SELECT name FROM idempotency_key ORDER BY id"
+    until(lambda: len(sql(path, query)) < 4, "the old ones are deleted")
+    assert sql(path, query) == [("-50",), ("-49",), ("23",)]
+
+
+@pytest.mark.both_engines
+def test_many_old_keys_go_a_few_at_a_time(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "taskd.db"
+    assert start().terminate() == 0
+    old = taskd.timestamp(datetime.now(UTC) - timedelta(hours=25))
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1200)"
+    columns = "idempotency_key (user_id, name, body, answer, created_at)"
+    sql(path, f"INSERT INTO {columns} {numbers} SELECT 'x', 'k' || i, '', '', '{old}' FROM n")
+    start()
+    until(lambda: sql(path, "SELECT count(*) FROM idempotency_key") == [(0,)], "all are deleted")
+
+
+@pytest.mark.both_engines
+def test_a_user_who_has_only_keys_can_be_purged(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
+    path = tmp_path / "taskd.db"
+    url = {"DATABASE_URL": database_url(path)}
+    plant_key(path, "carol", 1)
+    add(server)
+    assert said(taskctl("purge", "carol", "--yes", **url)) == (
+        "taskctl: deleted no tasks and 1 idempotency key of carol\n"
+    )
+    assert sql(path, "SELECT count(*) FROM idempotency_key") == [(0,)]
+    assert one_line(taskctl("purge", "carol", "--yes", **url), 1) == "carol has no tasks"
+
+
+@pytest.mark.both_engines
+def test_smoke_leaves_no_key_behind(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
+    url = {"DATABASE_URL": database_url(tmp_path / "taskd.db")}
+    assert taskctl("smoke", f"http://127.0.0.1:{server.port}", **url).returncode == 0
+    assert sql(tmp_path / "taskd.db", "SELECT count(*) FROM idempotency_key") == [(0,)]
+
+
+# --- Hang-ups, pipes and packed backups -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_hang_up_during_a_backup_or_restore_leaves_no_hidden_copy(
+    taskctl: Taskctl, tmp_path: Path, number: signal.Signals
+) -> None:
+    taskctl("seed", "alice", "--count", "2000")
+    before = names(tmp_path)
+    restore = launched(tmp_path, "restore", "-", stdin=subprocess.PIPE, text=False)
+    assert restore.stdin
+    restore.stdin.write((tmp_path / "taskd.db").read_bytes()[:8192])
+    restore.stdin.flush()
+    until(lambda: names(tmp_path) != before, "it has begun to copy")
+    restore.send_signal(number)
+    restore.communicate(timeout=DEADLINE)
+    assert restore.returncode == 128 + number
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("piped", [True, False])
+def test_a_backup_is_restored_from_stdin_and_from_gzip(
+    taskctl: Taskctl, tmp_path: Path, packed: bool, piped: bool
+) -> None:
+    taskctl("seed", "alice", "--count", "5")
+    said(taskctl("backup", "copy.db"))
+    content = (tmp_path / "copy.db").read_bytes()
+    content = gzip.compress(content) if packed else content
+    (tmp_path / "copy.db").write_bytes(content)
+    taskctl("seed", "bob")
+    if piped:
+        said(taskctl("restore", "-", stdin=content))
+    else:
+        said(taskctl("restore", "copy.db"))
+    assert set(sql(tmp_path / "taskd.db", "SELECT DISTINCT user_id FROM task")) == {("alice",)}
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b"x" * 10_000)[:30], b"", b"no database at all"])
+def test_what_is_no_backup_on_stdin_is_refused_in_one_line(
+    taskctl: Taskctl, tmp_path: Path, content: bytes
+) -> None:
+    taskctl("seed", "alice", "--count", "5")
+    before = names(tmp_path)
+    one_line(taskctl("restore", "-", stdin=content), 1)
+    assert names(tmp_path) == before
+
+
+# --- Odd surroundings -----------------------------------------------------------------------------------
+
+PROGRAMS = {"taskd": [sys.executable, str(ROOT / "taskd.py")], "taskctl": [*COMMAND, "stats"]}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_working_directory_that_cannot_be_entered_is_one_line(tmp_path: Path, name: str) -> None:
+    if os.geteuid():
+        pytest.skip("only root can be another user")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    script = 'cd "$1" && shift && exec setpriv --reuid=nobody --clear-groups "$@"'
+    finished = subprocess.run(
+        ["sh", "-c", script, "sh", str(closed), *PROGRAMS[name]],
+        env=environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0"),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert finished.returncode in (1, 2), finished
+    assert finished.stderr.startswith(f"{name}: ")
+    assert finished.stderr.count("\n") == 1, finished.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_get_in_the_way_of_nothing(tmp_path: Path, closed: str) -> None:
+    variables = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0")
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
+            cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=DEADLINE, check=False,
+        )  # fmt: skip
+
+    for arguments in (["seed", "alice"], ["tasks", "alice"], ["export"], ["check"]):
+        finished = run(*COMMAND, *arguments)
+        assert finished.returncode == 0, finished
+        assert "Traceback" not in finished.stderr
+    server = subprocess.Popen(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *PROGRAMS["taskd"]],
+        cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until(lambda: (tmp_path / "taskd.db-wal").exists(), "it has opened its database")
+    with contextlib.suppress(FileNotFoundError):
+        links = [str(Path(f"/proc/{server.pid}/fd/{number}").readlink()) for number in range(3)]
+        assert not any("socket" in link or "taskd.db" in link for link in links), links
+    server.terminate()
+    _, messages = server.communicate(timeout=DEADLINE)
+    assert "Traceback" not in messages
+
+
+def test_a_latin_1_locale_shows_an_emoji_as_an_escape(tmp_path: Path, taskctl: Taskctl) -> None:
+    line = {"id": 1, "user_id": "alice", "title": "🌧", "created_at": "2026-11-20T21:00:00Z"}
+    line["updated_at"] = line["created_at"]
+    taskctl("init")
+    taskctl("import", "-", stdin=json.dumps(line))
+    for arguments in (["tasks", "alice"], ["purge", "🌧"], ["tasks", "alice", "--csv"], ["export"]):
+        finished = subprocess.run(
+            [*COMMAND, *arguments],
+            cwd=tmp_path,
+            env=environment(BETTER_AUTH_SECRET=SECRET, PYTHONIOENCODING="latin-1", LC_ALL="C"),
+            capture_output=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert finished.returncode in (0, 1)
+        assert b"Traceback" not in finished.stderr, finished.stderr
+        assert b"U0001f327" in finished.stdout + finished.stderr or arguments == ["export"]
+
+
+def test_a_piped_table_is_about_as_large_as_what_is_in_it(taskctl: Taskctl, tmp_path: Path) -> None:
+    line = {"user_id": "alice", "title": "x", "created_at": "2026-11-20T21:00:00Z"}
+    line["updated_at"] = line["created_at"]
+    lines = [line | {"id": number} for number in range(1, 2001)]
+    lines.append(line | {"id": 2001, "description": "x" * 10_000})
+    taskctl("init")
+    taskctl("import", "-", stdin="\n".join(map(json.dumps, lines)))
+    shown = taskctl("tasks", "alice").stdout
+    assert len(shown.splitlines()) == 2002
+    assert "x" * 10_000 in shown
+    assert len(shown) < 2002 * 200 + 10_000
+
+
+# --- What a checkout and the unit keep out --------------------------------------------------------------
+
+PRIVATE = (
+    ".env", ".env.before", "taskd.db", "taskd.db-wal", "taskd.db-journal", "taskd.db.part",
+    "taskd.db.before-restore-20261125T043521.049051Z", "taskd.db.v1-20261125T043521.049051Z",
+    "backup.db.gz", ".taskd.db.abc123/taskd.db", "tasks.jsonl", "tasks.jsonl.gz", "data.sqlite3",
+    "taskd.db.v2-20261125T043521.049051Z-wal", "data/taskd.db.before-restore-20261125T0435Z",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_git_add_takes_nobodys_tasks_or_secrets(name: str) -> None:
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    checked = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT, check=False)
+    assert checked.returncode == 0
+
+
+def test_git_ignores_nothing_that_is_part_of_the_project() -> None:
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    command = ["git", "ls-files", "-i", "-c", "--exclude-standard"]
+    assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout == b""
+
+
+def test_the_unit_leaves_the_metrics_of_the_process_what_they_read() -> None:
+    unit = (ROOT / "deploy" / "taskd.service").read_text()
+    assert "\nProcSubset=" not in unit, "process_* metrics need /proc/stat"
+
+
+# --- PostgreSQL: copies, imports and exports ------------------------------------------------------------
+
+KEYED = {"Idempotency-Key": "once"}
+
+
+@pytest.mark.postgresql
+def test_after_a_copy_in_either_direction_keyed_creates_go_on(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
+    server, path = start(DATABASE_URL="sqlite:///old.db"), tmp_path / "taskd.db"
+    for number in range(5):
+        headers = bearer() | {"Idempotency-Key": f"key-{number}"}
+        assert server.request("POST", TASKS, {"title": "x"}, headers).status_code == 201
+    assert server.terminate() == 0
+    (tmp_path / "url").write_text(database_url(path) + "\n")
+    there = taskctl("copy", "env:OLD", "@url", OLD="sqlite:///old.db")
+    assert "copied 5 tasks and 5 idempotency keys" in there.stderr, there
+    server = start(DATABASE_URL=database_url(path))
+    keyed_creates_go_on(server)
+    assert server.terminate() == 0
+    back = taskctl("copy", "@url", "env:NEW", NEW="sqlite:///new.db")
+    assert "copied 7 tasks and 7 idempotency keys" in back.stderr, back
+    keyed_creates_go_on(start(DATABASE_URL="sqlite:///new.db"), first=7)
+
+
+def keyed_creates_go_on(server: Process, first: int = 5) -> None:
+    for number in range(first + 2):
+        headers = bearer() | {"Idempotency-Key": f"key-{number}"}
+        answer = server.request("POST", TASKS, {"title": "x"}, headers)
+        assert answer.status_code == 201, answer.text
+        assert ("idempotency-replayed" in answer.headers) == (number < first)
+
+
+@pytest.mark.parametrize("url", ["env:NOWHERE", "@nowhere", "mysql://x/y"])
+def test_a_url_that_cannot_be_had_is_named(taskctl: Taskctl, url: str) -> None:
+    answer = taskctl("copy", url, "sqlite:///other.db")
+    assert answer.returncode in (1, 2)
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.postgresql
+def test_the_time_out_of_a_request_does_not_bound_taskctl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BETTER_AUTH_SECRET", SECRET)
+    monkeypatch.setenv("DATABASE_URL", database_url(tmp_path / "taskd.db"))
+    monkeypatch.chdir(tmp_path)
+    opened = taskctl_program.database()
+    try:
+        assert opened.run("SHOW statement_timeout") == [("0",)]
+    finally:
+        opened.close()
+
+
+@pytest.mark.postgresql
+def test_an_export_from_postgresql_takes_no_more_memory_for_more_tasks(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
+    path = tmp_path / "taskd.db"
+    url = database_url(path)
+    assert taskctl("seed", "alice", "--count", "1", DATABASE_URL=url).returncode == 0
+    columns = "user_id, title, description, created_at, updated_at"
+    when = "'2026-11-20T21:00:00.000Z'"
+    sql(
+        path,
+        f"INSERT INTO task ({columns}) SELECT 'bob', 'x', repeat('x', 9000), {when}, {when}"
+        " FROM generate_series(1, 12000)",
+    )
+    measure = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    measured = subprocess.run(
+        [sys.executable, "-c", measure, *COMMAND, "export"],
+        cwd=tmp_path,
+        env=environment(BETTER_AUTH_SECRET=SECRET, DATABASE_URL=url, COVERAGE_PROCESS_CONFIG=""),
+        capture_output=True,
+        text=True,
+        timeout=3 * DEADLINE,
+        check=True,
+    )
+    assert int(measured.stdout) < 150 * 1024, "KiB; all of them are 108 MB"
