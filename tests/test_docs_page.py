@@ -87,6 +87,11 @@ class Page:
     def emulate(self, command: str, **options: object) -> None:
         self.browser.execute_cdp_cmd(f"Emulation.{command}", options)
 
+    def size(self, width: int, height: int) -> None:
+        self.emulate(
+            "setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )  # fmt: skip
+
     def find(self, selector: str) -> WebElement:
         return self.browser.find_element(By.CSS_SELECTOR, selector)
 
@@ -179,6 +184,8 @@ def page(browser: webdriver.Chrome, server: Process, tmp_path: Path) -> Page:
     browser.get("about:blank")
     found = Page(browser, server, tmp_path)
     found.complaints()  # those of the test before
+    found.emulate("clearDeviceMetricsOverride")
+    found.emulate("setEmulatedMedia", features=[])
     found.open()
     assert found.complaints() == []
     return found
@@ -450,6 +457,71 @@ def test_everything_that_can_be_used_has_a_name(page):
     )
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+PHONE, DESK = (390, 844), (1280, 800)
+AXE = """
+const done = arguments[0];
+axe.run(document, {resultTypes: ["violations"]})
+  .then((found) => done(found.violations.map((one) => [one.id, one.nodes.length, one.nodes[0].html])));
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("npm"), reason="axe comes by npm")
+def test_axe_finds_nothing_wrong(page):
+    here = ROOT / "tests" / "axe"
+    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    subprocess.run(command, cwd=here, check=True, capture_output=True, timeout=120)
+    axe = (here / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    for (width, height), scheme in itertools.product((PHONE, DESK), ("light", "dark")):
+        page.size(width, height)
+        page.emulate(
+            "setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
+        page.open()
+        page.browser.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})
+        assert page.browser.execute_async_script(AXE) == []
+        page.open_everything()
+        assert page.browser.execute_async_script(AXE) == []
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_the_token_stays_in_sight_and_the_page_says_how_to_get_one(page, size):
+    page.size(*size)
+    page.open()
+    assert "taskctl mint alice" in page.find("#token-note").text
+    page.run("scrollTo(0, document.documentElement.scrollHeight / 2)")
+    top, bottom = page.run(
+        "const box = document.querySelector('.login').getBoundingClientRect(); return [box.top, box.bottom]"
+    )
+    assert 0 <= top < bottom < size[1] / 4
+    page.log_in("alice")
+    assert page.find("#token-state").is_displayed()
+
+
+def test_a_phone_shows_send_near_its_title_and_keeps_the_contents(page):
+    page.size(*PHONE)
+    page.open()
+    below = page.run(
+        "return [...document.querySelectorAll('article.operation')].map((one) =>"
+        " one.querySelector('button[type=submit]').getBoundingClientRect().bottom"
+        " - one.querySelector('h3').getBoundingClientRect().top)"
+    )
+    assert max(below) < 2 * PHONE[1], below
+    page.run("scrollTo(0, document.documentElement.scrollHeight / 2)")
+    page.find(".contents summary").click()
+    page.find(".contents a[href='#deleteTask']").click()
+    until(
+        lambda: 0 < page.run("return document.getElementById('deleteTask').getBoundingClientRect().top") < 250,
+        "the call is in view",
+    )  # fmt: skip
+    assert not page.run("return document.querySelector('.contents details').open")
+
+
+def test_the_rules_come_after_the_routes(page):
+    headings = [one.text for one in page.browser.find_elements(By.CSS_SELECTOR, "main h2")]
+    assert headings.index("Tasks") < headings.index("Rules") < headings.index("Errors")
 
 
 def test_the_page_says_so_when_the_document_cannot_be_read(browser, start, tmp_path):
