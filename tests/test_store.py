@@ -365,7 +365,9 @@ def test_every_statement_of_the_store_names_the_owner(app):
             assert re.match(
                 r'INSERT (OR IGNORE )?INTO "\w+" \("user_id",.*\) VALUES \(:user_id,', statement
             ), name
-        elif not str(name).startswith("expire"):  # they look at all keys, and only at how old those are
+        elif not str(name).startswith(
+            "expire"
+        ):  # they look at all keys, and only at how old those are
             assert re.match(
                 r'\(*"\w+"."user_id" = :user_id\)( AND | ORDER| LIMIT)',
                 statement.partition(" WHERE ")[2],
