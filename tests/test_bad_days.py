@@ -38,7 +38,7 @@ from test_taskctl_data import add, launched, names, said
 pytestmark = pytest.mark.sqlite("these are about a file")
 
 Start = Callable[..., Process]
-Taskctl = Callable[..., Answer]
+Taskctl = Callable[..., subprocess.CompletedProcess[str]]
 TASKS = "/api/alice/tasks"
 
 
@@ -46,7 +46,7 @@ TASKS = "/api/alice/tasks"
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Iterator[Path]:
+def shared(tmp_path: Path) -> Path:
     """A directory in which a group may write, as one for a database and its backups."""
     if os.geteuid():
         pytest.skip("only root can be several users")
@@ -77,7 +77,7 @@ def test_a_backup_and_a_check_by_who_may_only_read_leave_nothing_that_stops_a_wr
         command = launched(shared, *arguments, before=as_user("nobody"), text=False)
         printed, messages = command.communicate(timeout=DEADLINE)
         assert command.returncode == 0 or arguments == ["check"], messages
-        assert number < 2 or printed.startswith(b"SQLite format 3\0")
+        assert number < 2 or printed.startswith(b"SQLite format 3\0")  # type: ignore[arg-type]
     assert {path.name: path.stat().st_uid for path in shared.glob("taskd.db*")} == before
     if not running:
         server = start(command=as_user("daemon"))
@@ -227,7 +227,7 @@ def test_a_hang_up_during_a_backup_or_restore_leaves_no_hidden_copy(
     before = names(tmp_path)
     restore = launched(tmp_path, "restore", "-", stdin=subprocess.PIPE, text=False)
     assert restore.stdin
-    restore.stdin.write((tmp_path / "taskd.db").read_bytes()[:8192])
+    restore.stdin.write((tmp_path / "taskd.db").read_bytes()[:8192])  # type: ignore[arg-type]
     restore.stdin.flush()
     until(lambda: names(tmp_path) != before, "it has begun to copy")
     restore.send_signal(number)
@@ -339,7 +339,7 @@ def test_a_piped_table_is_about_as_large_as_what_is_in_it(taskctl: Taskctl, tmp_
     line = {"user_id": "alice", "title": "x", "created_at": "2026-11-20T21:00:00Z"}
     line["updated_at"] = line["created_at"]
     lines = [line | {"id": number} for number in range(1, 2001)]
-    lines.append(line | {"id": 2001, "description": "x" * 10_000})
+    lines.append(line | {"id": 2001, "description": "x" * 10_000})  # type: ignore[arg-type]
     taskctl("init")
     taskctl("import", "-", stdin="\n".join(map(json.dumps, lines)))
     shown = taskctl("tasks", "alice").stdout

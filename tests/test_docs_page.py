@@ -28,7 +28,7 @@ HOSTILE = (
 )
 ODD_USER = '<i>o\'hara $HOME `id` "é" 100% \\'
 FIVE_HOURS = 5 * 60 * 60 + 30 * 60  # seconds, and half an hour
-OPERATIONS = 26  # of the document
+OPERATIONS = 27  # of the document
 QUIET = ["background-networking", "component-update", "sync", "gpu", "extensions", "default-apps"]
 LIGHT_AND_DARK = pytest.mark.parametrize("scheme", ["light", "dark"])
 # The contrast (WCAG 2.2, 1.4.3) of each text that is shown with what is behind it, the lowest first.
@@ -63,6 +63,12 @@ return [kinds.length, [...new Set(kinds.map((entry) => new URL(entry.name).origi
 """
 
 
+OPEN_AROUND = """
+for (let one = arguments[0].closest("details"); one; one = one.parentElement.closest("details"))
+  one.open = true;
+"""
+
+
 class Page:
     """The page, as someone at a keyboard uses it."""
 
@@ -93,7 +99,10 @@ class Page:
         )  # fmt: skip
 
     def find(self, selector: str) -> WebElement:
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
+        """Return an element, and open what hides it, such as the optional parameters."""
+        found = self.browser.find_element(By.CSS_SELECTOR, selector)
+        self.run(OPEN_AROUND, found)
+        return found
 
     def paste(self, selector: str, text: str) -> None:
         """Put a text in a field in one go, as pasting does; typing would leave out what no keyboard has."""

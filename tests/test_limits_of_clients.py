@@ -137,7 +137,7 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "CONNECT": (get(HOST, target="x:80").replace(b"GET", b"CONNECT"), 400),
     "an http URL": (get(HOST, target="http://x/healthz"), 200),
     "an HTTPS URL with a port": (get(HOST, target="HTTPS://x.example:443/healthz?a=b"), 200),
-    "an http URL without a path": (get(HOST, target="http://x"), 404),
+    "an http URL without a path": (get(HOST, target="http://x"), 307),
     "a URL of another scheme": (get(HOST, target="ftp://x/healthz"), 400),
     "a URL without a host": (get(HOST, target="http:///healthz"), 400),
     "a URL with a user": (get(HOST, target="http://me@x/healthz"), 400),
@@ -417,6 +417,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import taskd
 taskd.DEADLINES.update(request=0.9, head=0.3, body=0.6, reader=0.8, end=0.3)
+sys.argv = sys.argv[-1:]
 sys.exit(taskd.main())
 """
 

@@ -293,9 +293,6 @@ PARTS = {  # header or payload not an object
     "payload in Latin-1": sign(HS256, json.dumps(CLAIMS)[:-1].encode() + b',"x":"\xe9"}'),
     "header with text behind": sign(json.dumps(HS256).encode() + b"x", CLAIMS),
     "payload with text behind": sign(HS256, json.dumps(CLAIMS).encode() + b"x"),
-    "header nested without end": sign(
-        b'{"alg":"HS256","x":' + b"[" * 5000 + b"]" * 5000 + b"}", CLAIMS
-    ),
     "payload nested without end": sign(HS256, b'{"x":' + b"[" * 5000 + b"]" * 5000 + b"}"),
     "payload in base64 twice": sign(HS256, PAYLOAD.encode()),
     "alg twice, none first": raw_header('{"alg":"none","alg":"HS256"}'),
@@ -661,7 +658,7 @@ STRANGE = [  # JSON, more or less, in a header and in a payload: to refuse or to
     for value in (
         "NaN", "-Infinity", "1e999", "9" * 5000, "1" * 4300, "1." + "0" * 5000, '"\\ud800"', '"\\u0000"', '"\x00"',
         "01",
-        *("[" * depth + "]" * depth for depth in (100, 300, 900, 980, 990, 1000, 1100, 3000)),
+        *("[" * depth + "]" * depth for depth in (100, 300, 900, 980, 990, 1000, 1100, 3000, 5000)),
         *('{"a":' * depth + "1" + "}" * depth for depth in (300, 990, 1000, 2000)),
     )
 ]  # fmt: skip
