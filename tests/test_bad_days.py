@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from support import (
     DEADLINE,
     ROOT,
     SECRET,
-    Answer,
     Process,
     assert_problem,
     bearer,
