@@ -6,7 +6,7 @@ BIN := .venv/bin
 # So that Python and pytest keep what they compiled, also where the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run demo check test test-quick test-sqlite test-postgresql lint openapi statements \
+.PHONY: run demo check test test-quick test-sqlite test-postgresql coverage lint openapi statements \
     lock fuzz mutants audit bench clean
 
 run: .venv/run
@@ -26,10 +26,16 @@ test-quick: .venv/test
 	$(BIN)/pytest -n 3 --dist worksteal -m "not slow"
 
 test-sqlite: .venv/test
-	$(BIN)/pytest -n 4 --dist worksteal --cov
+	$(BIN)/pytest -n 4 --dist worksteal
 
 test-postgresql: .venv/test
 	$(BIN)/pytest -n 4 --dist worksteal --postgresql
+
+# On both engines, in all processes that the tests start; it takes twice the time of the tests.
+coverage: .venv/test
+	$(BIN)/coverage erase
+	$(BIN)/pytest -n 4 --dist worksteal --cov --cov-report= --cov-fail-under=0
+	$(BIN)/pytest -n 4 --dist worksteal --postgresql --cov --cov-append
 
 test-python3.%: requirements-dev.txt requirements-postgresql.txt requirements.txt
 	python3.$* -m venv .venv-3.$*

@@ -29,21 +29,12 @@ ROOT = Path(__file__).parent.parent
 # The first line of a log, as text or as JSON.
 LISTENING = r'^(?:\{.*"message": ")?taskd: listening on http://.*:(\d+)'
 
-# The modules whose processes are measured for coverage, which takes half of their time again.
-MEASURED = (
-    "test_server.py",
-    "test_operations.py",
-    "test_faults.py",
-    "test_listing.py",
-    "test_taskctl",
-)
-
 
 def environment(**variables: str) -> dict[str, str]:
     """Return this environment with these variables, and none of taskd's own but these."""
     dropped = ["TASKD_", "BETTER_AUTH", "DATABASE_URL"]
-    if not any(module in os.environ.get("PYTEST_CURRENT_TEST", "") for module in MEASURED):
-        dropped.append("COVERAGE_PROCESS_")
+    if "cost" in os.environ.get("PYTEST_CURRENT_TEST", ""):
+        dropped.append("COVERAGE_PROCESS_")  # which would cost processor time itself
     return {
         name: value for name, value in os.environ.items() if not name.startswith(tuple(dropped))
     } | variables
