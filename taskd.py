@@ -2125,7 +2125,8 @@ class Postgres(_LastWrite):
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes something; it is on disk when this returns."""
-        with self._queue.place(), self._remembered():
+        # Connect first: a queue whose writes all connect would seem to stand still.
+        with self._remembered(), self._connected(), self._queue.place():
             return self.run(sql, **values)
 
     def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
@@ -2147,7 +2148,7 @@ class Postgres(_LastWrite):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
-        with self._queue.place(), self._remembered(), self._connected(), self._pool.atomic():
+        with self._remembered(), self._connected(), self._queue.place(), self._pool.atomic():
             yield
 
     @contextlib.contextmanager

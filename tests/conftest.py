@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Start a PostgreSQL server if the tests are to run on one, or end if it is not installed."""
     global cluster
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     if not config.getoption("postgresql"):
         return
     from cluster import CARELESS, Cluster, Databases, binaries

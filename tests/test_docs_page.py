@@ -483,7 +483,7 @@ def test_axe_finds_nothing_wrong(page):
     command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
     subprocess.run(command, cwd=here, check=True, capture_output=True, timeout=120)
     axe = (here / "node_modules" / "axe-core" / "axe.min.js").read_text()
-    for (width, height), scheme in ((PHONE, "light"), (DESK, "dark")):
+    for (width, height), scheme in itertools.product((PHONE, DESK), ("light", "dark")):
         page.size(width, height)
         page.emulate(
             "setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]

@@ -706,7 +706,7 @@ def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
     )
     assert counted.communicate(timeout=DEADLINE)[1].endswith("restored taskd.db from copy.db\n")
     writes, syncs = (trace.read_text().count(f"{call}(") for call in ("pwrite64", "fsync"))
-    moments = [("pwrite64", writes - back) for back in (writes // 2, 5, 0)]
+    moments = [("pwrite64", writes - back) for back in (writes // 2, 800, 100, 5, 1, 0)]
     seen = set()
     for call, when in [*moments, ("fsync", syncs - 1), ("fsync", syncs)]:
         for left in tmp_path.glob("*taskd.db*"):
