@@ -1105,9 +1105,8 @@ def _reason(field: Field, value: msgspec.Raw) -> str | None:
 
 # --- Requests -------------------------------------------------------------------------------------
 
-POSITION = tuple[
-    str | int, int
-]  # where a page ended: the value by which its last task was sorted, and its id
+# Where a page ended: the value by which its last task was sorted, and its id.
+POSITION = tuple[str | int, int]
 SEAL = 16  # bytes
 ORDERS = {"id": "id", "created_at": "created_at", "updated_at": "updated_at"} | {
     name: field.order for name, field in FIELDS.items() if field.order
@@ -1323,9 +1322,7 @@ USERS_COUNTED = 10_000
 SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
-IDEMPOTENCY_WINDOW = timedelta(
-    hours=24
-)  # how long a create can be repeated with its Idempotency-Key
+IDEMPOTENCY_WINDOW = timedelta(hours=24)  # in which a create can be repeated with its key
 DIGESTED = ("title", "description", "completed")  # also where they have their default
 CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
 FILTERS = {
@@ -1824,9 +1821,7 @@ SESSION = """
 """  # in milliseconds; a commit is on disk before it is answered
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
-LOCK_TIMEOUT = (
-    4.0  # seconds that a write waits for another process which holds the database's write lock
-)
+LOCK_TIMEOUT = 4.0  # seconds that a write waits for a lock of another process
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for the writes of this process
 DEADLINE_STEPS = 1000  # of SQLite's machine between two looks at the clock; a few rows of a search
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes: statement_timeout and lock_timeout were over
@@ -2431,22 +2426,8 @@ def portable_definitions(database: peewee.Database) -> set[str]:
 
 # --- Metrics --------------------------------------------------------------------------------------
 
-BUCKETS = (
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1,
-    2.5,
-    5,
-    10,
-)  # seconds
+# Seconds.
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 CHANGES = {"POST": "created", "PUT": "changed", "PATCH": "changed", "DELETE": "deleted"}
 
 
@@ -3162,7 +3143,10 @@ REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
-CHUNK_SIZE = re.compile(rb"0*([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+MAX_CHUNK_LINE = 4096  # bytes of a chunk's size with its extensions
+CHUNK_SIZE = re.compile(
+    rb"(?=[0-9A-Fa-f])0*+([0-9A-Fa-f]{0,8}+)(?:[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?\r\n"
+)
 ONE_BYTE_CHUNKS = re.compile(rb"(?:1\r\n[\x00-\xff]\r\n)+")
 
 
@@ -3232,8 +3216,13 @@ class ServerRequest:
         coding = self.headers.get("TRANSFER_ENCODING", "").lower()
         if coding and (coding != "chunked" or self.version == "1.0"):
             raise malformed("the only Transfer-Encoding is chunked, and only in HTTP/1.1")
-        if int(self.headers.get("CONTENT_LENGTH", "0")) > MAX_BODY:
+        if self.content_length > MAX_BODY:
             raise too_large()
+
+    @property
+    def content_length(self) -> int:
+        """The bytes of the body, as announced; int() takes at most 4,300 digits."""
+        return int(self.headers.get("CONTENT_LENGTH", "").lstrip("0") or "0")
 
     @property
     def expects_continue(self) -> bool:
@@ -3343,7 +3332,7 @@ class RequestReader:
         request.take_headers(self._lines)
         request.check_headers()
         self.waits, self._taken = "body", 0
-        self._length = int(request.headers.get("CONTENT_LENGTH", "0"))
+        self._length = request.content_length
         chunked = request.headers.pop("TRANSFER_ENCODING", None)
         self._step = self._read_chunks if chunked else self._read_body
         return True
@@ -3371,12 +3360,12 @@ class RequestReader:
         if several := ONE_BYTE_CHUNKS.match(data, at):
             body += several[0][3::6]
             return several.end()
-        found = CHUNK_SIZE.match(data, at)
+        found = CHUNK_SIZE.match(data, at, at + MAX_CHUNK_LINE)
         if not found:
-            if b"\n" in data[at:] or len(data) - at > MAX_HEAD:
+            if b"\n" in data[at:] or len(data) - at > MAX_CHUNK_LINE:
                 raise malformed("a chunk must begin with its size in hexadecimal digits")
             return at
-        start, size = found.end(), int(found[1], 16)
+        start, size = found.end(), int(found[1] or b"0", 16)
         if size == 0:
             self._begin_fields(self._read_trailers)
             return start
@@ -3502,14 +3491,16 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def wait_for(self, what: str | None) -> None:
         """Note whose turn it is: what the client has to do now, or None for the server's."""
+        if self._fileno is None:
+            return  # the connection was closed meanwhile
         if what != self.waits or what in ("request", "reader"):
             self.server.deadlines.move(self, self.waits, what)
             self.waits = what
         self.watch(EVENTS[what])
 
     def watch(self, events: int) -> None:
-        """Have the poll object look for these events."""
-        if events != self._events:
+        """Have the poll object look for these events, unless the connection was closed."""
+        if events != self._events and self._fileno is not None:
             self._events = events
             self.server.poll.modify(self._fileno, events)
 

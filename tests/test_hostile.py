@@ -131,6 +131,7 @@ WRONG = [
     ("Content-Length: ²", written("POST", TASKS, MILK, JSON, "Content-Length: \xb2", user="alice"), 400),
     ("no Content-Length", written("POST", TASKS, None, JSON, "Content-Length:", user="alice"), 400),
     ("of 5,000 digits", written("POST", TASKS, MILK, JSON, f"Content-Length: {'9' * 5000}", user="alice"), (400, 413)),
+    ("of 5,000 zeros", written("GET", "/healthz", None, f"Content-Length: {'0' * 5000}"), 200),
     ("two the same", written("POST", TASKS, MILK, JSON, *["Content-Length: 21"] * 2, user="alice"), 400),
     ("two that differ", written("POST", TASKS, MILK, "Content-Length: 21", "Content-Length: 5", user="alice"), 400),
     ("a list", written("POST", TASKS, MILK, JSON, "Content-Length: 21, 21", user="alice"), 400),

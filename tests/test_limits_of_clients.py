@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -364,6 +365,7 @@ DEAR: dict[str, tuple[bytes, float]] = {
     "170,000 chunks of a byte": (post(b"1\r\nx\r\n" * 170_000, CHUNKED), 0.05),
     "60,000 chunks of a byte": (post(b"1\r\n \r\n" * 60_000 + b"0\r\n\r\n", CHUNKED), 0.05),
     "30,000 chunks of two bytes": (post(b"2\r\n  \r\n" * 30_000 + b"0\r\n\r\n", CHUNKED), 0.05),
+    "an endless chunk size": (post(b"0" * 600_000, CHUNKED), 0.05),
     "an endless extension": (post(b"1;" + b"a" * 600_000, CHUNKED), 0.05),
     "an endless trailer": (post(b"0\r\n" + b"a:\r\n" * 100_000, CHUNKED), 0.05),
     "blank lines": (b"\r\n" * 500_000, 0.05),
@@ -412,21 +414,26 @@ def test_urgent_data_closes_the_connection_with_one_line_in_the_log(shared: Proc
 # --- Time ---------------------------------------------------------------------------------------
 
 
-SHORT = f"""
+def changed(statement: str) -> list[str]:
+    """Return the command of a taskd that has run a statement before it serves."""
+    program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import taskd
-taskd.DEADLINES.update(request=0.9, head=0.3, body=0.6, reader=0.8, end=0.3)
+{statement}
 sys.argv = sys.argv[-1:]
 sys.exit(taskd.main())
 """
+    return [sys.executable, "-c", program]
+
+
+SHORT = "taskd.DEADLINES.update(request=0.9, head=0.3, body=0.6, reader=0.8, end=0.3)"
 
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Give a server whose deadlines are short."""
-    command = [sys.executable, "-c", SHORT]
-    process = Process(tmp_path_factory.mktemp("hasty"), command=command)
+    process = Process(tmp_path_factory.mktemp("hasty"), command=changed(SHORT))
     yield process
     assert process.terminate() == 0
 
@@ -458,6 +465,21 @@ def test_a_client_that_keeps_taskd_waiting_is_closed(
         assert time.monotonic() - started > seconds - 0.1
     assert hasty.log[logged:].count(f"it waited too long for the {waits}") == 1
     assert len(hasty.log[logged:].splitlines()) == 1
+
+
+@pytest.mark.sqlite("on PostgreSQL no write runs in the event loop")
+def test_a_client_that_resets_a_write_while_the_disk_is_slow_stops_nobody(tmp_path: Path) -> None:
+    process = Process(tmp_path, command=changed("taskd.SLOW_WRITE = 1e-9"))
+    another_is_served(process)  # and the disk has been found to be slow
+    with Wire(process) as wire:
+        assert wire.send(GOOD).answer().status_code == 200
+        process.popen.send_signal(signal.SIGSTOP)  # so that the request and the reset come together
+        wire.send(post(MILK, JSON, f"Content-Length: {len(MILK)}"))
+        wire.reset()
+    process.popen.send_signal(signal.SIGCONT)
+    another_is_served(process)
+    assert "Traceback" not in process.log
+    assert process.terminate() == 0
 
 
 @pytest.mark.sqlite("it is about HTTP")
