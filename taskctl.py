@@ -853,6 +853,7 @@ PAGES = 256  # copied between two updates of the progress bar: 1 MB
 LOGS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is folded in
 ATTEMPTS = 10  # at reading a file that changes meanwhile
 GZIP = b"\x1f\x8b"  # how a gzip file begins
+ENDING = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}  # signals that end a command
 
 
 @app.command()
@@ -905,9 +906,8 @@ def restore(
             if replaced:
                 say(f"the old database is kept as {keep_old_copy(live, database)}")
                 use_no_id_again(live, new)
-            copy_pages(
-                new, live, "restoring"
-            )  # in one transaction: SQLite undoes half of one at the next start
+            # In one transaction: SQLite undoes half of one at the next start.
+            copy_pages(new, live, "restoring")
     sync(database.parent)
     say(f"restored {database} from {file}")
 
@@ -939,8 +939,13 @@ def unfinished(path: Path) -> Iterator[Path]:
     """Give an empty file to write, its owner's alone, in a directory beside `path` that goes with all that is left."""
     if not path.parent.is_dir():
         raise Refused(f"there is no directory {path.parent}")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
-        file = Path(directory, path.name)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until Python knows what to remove
+    try:
+        directory = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with directory:
+        file = Path(directory.name, path.name)
         file.touch(mode=0o600)
         yield file
 
@@ -1030,9 +1035,8 @@ def open_exclusively(path: Path) -> sqlite3.Connection:
         live.execute("PRAGMA busy_timeout = 0")
         live.execute("PRAGMA journal_mode = DELETE")
         live.execute("PRAGMA locking_mode = EXCLUSIVE")
-        live.executescript(
-            "PRAGMA synchronous = EXTRA; BEGIN EXCLUSIVE; COMMIT"
-        )  # the lock stays until it is closed
+        # The lock stays until it is closed.
+        live.executescript("PRAGMA synchronous = EXTRA; BEGIN EXCLUSIVE; COMMIT")
     except sqlite3.DatabaseError as ex:
         live.close()
         if ex.sqlite_errorcode == sqlite3.SQLITE_BUSY:
@@ -1765,15 +1769,15 @@ def not_ready(url: str, timeout: float) -> str:
 def main() -> None:
     """Run a command; what it cannot do is one line on stderr."""
     taskd.repair_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # unfinished files are removed
+    for number in ENDING - {signal.SIGINT}:  # unfinished files are removed
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     taskd.log.addHandler(logging.NullHandler())  # a command tells what went wrong itself
     try:
         app(prog_name="taskctl")
-    except Refused as ex:
+    except (Refused, taskd.SettingsError, taskd.DatabaseError) as ex:
         say(str(ex))
-        sys.exit(1)
+        sys.exit(1 if isinstance(ex, Refused) else 2)
     except taskd.Unavailable as ex:
         say("{} cannot be used: {}".format(*ex.args))
         sys.exit(1)
@@ -1783,9 +1787,6 @@ def main() -> None:
     except OSError as ex:
         say(f"{ex.filename or 'the output'}: {ex.strerror}")
         sys.exit(1)
-    except (taskd.SettingsError, taskd.DatabaseError) as ex:
-        say(str(ex))
-        sys.exit(2)
 
 
 if __name__ == "__main__":
