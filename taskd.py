@@ -2060,13 +2060,15 @@ class PostgresSession(peewee.PostgresqlDatabase):
     session_settings: str
 
     def _connect(self) -> Any:
-        connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
-        try:  # after connecting: PgBouncer refuses settings in the start-up packet
-            connection.execute(self.session_settings)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        for last in (False, False, False, False, True):
+            connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
+            try:  # after connecting: PgBouncer refuses settings in the start-up packet
+                connection.execute(self.session_settings)
+                return connection
+            except BaseException as ex:
+                connection.close()
+                if last or getattr(ex, "sqlstate", None) not in TIMED_OUT:
+                    raise  # otherwise a very short time-out of the role has ended it
 
 
 class Postgres(_LastWrite):
@@ -2954,10 +2956,8 @@ DETAILS = {
     404: "there is nothing at this path; tasks are at /api/{user_id}/tasks",
     405: "this path does not know this method; the Allow header lists those that it knows",
 }
-TITLES = {
-    413: "Content Too Large",
-    422: "Unprocessable Content",
-}  # RFC 9110; older Pythons have older names
+# RFC 9110; older Pythons have older names.
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 def problem(status: int, detail: str | None, faults: list[Fault] | None = None) -> bytes:

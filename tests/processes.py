@@ -31,7 +31,7 @@ LISTENING = r'^(?:\{.*"message": ")?taskd: listening on http://.*:(\d+)'
 
 # Tests whose processes are not measured for coverage: they are about processor time, or cannot
 # write to the directory of its data.
-UNMEASURED = ("test_costs.py", "test_limits_of_clients.py", "cannot_be_entered")
+UNMEASURED = ("test_costs.py", "cannot_be_entered")
 
 
 def environment(**variables: str) -> dict[str, str]:
