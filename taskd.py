@@ -1,8 +1,28 @@
 """taskd: a JWT-protected task API for many users, in one file.
 
-Better Auth logs people in; taskd verifies the token that it hands out and serves that user's tasks, nobody else's.
-The chapters, from top to bottom: settings, tokens, fields, bodies, store, database, middleware,
-resources, errors, app, server. Importing this module does nothing; `create_app` builds everything.
+Better Auth logs people in; taskd verifies the token that it issues and serves only that user's
+tasks. A request passes through the chapters in one direction; each uses only those above it:
+
+| chapter    | knows                                                                           |
+|------------|---------------------------------------------------------------------------------|
+| Settings   | the environment and `.env`                                                      |
+| Log        | how a log line is formatted                                                     |
+| Threads    | which thread a request runs in, and what may block                              |
+| Tokens     | JWTs, the secrets, the key set                                                  |
+| Fields     | the fields of a task: each is declared once                                     |
+| Bodies     | JSON and its validation                                                         |
+| Requests   | parameters of lists, cursors, entity tags, idempotency keys                     |
+| Store      | one user's tasks, in SQL                                                        |
+| Database   | SQLite, PostgreSQL, schema and migrations                                       |
+| Metrics    | Prometheus                                                                      |
+| Middleware | who may pass; request ids, CORS, the access log                                 |
+| Resources  | HTTP methods, status codes and headers                                          |
+| Errors     | the one shape of every error                                                    |
+| App        | how the parts are put together                                                  |
+| HTTP       | one connection's bytes as requests: syntax and limits                           |
+| Server     | connections, threads, deadlines, shutdown                                       |
+
+Importing this module does nothing; `create_app` builds everything.
 """
 
 # /// script
@@ -114,7 +134,7 @@ SETTING_NAMES = ("TASKD", "BETTER_AUTH_S", "DATABASE_")  # how a setting's name 
 
 
 def shipped(name: str) -> Path:
-    """Return a file that belongs to taskd: installed in taskd_files, in a checkout beside this file."""
+    """Return a file that belongs to taskd: in taskd_files if installed, else beside this file."""
     here = Path(__file__).parent
     installed = here / "taskd_files" / name
     return installed if installed.exists() else here / name
@@ -133,7 +153,7 @@ def _secret(text: str) -> str:
         size = len(text.encode())
         jwt.get_algorithm_by_name("HS256").prepare_key(text)
     except (UnicodeEncodeError, jwt.InvalidKeyError):
-        raise ValueError(f"must be UTF-8 text, and no public or private key; {MAKE_ONE}") from None
+        raise ValueError(f"must be UTF-8 text, not a public or private key; {MAKE_ONE}") from None
     if size < MIN_SECRET:
         raise ValueError(f"must be at least {MIN_SECRET} bytes long, not {size}; {MAKE_ONE}")
     return text
@@ -272,7 +292,7 @@ def _read_dotenv(path: Path) -> dict[str, str]:
 
 
 def misspelt(environ: Mapping[str, str] = os.environ, dotenv: Path = DOTENV) -> list[str]:
-    """Return a message for each variable that is probably meant as a setting, but is none."""
+    """Return a message for each variable that looks like a misspelt setting."""
     names = [field.metadata["variable"] for field in dataclasses.fields(Settings)]
     unknown = sorted(set(_given(environ, dotenv)) - set(names))
     found = [_nearest(name, names) for name in unknown if name.upper().startswith(SETTING_NAMES)]
@@ -280,10 +300,8 @@ def misspelt(environ: Mapping[str, str] = os.environ, dotenv: Path = DOTENV) -> 
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    from difflib import get_close_matches  # loaded only where there is such a name
-
     ours = name.upper().startswith("TASKD")
-    nearest = get_close_matches(name.upper(), names, 1, 0.6 if ours else 0.9)
+    nearest = difflib.get_close_matches(name.upper(), names, 1, 0.6 if ours else 0.9)
     hint = f": is {nearest[0]} meant?" if nearest else ""
     return f"{name} is not a setting, and is ignored{hint}" if ours or nearest else ""
 
@@ -320,7 +338,7 @@ class TextLines(logging.Formatter):
 
     _second, _clock = 0, ""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+    def formatTime(self, record: Any, datefmt: str | None = None) -> str:  # noqa: N802
         """Return the time in UTC; what precedes the milliseconds is formatted once a second."""
         if self._second != int(record.created):
             self._second = int(record.created)
@@ -354,7 +372,7 @@ class JsonLines(TextLines):
 
 
 def printable(text: str) -> str:
-    """Return a text with every character escaped that breaks a line or moves a cursor."""
+    """Escape every character that breaks a line or moves the terminal's cursor."""
     if text.isprintable():
         return text
     return "".join(
@@ -363,7 +381,7 @@ def printable(text: str) -> str:
 
 
 def configure_log(settings: Settings) -> None:
-    """Send taskd's and waitress' log lines to stderr, without looking up what no line shows."""
+    """Send taskd's and waitress's log lines to stderr; skip lookups that no line shows."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # as the logging HOWTO's "Optimization" says
     handler = logging.StreamHandler()
@@ -371,8 +389,7 @@ def configure_log(settings: Settings) -> None:
     for logger in (log, logging.getLogger("waitress")):
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(settings.log_level.upper())
-    # waitress warns of every request that waits for a thread.
-    logging.getLogger("waitress.queue").setLevel("ERROR")
+    logging.getLogger("waitress.queue").setLevel("ERROR")  # it warns of every queued request
 
 
 # --- Threads --------------------------------------------------------------------------------------
@@ -382,7 +399,7 @@ RETRY_AFTER = 2  # seconds
 
 
 class Unavailable(Exception):
-    """What is needed to answer cannot be used right now: what, why, and when to try again."""
+    """The database or the key set cannot be used now; says which, why, and when to retry."""
 
     def __init__(self, what: str, why: str, retry_after: int = RETRY_AFTER) -> None:
         super().__init__(what, why)
@@ -392,13 +409,13 @@ class Unavailable(Exception):
 class WouldBlock(BaseException):
     """Raised in the event loop when a request would block.
 
-    One thread, the event loop, reads all requests and runs the application for each, because
-    Python's threads take turns at a high cost. It must never wait. Whatever would wait there raises
-    this instead: the database for a lock or a slow disk, the key set for a fetch. The server then
-    calls the application again from the start: in a worker thread, where nobody raises it because
-    `thread_state.in_event_loop` is False, or in the event loop when `until` is done. So everything
-    before the first write to the database must be safe to run twice; nothing that raises it may
-    have written.
+    One thread, the event loop, reads all requests and runs the application for each of them,
+    because switching between Python threads costs more than a request. It must never wait. Code
+    that would wait there raises this instead: the database for a lock or a slow disk, the key set
+    for a fetch. Nothing has been changed yet, so the server runs the request again from the start:
+    in a worker thread, where `thread_state.in_event_loop` is False and this is never raised, or,
+    if there is an `until`, in the event loop when that is done. Everything before the first write
+    to the database must therefore be safe to run twice.
     """
 
     def __init__(self, until: Future[None] | None = None) -> None:
@@ -406,11 +423,11 @@ class WouldBlock(BaseException):
 
 
 class SearchWouldBlock(WouldBlock):
-    """The same for a request that may take long: it goes to one of the few threads for searches."""
+    """Raised in the event loop by a search; it runs in one of the few threads for searches."""
 
 
 class Busy(Unavailable):
-    """The user asks for more at once than is served; the arguments are a detail and the reason."""
+    """The user asks for more at once than is served; the arguments are a detail and a reason."""
 
 
 class _ThreadState(threading.local):
@@ -461,7 +478,7 @@ class TokenError(Exception):
     """The token is not accepted; the message is fit for an error_description (RFC 6750, 3)."""
 
 
-class OddKey(Exception):
+class UnusableKey(Exception):
     """A member of a key set cannot be used; the message says why."""
 
 
@@ -543,7 +560,7 @@ class KeySet:
     def _replace_keys(self) -> None:
         try:
             keys, oddities = parse_key_set(download(self._url))
-        except Exception as ex:  # whatever the other side does
+        except Exception as ex:  # the answer may be anything
             return self._fail(ex)
         if self._failure:
             log.info("the key set is fetched again")
@@ -591,7 +608,7 @@ def _download(url: str, connection: HTTPConnection, answer: Future[bytes]) -> No
         connection.request("GET", target, headers=headers)
         with connection.getresponse() as response:
             answer.set_result(_read_answer(response, answer.cancelled))
-    except Exception as ex:  # whatever the other side does
+    except Exception as ex:  # the answer may be anything
         with contextlib.suppress(InvalidStateError):
             answer.set_exception(ex)
     finally:
@@ -638,9 +655,11 @@ def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
         try:
             key = public_key(member)
             if keys.setdefault((key.key_id, key.algorithm_name), key) is not key:
-                raise OddKey("a key before it has the same kid and alg")
+                raise UnusableKey("a key before it has the same kid and alg")
         except Exception as ex:  # a message of another class could show a key
-            why = str(ex) if isinstance(ex, OddKey) else f"it is malformed ({type(ex).__name__})"
+            why = (
+                str(ex) if isinstance(ex, UnusableKey) else f"it is malformed ({type(ex).__name__})"
+            )
             kid = member.get("kid") if isinstance(member, dict) else None
             name = f" (kid {kid[:60]!r})" if isinstance(kid, str) else ""
             oddities.append(f"its key number {number}{name} is left out: {why}")
@@ -648,19 +667,19 @@ def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
 
 
 def public_key(member: Any) -> jwt.PyJWK:
-    """Return a member of a key set as a key. Raises OddKey, or another error if it is malformed."""
+    """Return a member of a key set as a key; raises UnusableKey, or any error if malformed."""
     names = [member.get("kid"), member.get("alg")] if isinstance(member, dict) else [member, 0]
     if not all(isinstance(name, str | None) for name in names):
-        raise OddKey("it is not an object, or its kid or alg is not a string")
+        raise UnusableKey("it is not an object, or its kid or alg is not a string")
     if not {"d", "k"}.isdisjoint(member):
-        raise OddKey("it is private or secret: whoever can read the set can sign with it")
+        raise UnusableKey("it is private or secret: whoever can read the set can sign with it")
     if member.get("use", "sig") != "sig":
-        raise OddKey("its use is not sig")
+        raise UnusableKey("its use is not sig")
     key = jwt.PyJWK(member) if (member.get("alg") or "EdDSA") in ASYMMETRIC else None
     if key is None or key.algorithm_name not in ASYMMETRIC:
-        raise OddKey(f"its alg is not one of {', '.join(ASYMMETRIC)}")
+        raise UnusableKey(f"its alg is not one of {', '.join(ASYMMETRIC)}")
     if weak := key.Algorithm.check_key_length(key.key):
-        raise OddKey(weak)
+        raise UnusableKey(weak)
     key.Algorithm.verify(b"", key.Algorithm.prepare_key(key.key), b"")  # it must not raise
     return key
 
@@ -743,11 +762,11 @@ class Tokens:
             raise TokenError(f"the token is longer than {MAX_TOKEN} characters")
         if token.count(".") == 1:
             raise TokenError(
-                "this is no JWT but perhaps a session token; get a JWT from /api/auth/token"
+                "this is not a JWT but perhaps a session token; get a JWT from /api/auth/token"
             )
         if not COMPACT_JWS.fullmatch(token):
             raise TokenError(
-                "this is no JWT: it must be three base64url parts with dots between them"
+                "this is not a JWT: it must be three base64url parts with dots between them"
             )
         try:
             header = _header(token)
@@ -775,7 +794,7 @@ class Tokens:
             try:
                 return decode(secret, ["HS256"]), None
             except jwt.InvalidSignatureError as ex:
-                mismatch = ex  # perhaps another of the secrets made it
+                mismatch = ex  # another secret may have signed it
         raise mismatch
 
     def _find_key(self, alg: object, kid: str | None) -> jwt.PyJWK:
@@ -1323,7 +1342,7 @@ SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
 IDEMPOTENCY_WINDOW = timedelta(hours=24)  # in which a create can be repeated with its key
-DIGESTED = ("title", "description", "completed")  # also where they have their default
+DIGESTED = ("title", "description", "completed")  # part of the digest even with their defaults
 CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
 FILTERS = {
     "completed": "completed = :completed",
@@ -1347,7 +1366,7 @@ class TooManyTasks(Exception):
 
 
 class Changed(Exception):
-    """The task is not as the caller's conditions ask for; `tag` is its entity tag now."""
+    """The task does not meet the caller's conditions; `tag` is its current entity tag."""
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
@@ -1356,7 +1375,7 @@ class Changed(Exception):
 class Task(peewee.Model):
     """A row of schema.sql's table, with the columns of FIELDS.
 
-    Statements are built from it; rows never become one, which would cost 100 µs.
+    Only statements are built from it; making rows into instances would cost 100 µs each.
     """
 
     id = peewee.AutoField()
@@ -1366,8 +1385,6 @@ class Task(peewee.Model):
     version = peewee.IntegerField()
 
     class Meta:
-        """Where schema.sql keeps it."""
-
         table_name = "task"
 
 
@@ -1388,8 +1405,6 @@ class IdempotencyKey(peewee.Model):
     created_at = peewee.TextField()
 
     class Meta:
-        """Where schema.sql keeps it."""
-
         table_name = "idempotency_key"
 
 
@@ -1400,8 +1415,6 @@ class About(peewee.Model):
     cursor_key = peewee.TextField()
 
     class Meta:
-        """Where schema.sql keeps it."""
-
         table_name = "about"
         primary_key = False
 
@@ -1423,7 +1436,7 @@ class Stored(Struct, frozen=True):
 
 
 class Replay(Struct):
-    """What a create that is repeated needs to know of its first answer, whatever else is in it."""
+    """The members of a stored answer that its replay needs; it may hold others."""
 
     id: int
     updated_at: str
@@ -1461,7 +1474,7 @@ EXPECTED = THIS & peewee.SQL(f"({AS_EXPECTED})")
 
 
 def queries() -> dict[str, Any]:
-    """Return the statements of the store by name, but for those of lists and changes."""
+    """Return the store's statements by name, except those of lists and changes."""
     now = placeholder("now")
     names = [*FIELDS, *(f"{name}_folded" for name in SEARCHED)]
     new = {name: placeholder(name) for name in names}
@@ -1514,10 +1527,10 @@ def _returning(query: Any) -> Any:
 
 
 def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> Any:
-    """Return the statement of a page: from its first task on, never with OFFSET.
+    """Return the statement of a page, which starts after a position and never uses OFFSET.
 
-    Sorted by id it follows an index; another order sorts the user's tasks. What is absent is
-    sorted as a text after, or when descending before, any other.
+    The order by id follows an index; any other order sorts the user's tasks. NULL is replaced by a
+    text that sorts after all others, or before them when descending, so that it comes last.
     """
     name, descending = sort.lstrip("-"), sort.startswith("-")
     key = ORDERS[name]
@@ -1535,7 +1548,7 @@ def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> A
 
 
 class TaskLimit:
-    """How many tasks a user may have. Only who is near the limit is counted exactly, and alone."""
+    """How many tasks a user may have. Exact counts are made only near the limit, under a lock."""
 
     def __init__(self, database: Database, most: int | None) -> None:
         self._database, self._most = database, most
@@ -1548,9 +1561,9 @@ class TaskLimit:
         )
 
     def is_near(self, user_id: str) -> bool:
-        """Say whether the user may be at the limit: count the tasks that are new since the last count.
+        """Say whether the user may be at the limit; counts only tasks newer than the last count.
 
-        Deletions since then are not seen, nor the few tasks that were being created at that time.
+        It misses later deletions, and the few tasks that were being created during that count.
         """
         if self._most is None:
             return False
@@ -1578,8 +1591,9 @@ class TaskStore:
     """One user's tasks at a time. Returns None if the user has no such task.
 
     Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is
-    therefore atomic; only a create that can be repeated takes several, in one transaction. Raises Unavailable if the
-    database cannot be used, and Changed for a task that is not as `conditions` ask for.
+    therefore atomic; only a create with a key or near the limit takes several, in a transaction.
+    Raises Unavailable if the database cannot be used, and Changed if a task does not meet
+    `conditions`.
     """
 
     def __init__(self, database: Database, max_tasks: int | None = None) -> None:
@@ -1593,7 +1607,7 @@ class TaskStore:
 
     @contextlib.contextmanager
     def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
-        """Limit a search, which reads each task of the user, in number and time. Raises Busy."""
+        """Limit how many searches, which read all tasks of a user, run and how long; raises Busy."""
         if not self._is_search(user_id, listing):
             yield
             return
@@ -1630,7 +1644,7 @@ class TaskStore:
         finally:
             with self._searching_lock:
                 self._searching[user_id] -= 1
-                self._searching += Counter()  # forgets who has none
+                self._searching += Counter()  # drops users at zero
 
     def page(self, user_id: str, listing: Listing) -> tuple[list[View], Listing | None]:
         """Return the user's tasks, and the listing of those that follow.
@@ -1689,7 +1703,7 @@ class TaskStore:
                 stored = _stored(row)
                 self._run("answer", values | {"answer": to_json(stored.task).decode()})
                 return stored
-            # without a row, another process was faster
+            # Without a row, another process has created the task first.
             [(known, answer)] = found or self._run("replay", values)
         return _replayed(answer) if known == body else None
 
@@ -1723,11 +1737,11 @@ class TaskStore:
 
     @property
     def is_slow(self) -> bool:
-        """Whether writes take so long that they are better run in a worker thread from the start."""
+        """Whether writes are so slow that they should start in a worker thread."""
         return self._database.is_slow
 
     def expire_keys(self) -> None:
-        """Delete every idempotency key that is too old, some at a time so that no write waits long."""
+        """Delete all expired idempotency keys, in batches so that no write waits long."""
         before = timestamp(datetime.now(UTC) - IDEMPOTENCY_WINDOW)
         while self._database.write(self._sql["expire_all"], before=before):
             pass
@@ -1809,8 +1823,8 @@ SCHEMA = shipped("schema.sql")
 MIGRATIONS = shipped("migrations")
 VERSION = 3  # of the schema; migrations/N.sql makes version N from the one before it
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
-MIN_SQLITE = (3, 35)  # has RETURNING
-FULL = 256 * 1024  # bytes free, with which SQLite cannot make its files or store every task
+MIN_SQLITE = (3, 35)  # the first with RETURNING
+FULL = 256 * 1024  # bytes of free space; below it SQLite cannot store every task
 UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
 INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
 SESSION = """
@@ -1822,15 +1836,15 @@ SESSION = """
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = 4.0  # seconds that a write waits for a lock of another process
-WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for the writes of this process
-DEADLINE_STEPS = 1000  # of SQLite's machine between two looks at the clock; a few rows of a search
-TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes: statement_timeout and lock_timeout were over
-QUEUE_PLACE_TIMEOUT = 0.25  # seconds after which a queue of writes that does not move is closed
-SLOW_WRITE = 0.005  # seconds; a disk on which a write takes longer must not hold up the thread that serves the sockets
+WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's other writes
+DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
+TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
+QUEUE_PLACE_TIMEOUT = 0.25  # seconds without progress after which a full queue rejects writes
+SLOW_WRITE = 0.005  # seconds; if writes take longer, they run in worker threads
 
 
 class DatabaseError(Exception):
-    """The database cannot be opened or does not fit schema.sql; the message says which file and why."""
+    """The database cannot be opened or does not fit schema.sql; the message says which and why."""
 
 
 class Unstorable(Exception):
@@ -1840,7 +1854,7 @@ class Unstorable(Exception):
 def open_database(settings: Settings, statement_timeout: float = 2 * LOCK_TIMEOUT) -> Database:
     """Return the database of the settings, created or migrated if need be. Raises DatabaseError.
 
-    PostgreSQL ends a statement after the time-out in seconds; 0 is none.
+    PostgreSQL cancels a statement after the time-out in seconds; 0 is none.
     """
     if settings.database_url.startswith("postgresql:"):
         return Postgres(settings, statement_timeout)
@@ -1856,7 +1870,7 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
 
 
 class WriteQueue:
-    """Places for writes that wait, fewer than there are worker threads, so that reads find one."""
+    """Places for waiting writes: fewer than worker threads, so that reads always find a thread."""
 
     def __init__(self, places: int) -> None:
         self._free, self._places = places, places
@@ -1864,7 +1878,7 @@ class WriteQueue:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Wait for a place while the queue moves. Raises Unavailable at once when it does not."""
+        """Wait for a place while the queue makes progress; otherwise raise Unavailable."""
         if thread_state.in_event_loop:
             raise WouldBlock
         with self._changed:
@@ -1885,7 +1899,7 @@ class WriteQueue:
 
 
 class _LastWrite:
-    """What the last write met, for /readyz: reads go on where a disk is full or read-only."""
+    """Remembers for /readyz that the last write failed: reads work on a full or read-only disk."""
 
     _failure = ""
     write: Callable[..., object]
@@ -1901,7 +1915,7 @@ class _LastWrite:
         self._failure = ""
 
     def _check_last_write(self) -> None:
-        """Raise Unavailable if the last write could not be stored, and another one cannot be now."""
+        """Raise Unavailable if the last write failed, and so does another one now."""
         try:
             if self._failure:
                 self.write("UPDATE about SET version = version")
@@ -1913,17 +1927,15 @@ class Sqlite(_LastWrite):
     """SQLite: a connection in each thread, and one write at a time."""
 
     def __init__(self, path: str, waiting: int) -> None:
-        """Open the database, creating it if need be; at most `waiting` writes wait at once. Raises DatabaseError."""
+        """Open the database; at most `waiting` writes wait at once. Raises DatabaseError."""
         prepare_database(path)
-        self._event_loop_connection, self._worker_connection = (
-            connect(path, timeout=0, cache=16),
-            connect(path, timeout=LOCK_TIMEOUT),
-        )
-        try:  # one connection stays open, so that no other needs to set up the log on a disk that is full or locked
+        self._event_loop_connection = connect(path, timeout=0, cache=16)
+        self._worker_connection = connect(path, timeout=LOCK_TIMEOUT)
+        try:  # One connection stays open; the first one creates SQLite's log, which can fail later.
             self._worker_connection.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
-        self.peewee = self._worker_connection  # for queries of taskctl's own
+        self.peewee = self._worker_connection  # for taskctl's own queries
         self._path, self._opened = Path(path), Path(path).stat()
         self._queue, self._turn = WriteQueue(waiting), threading.Lock()
         self._write_time, self.is_slow = 0.0, False
@@ -1933,10 +1945,10 @@ class Sqlite(_LastWrite):
         return compiled(query, self._worker_connection)
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """Run a statement and return its rows. Raises Unavailable, and WouldBlock where it must not wait."""
+        """Run a statement and return its rows. Raises Unavailable, or WouldBlock."""
         database = self._here()
-        try:
-            with peewee.__exception_wrapper__:  # type: ignore[attr-defined]  # the last fetch commits, and can fail
+        try:  # the last fetch commits, and can fail
+            with peewee.__exception_wrapper__:  # type: ignore[attr-defined]
                 return database.execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
         except peewee.DatabaseError as ex:
             self._fail(ex)
@@ -1955,7 +1967,7 @@ class Sqlite(_LastWrite):
     def _fail(self, ex: peewee.DatabaseError) -> NoReturn:
         if thread_state.in_event_loop and "locked" in str(ex):
             raise WouldBlock from None
-        self._drop()  # whatever state the connection is in, the next request starts with a fresh one
+        self._drop()  # its state is not known; the next request opens a new one
         if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
             raise ex
         raise Unavailable("the database", str(ex)) from ex
@@ -1973,16 +1985,16 @@ class Sqlite(_LastWrite):
                 connection.set_progress_handler(None, 0)
 
     def lock(self, user_id: str) -> None:
-        """Keep other creates of the user out until the transaction ends; here all writes are."""
+        """Lock out other creates of the user until the transaction ends; SQLite has one writer."""
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """Run a statement that changes something, alone; it is on disk when this returns."""
+        """Run a statement that writes, exclusively; it is on disk when this returns."""
         with self._remembered(), self._alone():
             return self.run(sql, **values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Run several statements alone; all of them are on disk when this ends, or none."""
+        """Run several statements exclusively; all of them are on disk when this ends, or none."""
         with self._remembered(), self._alone():
             self.run("BEGIN IMMEDIATE")
             try:
@@ -1994,7 +2006,7 @@ class Sqlite(_LastWrite):
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait for this thread's turn. Writes queue here, because in SQLite's own waiting they back off and starve."""
+        """Wait for this thread's turn to write; SQLite's own busy handler is unfair to waiters."""
         if not thread_state.in_event_loop:
             self._queue_up()
         elif self.is_slow or not self._turn.acquire(blocking=False):
@@ -2007,12 +2019,12 @@ class Sqlite(_LastWrite):
             self._turn.release()
 
     def _note_time(self, seconds: float) -> None:
-        """Decide by a moving average, with hysteresis, whether the event loop leaves writes to the workers."""
+        """Decide by a moving average, with hysteresis, whether worker threads do all writes."""
         self._write_time += (min(seconds, 10 * SLOW_WRITE) - self._write_time) / 8
         self.is_slow = self._write_time > (SLOW_WRITE / 2 if self.is_slow else SLOW_WRITE)
 
     def _drop(self) -> None:
-        """Undo what this thread's connection has begun, and close it; only closed, it may keep its lock for a while."""
+        """Roll back this thread's transaction and close its connection, which releases its lock."""
         if not (database := self._here()).is_closed():
             with contextlib.suppress(sqlite3.Error):
                 database.connection().rollback()
@@ -2029,9 +2041,9 @@ class Sqlite(_LastWrite):
                 raise Unavailable("the database", "the writes before this one took too long")
 
     def check(self) -> None:
-        """Raise Unavailable unless the database answers, fits schema.sql, and is still what lies at its path.
+        """Raise Unavailable unless the database answers, fits schema.sql and is still at its path.
 
-        SQLite would go on in a file that was deleted or replaced, where nobody will ever find what it wrote.
+        SQLite would go on writing to a file that was deleted or replaced; those writes are lost.
         """
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
@@ -2040,22 +2052,20 @@ class Sqlite(_LastWrite):
         except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
             raise Unavailable("the database", str(ex)) from ex
         if replaced:
-            raise Unavailable(
-                "the database, whose file was replaced,",
-                "restart taskd to serve what lies there now",
-            )
+            why = "restart taskd to serve the file that is there now"
+            raise Unavailable("the database, whose file was replaced,", why)
         if self._failure and shutil.disk_usage(self._path.parent).free < FULL:
             raise Unavailable("the database, whose disk is full,", self._failure)
         self._check_last_write()
 
     def close(self) -> None:
-        """Close this thread's connections; the last one of all folds SQLite's log into the database."""
+        """Close this thread's connections; the last one to close checkpoints SQLite's log."""
         self._event_loop_connection.close()
         self._worker_connection.close()
 
 
 class PostgresSession(peewee.PostgresqlDatabase):
-    """Connections with the same session settings whatever the role, the database or libpq have."""
+    """Connections whose session settings override those of the role, the database and libpq."""
 
     session_settings: str
 
@@ -2074,10 +2084,10 @@ class PostgresSession(peewee.PostgresqlDatabase):
 class Postgres(_LastWrite):
     """PostgreSQL: a pool of connections; several taskd processes can share the database."""
 
-    is_slow = False  # every statement leaves the event loop anyway
+    is_slow = False  # every statement runs in a worker thread anyway
 
     def __init__(self, settings: Settings, statement_timeout: float) -> None:
-        """Open the database, and create or migrate its tables. Raises DatabaseError or SettingsError."""
+        """Open the database and prepare its tables. Raises DatabaseError or SettingsError."""
         given = _libpq_parameters(settings.database_url)
         from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
@@ -2115,14 +2125,14 @@ class Postgres(_LastWrite):
         )
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """Run a statement and return its rows. Raises Unavailable, and WouldBlock where it must not wait."""
+        """Run a statement and return its rows. Raises Unavailable, or WouldBlock."""
         with self._connected():
             cursor = self._pool.execute_sql(sql, values)
             return cursor.fetchall() if cursor.description else []
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """Run a statement that changes something; it is on disk when this returns."""
-        # Connect first: a queue whose writes all connect would seem to stand still.
+        """Run a statement that writes; it is on disk when this returns."""
+        # Connect first: a queue whose writes all wait for a connection would seem to stand still.
         with self._remembered(), self._connected(), self._queue.place():
             return self.run(sql, **values)
 
@@ -2132,7 +2142,7 @@ class Postgres(_LastWrite):
             yield from self._pool.cursor().stream(sql, values)
 
     def lock(self, user_id: str) -> None:
-        """Keep other creates of the user out that lock too, until the transaction ends."""
+        """Lock out other creates of the user that lock too, until the transaction ends."""
         self.run("SELECT pg_advisory_xact_lock(hashtextextended(%(user_id)s, 0))", user_id=user_id)
 
     @contextlib.contextmanager
@@ -2150,7 +2160,7 @@ class Postgres(_LastWrite):
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
-        """Take a connection from the pool, or go on with the one of the transaction that is under way."""
+        """Take a connection from the pool, or use that of the transaction under way."""
         if thread_state.in_event_loop:
             raise WouldBlock
         try:
@@ -2166,7 +2176,7 @@ class Postgres(_LastWrite):
             if isinstance(ex, peewee.DataError) or code == INDEX_ROW_TOO_LONG:
                 raise Unstorable from ex
             if code not in TIMED_OUT:
-                self._pool.close_idle()  # after a restart of the server none of them is usable
+                self._pool.close_idle()  # after a restart of PostgreSQL none of them works
             raise Unavailable("the database", _first_line(ex)) from ex
 
     def check(self) -> None:
@@ -2177,7 +2187,7 @@ class Postgres(_LastWrite):
                 self._check_last_write()  # a standby refuses every write, and serves reads
 
     def close(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close the idle connections."""
         self._pool.close_idle()
 
     def _prepare(self, name: str) -> None:
@@ -2194,7 +2204,7 @@ class Postgres(_LastWrite):
                 check_schema(self._pool, name, portable_definitions)
 
     def _check_connection(self, name: str) -> None:
-        """Refuse an encoding that cannot hold every text, and warn of a connection without TLS."""
+        """Reject an encoding that cannot hold every text, and warn of a connection without TLS."""
         [encoding] = self._pool.execute_sql("SHOW server_encoding").fetchone()
         if encoding != "UTF8":
             raise DatabaseError(f"{name} has the encoding {encoding}, and taskd needs UTF8")
@@ -2205,7 +2215,7 @@ class Postgres(_LastWrite):
             log.warning("%s is not encrypted on its way: add ?sslmode=verify-full", name)
 
     def _check_search_path(self, version: int) -> None:
-        """Refuse to create tables in front of those that the search path has found so far."""
+        """Reject a first schema without tables if the search path finds them in another one."""
         [found] = self._pool.execute_sql("SELECT to_regclass('task')::text").fetchone()
         if found and not version:
             raise peewee.DatabaseError(f"{found} is not in the first schema of the search path")
@@ -2239,7 +2249,7 @@ def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -
 
 
 def for_postgresql(statement: str) -> str:
-    """Return a statement of schema.sql or a migration for PostgreSQL; text is sorted by code point."""
+    """Translate a statement of schema.sql or a migration; text is sorted by code point."""
     key = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
     statement = statement.replace("INTEGER PRIMARY KEY AUTOINCREMENT", key).replace("%", "%%")
     return re.sub(r"(?<! AS) TEXT\b", ' TEXT COLLATE "C"', statement)
@@ -2257,20 +2267,17 @@ def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
 
     A connection waits `timeout` seconds for another's lock, and keeps up to `cache` MB of pages.
     """
-    pragmas = {
-        "journal_mode": "wal",
-        "synchronous": "full",
-    }  # reads never wait, and a commit is on disk
-    pragmas["cache_size"] = str(-1000 * cache)
-    existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # a file that is away is not replaced by an empty one
+    # Reads never wait, and a commit is on disk.
+    pragmas = {"journal_mode": "wal", "synchronous": "full", "cache_size": str(-1000 * cache)}
+    existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # never creates an empty file
     return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout)
 
 
 def prepare_database(path: str) -> None:
-    """Create a file that fits schema.sql, readable by its owner alone, or migrate or check an old one.
+    """Create a file that fits schema.sql, with mode 600, or migrate or check an existing one.
 
     Before a migration the database is copied to a file beside it. Raises DatabaseError for a file
-    that cannot be opened or does not fit, and leaves it as it was.
+    that cannot be opened or does not fit, and leaves it unchanged.
     """
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         raise DatabaseError(
@@ -2284,7 +2291,7 @@ def prepare_database(path: str) -> None:
         check_schema(database, path, sqlite_definitions)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
         full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < FULL
-        why = "database or disk is full" if full else ex  # which SQLite does not always say
+        why = "database or disk is full" if full else ex  # SQLite may report only an I/O error
         raise DatabaseError(f"{path} cannot be opened: {why}") from None
     finally:
         database.close()
@@ -2293,9 +2300,8 @@ def prepare_database(path: str) -> None:
 def check_schema(database: peewee.Database, name: str, describe: Callable[[Any], set[str]]) -> None:
     """Raise DatabaseError if the database is not of this version or does not fit schema.sql."""
     if (version := schema_version(database)) > VERSION:
-        raise DatabaseError(
-            f"{name} was made by a newer taskd: its schema is {version}, not {VERSION}; update taskd"
-        )
+        newer = f"its schema is version {version}, not {VERSION}; update taskd"
+        raise DatabaseError(f"{name} was made by a newer taskd: {newer}")
     if differences := schema_differences(database, describe):
         raise DatabaseError(f"{name} does not fit schema.sql: {differences}")
 
@@ -2351,11 +2357,11 @@ def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
 
 
 def _copy_beside(path: str, version: int) -> Path:
-    """Copy the database to a file beside it, named only when it is complete, and return its path."""
+    """Copy the database to a file beside it, renamed when complete, and return its path."""
     copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     part, journal = Path(f"{path}.part"), Path(f"{path}.part-journal")
     with contextlib.ExitStack() as cleanup:
-        for left in (part, journal):  # by a start that was killed
+        for left in (part, journal):  # left by a start that was killed
             left.unlink(missing_ok=True)
             cleanup.callback(left.unlink, missing_ok=True)
         os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -2369,7 +2375,7 @@ def _copy_beside(path: str, version: int) -> Path:
 
 
 def statements(script: Path) -> Iterator[str]:
-    """Yield the statements of an SQL script one by one; sqlite3's own `executescript` would commit before them."""
+    """Yield the statements of an SQL script; sqlite3's `executescript` would commit first."""
     statement = ""
     for line in script.read_text().splitlines(keepends=True):
         statement += line
@@ -2379,18 +2385,16 @@ def statements(script: Path) -> Iterator[str]:
 
 
 def schema_differences(database: peewee.Database, describe: Callable[[Any], set[str]]) -> str:
-    """Return in words what the tables have otherwise than schema.sql; other tables are no concern of ours."""
+    """Describe how taskd's tables differ from schema.sql; additional indexes are allowed."""
     wanted, found = _wanted(describe), describe(database)
     lacking = [f"it lacks {part}" for part in sorted(wanted - found)]
-    return "; ".join(
-        lacking
-        + [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")]
-    )
+    extra = [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")]
+    return "; ".join(lacking + extra)
 
 
 @cache
 def _wanted(describe: Callable[[Any], set[str]]) -> set[str]:
-    """Return what a database has that schema.sql has just made: /readyz compares with it again and again."""
+    """Return the definitions of a database that schema.sql has just made."""
     model = peewee.SqliteDatabase(":memory:")
     model.connection().executescript(SCHEMA.read_text())
     wanted = describe(model)
@@ -2399,7 +2403,7 @@ def _wanted(describe: Callable[[Any], set[str]]) -> set[str]:
 
 
 def sqlite_definitions(database: peewee.SqliteDatabase) -> set[str]:
-    """Return the columns and indexes of taskd's tables as SQLite keeps them, without comments and layout."""
+    """Return the columns and indexes of taskd's tables in SQLite's words, normalised."""
     rows = database.execute_sql("SELECT tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL")
     parts = set()
     for sql in [sql for table, sql in rows.fetchall() if table in TABLES]:
@@ -2412,7 +2416,7 @@ def sqlite_definitions(database: peewee.SqliteDatabase) -> set[str]:
 
 
 def portable_definitions(database: peewee.Database) -> set[str]:
-    """Return the columns and indexes of taskd's tables as any database tells them."""
+    """Return the columns and indexes of taskd's tables as any database describes them."""
     parts = set()
     for table in TABLES:
         for column in database.get_columns(table):
@@ -2434,37 +2438,31 @@ CHANGES = {"POST": "created", "PUT": "changed", "PATCH": "changed", "DELETE": "d
 
 
 class Metrics:
-    """Count and time what is done, for Prometheus: by route templates and statements, never by user."""
+    """Prometheus metrics, labelled by route template and kind of statement, never by user."""
 
     public = True
 
     def __init__(self) -> None:
-        import prometheus_client as prometheus  # only where it is asked for
+        import prometheus_client as prometheus  # loaded only where metrics are asked for
 
         self._registry = registry = prometheus.CollectorRegistry()
         self._show, self._content_type = prometheus.generate_latest, prometheus.CONTENT_TYPE_LATEST
-        what, seconds = (
-            ("route", "method"),
-            partial(prometheus.Histogram, registry=registry, buckets=BUCKETS),
-        )
-        self._requests = prometheus.Counter(
-            "taskd_requests", "Requests.", (*what, "status"), registry=registry
-        )
+        count = partial(prometheus.Counter, registry=registry)
+        seconds = partial(prometheus.Histogram, registry=registry, buckets=BUCKETS)
+        what = ("route", "method")
+        self._requests = count("taskd_requests", "Requests.", (*what, "status"))
         self._seconds = seconds("taskd_request_seconds", "Time to answer.", what)
-        self._written = prometheus.Counter(
-            "taskd_tasks_written", "Tasks.", ("change",), registry=registry
-        )
+        self._written = count("taskd_tasks_written", "Tasks.", ("change",))
         waited = "Time of a statement, or a transaction, with the wait for its turn."
         self._database_seconds = seconds("taskd_database_seconds", waited, ("statement",))
-        prometheus.Info("taskd_build", "What runs.", registry=registry).info(
-            {"version": __version__}
-        )
+        build = prometheus.Info("taskd_build", "What runs.", registry=registry)
+        build.info({"version": __version__})
         prometheus.ProcessCollector(registry=registry)
 
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
-        """Count and time a request. A fault here is told to the log and breaks no answer."""
+        """Count and time a request. Errors are logged and never affect the response."""
         if req.context.refusal:
             return
         try:
@@ -2484,24 +2482,24 @@ class Metrics:
             self._written.labels(CHANGES[req.method]).inc()
 
     def timed(self, database: Database) -> Database:
-        """Return the database, the time of whose statements is taken."""
+        """Return the database with its statements timed."""
         return cast(Database, TimedDatabase(database, self._database_seconds))
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Show them in Prometheus' text format."""
+        """Answer with all metrics in Prometheus's text format."""
         resp.content_type, resp.data = self._content_type, self._show(self._registry)
 
     on_head = on_get
 
 
 class TimedDatabase:
-    """A database that notes how long each statement takes."""
+    """A database that measures how long each statement takes."""
 
     def __init__(self, database: Database, seconds: Any) -> None:
         self._database, self._seconds = database, seconds
 
     def __getattr__(self, name: str) -> Any:
-        """Leave all else to the database itself."""
+        """Delegate everything else to the database."""
         return getattr(self._database, name)
 
     def run(self, sql: str, **values: Any) -> list[Row]:
@@ -2510,7 +2508,7 @@ class TimedDatabase:
             return self._database.run(sql, **values)
 
     def write(self, sql: str, **values: Any) -> list[Row]:
-        """Run a statement that changes something."""
+        """Run a statement that writes."""
         with self._timed(sql.partition(" ")[0].lower()):
             return self._database.write(sql, **values)
 
@@ -2521,7 +2519,7 @@ class TimedDatabase:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Run several statements together, and take the time of all of them with their commit."""
+        """Run several statements together, and measure all of them with their commit."""
         with self._timed("transaction"), self._database.transaction():
             yield
 
@@ -2531,7 +2529,7 @@ class TimedDatabase:
         try:
             yield
         except WouldBlock:
-            blocked = True  # it starts again in another thread, and counts there
+            blocked = True  # it runs again in another thread, and counts there
             raise
         finally:
             if not blocked:
@@ -2614,9 +2612,9 @@ class RequestContext:
         self._proxies = trusted_proxies
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Take the client's request id if it can stand in a log, else make one, and start the clock.
+        """Take the client's request id if it is valid, else make one, and start the clock.
 
-        Raises what the server refuses the request with: its answer gets the same headers and log line.
+        Raises the server's refusal of the request, so that it gets the same headers and log line.
         """
         req.context.started = time.perf_counter()
         given = req.get_header("X-Request-ID")
@@ -2635,7 +2633,7 @@ class RequestContext:
             raise req.context.refusal
 
     def _client(self, req: falcon.Request) -> str:
-        """Return the client's address as the trusted proxy tells it, and take over its prefix."""
+        """Return the client's address as the trusted proxy reports it, and use its prefix."""
         if self._proxies != ("*",) and req.remote_addr not in self._proxies:
             return str(req.remote_addr)
         prefix = req.get_header("X-Forwarded-Prefix") or ""
@@ -2673,9 +2671,9 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
-        """Add the headers; a page of a listed origin may send whatever header it asks for.
+        """Add the headers; a page of a listed origin may send any header that it asks for.
 
-        taskd reads no cookie, so a header that it does not know can do nothing.
+        taskd reads no cookies, and headers that it does not know have no effect.
         """
         allow = resp.get_header("Allow")
         super().process_response(req, resp, resource, succeeded)
@@ -2698,8 +2696,9 @@ MAX_LISTS = 32  # such files at a time
 MAX_LISTS_OF_USER = 8
 MAX_LIST_BYTES = 1024 * 1024 * 1024  # in all of them
 DOCS_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
+    " connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none';"
+    " form-action 'none'"
 )
 
 
@@ -2729,14 +2728,8 @@ class TaskResource:
         key = read_key(req)
         stored = self._store.add(req.context.user.id, read(req, NewTask), key)
         if stored is None:
-            raise Unprocessable(
-                [
-                    Fault(
-                        "Idempotency-Key",
-                        "was used for another task; send a new one with a new task",
-                    )
-                ]
-            )
+            used = "was used for another task; send a new one with a new task"
+            raise Unprocessable([Fault("Idempotency-Key", used)])
         resp.status = falcon.HTTP_201
         resp.location = f"{tasks_path(req)}/{stored.id}"
         if stored.replayed:
@@ -2744,7 +2737,7 @@ class TaskResource:
         respond_with_task(resp, stored)
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
-        """Show a task, unless the caller has it as it is."""
+        """Answer with a task, or 304 if the caller has its current version."""
         task, conditions = parse_task_id(task_id), read_conditions(req)
         stored = found(self._store.get(req.context.user.id, task))
         if not conditions.matches(stored.tag):
@@ -2761,7 +2754,7 @@ class TaskResource:
         respond_with_task(resp, found(stored))
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
-        """Delete a task, and show it as it was."""
+        """Delete a task, and answer with it as it was."""
         task, conditions = parse_task_id(task_id), read_conditions(req)
         respond_with_task(resp, found(self._store.remove(req.context.user.id, task, conditions)))
 
@@ -2818,10 +2811,10 @@ class TaskCompleteResource:
 
 
 class ListFile(io.FileIO):
-    """A list that is too long for memory, in a temporary file that is gone when it is closed.
+    """A list that is too long for memory, in a temporary file that is deleted when closed.
 
-    Raises Unavailable when the user, or all users together, have too many such files, too many
-    bytes in them, or the disk has no room.
+    Raises Unavailable if the user, or all users together, have too many such files, if these are
+    too large together, or if the disk is full.
     """
 
     _lock = threading.Lock()
@@ -2830,7 +2823,7 @@ class ListFile(io.FileIO):
     _owner: str | None = None
 
     def __init__(self, user_id: str, pieces: Iterable[bytes]) -> None:
-        """Write all pieces into the file; it is to be read from its beginning."""
+        """Write all pieces into the file, which is then read from its beginning."""
         with self._lock:
             full = len(self._owners) >= MAX_LISTS
             if full or self._owners.count(user_id) >= MAX_LISTS_OF_USER:
@@ -2860,7 +2853,7 @@ class ListFile(io.FileIO):
             piece = piece[self.write(piece) :]
 
     def close(self) -> None:
-        """Delete the file, so that another one can be made."""
+        """Delete the file, and release its place."""
         with self._lock:
             if self._owner is not None:
                 self._owners.remove(self._owner)
@@ -2870,19 +2863,18 @@ class ListFile(io.FileIO):
 
 
 class HealthResource:
-    """Whether the process is alive."""
+    """Liveness: the process answers."""
 
     public = True
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Say so."""
         resp.data = b'{"status": "ok"}'
 
     on_head = on_get
 
 
 class ReadyResource:
-    """Whether the database answers, and fits."""
+    """Readiness: the database answers and fits schema.sql, else 503."""
 
     public = True
 
@@ -2890,7 +2882,6 @@ class ReadyResource:
         self._store = store
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Say so, or 503."""
         self._store.check()
         resp.data = b'{"status": "ok"}'
 
@@ -2898,7 +2889,7 @@ class ReadyResource:
 
 
 class FileResource:
-    """A file that taskd ships and everybody may read."""
+    """A public file that belongs to taskd."""
 
     public = True
 
@@ -2906,7 +2897,7 @@ class FileResource:
         self._content, self._content_type = shipped(name).read_bytes(), content_type
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Show it; it may load and call nothing but this server."""
+        """Answer with the file; a page may load and call only this server."""
         resp.content_type, resp.data = self._content_type, self._content
         resp.set_header("Content-Security-Policy", DOCS_POLICY)
 
@@ -2938,7 +2929,7 @@ def tasks_path(req: falcon.Request) -> str:
 
 
 def found(stored: Stored | None) -> Stored:
-    """Return the task, or raise the same 404 for one that is not there and one of another user."""
+    """Return the task, or raise 404, the same for a missing task and another user's."""
     if stored is None:
         raise falcon.HTTPNotFound(description=NO_TASK)
     return stored
@@ -2956,19 +2947,33 @@ DETAILS = {
     404: "there is nothing at this path; tasks are at /api/{user_id}/tasks",
     405: "this path does not know this method; the Allow header lists those that it knows",
 }
-# RFC 9110; older Pythons have older names.
-TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # older Pythons differ
+
+REFUSED: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
+    Unavailable: lambda ex: falcon.HTTPServiceUnavailable(
+        description=f"{ex.args[0]} cannot be used right now; try again", retry_after=ex.retry_after
+    ),
+    Busy: lambda ex: falcon.HTTPServiceUnavailable(
+        description=ex.args[0], retry_after=ex.retry_after
+    ),
+    Unstorable: lambda ex: falcon.HTTPForbidden(
+        description="this user id cannot be stored here: it is too long or contains U+0000"
+    ),
+    TooManyTasks: lambda ex: falcon.HTTPForbidden(
+        description=f"you have {ex.most:,} tasks, and this server allows no more; delete one first"
+    ),
+    Changed: lambda ex: falcon.HTTPPreconditionFailed(
+        description="the task was changed in between; read it again, and send its new ETag",
+        headers={"ETag": ex.tag},
+    ),
+}
 
 
 def problem(status: int, detail: str | None, faults: list[Fault] | None = None) -> bytes:
-    """Return the body of an error answer (RFC 9457): the one place where its shape is made."""
+    """Return the body of an error (RFC 9457): the one place where its shape is made."""
     title = TITLES.get(status) or HTTPStatus(status).phrase
-    members = {
-        "title": title,
-        "status": status,
-        "detail": detail or DETAILS.get(status),
-        "errors": faults,
-    }
+    detail = detail or DETAILS.get(status)
+    members = {"title": title, "status": status, "detail": detail, "errors": faults}
     return to_json({name: value for name, value in members.items() if value})
 
 
@@ -2978,49 +2983,19 @@ def serialize_error(req: falcon.Request, resp: falcon.Response, ex: falcon.HTTPE
     resp.data = problem(ex.status_code, ex.description, getattr(ex, "faults", None))
 
 
-def unavailable(
-    req: falcon.Request, resp: falcon.Response, ex: Unavailable, params: object
+def handle_refusal(
+    req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
 ) -> NoReturn:
-    """Answer 503 while the database or the key set cannot be used, and tell the operator why."""
-    what, why = ex.args
-    log.error("%s cannot be used: %s", what, why, extra={"id": req.context.id})
-    raise falcon.HTTPServiceUnavailable(
-        description=f"{what} cannot be used right now; try again", retry_after=ex.retry_after
-    )
-
-
-def busy(req: falcon.Request, resp: falcon.Response, ex: Busy, params: object) -> NoReturn:
-    """Answer 503 to a user who asks for too much at once; the operator has nothing to do."""
-    raise falcon.HTTPServiceUnavailable(description=ex.args[0], retry_after=RETRY_AFTER)
-
-
-def unstorable(
-    req: falcon.Request, resp: falcon.Response, ex: Unstorable, params: object
-) -> NoReturn:
-    """Answer 403 to a user whose id the database cannot store."""
-    raise falcon.HTTPForbidden(
-        description="this user id cannot be stored here: it is too long or contains U+0000"
-    )
-
-
-def changed(req: falcon.Request, resp: falcon.Response, ex: Changed, params: object) -> NoReturn:
-    """Answer 412 to a change whose If-Match or If-None-Match fails, with the entity tag."""
-    detail = "the task was changed in between; read it again, and send the ETag that it has now"
-    raise falcon.HTTPPreconditionFailed(description=detail, headers={"ETag": ex.tag})
-
-
-def too_many_tasks(
-    req: falcon.Request, resp: falcon.Response, ex: TooManyTasks, params: object
-) -> NoReturn:
-    """Answer 403 to a create of a user who has as many tasks as TASKD_MAX_TASKS allows."""
-    detail = f"you have {ex.most:,} tasks, and this server allows no more; delete one first"
-    raise falcon.HTTPForbidden(description=detail)
+    """Answer an exception of REFUSED; the operator is told what cannot be used."""
+    if type(ex) is Unavailable:
+        log.error("%s cannot be used: %s", *ex.args, extra={"id": req.context.id})
+    raise REFUSED[type(ex)](ex)
 
 
 def handle_unexpected(
     req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
 ) -> NoReturn:
-    """Answer 500 to a fault of ours: the log gets the traceback, the caller the request id to quote."""
+    """Answer 500: the log gets the traceback, the caller only the request id."""
     log.error("unhandled exception", exc_info=ex, extra={"id": req.context.id})
     raise falcon.HTTPInternalServerError(
         description=f"this is our fault; when you report it, quote {req.context.id}"
@@ -3040,7 +3015,7 @@ class App(falcon.App):  # type: ignore[type-arg]
     store: TaskStore
 
     def __call__(self, env: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Answer a request. Falcon has 400 for a method that it never heard of, even before routing; TRACE is 405."""
+        """Answer a request. Falcon answers 400 to unknown methods before routing, 405 to TRACE."""
         if env["REQUEST_METHOD"] not in METHODS:
             env["REQUEST_METHOD"] = "TRACE"
 
@@ -3053,34 +3028,25 @@ class App(falcon.App):  # type: ignore[type-arg]
 
 @cache
 def header_name(name: str) -> str:
-    """Return a header's name as the documentation spells it; Falcon has it in lower case."""
+    """Return a header's name as it is documented; Falcon has it in lower case."""
     return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.split("-"))
 
 
 def create_app(settings: Settings) -> App:
-    """Return the WSGI application: the only place where its parts meet. Raises SettingsError and DatabaseError."""
+    """Return the WSGI application: only here its parts meet. Raises SettingsError, DatabaseError."""
     tokens, database = Tokens(settings), open_database(settings)
     tokens.fetch_keys()
     metrics = [Metrics()] if settings.metrics else []
     store = TaskStore(metrics[0].timed(database) if metrics else database, settings.max_tasks)
     cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
-    app = App(
-        middleware=[
-            RequestContext(settings.trusted_proxies),
-            *metrics,
-            *cors,
-            AuthMiddleware(tokens),
-        ]
-    )
+    context, auth = RequestContext(settings.trusted_proxies), AuthMiddleware(tokens)
+    app = App(middleware=[context, *metrics, *cors, auth])
     app.store = store
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
-    app.add_error_handler(Unavailable, unavailable)
-    app.add_error_handler(Busy, busy)
-    app.add_error_handler(Unstorable, unstorable)
-    app.add_error_handler(Changed, changed)
-    app.add_error_handler(TooManyTasks, too_many_tasks)
+    for kind in REFUSED:
+        app.add_error_handler(kind, handle_refusal)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
@@ -3096,14 +3062,14 @@ def create_app(settings: Settings) -> App:
 
 
 def warn_about(settings: Settings) -> None:
-    """Log what in the settings is usable, but probably not meant."""
+    """Log settings that are valid but probably mistakes."""
     for message in misspelt():
         log.warning("%s", message)
     if DOTENV.exists() and DOTENV.stat().st_mode & 0o007:
         log.warning("%s can be read or changed by every user: chmod 600 %s", DOTENV, DOTENV)
     if settings.jwks_url and not (settings.issuer and settings.audience):
         without = "TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE"
-        log.warning("%s takes tokens meant for other services", without)
+        log.warning("%s accepts tokens meant for other services", without)
 
 
 def expire_keys_hourly(store: TaskStore) -> None:
@@ -3113,7 +3079,7 @@ def expire_keys_hourly(store: TaskStore) -> None:
             store.expire_keys()
         except Unavailable as ex:
             log.warning("old idempotency keys stay for another hour: %s", ex.args[1])
-        store.close()  # this thread's connections, which would keep SQLite's log from being folded
+        store.close()  # an open connection could keep SQLite's log from being checkpointed
         time.sleep(EXPIRY_INTERVAL)
 
 
@@ -3123,7 +3089,7 @@ def start_expiry(store: TaskStore) -> None:
 
 
 def wsgi() -> App:
-    """Return the application with the environment's settings, for other WSGI servers: `gunicorn 'taskd:wsgi()'`."""
+    """Return the application with the environment's settings, for other WSGI servers."""
     settings = Settings.load()
     configure_log(settings)
     warn_about(settings)

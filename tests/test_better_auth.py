@@ -370,8 +370,8 @@ def test_the_plugins_hs256_token_names_the_server_as_issuer_and_audience(
 
 
 NOT_LOGINS: list[tuple[str, Callable[[SmokeClient], str], str]] = [
-    ("session token", SmokeClient.session_token, "no JWT"),
-    ("session token in its cookie", SmokeClient.session_cookie, "no JWT"),
+    ("session token", SmokeClient.session_token, "not a JWT"),
+    ("session token in its cookie", SmokeClient.session_cookie, "not a JWT"),
     ("cookie cache", SmokeClient.cookie_cache, "the sub claim is missing"),
     ("verification mail", SmokeClient.mail_token, "the sub claim is missing"),
 ]
@@ -700,7 +700,7 @@ def test_the_page_quotes_taskd_word_for_word() -> None:
         (ROOT / "taskd.py")
         .read_text()
         .replace("{ex.claim}", "sub")
-        .replace("{what}", "the key set")
+        .replace("{ex.args[0]}", "the key set")
     )
     assert [quote for quote in quoted if quote not in source] == []
 

@@ -65,7 +65,7 @@ def test_only_the_access_token_for_this_audience_is_a_login(
     assert answer(access, method="POST", body={"title": "Milk"}).json["user_id"] == USER
     assert [task["title"] for task in answer(access).json] == ["Milk"]
     assert_problem(answer(access, "machine"), 403)
-    assert "this is no JWT" in answer(tokens["plain"]["access_token"]).json["detail"]
+    assert "this is not a JWT" in answer(tokens["plain"]["access_token"]).json["detail"]
     for id_token in (tokens["resource"]["id_token"], tokens["plain"]["id_token"]):
         assert "TASKD_AUDIENCE" in assert_problem(answer(id_token), 401)["detail"]
     assert answer(tokens["machine"]["access_token"], "machine").json == []
@@ -79,7 +79,7 @@ def test_without_an_audience_the_id_token_is_a_login_too_and_the_start_warns(
     id_token = fetched(f"{issuer}/test/login?user=alice")["plain"]["id_token"]
     headers = {"Authorization": f"Bearer {id_token}"}
     assert server.request("GET", "/api/alice/tasks", headers=headers).status_code == 200
-    assert "takes tokens meant for other services" in server.log
+    assert "accepts tokens meant for other services" in server.log
 
 
 def test_the_page_names_the_algorithms_and_the_issuer_that_are_tested() -> None:

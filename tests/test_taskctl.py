@@ -689,7 +689,7 @@ def test_verify_guesses_nothing_about_a_secret_that_is_quite_another(taskctl: Ta
 
 def test_a_refusal_is_one_line_with_the_reason(taskctl: Taskctl) -> None:
     assert "expired" in refusal(taskctl("verify", token(exp=NOW - 60)))
-    assert "no JWT" in one_line(taskctl("verify", "", stdin=""), 1)
+    assert "not a JWT" in one_line(taskctl("verify", "", stdin=""), 1)
 
 
 def test_an_expiry_beyond_the_calendar_is_no_trouble(taskctl: Taskctl) -> None:

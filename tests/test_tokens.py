@@ -514,10 +514,13 @@ def test_neither_the_token_nor_the_secret_is_in_a_401(client):
         (EXTENSIONS['crit ["x"]'], "crit"),
         (SUBJECTS['sub ""'], "sub"),
         (EXTENSIONS["typ 7"], "the header's typ, kid, crit or b64 is not that of a login token"),
-        (FORM["null"], "this is no JWT: it must be three base64url parts with dots between them"),
+        (
+            FORM["null"],
+            "this is not a JWT: it must be three base64url parts with dots between them",
+        ),
         (
             FORM["a session token of Better Auth"],
-            "this is no JWT but perhaps a session token; get a JWT from /api/auth/token",
+            "this is not a JWT but perhaps a session token; get a JWT from /api/auth/token",
         ),
         (FORM["one character more than may be"], "the token is longer than 16384 characters"),
         (PARTS["header null"], "the token is malformed"),
