@@ -433,6 +433,10 @@ class Busy(Unavailable):
 class _ThreadState(threading.local):
     in_event_loop = False  # True in the thread that serves the sockets
 
+    def client_has_left(self) -> bool:
+        """Whether nobody waits for the answer to this thread's request; a worker thread sets it."""
+        return False
+
 
 thread_state = _ThreadState()
 
@@ -1613,12 +1617,14 @@ class TaskStore:
             return
         if thread_state.in_event_loop:
             raise SearchWouldBlock
+        _check_client()
         end = time.monotonic() + SEARCH_TIME
         with self._counted(user_id):
             try:
                 with self._database.deadline(SEARCH_TIME):
                     yield
             except Unavailable as ex:
+                _check_client()
                 if time.monotonic() < end:
                     raise
                 detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
@@ -1790,6 +1796,12 @@ def _fill_page(rows: Iterable[Row], limit: int) -> tuple[list[View], POSITION | 
 def _stored(row: Row) -> Stored:
     task = _view(row)
     return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
+
+
+def _check_client() -> None:
+    """Raise Busy if the client has closed the connection."""
+    if thread_state.client_has_left():
+        raise Busy("keep the connection open until the search is answered", "the client has left")
 
 
 def _first(rows: list[Row]) -> Stored | None:
@@ -1974,10 +1986,14 @@ class Sqlite(_LastWrite):
 
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
-        """End this thread's statements with Unavailable when the time is over."""
+        """End this thread's statements with Unavailable after a time, or without their client."""
         self.run("SELECT 1")  # opens the connection, or raises Unavailable
         end, connection = time.monotonic() + seconds, self._here().connection()
-        connection.set_progress_handler(lambda: time.monotonic() > end, DEADLINE_STEPS)
+
+        def is_over() -> bool:
+            return time.monotonic() > end or thread_state.client_has_left()
+
+        connection.set_progress_handler(is_over, DEADLINE_STEPS)
         try:
             yield
         finally:
@@ -3472,12 +3488,20 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def has_more(self) -> bool:
         """Return whether the client has sent more than the request that is being answered."""
-        if self._reader.has_more:
-            return True
+        return self._reader.has_more or bool(self._peek())
+
+    def has_left(self) -> bool:
+        """Return whether the client sends nothing any more; safe to call from any thread."""
+        return not self._reader.has_more and self._peek() == b""
+
+    def _peek(self) -> bytes | None:
+        """Return the next byte, b"" at the end of the connection, or None if nothing has come."""
         try:
-            return bool(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            return bytes(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return None
         except OSError:
-            return False
+            return b""
 
     def handle_read(self) -> None:
         """Read what the client sends, or discard it after a refusal."""
@@ -3541,6 +3565,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def service(self) -> None:
         """Answer the request in a worker thread."""
+        thread_state.client_has_left = self.has_left  # type: ignore[method-assign]
         self.answer()
         self.server.finish(self)
 

@@ -223,6 +223,20 @@ def test_searches_and_pages_of_one_user_keep_nobody_else_waiting(start, tmp_path
     assert "Traceback" not in server.log
 
 
+@pytest.mark.sqlite("PostgreSQL spends its own processor time, at most 2 s for a search")
+def test_a_search_ends_when_its_client_leaves(start, tmp_path):
+    server = start()
+    fill(tmp_path / "taskd.db", "alice", 8_000)
+    search = written("GET", "/api/alice/tasks?q=nothing", user="alice")
+    before = processor_seconds(server)
+    for count in range(1, 11):
+        with Wire(server) as wire:
+            wire.send(search)
+            time.sleep(0.05)  # so that it is under way
+        support.until(lambda: server.log.count("503") == count, "the search has ended")  # noqa: B023
+    assert processor_seconds(server) - before < 2
+
+
 # How many tasks a user may have
 
 

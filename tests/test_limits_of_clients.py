@@ -377,11 +377,11 @@ DEAR: dict[str, tuple[bytes, float]] = {
 @pytest.mark.parametrize(("sent", "bound"), DEAR.values(), ids=DEAR)
 def test_no_request_costs_more_than_its_bound(shared: Process, sent: bytes, bound: float) -> None:
     before = processor_time(shared)
-    for _ in range(4):  # the kernel counts in steps of 10 ms
+    for _ in range(10):  # the kernel counts in steps of 10 ms
         with Wire(shared) as wire:
             sent_in_vain(wire, sent)
             wire.answer()
-    assert processor_time(shared) - before < 4 * bound + 0.05
+    assert processor_time(shared) - before < 10 * bound + 0.01
 
 
 @pytest.mark.sqlite("it is about HTTP")
@@ -580,6 +580,26 @@ def test_readers_that_read_nothing_hold_no_worker(start: Start, threads: str) ->
     for wire in wires:
         wire.reset()
     until(lambda: len(server.request("GET", TASKS, headers=bearer()).json) == 150, "it is served")
+
+
+@pytest.mark.parametrize(("clients", "megabytes"), [(1, 3), (60, 45)])
+def test_pages_that_nobody_reads_keep_one_page_of_each_connection_in_memory(
+    start: Start, clients: int, megabytes: int
+) -> None:
+    server = start()
+    for number in range(110):
+        task = {"title": f"Dig {number}", "description": "x" * 10_000}
+        assert server.request("POST", TASKS, task, bearer()).status_code == 201
+    page = f"{TASKS}?limit=1000"  # 1 MiB
+    for _ in range(3):
+        assert server.request("GET", page, headers=bearer()).status_code == 200
+    before = memory(server)
+    with connected(server, clients) as wires:
+        for wire in wires:
+            wire.send(written("GET", page, user="alice") * 20)
+        for _ in range(3):
+            another_is_served(server)
+        assert memory(server) - before < megabytes * 1024 * 1024
 
 
 def test_all_900_clients_that_sent_a_write_before_sigterm_are_answered(start: Start) -> None:
