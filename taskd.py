@@ -3126,8 +3126,8 @@ PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size with its extensions
-CHUNK_SIZE = re.compile(
-    rb"(?=[0-9A-Fa-f])0*+([0-9A-Fa-f]{0,8}+)(?:[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?\r\n"
+CHUNK_SIZE = re.compile(  # possessive: it takes time in proportion to the bytes
+    rb"(?=[0-9A-Fa-f])0*+([0-9A-Fa-f]{0,8}+)(?:[ \t]*+;[ \t]*+[!-~][\t\x20-\x7e\x80-\xff]*+)?\r\n"
 )
 ONE_BYTE_CHUNKS = re.compile(rb"(?:1\r\n[\x00-\xff]\r\n)+")
 
