@@ -21,6 +21,7 @@ tasks. A request passes through the chapters in one direction; each uses only th
 | App        | how the parts are put together                                                  |
 | HTTP       | one connection's bytes as requests: syntax and limits                           |
 | Server     | connections, threads, deadlines, shutdown                                       |
+| Start      | the command line, the listening socket, `main`                                  |
 
 Importing this module does nothing; `create_app` builds everything.
 """
@@ -3119,7 +3120,7 @@ def wsgi() -> App:
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
 MAX_HEADERS = 4096  # header lines
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
-MAX_CHUNKS = 20 * 1024  # besides those of one byte
+MAX_CHUNKS = 20 * 1024  # not counting chunks of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"  # RFC 9110, section 5.6.2, without small letters
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
@@ -3133,12 +3134,12 @@ ONE_BYTE_CHUNKS = re.compile(rb"(?:1\r\n[\x00-\xff]\r\n)+")
 
 
 def malformed(why: str) -> falcon.HTTPError:
-    """Return the error for what is not HTTP/1.1 (RFC 9112)."""
+    """Return the error for bytes that are not HTTP/1.1 (RFC 9112)."""
     return falcon.HTTPBadRequest(description=f"send a well-formed HTTP/1.1 request: {why}")
 
 
 def head_too_large() -> falcon.HTTPError:
-    """Return the error for a head that is over a limit."""
+    """Return the error for a request line and headers that exceed a limit."""
     return falcon.HTTPRequestHeaderFieldsTooLarge(
         description=f"send a head of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines"
     )
@@ -3151,7 +3152,7 @@ def header_key(name: bytes) -> str:
 
 
 class ServerRequest:
-    """A request as waitress's task takes it: whole, or refused before the application sees it."""
+    """A request with the attributes that waitress expects: complete, or refused by the parser."""
 
     url_scheme, request_uri, path, query = "http", "/", "/", ""
     command, version = "-", "1.1"
@@ -3162,11 +3163,11 @@ class ServerRequest:
         self.body = bytearray()
 
     def get_body_stream(self) -> io.BytesIO:
-        """Return the body, to be read from its beginning."""
+        """Return the body as a stream."""
         return io.BytesIO(self.body)
 
     def take_line(self, method: str, target: str, major: str, minor: str) -> None:
-        """Take the parts of a request line (RFC 9112, section 3). Raises 400 or 505."""
+        """Store the parts of a request line (RFC 9112, section 3). Raises 400 or 505."""
         self.command, self.version = method, "1.0" if minor == "0" else "1.1"
         if major == "0":
             raise malformed("HTTP/0.9 has no headers")
@@ -3181,7 +3182,7 @@ class ServerRequest:
         self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
 
     def take_headers(self, lines: Iterable[tuple[bytes, bytes]]) -> None:
-        """Take the headers as WSGI has them: those of the same name become a list."""
+        """Store the headers under their WSGI names; headers of the same name become a list."""
         values: dict[str, list[str]] = {}
         for name, value in lines:
             values.setdefault(header_key(name), []).append(value.decode("latin-1").strip(" \t"))
@@ -3191,7 +3192,7 @@ class ServerRequest:
         self.headers["CONNECTION"] = "close" if closes else "keep-alive"
 
     def check_headers(self) -> None:
-        """Raise 400 or 413 for headers that llhttp lets pass."""
+        """Raise 400 or 413 for headers that llhttp accepts and taskd does not."""
         host = self.headers.get("HOST")
         if self.version == "1.1" if host is None else not re.fullmatch(HOST, host):
             raise malformed("there must be one Host header, with a host and perhaps a port")
@@ -3203,21 +3204,22 @@ class ServerRequest:
 
     @property
     def content_length(self) -> int:
-        """The bytes of the body, as announced; int() takes at most 4,300 digits."""
+        """The announced length of the body in bytes; int() would reject 4,300 leading zeros."""
         return int(self.headers.get("CONTENT_LENGTH", "").lstrip("0") or "0")
 
     @property
     def expects_continue(self) -> bool:
-        """Whether the client waits for leave to send the body."""
+        """Whether the client waits for "100 Continue" before it sends the body."""
         return self.version == "1.1" and self.headers.get("EXPECT", "").lower() == "100-continue"
 
 
 class RequestReader:
-    """Reads one request after another from the bytes of a connection.
+    """An incremental parser that turns the bytes of a connection into requests, one by one.
 
-    llhttp parses the headers, and trailers. The request line is read here, because llhttp refuses
-    methods that it does not know, and so is the body, because llhttp refuses `f ; extension`. All
-    steps cost time in proportion to the bytes, and keep no more of them than the limits above.
+    Each `_read_…` method is a step: it consumes what it can of the buffer and returns whether the
+    next step can run. llhttp parses headers and trailers. The request line is parsed here because
+    llhttp rejects methods that it does not know, and chunks because llhttp rejects `f ; extension`.
+    Each step takes time in proportion to the bytes received, and stores no more than the limits.
     """
 
     def __init__(self) -> None:
@@ -3225,19 +3227,19 @@ class RequestReader:
         self.next()
 
     def next(self) -> None:
-        """Expect a new request, of which some may have been received already."""
-        self.request, self.complete, self.waits = ServerRequest(), False, "request"
+        """Start a new request; the buffer may already contain some of it."""
+        self.request, self.complete, self.waiting_for = ServerRequest(), False, "request"
         self._step: Callable[[], bool] = self._read_line
         self._taken = self._chunks = self._length = 0
         self._lines: list[tuple[bytes, bytes]] = []
 
     @property
     def has_more(self) -> bool:
-        """Whether more was received than the request."""
+        """Whether bytes after the request were received."""
         return bool(self._buffer)
 
     def receive(self, data: bytes) -> None:
-        """Read on until the request is complete, perhaps refused, or needs more bytes."""
+        """Parse until the request is complete or refused, or more bytes are needed."""
         self._buffer += data
         try:
             while not self.complete and self._step():
@@ -3246,34 +3248,34 @@ class RequestReader:
             self._refuse(ex)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header from llhttp."""
+        """Store a header (a callback of llhttp)."""
         self._lines.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Take note that llhttp has read the empty line."""
+        """Note that the headers have ended (a callback of llhttp)."""
         self._ended = True
 
     def _refuse(self, refusal: falcon.HTTPError) -> None:
-        """End the request, and the connection: where the next request would begin is not known."""
-        if self.waits != "body":
+        """Refuse the request and close the connection: the next request's start is not known."""
+        if self.waiting_for != "body":
             self.request.take_headers(self._lines)
         self.request.headers["CONNECTION"] = "close"
         self.request.refusal, self.complete = refusal, True
 
     def _take(self, size: int) -> bytes:
-        """Cut bytes off the buffer. Raises 413 or 431 when there were too many."""
+        """Remove bytes from the buffer. Raises 413 or 431 once the total exceeds the limit."""
         taken, self._buffer = self._buffer[:size], self._buffer[size:]
         self._taken += len(taken)
-        if self._taken > (MAX_CHUNKED if self.waits == "body" else MAX_HEAD):
-            raise too_large() if self.waits == "body" else head_too_large()
+        if self._taken > (MAX_CHUNKED if self.waiting_for == "body" else MAX_HEAD):
+            raise too_large() if self.waiting_for == "body" else head_too_large()
         return taken
 
     def _read_line(self) -> bool:
-        """Read the request line; empty ones before it do not count (RFC 9112, section 2.2)."""
+        """Read the request line; empty lines before it are ignored (RFC 9112, section 2.2)."""
         self._take(len(self._buffer) - len(self._buffer.lstrip(b"\r\n")))
         if not self._buffer:
             return False
-        self.waits = "head"
+        self.waiting_for = "head"
         line, newline, _ = self._buffer.partition(b"\n")
         found = REQUEST_LINE.fullmatch(line + newline) if newline else None
         if not found and (newline or not PRINTABLE.match(line)):
@@ -3291,7 +3293,7 @@ class RequestReader:
         self._tail, self._ended, self._step = b"\r\n", False, step
 
     def _read_fields(self) -> bool:
-        """Give llhttp the header lines that have come, no more; return whether they have ended."""
+        """Pass header lines to llhttp, and nothing after them; return whether they have ended."""
         received = self._tail + self._buffer
         end = received.find(b"\r\n\r\n")
         size = len(received) if end < 0 else end + 4
@@ -3300,7 +3302,7 @@ class RequestReader:
         try:
             self._llhttp.feed_data(piece)
         except httptools.HttpParserUpgrade:
-            pass  # taskd speaks nothing else, and answers as if it was not asked to
+            pass  # taskd supports no other protocol, and ignores the Upgrade header
         except httptools.HttpParserError as ex:
             raise malformed(str(ex).replace("`", "")) from None
         if len(self._lines) > MAX_HEADERS:
@@ -3313,7 +3315,7 @@ class RequestReader:
         request = self.request
         request.take_headers(self._lines)
         request.check_headers()
-        self.waits, self._taken = "body", 0
+        self.waiting_for, self._taken = "body", 0
         self._length = request.content_length
         chunked = request.headers.pop("TRANSFER_ENCODING", None)
         self._step = self._read_chunks if chunked else self._read_body
@@ -3326,7 +3328,7 @@ class RequestReader:
         return False
 
     def _read_chunks(self) -> bool:
-        """Read the chunks that have come whole (RFC 9112, section 7.1)."""
+        """Read all complete chunks in the buffer (RFC 9112, section 7.1)."""
         at = end = 0
         while self._step == self._read_chunks and (end := self._read_chunk(at)) > at:
             at = end
@@ -3336,7 +3338,7 @@ class RequestReader:
         return self._step != self._read_chunks
 
     def _read_chunk(self, at: int) -> int:
-        """Read a chunk, or several of one byte, and return where it ends; if it is not whole, `at`."""
+        """Read a chunk, or several of one byte; return its end, or `at` if it is incomplete."""
         data, body = self._buffer, self.request.body
         self._chunks += 1
         if several := ONE_BYTE_CHUNKS.match(data, at):
@@ -3362,7 +3364,7 @@ class RequestReader:
         return end + 2
 
     def _read_trailers(self) -> bool:
-        """Read trailers, which nobody looks at."""
+        """Read and ignore the trailers."""
         self.complete = self._read_fields()
         self.request.headers["CONTENT_LENGTH"] = str(len(self.request.body))
         return False
@@ -3370,69 +3372,70 @@ class RequestReader:
 
 # --- Server ---------------------------------------------------------------------------------------
 
-RECEIVE = 4096  # bytes read at once
-FREE_READS = 64  # reads of a request before a client that sends a few bytes at a time must pause
+RECEIVE_SIZE = 4096  # bytes read from a connection at once
+READS_BEFORE_PAUSE = 64  # reads of a request before a client that sends single bytes is paused
 PAUSE = 0.05  # seconds
-TURN = 1024 * 1024  # bytes sent to one client before the others have their turn
-DISCARD = 1024 * 1024  # bytes read after a refusal, so that the client comes to read the answer
-MAX_UNSENT = 32 * 1024 * 1024  # bytes in memory of all answers that clients have not taken yet
-OVERFLOW = 4 * 1024 * 1024  # bytes over which waitress would put an answer into a file
+SEND_BUDGET = 1024 * 1024  # bytes sent to one client before the others are served
+ROUND = 0.02  # seconds of answering before the event loop looks at the sockets again
+MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
+MAX_UNSENT = 32 * 1024 * 1024  # bytes of all answers in memory that clients have not read yet
+MAX_IN_MEMORY = 4 * 1024 * 1024  # bytes of an answer above which waitress would use a file
 MAX_CONNECTIONS = 16_000
-OVER_LIMIT = 10  # connections that are accepted even if all others are being answered
-ACCEPTED = 500  # connections at most in one go
-BACKLOG = 1024
-DRAIN = 9.0  # seconds within which what was sent is answered after SIGTERM
-QUIET = 0.1  # seconds without anything to do before the end
+CONNECTIONS_OVER_LIMIT = 10  # accepted even when no other connection can be closed
+ACCEPTS_AT_ONCE = 500
+BACKLOG = 1024  # connections that the kernel accepts before taskd does
+DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are answered
+IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
-READ = select.POLLIN | select.POLLPRI  # the latter is urgent data
-DEADLINES = {  # what a connection waits for from its client, and for how many seconds
-    "request": 120.0,
-    "head": 10.0,
+READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
+DEADLINES = {  # what a connection waits for from its client: seconds
+    "request": 120.0,  # its first byte
+    "head": 10.0,  # the request line and headers
     "body": 30.0,
-    "reader": 60.0,  # since the client last took a part of its answer
-    "end": 10.0,
+    "reader": 60.0,  # the client to read some of its answer
+    "end": 10.0,  # the client to close
 }
-EVENTS = {  # what the poll object looks for meanwhile
-    "request": READ,
-    "head": READ,
-    "body": READ,
+EVENTS = {  # what the connection is polled for in each of these states
+    "request": READABLE,
+    "head": READABLE,
+    "body": READABLE,
     "reader": select.POLLOUT,
     "end": select.POLLIN,
-    None: 0,
+    None: 0,  # its request is being answered
 }
 
 
 class ServerTask(waitress.task.WSGITask):
-    """The answer to a request."""
+    """Writes the answer to a request (waitress's task)."""
 
     wrote_header: bool
 
     def start(self) -> None:
-        """Close the connection after this answer if it is the last before the server stops."""
+        """Announce `Connection: close` when the server stops and no other request follows."""
         super().start()
         if self.channel.server.stopping and not self.channel.has_more():
             self.request.headers["CONNECTION"] = "close"
 
     def get_environment(self) -> dict[str, Any]:
-        """Return the WSGI environment, with the error if the request is refused."""
+        """Return the WSGI environment, with the error of the parser if there is one."""
         environ: dict[str, Any] = super().get_environment()
         environ["taskd.refusal"] = self.request.refusal
         return environ
 
     def set_close_on_finish(self) -> None:
-        """Close the connection at the end; waitress would also after a 304, which has no length."""
+        """Close the connection at the end, but not after a 304, as waitress would."""
         if self.has_body or self.request.headers["CONNECTION"] == "close":
             super().set_close_on_finish()
 
     def build_response_header(self) -> bytes:
-        """Return the head of the answer, with header names spelled as they are documented."""
+        """Return the status line and headers, with header names spelled as documented."""
         head: bytes = super().build_response_header()
-        for name in (b"ETag", b"X-Request-ID", b"WWW-Authenticate"):  # waitress capitalises words
+        for name in (b"ETag", b"X-Request-ID", b"WWW-Authenticate"):  # waitress writes Etag
             head = head.replace(b"\r\n%b:" % name.title(), b"\r\n%b:" % name, 1)
         return head
 
     def write(self, data: bytes) -> None:
-        """Send the head and the whole of a short body in one packet."""
+        """Write the answer; headers and a body that is passed whole are sent together."""
         whole = self.complete and self.has_body and self.content_length == len(data)
         if self.wrote_header or not whole:
             super().write(data)
@@ -3442,15 +3445,22 @@ class ServerTask(waitress.task.WSGITask):
 
 
 class ServerChannel(waitress.channel.HTTPChannel):
-    """A client's connection. Its next request is read when the client has taken the last answer.
+    """A client's connection, which processes one request at a time.
 
-    `answer` runs in the event loop or in a worker thread, all else in the event loop. Meanwhile
-    `waits` is None, and the poll object looks for nothing: the client can only be heard to leave.
+    `waiting_for` is the state: what the client must do next (a key of DEADLINES), or None while
+    the request is queued or answered. The states of a request follow one another:
+
+        "request" -> "head" -> "body" -> None -> "reader" -> "request", or "end" and closed
+
+    In None the connection is polled for nothing, so that no other request is read; only a reset
+    is noticed. The next request is read when the client has read the whole answer: at most one
+    answer is in memory. `service`, `answer` and what they call to send run in the event loop or
+    in a worker thread; everything else runs in the event loop only.
     """
 
     outbufs: list[Any]
-    waits: str | None = None
-    _events = _turn = _reads = _received = _queued = 0
+    waiting_for: str | None = None
+    _events = _send_budget = _reads = _received = _queued = 0
     _served = _closes = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -3460,42 +3470,42 @@ class ServerChannel(waitress.channel.HTTPChannel):
         self.wait_for("request")
 
     def add_channel(self, map: Any = None) -> None:  # noqa: A002
-        """Get to know the poll object."""
+        """Register the connection with waitress and with the poll object."""
         super().add_channel(map)
         self.server.poll.register(self._fileno, 0)
 
     def del_channel(self, map: Any = None) -> None:  # noqa: A002
-        """Be forgotten: the connection is about to be closed."""
+        """Remove the connection from everything that refers to it, before it is closed."""
         if self._fileno is not None:
-            self.server.deadlines.move(self, self.waits, None)
+            self.server.deadlines.move(self, self.waiting_for, None)
             self.server.poll.unregister(self._fileno)
         super().del_channel(map)
 
     def wait_for(self, what: str | None) -> None:
-        """Note whose turn it is: what the client has to do now, or None for the server's."""
+        """Change the state, and start its deadline."""
         if self._fileno is None:
             return  # the connection was closed meanwhile
-        if what != self.waits or what in ("request", "reader"):
-            self.server.deadlines.move(self, self.waits, what)
-            self.waits = what
+        if what != self.waiting_for or what in ("request", "reader"):
+            self.server.deadlines.move(self, self.waiting_for, what)
+            self.waiting_for = what
         self.watch(EVENTS[what])
 
     def watch(self, events: int) -> None:
-        """Have the poll object look for these events, unless the connection was closed."""
+        """Poll the connection for these events, unless it was closed."""
         if events != self._events and self._fileno is not None:
             self._events = events
             self.server.poll.modify(self._fileno, events)
 
     def has_more(self) -> bool:
-        """Return whether the client has sent more than the request that is being answered."""
+        """Return whether another request, or some of it, was received."""
         return self._reader.has_more or bool(self._peek())
 
     def has_left(self) -> bool:
-        """Return whether the client sends nothing any more; safe to call from any thread."""
+        """Return whether the client has closed the connection; safe to call from any thread."""
         return not self._reader.has_more and self._peek() == b""
 
     def _peek(self) -> bytes | None:
-        """Return the next byte, b"" at the end of the connection, or None if nothing has come."""
+        """Return the next byte, or b"" if the connection was closed, or None if nothing came."""
         try:
             return bytes(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
@@ -3504,55 +3514,61 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return b""
 
     def handle_read(self) -> None:
-        """Read what the client sends, or discard it after a refusal."""
-        if self.waits is None:
-            return  # the request before comes first
+        """Read from the client, and parse it, or discard it in the state "end"."""
+        if self.waiting_for is None:
+            return  # its current request is answered first
         try:
-            data = self.socket.recv(RECEIVE)
+            data = self.socket.recv(RECEIVE_SIZE)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         self._reads, self._received = self._reads + 1, self._received + len(data)
-        if not data or (self.waits == "end" and self._received > DISCARD):
+        if not data or (self.waiting_for == "end" and self._received > MAX_DISCARDED):
             self.handle_close()
-        elif self.waits != "end":
+        elif self.waiting_for != "end":
             self._receive(data)
-        if self.waits and self._reads > FREE_READS + self._received // 512:
+        if self.waiting_for and self._reads > READS_BEFORE_PAUSE + self._received // 512:
             self.watch(0)
             self.server.pause(self)
 
     def resume(self) -> None:
-        """Read again after a pause."""
+        """Poll again after a pause."""
         if self.connected:
-            self.watch(EVENTS[self.waits])
+            self.watch(EVENTS[self.waiting_for])
 
     def handle_expt(self) -> None:
-        """Close a connection with urgent data, which HTTP has not."""
+        """Close the connection: urgent data is not part of HTTP."""
         self.close_early("urgent data came")
 
     def _receive(self, data: bytes) -> None:
-        reader, self._turn = self._reader, TURN
+        reader, self._send_budget = self._reader, SEND_BUDGET
         reader.receive(data)
         if reader.complete:
-            self.server.deadlines.move(self, self.waits, None)
-            self.waits = None
+            self.server.deadlines.move(self, self.waiting_for, None)
+            self.waiting_for = None
             self.server.ready.append(self)
             return
-        if reader.waits == "body" and reader.request.expects_continue:
+        if reader.waiting_for == "body" and reader.request.expects_continue:
             del reader.request.headers["EXPECT"]
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if reader.waits != self.waits:
-            self.wait_for(reader.waits)
+        if reader.waiting_for != self.waiting_for:
+            self.wait_for(reader.waiting_for)
 
     @property
     def request_method(self) -> str:
-        """The method of the request that is to be answered."""
+        """The method of the current request."""
         return str(self._reader.request.command)
 
+    @property
+    def user(self) -> str:
+        """The user in the path, whose token the request must have; otherwise the route's name."""
+        route, _, rest = self._reader.request.path.strip("/").partition("/")
+        return rest.partition("/")[0] or route
+
     def answer(self) -> None:
-        """Answer the request. Raises WouldBlock when a worker thread has to."""
-        task, self._turn = ServerTask(self, self._reader.request), TURN
+        """Run the application. Raises WouldBlock in the event loop if it has to wait."""
+        task, self._send_budget = ServerTask(self, self._reader.request), SEND_BUDGET
         try:
             if self.connected:
                 task.service()
@@ -3570,16 +3586,16 @@ class ServerChannel(waitress.channel.HTTPChannel):
         self.server.finish(self)
 
     def answered(self) -> None:
-        """Go on when the request was answered, and the client has taken the answer or some of it."""
+        """Continue after (a part of) the answer was sent: with the rest, or the next request."""
         if not self.connected:
             return
         if self.total_outbufs_len:
             self.wait_for("reader")
-            self._queued = self._untaken()
+            self._queued = self._unacknowledged()
             return
-        if self.outbufs[-1].buf:  # it would keep the memory of what it has sent
+        if self.outbufs[-1].buf:  # waitress would keep the answer's memory
             self.outbufs, self.current_outbuf_count = (
-                [waitress.buffers.OverflowableBuffer(OVERFLOW)],
+                [waitress.buffers.OverflowableBuffer(MAX_IN_MEMORY)],
                 0,
             )
         if self._closes:
@@ -3593,7 +3609,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self._receive(b"")
 
     def _end(self) -> None:
-        """Close the connection, after a while if the client may still be sending (RFC 9112, 9.6)."""
+        """Close the connection; if the client may still send, half-close it (RFC 9112, 9.6)."""
         if self._reader.request.refusal is None and not self._reader.has_more:
             self.handle_close()
             return
@@ -3602,8 +3618,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
         self.wait_for("end")
 
     def handle_write(self) -> None:
-        """Send what the client takes."""
-        self._turn = TURN
+        """Send more of the answer: the client can receive again."""
+        self._send_budget = SEND_BUDGET
         try:
             if self._flush_some():
                 self.answered()
@@ -3611,13 +3627,13 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self.handle_close()
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send some of the data; nothing when the others must have their turn."""
-        sent: int = super().send(data, do_close) if self._turn > 0 else 0
-        self._turn -= sent
+        """Send some of the data, but nothing above the budget, so that others are served."""
+        sent: int = super().send(data, do_close) if self._send_budget > 0 else 0
+        self._send_budget -= sent
         return sent
 
     def write_soon(self, data: Any) -> int:
-        """Send what the client takes at once, and keep the rest. No thread waits for a client."""
+        """Send what the socket accepts and buffer the rest; no thread ever waits for a client."""
         if not self.connected:
             raise waitress.channel.ClientDisconnected
         sent = 0
@@ -3628,14 +3644,14 @@ class ServerChannel(waitress.channel.HTTPChannel):
         return len(data)
 
     def _flush_outbufs_below_high_watermark(self) -> None:
-        """Keep what is unsent, which is one answer at most, instead of waiting."""
+        """Do not wait, as waitress would: at most one answer is buffered."""
 
     def unsent(self) -> int:
-        """Return how many bytes are kept in memory until the client takes them."""
+        """Return how many bytes are buffered in memory until the client reads them."""
         return sum(len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
 
-    def _untaken(self) -> int:
-        """Return how many bytes the kernel has sent, or keeps, that the client has not taken."""
+    def _unacknowledged(self) -> int:
+        """Return how many bytes the kernel has not delivered to the client yet."""
         try:
             return int.from_bytes(
                 fcntl.ioctl(self.socket, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder
@@ -3644,23 +3660,49 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return 0
 
     def close_early(self, why: str) -> None:
-        """Close the connection, and tell the operator why."""
+        """Close the connection and log why."""
         log.info("connection closed: %s client=%s", why, self.addr[0])
         self.handle_close()
 
     def expire(self) -> None:
-        """Close the connection when its client has had its time."""
-        if self.waits == "reader" and self._untaken() < self._queued:
-            self._queued = self._untaken()
-            self.wait_for("reader")  # the client has taken some of what the kernel has
-        elif self.waits == "end" or (self.waits == "request" and self._served):
+        """Close the connection because its deadline has passed, unless it made progress."""
+        if self.waiting_for == "reader" and self._unacknowledged() < self._queued:
+            self._queued = self._unacknowledged()
+            self.wait_for("reader")  # the client has read some of it
+        elif self.waiting_for == "end" or (self.waiting_for == "request" and self._served):
             self.handle_close()
         else:
-            self.close_early(f"it waited too long for the {self.waits}")
+            self.close_early(f"it waited too long for the {self.waiting_for}")
+
+
+class FairQueue:
+    """A queue of requests that takes one from each user in turn; many delay only their sender's.
+
+    The dispatchers use it as well, instead of waitress's deque.
+    """
+
+    def __init__(self) -> None:
+        self._requests: OrderedDict[str, deque[ServerChannel]] = OrderedDict()
+
+    def append(self, channel: ServerChannel) -> None:
+        """Add a connection, whose request is complete, behind the others of the same user."""
+        self._requests.setdefault(channel.user, deque()).append(channel)
+
+    def popleft(self) -> ServerChannel:
+        """Remove and return the first of the user whose turn it is."""
+        user, channels = self._requests.popitem(last=False)
+        channel = channels.popleft()
+        if channels:
+            self._requests[user] = channels
+        return channel
+
+    def __len__(self) -> int:
+        """Return how many requests wait."""
+        return sum(map(len, self._requests.values()))
 
 
 class Deadlines:
-    """Which connections wait for their client, for what, and since when; the first waits longest."""
+    """When each connection entered its state; in each state the oldest one is first."""
 
     def __init__(self) -> None:
         self._since: dict[str, OrderedDict[ServerChannel, float]] = {
@@ -3668,18 +3710,18 @@ class Deadlines:
         }
 
     def move(self, channel: ServerChannel, before: str | None, now: str | None) -> None:
-        """Let a connection wait for something else, or for nothing, from now on."""
+        """Note that a connection changes its state now; None has no deadline."""
         if before:
             self._since[before].pop(channel, None)
         if now:
             self._since[now][channel] = time.monotonic()
 
     def waiting(self, kind: str) -> list[ServerChannel]:
-        """Return the connections that wait for this, the longest first."""
+        """Return the connections in a state, the oldest first."""
         return list(self._since[kind])
 
     def overdue(self) -> list[ServerChannel]:
-        """Return the connections whose client has had its time."""
+        """Return the connections whose deadline has passed."""
         found: list[ServerChannel] = []
         for kind, waiting in self._since.items():
             latest = time.monotonic() - DEADLINES[kind]
@@ -3688,130 +3730,139 @@ class Deadlines:
         return found
 
     def longest(self, before: float) -> ServerChannel | None:
-        """Return the connection that waits longest, if one has waited since before that time."""
+        """Return the connection that has waited longest, if it has since before that time."""
         firsts = [next(iter(waiting.items())) for waiting in self._since.values() if waiting]
         channel, since = min(firsts, key=operator.itemgetter(1), default=(None, before))
         return channel if since < before else None
 
 
-class Server(waitress.server.TcpWSGIServer):
-    """waitress, but requests are answered in the event loop: the thread that serves the sockets.
+def dispatcher(threads: int) -> waitress.task.ThreadedTaskDispatcher:
+    """Return worker threads with a fair queue."""
+    started = waitress.task.ThreadedTaskDispatcher()
+    started.queue = FairQueue()
+    started.set_thread_count(threads)
+    return started
 
-    Python's threads take turns at a cost several times that of a request. So only a request that
-    would block (`WouldBlock`) is answered in a worker thread. SIGTERM, which waitress ignores, ends
-    the server when all that was sent is answered.
+
+class Server(waitress.server.TcpWSGIServer):
+    """waitress's server, with requests answered in the event loop itself where possible.
+
+    Switching between Python threads costs several times as much as a request. So `_answer` runs
+    each request in the event loop, and again in a worker thread only if it raises WouldBlock.
+    Other threads share only the dispatchers' queues, from which worker threads take requests, and
+    `_calls`, by which they hand them back. `ready` holds the requests that can be run.
+    `run` is the event loop; on SIGTERM it answers the requests received, then returns.
     """
 
     channel_class = ServerChannel
 
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._app = app
-        self._searches = waitress.task.ThreadedTaskDispatcher()
-        self._searches.set_thread_count(SEARCHES)
+        self._workers, self._searches = dispatcher(adjustments["threads"]), dispatcher(SEARCHES)
         self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self.deadlines, self.stopping = Deadlines(), False
-        self.ready: deque[ServerChannel] = deque()  # with a request to be answered
-        self._finished: deque[ServerChannel] = deque()  # answered by a worker thread
+        self.ready = FairQueue()
+        self._calls: deque[tuple[Callable[[ServerChannel], None], ServerChannel]] = deque()
         self._paused: list[ServerChannel | Server] = []
-        self._resume_at = self._warn_at = 0.0
-        self._knocking = False  # clients wait to be accepted
-        super().__init__(app, **adjustments)
-        for descriptor in self._map:  # the listening socket, and the trigger that ends a wait
+        self._resume_at = self._next_warning = 0.0
+        self._accept_pending = False
+        super().__init__(app, dispatcher=self._workers, **adjustments)
+        for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
             self.poll.register(descriptor, select.POLLIN)
 
     def finish(self, channel: ServerChannel) -> None:
-        """Take note, from a worker thread, that a request is answered."""
-        self._finished.append(channel)
+        """Have the event loop continue after an answer; called by worker threads."""
+        self._call_soon(self._answered, channel)
+
+    def _call_soon(self, call: Callable[[ServerChannel], None], channel: ServerChannel) -> None:
+        """Call a function in the event loop; safe to call from any thread."""
+        self._calls.append((call, channel))
         self.trigger.pull_trigger()
 
     def pause(self, paused: ServerChannel | Server) -> None:
-        """Resume a connection, or accepting others, in a while."""
+        """Call `resume` of a connection, or of the server itself, after PAUSE."""
         if not self._paused:
             self._resume_at = time.monotonic() + PAUSE
         self._paused.append(paused)
 
     def handle_accept(self) -> None:
-        """Accept clients after the events at hand, which might be about descriptors of the same number."""
-        self._knocking = True
+        """Accept connections later: events of this round may mean descriptors used again."""
+        self._accept_pending = True
 
     def stop(self, *_: object) -> None:
-        """Ask the server to stop; safe to call from a signal handler, and more than once."""
+        """Make `run` return; safe to call from a signal handler, and more than once."""
         if not self.stopping:
             self.stopping = True
             self.trigger.pull_trigger()
 
     def run(self) -> None:
-        """Serve until `stop`, then answer every request that was sent."""
+        """Serve until `stop`, then answer every request that was received."""
         thread_state.in_event_loop = True
         while not self.stopping:
             self._serve_once(timeout=1)
-        for _ in range(BACKLOG // ACCEPTED + 1):
-            self._accept()  # whom the kernel has let in already
+        for _ in range(BACKLOG // ACCEPTS_AT_ONCE + 1):
+            self._accept()  # the connections in the backlog
         self.poll.unregister(self._fileno)
         self.del_channel()
         self.socket.close()
         self._paused = [paused for paused in self._paused if paused is not self]
         self._drain()
-        self.task_dispatcher.shutdown(timeout=0.5)
+        self._workers.shutdown(timeout=0.5)
         self._searches.shutdown(timeout=0.5)
         wasyncore.close_all(self._map)
 
     def _drain(self) -> None:
-        end, last = time.monotonic() + DRAIN, time.monotonic()
-        while time.monotonic() < min(end, last + QUIET):
-            worked = self._serve_once(timeout=QUIET / 5)
+        end, last = time.monotonic() + DRAIN_TIMEOUT, time.monotonic()
+        while time.monotonic() < min(end, last + IDLE_BEFORE_EXIT):
+            worked = self._serve_once(timeout=IDLE_BEFORE_EXIT / 5)
             channels = self.active_channels.values()
-            if worked or any(channel.waits in (None, "reader") for channel in channels):
+            if worked or any(channel.waiting_for in (None, "reader") for channel in channels):
                 last = time.monotonic()
 
     def _serve_once(self, timeout: float) -> bool:
-        """Serve the sockets that are ready, and return whether a request was answered."""
+        """Run one round of the event loop; return whether a request was answered."""
         timeout = 0 if self.ready else min(timeout, PAUSE) if self._paused else timeout
         for descriptor, events in self.poll.poll(timeout * POLL_SECOND):
             if descriptor in self._map:
                 wasyncore.readwrite(self._map[descriptor], events)
-        if self._knocking:
+        if self._accept_pending:
             self._accept()
-        self._keep_time()
-        worked = len(self._finished) + len(self.ready)
-        for _ in range(len(self._finished)):
-            self._answered(self._finished.popleft())
-        for _ in range(len(self.ready)):
+        self._check_deadlines()
+        worked, end = bool(self._calls or self.ready), time.monotonic() + ROUND
+        for _ in range(len(self._calls)):
+            call, channel = self._calls.popleft()
+            call(channel)
+        while self.ready and time.monotonic() < end:
             self._answer(self.ready.popleft())
-        return worked > 0
+        return worked
 
     def _answer(self, channel: ServerChannel) -> None:
         try:
             method = channel.request_method
             if method in CHANGES and self._app.store.is_slow:
-                raise WouldBlock  # at once, not after the request was read and run in vain
+                raise WouldBlock  # now, before the request is run for nothing
             channel.answer()
         except WouldBlock as ex:
             channel.watch(0)
             if isinstance(ex, SearchWouldBlock):
                 self._searches.add_task(channel)
             elif ex.until is None:
-                self.task_dispatcher.add_task(channel)
+                self._workers.add_task(channel)
             else:
-                ex.until.add_done_callback(lambda _: self._run_again(channel))
+                ex.until.add_done_callback(lambda _: self._call_soon(self.ready.append, channel))
         else:
             self._answered(channel)
 
-    def _run_again(self, channel: ServerChannel) -> None:
-        """Have the event loop answer the request again; safe to call from any thread."""
-        self.ready.append(channel)
-        self.trigger.pull_trigger()
-
     def _answered(self, channel: ServerChannel) -> None:
         channel.answered()
-        if channel.waits == "reader":
+        if channel.waiting_for == "reader":
             unsent = {one: one.unsent() for one in self.deadlines.waiting("reader")}
             while sum(unsent.values()) > MAX_UNSENT:
                 slowest = next(iter(unsent))
                 slowest.close_early("others need the memory of its unread answer")
                 del unsent[slowest]
 
-    def _keep_time(self) -> None:
+    def _check_deadlines(self) -> None:
         for channel in self.deadlines.overdue():
             channel.expire()
         if self._paused and time.monotonic() >= self._resume_at:
@@ -3820,19 +3871,19 @@ class Server(waitress.server.TcpWSGIServer):
                 paused.resume()
 
     def resume(self) -> None:
-        """Accept again after a pause."""
+        """Accept connections again after a pause."""
         self.poll.modify(self._fileno, select.POLLIN)
 
     def _accept(self) -> None:
-        """Accept clients. At the limit each takes the place of one that waited before this."""
-        self._knocking, started = False, time.monotonic()
-        room = len(self.active_channels) < self.adj.connection_limit + OVER_LIMIT
-        for _ in range(ACCEPTED if room or self._make_room(started) else 0):
+        """Accept connections. At the limit each replaces one that was waiting before this call."""
+        self._accept_pending, started = False, time.monotonic()
+        room = len(self.active_channels) < self.adj.connection_limit + CONNECTIONS_OVER_LIMIT
+        for _ in range(ACCEPTS_AT_ONCE if room or self._make_room(started) else 0):
             try:
                 connection, address = self.socket.accept()
             except BlockingIOError:
                 return
-            except OSError:  # the client has left, or this process has no more descriptors
+            except OSError:  # the client has left, or no descriptor is free
                 self._make_room(started)
                 break
             full = len(self.active_channels) >= self.adj.connection_limit
@@ -3846,24 +3897,27 @@ class Server(waitress.server.TcpWSGIServer):
         self.pause(self)
 
     def _make_room(self, before: float) -> bool:
-        """Close the connection that waits longest for its client, at least since then, if any."""
+        """Close the connection that has waited longest for its client, since then or before."""
         channel = self.deadlines.longest(before)
         if channel:
             channel.handle_close()
-        if time.monotonic() > self._warn_at:
-            self._warn_at = time.monotonic() + 10
+        if time.monotonic() > self._next_warning:
+            self._next_warning = time.monotonic() + 10
             log.warning("too many connections: each new one closes the one that is idle longest")
         return channel is not None
 
 
+# --- Start ----------------------------------------------------------------------------------------
+
+
 def connection_limit(threads: int) -> int:
-    """Return how many connections leave enough descriptors for the database, lists and the log."""
+    """Return a number of connections that leaves descriptors for the database, lists and log."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return max(10, min(MAX_CONNECTIONS, descriptors - 3 * threads - 40))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there, or raise SettingsError."""
+    """Return a listening socket. Raises SettingsError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
@@ -3887,20 +3941,18 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
         threads=settings.threads,
         ident=None,  # no Server header
         connection_limit=connection_limit(settings.threads),
-        outbuf_overflow=OVERFLOW,
-        clear_untrusted_proxy_headers=False,  # taskd reads none
+        outbuf_overflow=MAX_IN_MEMORY,
+        clear_untrusted_proxy_headers=False,  # taskd does not use them
         log_socket_errors=False,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
     url = f"http://{host}:{server.effective_port}"
-    line = f"taskd: listening on {url} (try it at {url}/docs)"  # told at every level of the log
+    line = f"taskd: listening on {url} (try it at {url}/docs)"  # at every log level
     if settings.log_format == "json":
         line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))
-    print(
-        f"{line}\n", end="", file=sys.stderr, flush=True
-    )  # in one write: somebody may wait for this line
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)  # one write: scripts wait for the line
     server.run()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -3927,9 +3979,9 @@ def parse_arguments(arguments: list[str]) -> None:
 
 
 def repair_streams() -> None:
-    """Open the standard streams that are closed, and write what their encoding has not as escapes.
+    """Open closed standard streams, and escape characters that their encoding lacks.
 
-    Otherwise a socket or the database would get the number of stdout or stderr.
+    Otherwise a socket or the database would get the descriptor of stdout or stderr.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -3942,7 +3994,7 @@ def repair_streams() -> None:
 
 
 def main() -> int:
-    """Serve with the environment's settings, and return the exit status: 2 when they cannot be used."""
+    """Serve with the settings of the environment; return the exit status, 2 for unusable ones."""
     repair_streams()
     if len(sys.argv) > 1:
         parse_arguments(sys.argv[1:])
@@ -3954,7 +4006,7 @@ def main() -> int:
     except (SettingsError, DatabaseError) as ex:
         print(
             "taskd:", *str(ex).splitlines(), file=sys.stderr
-        )  # one line, whatever a path may hold
+        )  # one line, whatever a path contains
         return 2
     warn_about(settings)
     start_expiry(app.store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -11,9 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import taskd
 from support import (
     DEADLINE,
     ROOT,
@@ -524,6 +527,14 @@ def test_a_head_that_is_not_whole_is_closed_after_10_seconds(shared: Process) ->
         assert 9.5 < time.monotonic() - started < 15
 
 
+@dataclasses.dataclass
+class Queued:
+    """What a queue knows of a connection."""
+
+    user: str
+    name: str
+
+
 # --- Numbers ------------------------------------------------------------------------------------
 
 PARTS = {
@@ -604,6 +615,37 @@ def test_pages_that_nobody_reads_keep_one_page_of_each_connection_in_memory(
         for _ in range(3):
             another_is_served(server)
         assert memory(server) - before < megabytes * 1024 * 1024
+
+
+@pytest.mark.sqlite("PostgreSQL does much of the work")
+def test_a_burst_of_one_user_on_many_connections_delays_nobody_else(start: Start) -> None:
+    server = start()
+    for number in range(110):
+        task = {"title": f"Dig {number}", "description": "x" * 10_000}
+        assert server.request("POST", TASKS, task, bearer()).status_code == 201
+    page = written("GET", f"{TASKS}?limit=1000", user="alice")  # 1 MiB
+    with connected(server, 300) as wires, Wire(server) as other:
+        assert other.send(GOOD).answer().status_code == 200
+        server.popen.send_signal(signal.SIGSTOP)  # so that all of it comes at once
+        for wire in wires:
+            wire.send(page)
+        other.send(written("GET", "/api/bob/tasks", user="bob"))
+        before = processor_time(server)
+        server.popen.send_signal(signal.SIGCONT)
+        assert other.answer().text == "[]"
+        assert processor_time(server) - before < 0.25
+    assert server.terminate() == 0
+
+
+def test_a_queue_takes_a_request_of_each_user_in_turn() -> None:
+    queue: Any = taskd.FairQueue()
+    for name in ("a1", "a2", "a3", "b1", "b2", "c1"):
+        queue.append(Queued(name[0], name))
+    taken = [queue.popleft().name for _ in range(2)]
+    queue.append(Queued("d", "d1"))
+    taken += [queue.popleft().name for _ in range(len(queue))]
+    assert taken == ["a1", "b1", "c1", "a2", "b2", "d1", "a3"]
+    assert not queue
 
 
 def test_all_900_clients_that_sent_a_write_before_sigterm_are_answered(start: Start) -> None:
