@@ -48,7 +48,7 @@ def require(condition: object, message: str) -> None:
         sys.exit(f"bench: {message}")
 
 
-# --- Requests -------------------------------------------------------------------------------------------------------
+# --- Requests -------------------------------------------------------------------------------------
 
 
 class Answer(NamedTuple):
@@ -101,7 +101,7 @@ class Request(NamedTuple):
             connection.close()
 
 
-# --- Servers --------------------------------------------------------------------------------------------------------
+# --- Servers --------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -191,7 +191,7 @@ def workplace() -> Iterator[tuple[Path, contextlib.ExitStack]]:
         yield Path(name), running
 
 
-# --- Load -----------------------------------------------------------------------------------------------------------
+# --- Load -----------------------------------------------------------------------------------------
 
 # wrk's per-answer callback would cost more than some servers; it counts the statuses above 399 by itself.
 SCRIPT = """
@@ -304,7 +304,7 @@ def medians(runs: list[Run]) -> dict[str, Any]:
     return found | {"unexpected": sum(run.unexpected for run in runs)}
 
 
-# --- Results --------------------------------------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------
 
 
 def target(

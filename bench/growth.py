@@ -74,7 +74,7 @@ def make_cases(arguments: Namespace) -> list[Case]:
     return [*ordinary, Case(f"one user with {arguments.giant:,}", few, arguments.giant)]
 
 
-# --- Databases ------------------------------------------------------------------------------------------------------
+# --- Databases ------------------------------------------------------------------------------------
 
 
 def rows(case: Case) -> Iterator[tuple[Any, ...]]:
@@ -124,7 +124,7 @@ def ordinary_users(case: Case) -> dict[str, list[int]]:
     return {f"user-{user}": list(range(user + 1, case.tasks + 1, case.users)) for user in numbers}
 
 
-# --- Measuring ------------------------------------------------------------------------------------------------------
+# --- Measuring ------------------------------------------------------------------------------------
 
 
 class Grown:

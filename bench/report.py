@@ -33,7 +33,7 @@ def publish(name: str, section: Section, output: Path | None) -> None:
         (output / "results.svg").write_text(chart(results["speed"]))
 
 
-# --- Markdown -------------------------------------------------------------------------------------------------------
+# --- Markdown -------------------------------------------------------------------------------------
 
 
 def table(head: list[str], rows: Iterable[Iterable[object]], numbers_from: int = 1) -> str:
@@ -165,7 +165,7 @@ def latency(section: Section) -> str:
 
 SECTIONS = {"speed": speed, "growth": growth, "latency": latency}
 
-# --- The chart ------------------------------------------------------------------------------------------------------
+# --- The chart ------------------------------------------------------------------------------------
 
 INK = "#7d8590"  # reads on white and on black
 COLORS = {

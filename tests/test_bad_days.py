@@ -41,7 +41,7 @@ Taskctl = Callable[..., subprocess.CompletedProcess[str]]
 TASKS = "/api/alice/tasks"
 
 
-# --- Nothing is made beside the database --------------------------------------------------------------
+# --- Nothing is made beside the database ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_check_through_a_symbolic_link_sees_what_is_in_the_log(
     assert names(tmp_path) == ["copy.db", "home", "link.db"]
 
 
-# --- Full and read-only disks ---------------------------------------------------------------------------
+# --- Full and read-only disks ---------------------------------------------------------------------
 
 
 def test_readyz_says_that_the_disk_is_full_until_there_is_room(
@@ -158,7 +158,7 @@ def test_readyz_says_that_the_disk_is_full_until_there_is_room(
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-# --- Idempotency keys go when they are said to go -------------------------------------------------------
+# --- Idempotency keys go when they are said to go -------------------------------------------------
 
 
 def plant_key(path: Path, user: str, hours: float) -> None:
@@ -215,7 +215,7 @@ def test_smoke_leaves_no_key_behind(taskctl: Taskctl, server: Process, tmp_path:
     assert sql(tmp_path / "taskd.db", "SELECT count(*) FROM idempotency_key") == [(0,)]
 
 
-# --- Hang-ups, pipes and packed backups -----------------------------------------------------------------
+# --- Hang-ups, pipes and packed backups -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
@@ -267,7 +267,7 @@ def test_what_is_no_backup_on_stdin_is_refused_in_one_line(
     assert names(tmp_path) == before
 
 
-# --- Odd surroundings -----------------------------------------------------------------------------------
+# --- Odd surroundings -----------------------------------------------------------------------------
 
 PROGRAMS = {"taskd": [sys.executable, str(ROOT / "taskd.py")], "taskctl": [*COMMAND, "stats"]}
 
@@ -351,7 +351,7 @@ def test_a_piped_table_is_about_as_large_as_what_is_in_it(taskctl: Taskctl, tmp_
     assert len(shown) < 2002 * 200 + 10_000
 
 
-# --- What a checkout and the unit keep out --------------------------------------------------------------
+# --- What a checkout and the unit keep out --------------------------------------------------------
 
 PRIVATE = (
     ".env", ".env.before", "taskd.db", "taskd.db-wal", "taskd.db-journal", "taskd.db.part",
@@ -381,7 +381,7 @@ def test_the_unit_leaves_the_metrics_of_the_process_what_they_read() -> None:
     assert "\nProcSubset=" not in unit, "process_* metrics need /proc/stat"
 
 
-# --- PostgreSQL: copies, imports and exports ------------------------------------------------------------
+# --- PostgreSQL: copies, imports and exports ------------------------------------------------------
 
 KEYED = {"Idempotency-Key": "once"}
 

@@ -94,7 +94,7 @@ def settled(tmp_path_factory):
     app.store.close()
 
 
-# --- Section 2: a task ---
+# --- Section 2: a task ----------------------------------------------------------------------------
 
 
 def test_a_task_has_these_keys_in_this_order_on_every_answer(alice):
@@ -300,7 +300,7 @@ def test_ids_are_never_used_again_after_a_restart_either(make_app):
     assert second.add()["id"] == 4
 
 
-# --- Section 3: routes ---
+# --- Section 3: routes ----------------------------------------------------------------------------
 
 
 def test_the_list_is_an_array_oldest_first_and_stays_so_after_changes(alice):
@@ -750,7 +750,7 @@ def test_healthz_needs_no_token(settled):
         assert response.headers["content-type"] == "application/json"
 
 
-# --- Section 5: bodies ---
+# --- Section 5: bodies ----------------------------------------------------------------------------
 
 WITH_A_BODY = [("POST", ""), ("PUT", "/1"), ("PATCH", "/1/complete")]
 SURROGATES = [r"\ud800", r"\udfff", r"\udc00\ud800", r"a\uD83D", r"\ud83d\u0041", r"\ud83dx\udd52"]
@@ -1016,7 +1016,7 @@ def test_a_body_where_none_is_looked_at_is_ignored(alice, method, path):
     assert response.status_code == 200
 
 
-# --- Section 6: errors, section 7: every answer ---
+# --- Section 6: errors, section 7: every answer ---------------------------------------------------
 
 # name: (method, path, options, status); None as the user means no token
 ANSWERS = {
@@ -1216,7 +1216,7 @@ def test_a_500_shows_the_request_id_and_nothing_else_and_logs_the_traceback(answ
     assert "in broken" in logged[0]
 
 
-# --- Section 7: CORS ---
+# --- Section 7: CORS ------------------------------------------------------------------------------
 
 ORIGINS = ("https://app.example", "http://localhost:3000")
 FOREIGN = [

@@ -61,7 +61,7 @@ def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], **(defaults | options))
 
 
-# --- systemd --------------------------------------------------------------------------------------------------------
+# --- systemd --------------------------------------------------------------------------------------
 
 
 def lines_of(unit: str) -> list[str]:
@@ -160,7 +160,7 @@ def test_taskd_needs_no_memory_that_is_both_writable_and_code(start: Start) -> N
     assert server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer()).status_code == 201
 
 
-# --- Backups --------------------------------------------------------------------------------------------------------
+# --- Backups --------------------------------------------------------------------------------------
 
 
 def back_up(directory: Path, backups: Path) -> subprocess.CompletedProcess[str]:
@@ -197,7 +197,7 @@ def test_a_backup_that_fails_uses_up_no_older_one(tmp_path: Path) -> None:
     assert sorted(tmp_path.glob("taskd-*.db")) == old
 
 
-# --- Proxies --------------------------------------------------------------------------------------------------------
+# --- Proxies --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -570,7 +570,7 @@ def test_while_taskd_is_away_the_proxy_says_so_and_goes_on_when_it_is_back(
     until(lambda: proxy.request("GET", "/readyz").status_code == 200, "the proxy finds taskd again")
 
 
-# --- The container --------------------------------------------------------------------------------------------------
+# --- The container --------------------------------------------------------------------------------
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -702,7 +702,7 @@ def test_no_secret_and_no_database_gets_into_the_image(image: Path) -> None:
     assert found == []
 
 
-# --- Litestream -----------------------------------------------------------------------------------------------------
+# --- Litestream -----------------------------------------------------------------------------------
 
 # Of Litestream 0.5's Config, DBConfig and ReplicaSettings (cmd/litestream/main.go); those that we may come to use.
 LITESTREAM = {
@@ -739,7 +739,7 @@ def test_litestream_knows_every_key_of_its_example_and_finds_the_database_of_the
     assert "WorkingDirectory=/var/lib/taskd" in lines_of("taskd.service")
 
 
-# --- The guide ------------------------------------------------------------------------------------------------------
+# --- The guide ------------------------------------------------------------------------------------
 
 
 def guide(heading: str) -> list[str]:

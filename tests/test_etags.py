@@ -76,7 +76,7 @@ def state(person: Person, one: str) -> tuple[Any, str]:
     return answer.json, tag(answer)
 
 
-# --- The tag --------------------------------------------------------------------------------------------------------
+# --- The tag --------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("either_thread")
@@ -174,7 +174,7 @@ def test_tags_survive_a_restart(start: Start) -> None:
         assert tag(changed) != known
 
 
-# --- If-None-Match --------------------------------------------------------------------------------------------------
+# --- If-None-Match --------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("either_thread")
@@ -285,7 +285,7 @@ def test_a_page_of_another_origin_may_read_the_tag_of_304_and_412(
         assert "ETag" in answer.headers["access-control-expose-headers"]
 
 
-# --- If-Match -------------------------------------------------------------------------------------------------------
+# --- If-Match -------------------------------------------------------------------------------------
 
 
 def hits(now: str) -> list[str]:
@@ -397,7 +397,7 @@ def test_without_if_match_a_write_is_done_as_ever(alice: Person) -> None:
         assert alice.call(method, one + path, **options).status_code == 200
 
 
-# --- The form of the headers, and the order of the checks -----------------------------------------------------------
+# --- The form of the headers, and the order of the checks -----------------------------------------
 
 MALFORMED = [
     "",
@@ -696,7 +696,7 @@ def test_a_huge_header_is_answered_at_once(pair: Pair, value: str, status: int) 
             assert answer.status_code == (status if method == "PUT" or status == 400 else 200)
 
 
-# --- At the same time -----------------------------------------------------------------------------------------------
+# --- At the same time -----------------------------------------------------------------------------
 
 
 def conditional(method: str, one: str, body: object, if_match: str, user: str) -> bytes:

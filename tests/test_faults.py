@@ -86,7 +86,7 @@ def assert_unavailable(answer: Answer) -> None:
     ]
 
 
-# --- kill -9 --------------------------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------
 
 
 class Writer:
@@ -246,7 +246,7 @@ def test_a_write_is_on_disk_before_it_is_answered(start: Start, tmp_path: Path) 
     assert answered == 13
 
 
-# --- The write lock is elsewhere ------------------------------------------------------------------------------------
+# --- The write lock is elsewhere ------------------------------------------------------------------
 
 
 def keep_asking(
@@ -367,7 +367,7 @@ def test_a_lock_held_elsewhere_before_the_first_request_stops_no_read(
     assert server.request("GET", TASKS, headers=bearer()).status_code == 200
 
 
-# --- The disk is full, read-only, broken ----------------------------------------------------------------------------
+# --- The disk is full, read-only, broken ----------------------------------------------------------
 
 
 def refuses_writes(server: Process, made: list[int]) -> None:

@@ -119,7 +119,7 @@ def decent(answer: WireAnswer) -> WireAnswer:
     return answer
 
 
-# --- Requests that are wrong ----------------------------------------------------------------------------------------
+# --- Requests that are wrong ----------------------------------------------------------------------
 
 WRONG = [
     ("Content-Length: -1", written("POST", TASKS, MILK, JSON, "Content-Length: -1", user="alice"), 400),
@@ -217,7 +217,7 @@ def test_garbage_of_every_byte_is_answered_or_cut_off(server: Process) -> None:
                 assert decent(wire.answer()).status_code in (400, 404, 405)
 
 
-# --- Bodies that are not what their length says ---------------------------------------------------------------------
+# --- Bodies that are not what their length says ---------------------------------------------------
 
 
 def test_a_length_that_is_too_large_makes_no_task_when_the_client_leaves(server: Process) -> None:
@@ -294,7 +294,7 @@ def test_clients_that_leave_before_their_answer_leave_nothing_half_done(server: 
         quiet = 0 if done else quiet + 1
 
 
-# --- Clients that take their time -----------------------------------------------------------------------------------
+# --- Clients that take their time -----------------------------------------------------------------
 
 
 def timed(server: Process, times: int) -> list[float]:

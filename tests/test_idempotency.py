@@ -89,7 +89,7 @@ def age(path: Path, by: timedelta) -> None:
     run(path, "UPDATE idempotency_key SET created_at = ?", taskd.timestamp(datetime.now(UTC) - by))
 
 
-# --- The same key again ---------------------------------------------------------------------------------------------
+# --- The same key again ---------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("either_thread")
@@ -172,7 +172,7 @@ def falcon_path(name: str) -> str:
     return name.replace("%", "%25").replace(" ", "%20")
 
 
-# --- The same key, another body -------------------------------------------------------------------------------------
+# --- The same key, another body -------------------------------------------------------------------
 
 OTHER_BODIES: list[dict[str, Any]] = [
     {"title": "Buy tea"},
@@ -255,7 +255,7 @@ def test_a_create_that_is_refused_leaves_no_key_behind(
     assert (answer.status_code, is_replayed(answer)) == (201, False)
 
 
-# --- The form of a key, and the order of the checks -----------------------------------------------------------------
+# --- The form of a key, and the order of the checks -----------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +373,7 @@ def test_a_key_means_nothing_where_nothing_is_created(alice: Person, path: Path)
     assert keys(path) == []
 
 
-# --- 24 hours -------------------------------------------------------------------------------------------------------
+# --- 24 hours -------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("either_thread")
@@ -503,7 +503,7 @@ def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(
     assert work() <= 2 * few
 
 
-# --- At the same time, over real sockets ----------------------------------------------------------------------------
+# --- At the same time, over real sockets ----------------------------------------------------------
 
 
 def keyed(key: str, title: str = "Buy milk", user: str = "alice") -> bytes:
@@ -574,7 +574,7 @@ def test_16_clients_that_each_repeat_the_same_keys_make_each_task_once(pair: Pai
     assert titles(path, "sixteen") == {f"task {key}": 1 for key in range(25)}
 
 
-# --- When the database cannot be written ----------------------------------------------------------------------------
+# --- When the database cannot be written ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -672,7 +672,7 @@ def test_on_a_full_database_a_create_is_503_and_leaves_no_key(
     assert [is_replayed(answer) for answer in answers] == [False, True]
 
 
-# --- Restart, kill -9, and the disk ---------------------------------------------------------------------------------
+# --- Restart, kill -9, and the disk ---------------------------------------------------------------
 
 
 def test_a_key_survives_a_restart(start: Start, path: Path) -> None:

@@ -308,7 +308,7 @@ TestIsolation.settings = settings(
 )
 
 
-# --- From the inside: each statement that runs ---
+# --- From the inside: each statement that runs ----------------------------------------------------
 
 COLUMNS = ", ".join(f'"{{0}}"."{name}"' for name in TASK_KEYS)
 SHOWN, RETURNED = COLUMNS.format("t1"), COLUMNS.format("task") + ', "task"."version"'

@@ -88,7 +88,7 @@ def sent_in_vain(wire: Wire, data: bytes) -> None:
         wire.send(data)
 
 
-# --- Framing ------------------------------------------------------------------------------------
+# --- Framing --------------------------------------------------------------------------------------
 
 
 def get(*lines: str, target: str = "/healthz", version: str = "HTTP/1.1") -> bytes:
@@ -354,7 +354,7 @@ def test_a_refusal_is_logged_with_the_clients_address_and_not_counted(start: Sta
     assert not [line for line in metrics.splitlines() if line.startswith("taskd_requests_total{")]
 
 
-# --- Processor time -----------------------------------------------------------------------------
+# --- Processor time -------------------------------------------------------------------------------
 
 
 DEAR: dict[str, tuple[bytes, float]] = {
@@ -418,7 +418,7 @@ def test_urgent_data_closes_the_connection_with_one_line_in_the_log(shared: Proc
     assert processor_time(shared) - before < 0.1
 
 
-# --- Time ---------------------------------------------------------------------------------------
+# --- Time -----------------------------------------------------------------------------------------
 
 
 def changed(statement: str) -> list[str]:
@@ -535,7 +535,7 @@ class Queued:
     name: str
 
 
-# --- Numbers ------------------------------------------------------------------------------------
+# --- Numbers --------------------------------------------------------------------------------------
 
 PARTS = {
     "nothing": b"",

@@ -97,7 +97,7 @@ def keep(path: Path, count: int, user: str = "alice") -> None:
         database.executemany(f"INSERT INTO task ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
-# --- Parameters -----------------------------------------------------------------------------------------------------
+# --- Parameters -----------------------------------------------------------------------------------
 
 WRONG = [
     *[("completed", value) for value in ("", "True", "1", "yes", "true ", "null", "true,false")],
@@ -281,7 +281,7 @@ def test_each_order_and_its_reverse_with_the_id_where_tasks_are_equal(
     assert [task for page in walk(alice, sort=sort, limit=3) for task in page] == expected
 
 
-# --- Pages ----------------------------------------------------------------------------------------------------------
+# --- Pages ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "limit", "sizes"), [
@@ -504,7 +504,7 @@ def test_a_list_is_what_a_model_of_it_says(
             assert listed(person, **query) == expected[: query["limit"]]
 
 
-# --- Lists of any length --------------------------------------------------------------------------------------------
+# --- Lists of any length --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1, 99, 100, 101, 200, 201, 1001])

@@ -99,7 +99,7 @@ ALL = [
 PRIVATE = [case for case in ALL if "/api/" in str(case.id) and "OPTIONS" not in str(case.id)]
 
 
-# --- The document and OpenAPI ---
+# --- The document and OpenAPI ---------------------------------------------------------------------
 
 
 def test_the_document_is_openapi_3_1_in_structure():
@@ -166,7 +166,7 @@ def test_every_link_leads_to_an_operation_and_names_its_parameters():
         assert set(link["parameters"]) <= names
 
 
-# --- The document and the router ---
+# --- The document and the router ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_what_the_document_calls_private_is_what_asks_for_a_token(client):
     assert DOCUMENT["security"] == [{"token": []}]
 
 
-# --- Answers ---
+# --- Answers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), ALL)
@@ -288,7 +288,7 @@ def test_a_405_is_a_problem_with_allow():
     assert set(response["content"]) == {"application/problem+json"}
 
 
-# --- Examples ---
+# --- Examples -------------------------------------------------------------------------------------
 
 
 def examples() -> Iterator[tuple[str, Any, Any]]:
@@ -349,7 +349,7 @@ def test_every_example_of_a_body_is_taken_by_the_server(alice):
             assert response.status_code in (200, 201), (method, path, example, response.text)
 
 
-# --- Parameters ---
+# --- Parameters -----------------------------------------------------------------------------------
 
 QUERY = [
     "completed", "priority", "tag", "due_before", "due_after", "q", "sort", "limit", "after",
@@ -470,7 +470,7 @@ def test_an_entity_tag_and_a_link_are_as_the_code_makes_them(alice):
     assert re.fullmatch(taskd.PARAMETERS["after"][0], cursor)
 
 
-# --- Bodies ---
+# --- Bodies ---------------------------------------------------------------------------------------
 
 
 def limits(schema: dict[str, Any]) -> dict[str, Any]:
@@ -575,7 +575,7 @@ def test_document_and_server_agree_for_each_character_whether_it_makes_a_text(me
             assert (response.status_code == 201) == accepted, ascii(character)
 
 
-# --- Answers of the server, against the document ---
+# --- Answers of the server, against the document --------------------------------------------------
 
 
 def checked(response: Any, method: str, path: str) -> None:
@@ -675,7 +675,7 @@ def test_refusals_are_those_of_the_document(path, method, operation, client, bob
     checked(response, method, path)
 
 
-# --- The document and its page, as they are served ---
+# --- The document and its page, as they are served ------------------------------------------------
 
 
 @pytest.mark.parametrize(("path", "content_type"), PAGES)

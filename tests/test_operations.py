@@ -60,7 +60,7 @@ def path_of(user: str) -> str:
     return f"/api/{quote(user, safe='')}/tasks"
 
 
-# --- Is it ready? ---------------------------------------------------------------------------------------------------
+# --- Is it ready? ---------------------------------------------------------------------------------
 
 
 @pytest.mark.both_engines
@@ -169,7 +169,7 @@ def test_a_damaged_database_is_not_ready(server: Process, tmp_path: Path) -> Non
         again.kill()
 
 
-# --- Metrics --------------------------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
 
 def samples(answer: Answer | testing.Result) -> dict[tuple[str, ...], float]:
@@ -360,7 +360,7 @@ def test_a_database_that_cannot_be_used_is_counted_as_503(start: Start, tmp_path
     )
 
 
-# --- Log lines ------------------------------------------------------------------------------------------------------
+# --- Log lines ------------------------------------------------------------------------------------
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO (?P<method>[A-Z-]+) (?P<route>\S+) (?P<status>\d{3}) \d+\.\dms"
@@ -560,7 +560,7 @@ def test_the_level_leaves_out_the_line_of_a_request(start: Start) -> None:
     assert lines(server) == []
 
 
-# --- Behind a proxy -------------------------------------------------------------------------------------------------
+# --- Behind a proxy -------------------------------------------------------------------------------
 
 FORWARDED = [  # what the proxy sends, and which client it tells
     ("10.1.2.3", "10.1.2.3"),

@@ -88,7 +88,7 @@ def assert_unavailable(answer: Answer | testing.Result) -> None:
     ]
 
 
-# --- The server goes away -------------------------------------------------------------------------------------------
+# --- The server goes away -------------------------------------------------------------------------
 
 
 def test_a_crash_of_the_server_is_503_until_it_is_back_and_loses_nothing(
@@ -249,7 +249,7 @@ def test_a_column_that_changes_under_a_prepared_statement_is_no_500(
     assert answers[-1].status_code == 200
 
 
-# --- The start ------------------------------------------------------------------------------------------------------
+# --- The start ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +380,7 @@ def test_processes_that_start_at_once_on_an_empty_database_all_serve(
     assert ask(empty, "SELECT COUNT(*) FROM about") == [(1,)]
 
 
-# --- Two processes --------------------------------------------------------------------------------------------------
+# --- Two processes --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -492,7 +492,7 @@ def test_a_sigterm_with_requests_waiting_in_the_threads_answers_them_all(
     assert len(two[1].request("GET", TASKS, headers=bearer()).json) == statuses.count(201)
 
 
-# --- What is kept ---------------------------------------------------------------------------------------------------
+# --- What is kept ---------------------------------------------------------------------------------
 
 
 def test_titles_are_sorted_by_code_point_whatever_the_language_of_the_server(
@@ -564,7 +564,7 @@ def test_a_user_id_that_postgresql_cannot_store_is_403_and_stops_nobody(
     assert alice.add()["user_id"] == "alice"
 
 
-# --- taskctl --------------------------------------------------------------------------------------------------------
+# --- taskctl --------------------------------------------------------------------------------------
 
 
 def test_taskctl_shows_and_seeds_what_taskd_serves(start: Start, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_connect_timeout_of_the_url_is_honoured(tmp_path: Path) -> None:
         assert time.monotonic() - started < DEADLINE / 2
 
 
-# --- PgBouncer ----------------------------------------------------------------------------------------
+# --- PgBouncer ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

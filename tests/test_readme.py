@@ -91,7 +91,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-# --- What it lists --------------------------------------------------------------------------------------------------
+# --- What it lists --------------------------------------------------------------------------------
 
 
 def test_the_sections_come_in_the_order_in_which_a_newcomer_needs_them() -> None:
@@ -193,7 +193,7 @@ def test_the_make_targets_that_are_named_exist(clone: Path) -> None:
     assert sorted(named - targets) == []
 
 
-# --- What it points to ----------------------------------------------------------------------------------------------
+# --- What it points to ----------------------------------------------------------------------------
 
 MADE_BY_TASKD = {".env", "taskd.db", "taskd.db-wal", "taskd.db-shm"}  # or kept beside it
 
@@ -247,7 +247,7 @@ def test_no_file_names_a_package_registry_or_a_path_of_somebodys_machine(clone: 
     assert found == []
 
 
-# --- What it tells to do --------------------------------------------------------------------------------------------
+# --- What it tells to do --------------------------------------------------------------------------
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 

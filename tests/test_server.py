@@ -78,7 +78,7 @@ def milk(number: int = 0) -> dict[str, str]:
     return {"title": f"Buy milk {number}"}
 
 
-# --- Starting -------------------------------------------------------------------------------------------------------
+# --- Starting -------------------------------------------------------------------------------------
 
 
 @pytest.mark.sqlite("it is about settings")
@@ -159,7 +159,7 @@ def test_tasks_are_still_there_after_a_restart(start: Start) -> None:
     assert start().request("GET", TASKS, headers=bearer()).json == [task]
 
 
-# --- Refusing to start ----------------------------------------------------------------------------------------------
+# --- Refusing to start ----------------------------------------------------------------------------
 
 
 def contents(directory: Path) -> dict[str, tuple[int, int, bytes | None]]:
@@ -290,7 +290,7 @@ def test_a_schema_that_does_not_fit_stops_the_start_naming_the_difference(
     assert named in refusal(tmp_path)
 
 
-# --- Importing and embedding ----------------------------------------------------------------------------------------
+# --- Importing and embedding ----------------------------------------------------------------------
 
 IMPORT = """
 import os, sys, threading
@@ -353,7 +353,7 @@ def test_another_wsgi_server_can_run_it(start: Start) -> None:
     assert_problem(server.request("POST", TASKS, b"x" * 70_000, bearer()), 413)
 
 
-# --- Ending ---------------------------------------------------------------------------------------------------------
+# --- Ending ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -450,7 +450,7 @@ def test_idle_and_half_sent_connections_do_not_hold_sigterm_up(start: Start) -> 
         wire.close()
 
 
-# --- The log --------------------------------------------------------------------------------------------------------
+# --- The log --------------------------------------------------------------------------------------
 
 LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) INFO (?P<method>[A-Z]+) (?P<route>\S+) (?P<status>\d{3}) "
@@ -617,7 +617,7 @@ def test_a_reader_of_the_log_that_goes_away_does_not_stop_the_service(tmp_path: 
             process.kill()
 
 
-# --- HTTP -----------------------------------------------------------------------------------------------------------
+# --- HTTP -----------------------------------------------------------------------------------------
 
 
 def test_no_answer_names_the_server(server: Process) -> None:
@@ -851,7 +851,7 @@ def test_a_client_that_sends_2_mb_without_looking_up_learns_why_they_are_refused
         assert_problem(wire.answer(), 413)
 
 
-# --- Concurrency ----------------------------------------------------------------------------------------------------
+# --- Concurrency ----------------------------------------------------------------------------------
 
 
 def test_8_users_at_once_each_see_their_own_tasks_and_nothing_else(server: Process) -> None:

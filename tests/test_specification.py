@@ -54,7 +54,7 @@ def every_route(client, headers, user="alice", task_id=1):
     ]
 
 
-# --- User story 1: secure task listing ---
+# --- User story 1: secure task listing ------------------------------------------------------------
 
 
 def test_us1_scenario_1_a_user_with_a_token_lists_only_their_own_tasks(alice, bob):
@@ -84,7 +84,7 @@ def test_us1_scenario_2_without_a_token_listing_is_401(client, alice):
     assert "Milk" not in response.text
 
 
-# --- User story 2: secure task creation ---
+# --- User story 2: secure task creation -----------------------------------------------------------
 
 
 def test_us2_scenario_1_a_created_task_belongs_to_the_user_of_the_token(alice):
@@ -127,7 +127,7 @@ def test_us2_scenario_2_with_an_invalid_or_expired_token_creating_is_401(
     assert alice.call("GET").json == []
 
 
-# --- User story 3: secure task management ---
+# --- User story 3: secure task management ---------------------------------------------------------
 
 
 def test_us3_scenario_1_an_owner_reads_a_task(alice):
@@ -177,7 +177,7 @@ def test_us3_scenario_4_an_owner_toggles_a_task(alice):
     assert alice.call("GET", f"/{task['id']}").json["completed"] is True
 
 
-# --- Edge cases ---
+# --- Edge cases -----------------------------------------------------------------------------------
 
 
 def test_edge_case_another_users_task_is_404_below_ones_own_url(alice, bob):
@@ -224,7 +224,7 @@ def test_edge_case_a_token_for_another_user_id_than_the_urls_is_403_on_every_rou
     assert alice.call("GET").json == [task]
 
 
-# --- Functional requirements ---
+# --- Functional requirements ----------------------------------------------------------------------
 
 
 def test_fr_001_every_task_route_requires_a_token_in_the_header(client, alice):
@@ -405,7 +405,7 @@ def test_fr_011_ownership_holds_on_every_operation(client, alice, bob):
     assert [found["user_id"] for found in bob.call("GET").json] == ["bob"]
 
 
-# --- Success criteria ---
+# --- Success criteria -----------------------------------------------------------------------------
 
 
 def test_sc_001_and_sc_004_every_request_of_an_authenticated_user_succeeds(alice):

@@ -92,7 +92,7 @@ def every_write(person, number):
     ]
 
 
-# --- The schema ---
+# --- The schema -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [taskd.Task, taskd.IdempotencyKey, taskd.About])
@@ -338,7 +338,7 @@ def test_an_old_database_is_opened_with_its_tasks(make_app, path):
     assert alice.add()["id"] == 42
 
 
-# --- Whose task is this? ---
+# --- Whose task is this? --------------------------------------------------------------------------
 
 
 def changes(store):
@@ -419,7 +419,7 @@ def test_what_was_answered_is_in_the_file_for_everyone_to_see(alice, path):
         assert connection.execute("SELECT count(*) FROM task").fetchone() == (0,)
 
 
-# --- When the database cannot be used ---
+# --- When the database cannot be used -------------------------------------------------------------
 
 
 def test_a_locked_database_is_503_for_writes_while_reads_go_on(small_patience, app, alice, path):
@@ -608,7 +608,7 @@ def test_a_store_can_be_closed_twice_and_used_again(app, alice):
     assert SECRET not in repr(app.store)
 
 
-# --- The thread that serves the sockets -----------------------------------------------------------------------------
+# --- The thread that serves the sockets -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -671,7 +671,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
     assert app.store.add("alice", new_task()).task.id == 2
 
 
-# --- Waiting --------------------------------------------------------------------------------------------------------
+# --- Waiting --------------------------------------------------------------------------------------
 
 
 def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):

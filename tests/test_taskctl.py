@@ -228,7 +228,7 @@ def test_a_forked_run_is_like_one_from_the_start(
     )
 
 
-# --- Help and usage -------------------------------------------------------------------------------------------------
+# --- Help and usage -------------------------------------------------------------------------------
 
 
 def test_help_lists_every_command_with_what_it_does(taskctl: Taskctl) -> None:
@@ -305,7 +305,7 @@ def test_a_shell_can_complete_commands_and_options(taskctl: Taskctl, tmp_path: P
     assert complete(COMP_WORDS="taskctl.py mint --t", COMP_CWORD="2").stdout.split() == ["--ttl"]
 
 
-# --- init -----------------------------------------------------------------------------------------------------------
+# --- init -----------------------------------------------------------------------------------------
 
 SECRET_LINE = r"BETTER_AUTH_SECRET=([A-Za-z0-9_-]{43,})\n"
 
@@ -429,7 +429,7 @@ def test_init_says_so_when_dotenv_cannot_be_written(taskctl: Taskctl, tmp_path: 
     assert ".env" in one_line(taskctl("init", secret=""), 2)
 
 
-# --- mint -----------------------------------------------------------------------------------------------------------
+# --- mint -----------------------------------------------------------------------------------------
 
 
 def test_a_minted_token_stands_alone_on_stdout_and_names_its_user(taskctl: Taskctl) -> None:
@@ -522,7 +522,7 @@ def test_mint_puts_in_the_issuer_and_audience_that_taskd_asks_for(taskctl: Taskc
     assert data(taskctl("verify", shown["token"], "--json", **names))["accepted"] is True
 
 
-# --- verify ---------------------------------------------------------------------------------------------------------
+# --- verify ---------------------------------------------------------------------------------------
 
 NOW = int(time.time())
 LATER = NOW + DAY
@@ -742,7 +742,7 @@ def test_bytes_that_are_no_text_are_no_token(taskctl: Taskctl) -> None:
     one_line(taskctl("verify", "-", stdin=b"\xff\xfe"), 1)
 
 
-# --- check ----------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 PUBLIC_KEY = {
     "kty": "OKP", "crv": "Ed25519", "kid": "first", "alg": "EdDSA", "use": "sig",
@@ -832,7 +832,7 @@ def test_check_makes_nothing(taskctl: Taskctl, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# --- users, tasks, stats --------------------------------------------------------------------------------------------
+# --- users, tasks, stats --------------------------------------------------------------------------
 
 
 def test_users_counts_the_tasks_of_each(taskctl: Taskctl, kept: Path) -> None:
@@ -1025,7 +1025,7 @@ def test_the_first_line_of_a_long_list_can_be_had_alone(tmp_path: Path) -> None:
     assert (answer.stdout.split(), answer.stderr) == (TASK_KEYS, "")
 
 
-# --- seed -----------------------------------------------------------------------------------------------------------
+# --- seed -----------------------------------------------------------------------------------------
 
 
 def test_seed_gives_each_user_so_many_believable_tasks(taskctl: Taskctl, tmp_path: Path) -> None:
@@ -1159,7 +1159,7 @@ def test_no_progress_shows_where_nobody_looks(taskctl: Taskctl) -> None:
     assert taskctl("seed", "alice", "--count", "2500").stderr == ""
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_settings_shows_every_setting_with_its_default(taskctl: Taskctl) -> None:
@@ -1198,7 +1198,7 @@ def test_settings_shows_what_holds_and_masks_the_secrets(taskctl: Taskctl, tmp_p
     }
 
 
-# --- smoke ----------------------------------------------------------------------------------------------------------
+# --- smoke ----------------------------------------------------------------------------------------
 
 ROUTES = {
     ("GET", "/healthz"),
@@ -1437,7 +1437,7 @@ def test_smoke_against_a_dead_port_is_one_line_that_names_it(taskctl: Taskctl) -
     assert re.fullmatch(rf"taskctl: [^\n]*http://127\.0\.0\.1:{port}[^\n]*\n", answer.stderr)
 
 
-# --- Trouble --------------------------------------------------------------------------------------------------------
+# --- Trouble --------------------------------------------------------------------------------------
 
 UNUSABLE = {
     "no secret": ({}, ["mint", "alice"], "BETTER_AUTH_SECRET is missing"),

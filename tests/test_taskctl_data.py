@@ -151,7 +151,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-# --- backup ---------------------------------------------------------------------------------------------------------
+# --- backup ---------------------------------------------------------------------------------------
 
 
 def test_a_server_on_the_backup_answers_as_the_first_did_though_it_was_made_amid_writes(
@@ -440,7 +440,7 @@ def test_a_backup_shows_its_progress_where_somebody_looks(
     assert "backed up taskd.db to copy.db" in seen
 
 
-# --- restore --------------------------------------------------------------------------------------------------------
+# --- restore --------------------------------------------------------------------------------------
 
 
 def before_restore(directory: Path) -> Path:
@@ -732,7 +732,7 @@ def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
     assert seen == {True, False}, "some were killed before the end of the restore, one after it"
 
 
-# --- check ----------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 def findings(answer: Answer) -> dict[str, str]:
@@ -841,7 +841,7 @@ def test_check_counts_all_that_is_off(taskctl: Taskctl, tmp_path: Path) -> None:
     assert NO_KEY_SET  # whose table covers the key set
 
 
-# --- export ---------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 def exported(answer: Answer) -> list[dict[str, Any]]:
@@ -936,7 +936,7 @@ def test_a_reader_who_stops_reading_an_export_or_a_backup_causes_no_complaint(
     assert process.wait(DEADLINE) == 1
 
 
-# --- import ---------------------------------------------------------------------------------------------------------
+# --- import ---------------------------------------------------------------------------------------
 
 
 def test_what_was_exported_can_be_imported_into_another_database_and_answers_the_same(
@@ -1187,7 +1187,7 @@ def test_an_import_shows_its_progress_where_somebody_looks(
     assert "3000 imported, 0 already there, 0 updated" in seen
 
 
-# --- purge ----------------------------------------------------------------------------------------------------------
+# --- purge ----------------------------------------------------------------------------------------
 
 
 def test_a_purge_deletes_one_users_tasks_and_nobody_elses(
@@ -1245,7 +1245,7 @@ def test_a_purge_asks_first_and_says_how_many(
     assert ("deleted 2 tasks of bob" in messages) == deleted
 
 
-# --- Copy to another database ---------------------------------------------------------------------------------------
+# --- Copy to another database ---------------------------------------------------------------------
 
 
 def test_a_copy_has_all_that_the_original_has_and_never_uses_an_id_again(

@@ -123,7 +123,7 @@ def challenge(response):
     return match[1]
 
 
-# --- 401: no token at all ---
+# --- 401: no token at all -------------------------------------------------------------------------
 
 NO_TOKEN = {
     "nothing": None,
@@ -187,7 +187,7 @@ def test_a_token_in_the_query_string_a_cookie_a_form_or_another_header_is_not_lo
             assert challenge(response) is None
 
 
-# --- 401: bad tokens ---
+# --- 401: bad tokens ------------------------------------------------------------------------------
 
 FORM = {  # not a compact JWS, or bad base64url
     "one letter": "x",
@@ -555,7 +555,7 @@ def test_a_good_token_does_not_make_a_changed_one_pass_nor_the_other_way_round(c
         assert status_for(client, GOOD, user="bob") == 403
 
 
-# --- Good tokens ---
+# --- Good tokens ----------------------------------------------------------------------------------
 
 GOOD_TOKENS = {
     "the smallest": sign({"alg": "HS256"}, {"sub": "alice", "exp": NOW + DAY}),
@@ -689,7 +689,7 @@ def test_strange_json_in_a_token_is_never_our_fault(client, text):
             assert challenge(response)
 
 
-# --- 403: another user's URL ---
+# --- 403: another user's URL ----------------------------------------------------------------------
 
 OTHERS = [  # (the token's sub, the user id in the URL, percent-encoded)
     ("alice", "bob"),
@@ -879,7 +879,7 @@ def test_users_whose_names_differ_in_nothing_that_sorts_are_kept_apart(client):
         ]
 
 
-# --- The order of checks ---
+# --- The order of checks --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -922,7 +922,7 @@ def test_a_token_of_bob_is_no_token_for_alice_even_if_it_is_bad_in_two_ways(clie
     assert_problem(response, 401)
 
 
-# --- Issuer, audience, rotation ---
+# --- Issuer, audience, rotation -------------------------------------------------------------------
 
 ISSUER, AUDIENCE = "https://auth.example", "https://tasks.example"
 
@@ -1025,7 +1025,7 @@ def test_the_secret_is_taken_as_utf_8(make_app):
     assert status_for(client, sign(HS256, CLAIMS, secret)) == 200
 
 
-# --- Settings ---
+# --- Settings -------------------------------------------------------------------------------------
 
 DEFAULTS = {
     "secret": None, "secrets": (), "database_url": "sqlite:///taskd.db", "host": "127.0.0.1", "port": 8000,

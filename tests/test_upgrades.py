@@ -202,7 +202,7 @@ def test_processes_that_start_at_once_on_an_old_database_all_serve(
     assert sql(path, "SELECT version FROM about") == [(taskd.VERSION,)]
 
 
-# --- A disk without room ------------------------------------------------------------------------------
+# --- A disk without room --------------------------------------------------------------------------
 
 FILLED = 5_000  # tasks of a database of about 1.2 MB, which the migration doubles
 
