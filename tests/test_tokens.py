@@ -1,4 +1,4 @@
-"""Section 4 of the contract as tables: which tokens pass, which do not, and whom they let where; and the settings."""
+"""Section 4 of the contract as tables: good and bad tokens, who may read what, and the settings."""
 
 from __future__ import annotations
 
@@ -246,7 +246,9 @@ FORM = {  # not a compact JWS, or bad base64url
     "a backslash and a quote": 'x\\"y',
     "null": "null",
     "undefined": "undefined",
-    "a session token of Better Auth": "Wh4BMDpjgCqfXqRdbqjOBKpSSgMnhSxB.5bdxj0fYcmCvuWfsKbPMuaVpVSkIVU2ETx8hWdXpRyM=",
+    "a session token of Better Auth": (
+        "Wh4BMDpjgCqfXqRdbqjOBKpSSgMnhSxB.5bdxj0fYcmCvuWfsKbPMuaVpVSkIVU2ETx8hWdXpRyM="
+    ),
     "a PASETO": "v4.local." + "x" * 100,
     "a JWE": ".".join([HEADER] * 5),
     "a megabyte of letters": "x" * 1_000_000,
@@ -301,9 +303,12 @@ PARTS = {  # header or payload not an object
 
 NONES = ["none", "None", "NONE", "nOnE", "none ", " none", "non\u0435", "n\u200bone", "", "null"]
 ALGS = {
-    **{f"alg {alg!a}, no signature": f"{with_signature({'alg': alg}, CLAIMS, b'')}" for alg in NONES},
+    **{f"alg {alg!a}, no signature": with_signature({"alg": alg}, CLAIMS, b"") for alg in NONES},
     **{f"alg {alg!a}, a signature": sign({"alg": alg}, CLAIMS) for alg in NONES},
-    **{f"alg {alg!a}, signature of nothing": with_signature({"alg": alg}, CLAIMS, b"\0") for alg in NONES},
+    **{
+        f"alg {alg!a}, signature of nothing": with_signature({"alg": alg}, CLAIMS, b"\0")
+        for alg in NONES
+    },
     "HS384": hmac_token({"alg": "HS384"}, CLAIMS, hashlib.sha384),
     "HS512": hmac_token({"alg": "HS512"}, CLAIMS, hashlib.sha512),
     "HS512 signed, HS256 said": hmac_token(HS256, CLAIMS, hashlib.sha512),
@@ -312,8 +317,9 @@ ALGS = {
     **{
         f"{alg!a} said, HS256 signed": sign({"alg": alg}, CLAIMS)
         for alg in (
-            "RS256", "RS384", "RS512", "PS256", "ES256", "ES256K", "ES512", "EdDSA", "Ed25519", "hs256", "Hs256",
-            "HS256 ", "HS-256", "HMAC", "HS256\0", "HS\uff12\uff15\uff16", "dir", "A128KW", "x" * 5000,
+            "RS256", "RS384", "RS512", "PS256", "ES256", "ES256K", "ES512", "EdDSA", "Ed25519",
+            "hs256", "Hs256", "HS256 ", "HS-256", "HMAC", "HS256\0", "HS\uff12\uff15\uff16", "dir",
+            "A128KW", "x" * 5000,
         )
     },
     **{
@@ -344,10 +350,18 @@ SIGNATURES = {
     "a short one": with_signature(HS256, CLAIMS, b"x"),
     "a long one": with_signature(HS256, CLAIMS, b"x" * 500),
     "a truncated one": f"{HEADER}.{PAYLOAD}.{SIGNATURE[:22]}",
-    "of another payload": f"{HEADER}.{base64url(json.dumps(CLAIMS | {'x': 1}).encode())}.{SIGNATURE}",
-    "of another header": f"{base64url(json.dumps(HS256 | {'x': 1}).encode())}.{PAYLOAD}.{SIGNATURE}",
-    "of the payload alone": f"{HEADER}.{PAYLOAD}.{base64url(hmac.digest(SECRET.encode(), PAYLOAD.encode(), 'sha256'))}",
-    "a plain hash": f"{HEADER}.{PAYLOAD}.{base64url(hashlib.sha256(f'{HEADER}.{PAYLOAD}'.encode()).digest())}",
+    "of another payload": (
+        f"{HEADER}.{base64url(json.dumps(CLAIMS | {'x': 1}).encode())}.{SIGNATURE}"
+    ),
+    "of another header": (
+        f"{base64url(json.dumps(HS256 | {'x': 1}).encode())}.{PAYLOAD}.{SIGNATURE}"
+    ),
+    "of the payload alone": (
+        f"{HEADER}.{PAYLOAD}.{base64url(hmac.digest(SECRET.encode(), PAYLOAD.encode(), 'sha256'))}"
+    ),
+    "a plain hash": (
+        f"{HEADER}.{PAYLOAD}.{base64url(hashlib.sha256(f'{HEADER}.{PAYLOAD}'.encode()).digest())}"
+    ),
     "a jwk of one's own": sign(HS256 | {"jwk": OWN_JWK}, CLAIMS, OWN_KEY),
     "a jku of one's own": sign(
         HS256 | {"jku": "http://127.0.0.1:1/jwks", "kid": "x"}, CLAIMS, OWN_KEY
@@ -413,8 +427,9 @@ def numeric(name, text):
 
 
 NO_NUMBERS = [
-    "null", "true", "false", '"soon"', '""', '"never"', f'"{NOW + 900}"', f'"{NOW - 900}"', f'"{NOW + 900}.0"', "[]",
-    "{}", f"[{NOW + 900}]", "NaN", "Infinity", "-Infinity", "1e999", "-1e999", '"Infinity"', '"2099-01-01T00:00:00Z"',
+    "null", "true", "false", '"soon"', '""', '"never"', f'"{NOW + 900}"', f'"{NOW - 900}"',
+    f'"{NOW + 900}.0"', "[]", "{}", f"[{NOW + 900}]", "NaN", "Infinity", "-Infinity", "1e999",
+    "-1e999", '"Infinity"', '"2099-01-01T00:00:00Z"',
 ]  # fmt: skip
 TIMES = {
     **{f"exp {text}": numeric("exp", text) for text in NO_NUMBERS},
@@ -446,15 +461,19 @@ SUBJECTS = {
     **{
         f"sub {json.dumps(sub)}": sign(HS256, claims(sub=sub))
         for sub in (
-            None, "", 7, 0, 1.5, True, False, [], ["alice"], {}, {"id": "alice"}, "\ud800", "alice\udfff",
-            "\udc00\ud800",
+            None, "", 7, 0, 1.5, True, False, [], ["alice"], {}, {"id": "alice"}, "\ud800",
+            "alice\udfff", "\udc00\ud800",
         )
     },
     "sub of a raw surrogate": sign(HS256, b'{"sub":"\xed\xa0\x80","exp":9999999999}'),
     "Sub": sign(HS256, claims(sub=..., Sub="alice", SUB="alice")),
-    "userId and email, as in a mail link": sign(HS256, claims(sub=..., userId="alice", email="alice@example.com")),
+    "userId and email, as in a mail link": sign(
+        HS256, claims(sub=..., userId="alice", email="alice@example.com")
+    ),
     "user_id": sign(HS256, claims(sub=..., user_id="alice", id="alice", uid="alice", name="alice")),
-    "a session cookie": sign(HS256, claims(sub=..., session={"userId": "alice"}, user={"id": "alice", "sub": "alice"})),
+    "a session cookie": sign(
+        HS256, claims(sub=..., session={"userId": "alice"}, user={"id": "alice", "sub": "alice"})
+    ),
     "sub in the header": sign(HS256 | {"sub": "alice"}, claims(sub=...)),
     "sub with a space in its name": sign(HS256, claims(sub=...) | {"sub ": "alice"}),
 }  # fmt: skip
@@ -462,8 +481,8 @@ SUBJECTS = {
 BAD_TOKENS = {
     f"{kind}: {name}"[:70]: bad
     for kind, table in {
-        "form": FORM, "parts": PARTS, "alg": ALGS, "signature": SIGNATURES, "extension": EXTENSIONS, "time": TIMES,
-        "subject": SUBJECTS,
+        "form": FORM, "parts": PARTS, "alg": ALGS, "signature": SIGNATURES, "extension": EXTENSIONS,
+        "time": TIMES, "subject": SUBJECTS,
     }.items()
     for name, bad in table.items()
 }  # fmt: skip
@@ -656,11 +675,12 @@ def test_the_user_is_on_the_request_context(client, email, name, seen):
     assert response.json == {"id": "alice"} | seen
 
 
-STRANGE = [  # JSON, more or less, in a header and in a payload: to refuse or to accept, as long as it is no 500
+# JSON, more or less, in a header and in a payload: to reject or to accept, but never with a 500.
+STRANGE = [
     f'{{"alg":"HS256","sub":"alice","exp":{NOW + DAY},"x":{value}}}'.encode()
     for value in (
-        "NaN", "-Infinity", "1e999", "9" * 5000, "1" * 4300, "1." + "0" * 5000, '"\\ud800"', '"\\u0000"', '"\x00"',
-        "01",
+        "NaN", "-Infinity", "1e999", "9" * 5000, "1" * 4300, "1." + "0" * 5000, '"\\ud800"',
+        '"\\u0000"', '"\x00"', "01",
         *("[" * depth + "]" * depth for depth in (100, 300, 900, 980, 990, 1000, 1100, 3000, 5000)),
         *('{"a":' * depth + "1" + "}" * depth for depth in (300, 990, 1000, 2000)),
     )
@@ -1028,8 +1048,8 @@ def test_the_secret_is_taken_as_utf_8(make_app):
 # --- Settings -------------------------------------------------------------------------------------
 
 DEFAULTS = {
-    "secret": None, "secrets": (), "database_url": "sqlite:///taskd.db", "host": "127.0.0.1", "port": 8000,
-    "cors_origins": (), "issuer": None, "audience": None, "log_level": "info",
+    "secret": None, "secrets": (), "database_url": "sqlite:///taskd.db", "host": "127.0.0.1",
+    "port": 8000, "cors_origins": (), "issuer": None, "audience": None, "log_level": "info",
 }  # fmt: skip
 GOOD_SETTINGS = [
     ("BETTER_AUTH_SECRET", SECRET, {"secret": SECRET}),
@@ -1039,7 +1059,8 @@ GOOD_SETTINGS = [
     ("BETTER_AUTH_SECRETS", f"1:{OLD}", {"secrets": (OLD,)}),
     ("BETTER_AUTH_SECRETS", f"2:{NEW},1:{OLD}", {"secrets": (NEW, OLD)}),
     ("BETTER_AUTH_SECRETS", f"1:{OLD}, 2:{NEW}", {"secrets": (OLD, NEW)}),
-    ("BETTER_AUTH_SECRETS", f"2:{NEW}:with:colons,0:{OLD}", {"secrets": (f"{NEW}:with:colons", OLD)}),
+    ("BETTER_AUTH_SECRETS", f"2:{NEW}:with:colons,0:{OLD}",
+     {"secrets": (f"{NEW}:with:colons", OLD)}),
     ("DATABASE_URL", "sqlite:///x.db", {"database_url": "sqlite:///x.db", "database": "x.db"}),
     ("DATABASE_URL", "sqlite:////var/lib/x.db", {"database": "/var/lib/x.db"}),
     ("DATABASE_URL", "sqlite:///data/my tasks.db", {"database": "data/my tasks.db"}),
@@ -1052,53 +1073,66 @@ GOOD_SETTINGS = [
     ("TASKD_THREADS", "2", {"threads": 2}),
     ("TASKD_THREADS", "64", {"threads": 64}),
     ("TASKD_CORS_ORIGINS", "https://a.example", {"cors_origins": ("https://a.example",)}),
-    ("TASKD_CORS_ORIGINS", "http://localhost:3000,https://a.example", {"cors_origins": ("http://localhost:3000", "https://a.example")}),
-    ("TASKD_CORS_ORIGINS", "http://localhost:3000 , https://a.example", {"cors_origins": ("http://localhost:3000", "https://a.example")}),
+    ("TASKD_CORS_ORIGINS", "http://localhost:3000,https://a.example",
+     {"cors_origins": ("http://localhost:3000", "https://a.example")}),
+    ("TASKD_CORS_ORIGINS", "http://localhost:3000 , https://a.example",
+     {"cors_origins": ("http://localhost:3000", "https://a.example")}),
     ("TASKD_CORS_ORIGINS", "http://[::1]:3000", {"cors_origins": ("http://[::1]:3000",)}),
     ("TASKD_CORS_ORIGINS", "http://[0:0::0001]:3000", {"cors_origins": ("http://[::1]:3000",)}),
     ("TASKD_CORS_ORIGINS", "https://a.example:443", {"cors_origins": ("https://a.example",)}),
     ("TASKD_CORS_ORIGINS", "https://a.example:0443", {"cors_origins": ("https://a.example",)}),
     ("TASKD_CORS_ORIGINS", "http://a.example:80", {"cors_origins": ("http://a.example",)}),
     ("TASKD_CORS_ORIGINS", "http://a.example:443", {"cors_origins": ("http://a.example:443",)}),
-    ("TASKD_CORS_ORIGINS", "http://[::1]:80,http://a.example:08080", {"cors_origins": ("http://[::1]", "http://a.example:8080")}),
+    ("TASKD_CORS_ORIGINS", "http://[::1]:80,http://a.example:08080",
+     {"cors_origins": ("http://[::1]", "http://a.example:8080")}),
     ("TASKD_CORS_ORIGINS", "capacitor://localhost", {"cors_origins": ("capacitor://localhost",)}),
-    ("TASKD_CORS_ORIGINS", "ionic://localhost tauri://localhost", {"cors_origins": ("ionic://localhost", "tauri://localhost")}),
-    ("TASKD_CORS_ORIGINS", "chrome-extension://abcdefghijklmnop", {"cors_origins": ("chrome-extension://abcdefghijklmnop",)}),
-    ("TASKD_CORS_ORIGINS", "safari-web-extension://E8BEA491-9B80", {"cors_origins": ("safari-web-extension://E8BEA491-9B80",)}),
+    ("TASKD_CORS_ORIGINS", "ionic://localhost tauri://localhost",
+     {"cors_origins": ("ionic://localhost", "tauri://localhost")}),
+    ("TASKD_CORS_ORIGINS", "chrome-extension://abcdefghijklmnop",
+     {"cors_origins": ("chrome-extension://abcdefghijklmnop",)}),
+    ("TASKD_CORS_ORIGINS", "safari-web-extension://E8BEA491-9B80",
+     {"cors_origins": ("safari-web-extension://E8BEA491-9B80",)}),
     ("TASKD_ISSUER", "https://auth.example", {"issuer": "https://auth.example"}),
     ("TASKD_AUDIENCE", "https://tasks.example", {"audience": "https://tasks.example"}),
-    *[("TASKD_LOG", level, {"log_level": level}) for level in ("debug", "info", "warning", "error")],
+    *[("TASKD_LOG", level, {"log_level": level})
+      for level in ("debug", "info", "warning", "error")],
 ]  # fmt: skip
 PEM = "-----BEGIN PUBLIC KEY-----\n" + "x" * 64 + "\n-----END PUBLIC KEY-----"
 BAD_SETTINGS = [
     *[("BETTER_AUTH_SECRET", bad) for bad in (
-        "x", "x" * 31, "\u00e9" * 15, " ", " " * 40, "\t \u00a0" * 20, "better-auth-secret-12345678901234567890", "\udcff" * 40, PEM,
-        "ssh-rsa " + "A" * 64,
+        "x", "x" * 31, "\u00e9" * 15, " ", " " * 40, "\t \u00a0" * 20,
+        "better-auth-secret-12345678901234567890", "\udcff" * 40, PEM, "ssh-rsa " + "A" * 64,
     )],
     *[("BETTER_AUTH_SECRETS", bad) for bad in (
-        "x", SECRET, f"{SECRET},{OTHER_SECRET}", "1:", "1:short", f"2:{NEW},1:short", f"1:{NEW},1:{OLD}", f"x:{NEW}",
-        f":{NEW}", f"-1:{NEW}", f"1.5:{NEW}", f"2:{NEW},", f",2:{NEW}", f"2:{NEW},,1:{OLD}", f"2:{NEW};1:{OLD}x,y",
+        "x", SECRET, f"{SECRET},{OTHER_SECRET}", "1:", "1:short", f"2:{NEW},1:short",
+        f"1:{NEW},1:{OLD}", f"x:{NEW}", f":{NEW}", f"-1:{NEW}", f"1.5:{NEW}", f"2:{NEW},",
+        f",2:{NEW}", f"2:{NEW},,1:{OLD}", f"2:{NEW};1:{OLD}x,y",
         "1:better-auth-secret-12345678901234567890", f"\u0661:{NEW}", f"2 {NEW}",
     )],
     *[("DATABASE_URL", bad) for bad in (
-        "taskd.db", "/var/lib/taskd.db", "sqlite", "sqlite:", "sqlite:/taskd.db", "sqlite://", "sqlite://taskd.db", "sqlite:///",
-        "sqlite:///:memory:", "sqlite://:memory:", ":memory:", "sqlite:///taskd.db?mode=memory", "sqlite:///taskd.db#x",
-        "sqlite:///a\0b", "SQLITE:///taskd.db", "sqlite+pool:///taskd.db", "file:taskd.db", "mysql://u:hidden@h/d",
+        "taskd.db", "/var/lib/taskd.db", "sqlite", "sqlite:", "sqlite:/taskd.db", "sqlite://",
+        "sqlite://taskd.db", "sqlite:///", "sqlite:///:memory:", "sqlite://:memory:", ":memory:",
+        "sqlite:///taskd.db?mode=memory", "sqlite:///taskd.db#x", "sqlite:///a\0b",
+        "SQLITE:///taskd.db", "sqlite+pool:///taskd.db", "file:taskd.db", "mysql://u:hidden@h/d",
         "postgres://u:hidden@h/d", " sqlite:///taskd.db", "sqlite:///?mode=memory",
     )],
     *[("TASKD_HOST", bad) for bad in ("a b", "http://localhost", "localhost/", " ", "127.0.0.1\n")],
     *[("TASKD_PORT", bad) for bad in (
-        "x", "-1", "+1", "1.0", "1e3", "0x50", "1_0", "80 ", " 80", "\u0661", "65536", "99999", "100000",
-        "9" * 5000, "http",
+        "x", "-1", "+1", "1.0", "1e3", "0x50", "1_0", "80 ", " 80", "\u0661", "65536", "99999",
+        "100000", "9" * 5000, "http",
     )],
-    *[("TASKD_THREADS", bad) for bad in ("0", "-1", "1.5", "x", "100000", "\u0664", "9" * 5000, " 4")],
+    *[("TASKD_THREADS", bad) for bad in (
+        "0", "-1", "1.5", "x", "100000", "\u0664", "9" * 5000, " 4",
+    )],
     *[("TASKD_CORS_ORIGINS", bad) for bad in (
-        "*", "null", "a.example", "https://", "https://*", "https://*.example", "https://a.example/", "https://a.example/path",
-        "ftp://a.example", "https://a.example?x", "https://u@a.example", "https://a.example;https://b.example",
-        "https://a.examplehttps://b.example", "HTTPS://A.EXAMPLE", ",", "https://a.example,*", "https://a.example,null",
-        "https://a.example:port", "https://a.example:", "https://a.example:0", "https://a.example:65536",
-        "https://a.example:99999", "https://a.example:1000000", "https://[::1", "https://[1::2::3]", "capacitor://",
-        "file://", "javascript://x", "extension://x",
+        "*", "null", "a.example", "https://", "https://*", "https://*.example",
+        "https://a.example/", "https://a.example/path", "ftp://a.example", "https://a.example?x",
+        "https://u@a.example", "https://a.example;https://b.example",
+        "https://a.examplehttps://b.example", "HTTPS://A.EXAMPLE", ",", "https://a.example,*",
+        "https://a.example,null", "https://a.example:port", "https://a.example:",
+        "https://a.example:0", "https://a.example:65536", "https://a.example:99999",
+        "https://a.example:1000000", "https://[::1", "https://[1::2::3]", "capacitor://", "file://",
+        "javascript://x", "extension://x",
     )],
     *[("TASKD_LOG", bad) for bad in ("verbose", "trace", "10", "info ", "infos", "x")],
 ]  # fmt: skip
