@@ -1,4 +1,4 @@
-"""Sections 2, 3, 5, 6 and 7 of the contract as tables: tasks, routes, bodies, errors, and what every answer has."""
+"""Sections 2, 3, 5, 6 and 7 of the contract as tables: tasks, routes, bodies, errors, headers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ CLOCK = (
 )
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # five code points, one to the eye
 SPACES = (
-    "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680"
+    "\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
 )  # all that Unicode or str.isspace() call white space
 MAX_ID = 2**63 - 1
@@ -453,11 +454,21 @@ def test_an_unknown_member_is_422_and_named(settled, method, path, body, unknown
 @pytest.mark.parametrize(
     ("method", "path", "body", "faulty"),
     [
-        ("POST", "", {"title": "", "description": 5, "completed": None}, ["title", "description", "completed"]),
+        (
+            "POST",
+            "",
+            {"title": "", "description": 5, "completed": None},
+            ["title", "description", "completed"],
+        ),
         ("POST", "", {"description": 5, "done": 1}, ["title", "description", "done"]),
         ("POST", "", {"title": "a\0", "description": "b\0", "x": 1}, ["title", "description", "x"]),
         ("POST", "", {"completed": "a\0"}, ["title", "completed"]),
-        ("PUT", "/1", {"title": None, "description": [], "completed": 1}, ["title", "description", "completed"]),
+        (
+            "PUT",
+            "/1",
+            {"title": None, "description": [], "completed": 1},
+            ["title", "description", "completed"],
+        ),
         ("PUT", "/1", {"x": 1, "title": None, "y": 2}, ["x", "title", "y"]),
         ("PATCH", "/1/complete", {"completed": 1, "title": "x"}, ["completed", "title"]),
         ("PATCH", "/1/complete", {"done": True}, ["done"]),
@@ -477,7 +488,8 @@ def test_a_422_in_full(settled):
     assert assert_problem(response, 422) == {
         "title": "Unprocessable Content",
         "status": 422,
-        "detail": "title must not be blank; description must be a string of at most 10,000 characters, or null; "
+        "detail": "title must not be blank; "
+        "description must be a string of at most 10,000 characters, or null; "
         "completed must be true or false; titel is not a field that can be set here",
         "errors": [
             {"field": "title", "message": "must not be blank"},
@@ -598,10 +610,11 @@ def test_a_403_does_not_tell_whether_the_user_or_the_task_exists(alice, bob):
 
 # (name, what takes the id's place in the URL)
 BAD_IDS = [
-    "0", "-1", "+1", "-0", "007", "01", "00", "1_0", "1.0", "1.", "1e0", "1e3", "0x1", "0b1", "%31%20", "%201", "1%00",
-    "1%0A", "%EF%BC%91", "%D9%A1", "%C2%B2", "%E2%91%A0", str(2**63), str(2**64), str(2**64 + 1), "9" * 19, "9" * 400,
-    "1" * 5000, "abc", "null", "NaN", "Infinity", "1,2", "1;2", "*", "%25", "_", "%27%20OR%201=1--", "true", "complete",
-    "..", ".", "%2531", "1%FF",
+    "0", "-1", "+1", "-0", "007", "01", "00", "1_0", "1.0", "1.", "1e0", "1e3", "0x1", "0b1",
+    "%31%20", "%201", "1%00", "1%0A", "%EF%BC%91", "%D9%A1", "%C2%B2", "%E2%91%A0", str(2**63),
+    str(2**64), str(2**64 + 1), "9" * 19, "9" * 400, "1" * 5000, "abc", "null", "NaN", "Infinity",
+    "1,2", "1;2", "*", "%25", "_", "%27%20OR%201=1--", "true", "complete", "..", ".", "%2531",
+    "1%FF",
 ]  # fmt: skip
 
 
@@ -728,10 +741,11 @@ def test_without_a_token_every_method_is_401_before_it_is_405(settled, method):
 @pytest.mark.parametrize(
     "path",
     [
-        "/api", "/api/", "/api/alice", "/api/alice/", "/api/alice/task", "/api/alice/Tasks", "/API/alice/tasks",
-        "/api/alice/tasks/1/completed", "/api/alice/tasks/1/complete/x", "/api/alice/tasks/1/2", "/tasks",
-        "/alice/tasks",        "/api/alice/x/tasks", "/favicon.ico", "/robots.txt", "/.env", "/taskd.db", "/healthz/x",
-        "/api/../../etc/passwd",        "/%00", "/%FF", "/" + "x" * 5000,
+        "/api", "/api/", "/api/alice", "/api/alice/", "/api/alice/task", "/api/alice/Tasks",
+        "/API/alice/tasks", "/api/alice/tasks/1/completed", "/api/alice/tasks/1/complete/x",
+        "/api/alice/tasks/1/2", "/tasks", "/alice/tasks", "/api/alice/x/tasks", "/favicon.ico",
+        "/robots.txt", "/.env", "/taskd.db", "/healthz/x", "/api/../../etc/passwd", "/%00", "/%FF",
+        "/" + "x" * 5000,
     ],
 )  # fmt: skip
 def test_unknown_paths_are_404(settled, path):
@@ -837,7 +851,7 @@ UNREADABLE = {
         for text in SURROGATES
     },
     **{f"{text} in a name": f'{{"title":"x","{text}":1}}'.encode() for text in SURROGATES},
-    # The reader meets something that is merely wrong first, and must not lose its temper over what follows.
+    # The parser meets a value that is wrong first, and must still read what follows without a 500.
     **{
         f"{first[:15]} and then {then[:15]}": f"{{{first},{then}".encode()
         for first in ('"title":5', '"x":1', '"title":"\\u0000"', '"completed":"\\u0000"')
@@ -936,8 +950,9 @@ def test_unusual_but_good_json_is_read(alice, body):
 @pytest.mark.parametrize(
     "content_type",
     [
-        "application/json", "Application/JSON", "application/json; charset=utf-8", "application/json;charset=UTF-8",
-        'application/json; charset="utf-8"', "application/json ; charset=utf-8",
+        "application/json", "Application/JSON", "application/json; charset=utf-8",
+        "application/json;charset=UTF-8", 'application/json; charset="utf-8"',
+        "application/json ; charset=utf-8",
     ],
 )  # fmt: skip
 def test_json_in_utf_8_is_read(alice, content_type):
@@ -946,11 +961,13 @@ def test_json_in_utf_8_is_read(alice, content_type):
 
 
 WRONG_TYPES = [
-    "", "text/plain", "text/json", "text/html", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
-    "application/xml", "application/msgpack", "application/octet-stream", "application/jsonp", "application/json5",
-    "application/x-ndjson", "application/json-patch+json", "application/merge-patch+json", "application/problem+json",
-    "json", "*/*", "application/*", "application/json, text/plain", "application/json; charset=latin-1",
-    "application/json; charset=iso-8859-1", "application/json; charset=utf-16", "application/json; charset=utf-7",
+    "", "text/plain", "text/json", "text/html", "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x", "application/xml", "application/msgpack",
+    "application/octet-stream", "application/jsonp", "application/json5", "application/x-ndjson",
+    "application/json-patch+json", "application/merge-patch+json", "application/problem+json",
+    "json", "*/*", "application/*", "application/json, text/plain",
+    "application/json; charset=latin-1", "application/json; charset=iso-8859-1",
+    "application/json; charset=utf-16", "application/json; charset=utf-7",
     "application/jsonx; charset=utf-8", "application\\json",
 ]  # fmt: skip
 
@@ -1049,9 +1066,9 @@ ANSWERS = {
     "unavailable": ("GET", COLLECTION, {}, 503),
 }
 TITLES = {
-    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-    413: "Content Too Large", 415: "Unsupported Media Type", 422: "Unprocessable Content",
-    500: "Internal Server Error", 503: "Service Unavailable",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 413: "Content Too Large", 415: "Unsupported Media Type",
+    422: "Unprocessable Content", 500: "Internal Server Error", 503: "Service Unavailable",
 }  # fmt: skip
 
 
@@ -1143,7 +1160,11 @@ def test_a_request_id_is_given_back(answer, lines, name, given):
 
 
 @pytest.mark.parametrize(
-    "given", ["", "x" * 65, "a b", "a,b", "x, y", "a/b", "a:b", "é", "a\tb", "<script>", '"x"', "a%20b", "x;y", "x\\"]
+    "given",
+    [
+        "", "x" * 65, "a b", "a,b", "x, y", "a/b", "a:b", "é", "a\tb", "<script>", '"x"', "a%20b",
+        "x;y", "x\\",
+    ],
 )  # fmt: skip
 def test_a_request_id_that_cannot_stand_in_a_log_is_replaced(settled, lines, given):
     ids = {
@@ -1220,8 +1241,9 @@ def test_a_500_shows_the_request_id_and_nothing_else_and_logs_the_traceback(answ
 
 ORIGINS = ("https://app.example", "http://localhost:3000")
 FOREIGN = [
-    "https://evil.example", "http://app.example", "https://app.example:8443", "https://app.example.evil.example",
-    "https://xapp.example", "https://APP.example", "https://app.example/", "https://app.example,http://localhost:3000",
+    "https://evil.example", "http://app.example", "https://app.example:8443",
+    "https://app.example.evil.example", "https://xapp.example", "https://APP.example",
+    "https://app.example/", "https://app.example,http://localhost:3000",
     "https://app.example http://localhost:3000", "null", "*", "",
 ]  # fmt: skip
 
@@ -1240,7 +1262,8 @@ def test_every_answer_can_be_read_by_a_page_of_a_configured_origin(answer, name,
         header.strip() for header in response.headers["access-control-expose-headers"].split(",")
     }
     assert exposed == {
-        "Location", "Link", "ETag", "X-Request-ID", "Idempotency-Replayed", "Retry-After", "WWW-Authenticate",
+        "Location", "Link", "ETag", "X-Request-ID", "Idempotency-Replayed", "Retry-After",
+        "WWW-Authenticate",
     }  # fmt: skip
     assert "access-control-allow-credentials" not in response.headers
     assert varies_by_origin(response)
@@ -1290,7 +1313,8 @@ def test_a_preflight_needs_no_token_and_says_what_is_allowed(make_app, path):
             name.strip() for name in response.headers["access-control-allow-headers"].split(",")
         }
         assert allowed >= {
-            "Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-ID",
+            "Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key",
+            "X-Request-ID",
         }  # fmt: skip
         assert "x-anything" in allowed, "a page of a listed origin may send any header"
         assert {name.strip() for name in response.headers["allow"].split(",")} - {

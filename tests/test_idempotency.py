@@ -465,7 +465,8 @@ def test_a_create_without_a_key_does_not_touch_the_keys(
     before = rows(path, everything)
     run(
         path,
-        "CREATE TRIGGER touched BEFORE INSERT ON idempotency_key BEGIN SELECT RAISE(ABORT, 'touched'); END",
+        "CREATE TRIGGER touched BEFORE INSERT ON idempotency_key "
+        "BEGIN SELECT RAISE(ABORT, 'touched'); END",
     )
     for _ in range(3):
         alice.add()
@@ -629,7 +630,9 @@ def test_the_thread_of_the_sockets_leaves_a_keyed_create_to_another_while_a_writ
 # What fails, between the first statement of the transaction and its end.
 FAILURES = {
     "the task": "CREATE TRIGGER fails AFTER INSERT ON task BEGIN SELECT RAISE(ABORT, 'no'); END",
-    "the key": "CREATE TRIGGER fails AFTER INSERT ON idempotency_key BEGIN SELECT RAISE(ABORT, 'no'); END",
+    "the key": (
+        "CREATE TRIGGER fails AFTER INSERT ON idempotency_key BEGIN SELECT RAISE(ABORT, 'no'); END"
+    ),
 }
 
 
@@ -689,7 +692,7 @@ def test_a_key_survives_a_restart(start: Start, path: Path) -> None:
 
 
 class Customer:
-    """Somebody who creates one task after another, and repeats what was not answered until it is."""
+    """A client that creates tasks one after another, and repeats each until it is answered."""
 
     def __init__(self, user: str, chance: random.Random) -> None:
         self.user, self.chance = user, chance
@@ -719,7 +722,7 @@ class Customer:
         return answer
 
     def check(self, server: Process) -> None:
-        """Repeat what was not answered; there is exactly one task for each key, and it is the one of the answer."""
+        """Repeat what was not answered; each key has exactly one task, that of the answer."""
         with Wire(server) as wire:
             if self.waiting:
                 self.unanswered += 1
@@ -750,7 +753,7 @@ def test_after_kill_9_at_any_moment_a_client_that_repeats_has_exactly_one_task_f
         with ThreadPoolExecutor(CLIENTS) as pool:
             working = [pool.submit(customer.work, server) for customer in customers]
             until(
-                lambda: sum(len(customer.answers) for customer in customers) > done + 20,  # noqa: B023
+                lambda: sum(len(one.answers) for one in customers) > done + 20,  # noqa: B023
                 "they work",
             )
             moment = time.monotonic() + chance.uniform(0, 0.1)
@@ -763,7 +766,8 @@ def test_after_kill_9_at_any_moment_a_client_that_repeats_has_exactly_one_task_f
             customer.check(server)
     unanswered = sum(customer.unanswered for customer in customers)
     print(
-        f"{unanswered} were not answered, {sum(customer.found for customer in customers)} of them had been done"
+        f"{unanswered} were not answered, "
+        f"{sum(customer.found for customer in customers)} of them had been done"
     )
     assert unanswered >= ROUNDS
     assert server.terminate() == 0
@@ -771,7 +775,8 @@ def test_after_kill_9_at_any_moment_a_client_that_repeats_has_exactly_one_task_f
 
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 
-# The system call of a create, on the log or to the client, at which the process dies; and whether the task was made.
+# The system call of a create, on the log or to the client, at which the process dies; and whether
+# the task was made.
 MOMENTS = {
     "before anything is written": ("pwrite64", 1, False),
     "between the pages of the transaction": ("pwrite64", 6, False),

@@ -1,4 +1,4 @@
-"""What every user sees is what that user made: by a model of all that users can do, and by the SQL that runs for it."""
+"""Users see only their own tasks: checked with a model of all calls, and by the SQL that runs."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from support import (
     release,
 )
 
-# Ids that a careless comparison would take for one another: by case, by composition (NFC, NFD), by white space, by a
-# wild card, by quotes, as a number.
+# Ids that a careless comparison would confuse: by case, by composition (NFC, NFD), by white space,
+# by a wild card, by quotes, as a number.
 USERS = ["alice", "Alice", "é", "e\u0301", "alice ", "%", "1", "1.0", "' OR 1=1 --"]
 FEW = "8" if support.postgresql else "25"
 EXPIRED = -60  # seconds from now
@@ -93,7 +93,7 @@ def tasks_of(user: str) -> str:
 
 
 class Isolation(RuleBasedStateMachine):
-    """Several users on one database, and what each of them must see: `model[user]` is that user's list."""
+    """Several users on one database, and the lists they must see: `model[user]` is one list."""
 
     known = Bundle("known")  # (owner, id) of tasks that there are or were
 
@@ -321,8 +321,8 @@ HARMLESS = re.compile(
 class Recorder:
     """Every statement that SQLite runs on any connection of this process, with its values in it.
 
-    An audit hook learns of each connection that sqlite3 makes, whoever makes it. It cannot be taken away again, so
-    there is one, and it does nothing while nobody records.
+    An audit hook is told of each connection that sqlite3 makes. It cannot be removed, so there is
+    one, and it does nothing while no recorder is active.
     """
 
     current: Recorder | None = None
@@ -333,7 +333,7 @@ class Recorder:
         self.statements: list[str] = []
 
     def start(self) -> None:
-        """Listen to the connections that there are; a connection cannot be listened to while it is being made."""
+        """Listen to the open connections; it is not possible while a connection is being made."""
         for connection in self.connections:
             with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed
                 connection.set_trace_callback(self.statements.append)
@@ -393,7 +393,7 @@ def literal(text: str) -> str:
 
 
 def bound_to(user: str) -> re.Pattern[str]:
-    """Return what a statement looks like that can touch this user's tasks and nobody else's: the whole of it."""
+    """Return the pattern of all statements that can touch only this user's tasks."""
     text = r"'(?:[^']|'')*'"
     name, value = re.escape(literal(user)), rf"(?:{text}|\d+|NULL|true|false)"
     columns, key_name = r'\([a-z_", ]+\)', rf'"idempotency_key"\."name" = {text}'
@@ -438,13 +438,17 @@ def bound_to(user: str) -> re.Pattern[str]:
         rf" ORDER BY {key_of}(?: DESC)?(?:, id(?: DESC)?)? LIMIT \d+"
         rf'|SELECT "t1"\."id" FROM "task" AS "t1" WHERE {mine("t1")} LIMIT 1 OFFSET \d+'
         rf'|SELECT {shown}, "t1"\."version" FROM "task" AS "t1" WHERE {this("t1")}'
-        rf'|INSERT INTO "task" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\) RETURNING {returned}'
-        rf'|UPDATE "task" SET {settings} WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
+        rf'|INSERT INTO "task" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
+        rf" RETURNING {returned}"
+        rf'|UPDATE "task" SET {settings} WHERE \({this("task")} AND {expected}\)'
+        rf" RETURNING {returned}"
         rf'|DELETE FROM "task" WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
-        # A key is its user's too; but whoever creates a task throws away the oldest keys that are too old.
-        rf'|DELETE FROM "idempotency_key" WHERE \(\({key} OR \("idempotency_key"\."id" IN \({oldest}\)\)\)'
+        # A key belongs to its user too; but every create deletes the oldest expired keys of all.
+        rf'|DELETE FROM "idempotency_key"'
+        rf' WHERE \(\({key} OR \("idempotency_key"\."id" IN \({oldest}\)\)\)'
         rf' AND \("idempotency_key"\."created_at" < {text}\)\)'
-        rf'|INSERT (?:OR IGNORE )?INTO "idempotency_key" \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
+        rf'|INSERT (?:OR IGNORE )?INTO "idempotency_key"'
+        rf' \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
         r'(?: ON CONFLICT \("user_id", "name"\) DO NOTHING)?'
         rf' RETURNING "idempotency_key"\."id"'
         rf'|UPDATE "idempotency_key" SET "answer" = {text} WHERE {key}'
@@ -490,7 +494,7 @@ ROUTES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def serve(person: Person, method: str, path: str, **options: Any) -> testing.Result:
-    """Call as the server does: in the thread that serves the sockets, and once more in a worker if it must wait."""
+    """Call as the server does: in the event loop, and again in a worker thread if it blocks."""
     taskd.thread_state.in_event_loop = True
     try:
         return person.call(method, path, **options)
@@ -570,12 +574,16 @@ def test_no_statement_runs_for_whom_the_token_does_not_let_pass(
         f'SELECT {SHOWN} FROM "task" AS "t1" ORDER BY "t1"."id"',
         f'SELECT {SHOWN} FROM "task" AS "t1" WHERE ("t1"."id" = 1)',
         f'SELECT {SHOWN} FROM "task" AS "t1" WHERE ("t1"."user_id" = \'bob\') ORDER BY "t1"."id"',
-        f'SELECT {SHOWN} FROM "task" AS "t1" WHERE (("t1"."user_id" = \'alice\') OR ("t1"."id" = 1))',
-        f'SELECT {SHOWN} FROM "task" AS "t1" WHERE ("t1"."user_id" LIKE \'alice\') ORDER BY "t1"."id"',
+        f'SELECT {SHOWN} FROM "task" AS "t1"'
+        ' WHERE (("t1"."user_id" = \'alice\') OR ("t1"."id" = 1))',
+        f'SELECT {SHOWN} FROM "task" AS "t1"'
+        ' WHERE ("t1"."user_id" LIKE \'alice\') ORDER BY "t1"."id"',
         f'UPDATE "task" SET "title" = \'a\' WHERE ("task"."id" = 1) RETURNING {RETURNED}',
-        f'UPDATE "task" SET "user_id" = \'bob\' WHERE (("task"."user_id" = \'alice\') AND ("task"."id" = 1))'
+        'UPDATE "task" SET "user_id" = \'bob\''
+        ' WHERE (("task"."user_id" = \'alice\') AND ("task"."id" = 1))'
         f" RETURNING {RETURNED}",
-        f'UPDATE "task" SET "title" = \'\' WHERE 1 --\' WHERE (("task"."user_id" = \'alice\') AND ("task"."id" = 1))'
+        'UPDATE "task" SET "title" = \'\' WHERE 1 --\''
+        ' WHERE (("task"."user_id" = \'alice\') AND ("task"."id" = 1))'
         f" RETURNING {RETURNED}",
         f'DELETE FROM "task" WHERE ("task"."id" = 1) RETURNING {RETURNED}',
         'DELETE FROM "task"',

@@ -1,4 +1,4 @@
-"""taskctl as a process of its own: what it prints where, with which status, and what it leaves on disk."""
+"""taskctl as a process: what it prints on which stream, its exit status, the files it leaves."""
 
 from __future__ import annotations
 
@@ -154,13 +154,13 @@ def run(
 
 
 def data(answer: Answer) -> Any:
-    """Return the JSON that a command which succeeded printed: on stdout alone, and nothing on stderr."""
+    """Return the JSON of a command that succeeded; it is on stdout, and stderr is empty."""
     assert (answer.returncode, answer.stderr) == (0, ""), answer
     return json.loads(answer.stdout)
 
 
 def cells(answer: Answer, said: str = "") -> list[list[str]]:
-    """Return the table that a command which succeeded printed on stdout; on stderr is what it said, if anything."""
+    """Return the table that a successful command printed on stdout, and the text on stderr."""
     assert (answer.returncode, answer.stderr) == (0, f"taskctl: {said}\n" if said else ""), answer
     return [re.split(" {2,}", line.strip()) for line in answer.stdout.splitlines()]
 
@@ -217,8 +217,8 @@ def test_a_forked_run_is_like_one_from_the_start(
 ) -> None:
     variables = environment(BETTER_AUTH_SECRET=SECRET)
     cold = subprocess.run(
-        [*COMMAND, *command.split()], cwd=kept.parent, env=variables, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=DEADLINE, check=False,
+        [*COMMAND, *command.split()], cwd=kept.parent, env=variables, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     forked = taskctl(*command.split())
     assert (cold.returncode, cold.stdout, cold.stderr) == (
@@ -291,7 +291,8 @@ def test_wrong_usage_is_explained_on_stderr_with_status_2(
 def test_a_shell_can_complete_commands_and_options(taskctl: Taskctl, tmp_path: Path) -> None:
     shown = subprocess.run(
         ["bash", "-c", '"$@"; true', "bash", *COMMAND, "--show-completion"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=True,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=DEADLINE,
+        check=True,
     )  # fmt: skip
     assert shown.stderr == ""
     found = re.search(r"(\S+_COMPLETE)=complete_bash", shown.stdout)
@@ -445,9 +446,10 @@ def test_a_minted_token_stands_alone_on_stdout_and_names_its_user(taskctl: Taskc
 
 def test_every_option_of_mint_becomes_a_claim_of_its_json_type(taskctl: Taskctl) -> None:
     given = {
-        "role": ("admin", "admin"), "level": ("3", 3), "ratio": ("0.5", 0.5), "verified": ("true", True),
-        "gone": ("null", None), "groups": ('["a", 1]', ["a", 1]), "org": ('{"id": 7}', {"id": 7}),
-        "quoted": ('"3"', "3"), "sum": ("1+1=2", "1+1=2"), "empty": ("", ""), "word": ("caf\u00e9", "caf\u00e9"),
+        "role": ("admin", "admin"), "level": ("3", 3), "ratio": ("0.5", 0.5),
+        "verified": ("true", True), "gone": ("null", None), "groups": ('["a", 1]', ["a", 1]),
+        "org": ('{"id": 7}', {"id": 7}), "quoted": ('"3"', "3"), "sum": ("1+1=2", "1+1=2"),
+        "empty": ("", ""), "word": ("caf\u00e9", "caf\u00e9"),
     }  # fmt: skip
     options = [
         option for name, (text, _) in given.items() for option in ("--claim", f"{name}={text}")
@@ -457,8 +459,8 @@ def test_every_option_of_mint_becomes_a_claim_of_its_json_type(taskctl: Taskctl)
     )
     claims = shown["claims"]
     assert claims == {
-        "sub": "alice", "email": "a@b.example", "name": "Al Ice", "iat": claims["iat"], "exp": claims["iat"] + 3600,
-        **{name: value for name, (_, value) in given.items()},
+        "sub": "alice", "email": "a@b.example", "name": "Al Ice", "iat": claims["iat"],
+        "exp": claims["iat"] + 3600, **{name: value for name, (_, value) in given.items()},
     }  # fmt: skip
     assert shown == {"token": shown["token"], "claims": claims}
     assert parts(shown["token"])[1] == claims
@@ -604,8 +606,8 @@ def test_verify_says_as_whom_and_until_when(taskctl: Taskctl) -> None:
         ["exp", "2100-01-01T00:00:00Z"],
     ]
     assert data(taskctl("verify", "--json", text)) == {
-        "accepted": True, "user_id": "alice", "email": "a@b.example", "name": None, "until": "2100-01-01T00:00:00Z",
-        "header": {"alg": "HS256", "typ": "JWT"}, "claims": claims,
+        "accepted": True, "user_id": "alice", "email": "a@b.example", "name": None,
+        "until": "2100-01-01T00:00:00Z", "header": {"alg": "HS256", "typ": "JWT"}, "claims": claims,
     }  # fmt: skip
 
 
@@ -683,7 +685,8 @@ def test_verify_says_which_small_change_of_the_secret_would_fit(
 def test_verify_guesses_nothing_about_a_secret_that_is_quite_another(taskctl: Taskctl) -> None:
     said = refusal(taskctl("verify", token(secret=OTHER_SECRET)))
     assert said == (
-        "taskd refuses this token: the signature does not match: the token was changed, or signed with another secret"
+        "taskd refuses this token: the signature does not match: "
+        "the token was changed, or signed with another secret"
     )
 
 
@@ -924,7 +927,9 @@ HOSTILE = {
     "two\nlines\r\tand a tab": r"two\nlines\r\tand a tab",
     "\u2028line\u2029paragraph": r"\u2028line\u2029paragraph",
     "\u202egnihtemos\u202c": r"\u202egnihtemos\u202c",
-    "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd": "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd",
+    "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd": (
+        "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd"
+    ),
     "\u8cb7\u3044\u7269 \U0001f6d2": "\u8cb7\u3044\u7269 \U0001f6d2",
     "a:smile: http://x.example {braces} %s": "a:smile: http://x.example {braces} %s",
     "x" * 200: "x" * 200,
@@ -933,7 +938,7 @@ HOSTILE = {
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> list[list[str]]:
-    """Tasks whose user, title and description are each of these texts, and one of all by mallory."""
+    """Tasks with each of these texts as user, title and description, and one of mallory's."""
     rows = [[n, text, text, text, 0, *MILK[-2:]] for n, text in enumerate(HOSTILE, 1)]
     mallory = [[n + len(rows), "mallory", *row[2:]] for n, row in enumerate(rows, 1)]
     keep(tmp_path / "taskd.db", rows + mallory)
@@ -1004,8 +1009,9 @@ def test_a_reader_who_stops_reading_causes_no_complaint(tmp_path: Path, command:
     os.close(reader)
     try:
         answer = subprocess.run(
-            [*COMMAND, *command.split()], stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE,
-            cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET), text=True, timeout=DEADLINE, check=False,
+            [*COMMAND, *command.split()], stdin=subprocess.DEVNULL, stdout=writer,
+            stderr=subprocess.PIPE, cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET),
+            text=True, timeout=DEADLINE, check=False,
         )  # fmt: skip
     finally:
         os.close(writer)
@@ -1019,8 +1025,8 @@ def test_the_first_line_of_a_long_list_can_be_had_alone(tmp_path: Path) -> None:
     )
     answer = subprocess.run(
         ["bash", "-c", '"$@" | head -1', "bash", *COMMAND, "tasks", "alice"],
-        cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET), capture_output=True, text=True, timeout=DEADLINE,
-        check=True,
+        cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET), capture_output=True, text=True,
+        timeout=DEADLINE, check=True,
     )  # fmt: skip
     assert (answer.stdout.split(), answer.stderr) == (TASK_KEYS, "")
 
@@ -1117,7 +1123,7 @@ def test_seed_works_while_a_server_runs(taskctl: Taskctl, server: Process) -> No
 def on_a_terminal(
     directory: Path, *arguments: str, stream: str, status: int = 0
 ) -> tuple[bytes, str]:
-    """Run taskctl with stdout or stderr on a terminal; return what went to the other one, and what was shown."""
+    """Run taskctl with stdout or stderr on a terminal; return the other stream and the screen."""
     shown, terminal = pty.openpty()
     streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: terminal}
     variables = {
@@ -1167,8 +1173,13 @@ def test_settings_shows_every_setting_with_its_default(taskctl: Taskctl) -> None
     shown = data(taskctl("settings", "--json", secret=""))
     assert list(shown) == variables
     assert shown == dict.fromkeys(variables) | {
-        "DATABASE_URL": "sqlite:///taskd.db", "TASKD_HOST": "127.0.0.1", "TASKD_PORT": 8000, "TASKD_LOG": "info",
-        "TASKD_THREADS": next(field.default for field in dataclasses.fields(taskd.Settings) if field.name == "threads"),
+        "DATABASE_URL": "sqlite:///taskd.db",
+        "TASKD_HOST": "127.0.0.1",
+        "TASKD_PORT": 8000,
+        "TASKD_LOG": "info",
+        "TASKD_THREADS": next(
+            field.default for field in dataclasses.fields(taskd.Settings) if field.name == "threads"
+        ),
     }  # fmt: skip
     assert [row[0] for row in cells(taskctl("settings", secret=""))] == variables
 
@@ -1183,9 +1194,9 @@ def test_settings_shows_what_holds_and_masks_the_secrets(taskctl: Taskctl, tmp_p
         "TASKD_AUDIENCE": "[red]taskd",
     }
     expected = {
-        "BETTER_AUTH_SECRET": "(set)", "BETTER_AUTH_SECRETS": "(set)", "TASKD_PORT": 8002, "TASKD_HOST": "::1",
-        "TASKD_CORS_ORIGINS": "https://a.example,https://b.example", "TASKD_AUDIENCE": "[red]taskd",
-        "TASKD_ISSUER": None,
+        "BETTER_AUTH_SECRET": "(set)", "BETTER_AUTH_SECRETS": "(set)", "TASKD_PORT": 8002,
+        "TASKD_HOST": "::1", "TASKD_CORS_ORIGINS": "https://a.example,https://b.example",
+        "TASKD_AUDIENCE": "[red]taskd", "TASKD_ISSUER": None,
     }  # fmt: skip
     as_json, table = (
         data(taskctl("settings", "--json", secret="", **given)),

@@ -73,7 +73,7 @@ def add(server: Process, user: str = "alice", **task: Any) -> dict[str, Any]:
 
 
 def fill(server: Process) -> dict[str, list[dict[str, Any]]]:
-    """Give some people tasks of every kind, one of them deleted again, and return what the API answers of each."""
+    """Create tasks of every kind for some users, delete one, and return the API's answers."""
     for user in PEOPLE:
         add(
             server,
@@ -95,7 +95,7 @@ def answers(server: Process) -> dict[str, list[dict[str, Any]]]:
 
 @contextlib.contextmanager
 def writing(server: Process, user: str = "busy", threads: int = 2) -> Iterator[list[int]]:
-    """Have a user create tasks without a pause, over several connections; yield the ids that were answered."""
+    """Have a user create tasks over several connections; yield the ids that were answered."""
     acknowledged: list[int] = []
     stop = threading.Event()
 
@@ -124,11 +124,12 @@ def dump(path: Path) -> list[str]:
 def launched(
     directory: Path, *arguments: str, before: list[str] | None = None, **options: Any
 ) -> subprocess.Popen[str]:
-    """Start taskctl as a process of its own; what it writes is counted and cut off, so that it is not measured."""
+    """Start taskctl as a process, without coverage, because its output is counted and cut off."""
     variables = environment(BETTER_AUTH_SECRET=SECRET, COVERAGE_PROCESS_CONFIG="")
     return subprocess.Popen(
         [*(before or []), *COMMAND, *arguments], cwd=directory, env=variables,
-        **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options,
+        **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+           "text": True} | options,
     )  # fmt: skip
 
 
@@ -213,7 +214,8 @@ connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=10)
 connection.execute("PRAGMA synchronous = OFF")
 print(connection.execute("PRAGMA journal_mode = WAL").fetchone(), flush=True)
 for number in itertools.count():
-    connection.execute("UPDATE task SET completed = NOT completed WHERE id = ?", [number * 997 % 3000 + 1])
+    number = number * 997 % 3000 + 1
+    connection.execute("UPDATE task SET completed = NOT completed WHERE id = ?", [number])
 """
 
 
@@ -285,8 +287,9 @@ def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str)
     taskctl("seed", "alice")
     path = tmp_path / ("taskd.db" if there == "the database" else "copy.db")
     make: dict[str, Callable[[], object]] = {
-        "a file": lambda: path.write_text("precious"), "an empty file": path.touch, "a directory": path.mkdir,
-        "a link to nowhere": lambda: path.symlink_to("nowhere"), "the database": lambda: None,
+        "a file": lambda: path.write_text("precious"), "an empty file": path.touch,
+        "a directory": path.mkdir, "a link to nowhere": lambda: path.symlink_to("nowhere"),
+        "the database": lambda: None,
     }  # fmt: skip
     make[there]()
     before, database = names(tmp_path), (tmp_path / "taskd.db").read_bytes()
@@ -466,7 +469,8 @@ def test_a_restored_server_answers_as_it_did_when_the_backup_was_made(
     message = said(taskctl("restore", "copy.db"))
     kept = before_restore(tmp_path)
     assert message == (
-        f"taskctl: the old database is kept as {kept.name}\ntaskctl: restored taskd.db from copy.db\n"
+        f"taskctl: the old database is kept as {kept.name}\n"
+        "taskctl: restored taskd.db from copy.db\n"
     )
     assert (mode(kept), mode(tmp_path / "taskd.db")) == (0o600, 0o600)
     assert names(tmp_path) == ["copy.db", "taskd.db", kept.name]
@@ -545,16 +549,28 @@ def other_database(path: Path, *statements: str) -> None:
 
 
 NOT_TO_RESTORE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a text": (lambda path: path.write_text("Dear diary, today I bought milk. " * 100), "file is not a database"),
+    "a text": (
+        lambda path: path.write_text("Dear diary, today I bought milk. " * 100),
+        "file is not a database",
+    ),
     "an empty file": (lambda path: path.touch(), "it is not a database of taskd's"),
-    "another program's": (lambda path: other_database(path, "CREATE TABLE t (a)"), "it is not a database of taskd's"),
+    "another program's": (
+        lambda path: other_database(path, "CREATE TABLE t (a)"),
+        "it is not a database of taskd's",
+    ),
     "other columns": (
         lambda path: other_database(path, "CREATE TABLE task (id INTEGER PRIMARY KEY, title TEXT)"),
         "does not fit schema.sql: it lacks",
     ),
-    "half a file": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "malformed"),
+    "half a file": (
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        "malformed",
+    ),
     "damaged": (
-        lambda path: path.write_bytes(path.read_bytes()[: -4096 * 500] + bytes(range(256)) * 16 * 500), "it is damaged"
+        lambda path: path.write_bytes(
+            path.read_bytes()[: -4096 * 500] + bytes(range(256)) * 16 * 500
+        ),
+        "it is damaged",
     ),
 }  # fmt: skip
 
@@ -586,7 +602,8 @@ VERSION_1 = [
     )""",
     "CREATE INDEX task_user_id_id ON task (user_id, id)",
     """INSERT INTO task VALUES
-        (7, 'alice', 'Buy milk', '2 litres', 0, '2026-11-20T21:00:00.000Z', '2026-11-20T21:00:00.000Z')""",
+        (7, 'alice', 'Buy milk', '2 litres', 0,
+         '2026-11-20T21:00:00.000Z', '2026-11-20T21:00:00.000Z')""",
 ]
 
 
@@ -669,7 +686,8 @@ def test_what_lies_in_the_databases_place_but_is_none_is_left_to_a_person(
     (tmp_path / "taskd.db").write_text("Dear diary, today I bought milk. " * 100)
     message = one_line(taskctl("restore", "copy.db"), 1)
     assert message == (
-        "taskd.db: file is not a database; stop the server, move all taskd.db* away, and restore again"
+        "taskd.db: file is not a database; "
+        "stop the server, move all taskd.db* away, and restore again"
     )
     assert (tmp_path / "taskd.db").read_text().startswith("Dear diary")
     assert names(tmp_path) == ["copy.db", "taskd.db"]
@@ -788,14 +806,24 @@ def test_check_changes_nothing(
 
 CHECKED_OFF: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged": (
-        lambda path: path.write_bytes(path.read_bytes()[:8192] + b"x" * (path.stat().st_size - 8192)), "it is damaged"
+        lambda path: path.write_bytes(
+            path.read_bytes()[:8192] + b"x" * (path.stat().st_size - 8192)
+        ),
+        "it is damaged",
     ),
     "an empty file": (lambda path: path.write_bytes(b""), "it is not a database of taskd's"),
     "another program's": (
-        lambda path: (path.unlink(), other_database(path, "CREATE TABLE t (a)")), "it is not a database of taskd's"
+        lambda path: (path.unlink(), other_database(path, "CREATE TABLE t (a)")),
+        "it is not a database of taskd's",
     ),
-    "a column too many": (lambda path: other_database(path, "ALTER TABLE task ADD COLUMN colour TEXT"), "colour"),
-    "an index too few": (lambda path: other_database(path, "DROP INDEX task_completed_id"), "it lacks"),
+    "a column too many": (
+        lambda path: other_database(path, "ALTER TABLE task ADD COLUMN colour TEXT"),
+        "colour",
+    ),
+    "an index too few": (
+        lambda path: other_database(path, "DROP INDEX task_completed_id"),
+        "it lacks",
+    ),
 }  # fmt: skip
 
 
