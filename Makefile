@@ -1,13 +1,14 @@
-# taskd: `make run` serves, `make test` runs every check; both start from a fresh clone with Python 3.11 or newer.
+# taskd: `make run` serves, `make test` runs every check. Both start from a fresh clone and need
+# only Python 3.11 or newer.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-# So that Python and pytest keep what they compiled, also where the environment says otherwise.
+# Python and pytest keep compiled files, even if the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run demo check test test-quick test-sqlite test-postgresql coverage lint openapi statements \
-    lock fuzz mutants audit bench clean
+.PHONY: run demo check test test-quick test-sqlite test-postgresql coverage lint openapi \
+    statements lock fuzz mutants audit bench clean
 
 run: .venv/run
 	@$(BIN)/python taskctl.py init
@@ -31,7 +32,7 @@ test-sqlite: .venv/test
 test-postgresql: .venv/test
 	$(BIN)/pytest -n 4 --dist worksteal --postgresql
 
-# On both engines, in all processes that the tests start, but for tests of their processor time.
+# On both engines, in all processes that the tests start, except for a test of processor time.
 coverage: .venv/test
 	$(BIN)/coverage erase
 	$(BIN)/pytest -n 4 --dist worksteal --cov --cov-report= --cov-fail-under=0 \
@@ -55,10 +56,11 @@ openapi: .venv/run
 statements: .venv/test
 	$(BIN)/python tests/statements.py
 
-# Renew requirements.lock: every package that serves, and the hashes of its files, for every platform.
+# Renew requirements.lock: every package of the service and its hashes, for every platform.
 lock: .venv/test
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
-	    --no-annotate --no-header --no-config --output-file requirements.lock requirements-postgresql.txt
+	    --no-annotate --no-header --no-config --output-file requirements.lock \
+	    requirements-postgresql.txt
 
 fuzz: .venv/test
 	TASKD_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py
@@ -69,7 +71,8 @@ mutants: .venv/test
 
 audit: .venv/test
 	$(BIN)/pip-audit --requirement requirements-postgresql.txt
-	$(BIN)/deptry . --exclude 'tests|bench|mutants|\.venv.*' --requirements-files requirements-postgresql.txt
+	$(BIN)/deptry . --exclude 'tests|bench|mutants|\.venv.*' \
+	    --requirements-files requirements-postgresql.txt
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python bench/run.py
@@ -77,9 +80,11 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python bench/latency.py
 
 clean:
-	rm -rf .venv .venv-bench .venv-3.* mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage __pycache__ */__pycache__ tests/*/node_modules tests/openapi_clients/.venv examples/*/node_modules
+	rm -rf .venv .venv-bench .venv-3.* tests/openapi_clients/.venv
+	rm -rf mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf __pycache__ */__pycache__ tests/*/node_modules examples/*/node_modules
 
-# uv installs in a tenth of the time; where it is missing or fails, pip does it.
+# uv needs a tenth of the time of pip, which installs if uv is missing or fails.
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 
 define install
@@ -95,10 +100,13 @@ examples/better-auth/node_modules/.installed: examples/better-auth/package-lock.
 	@npm ci --prefix examples/better-auth --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
+OLD_PYTHON = taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)
+
 .venv/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(OLD_PYTHON)")'
 	@echo "Making a virtual environment in .venv"
-	@$(if $(UV),uv venv --quiet --seed --allow-existing --python $(PYTHON) .venv ||) $(PYTHON) -m venv .venv
+	@$(if $(UV),uv venv --quiet --seed --allow-existing --python $(PYTHON) .venv ||) \
+		$(PYTHON) -m venv .venv
 
 .venv/run: requirements.txt | .venv/bin/pip
 	$(call install,requirements.txt)
@@ -111,5 +119,6 @@ examples/better-auth/node_modules/.installed: examples/better-auth/package-lock.
 .venv-bench/ready: bench/requirements.txt requirements.txt requirements-postgresql.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check --target .venv-bench/postgresql -r requirements-postgresql.txt
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check \
+	    --target .venv-bench/postgresql -r requirements-postgresql.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""What the three benchmarks share: servers as processes of their own, requests, wrk, medians and the results file."""
+"""What the benchmarks share: servers as processes, requests, wrk, medians and the results file."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def free_port() -> int:
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return a process environment with these variables and none of taskd's own that happen to be set here."""
+    """Return a process environment with these variables, and without taskd's own of this shell."""
     ours = ("TASKD_", "BETTER_AUTH", "DATABASE_URL")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(
         variables
@@ -118,7 +118,7 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 class Server:
-    """A server process in a directory of its own, with its log in memory, where writing it waits for no disk."""
+    """A server process in its own directory, with its log in memory, so that no disk slows it."""
 
     def __init__(self, command: list[str], directory: Path, port: int, **variables: str) -> None:
         memory = Path("/dev/shm")
@@ -182,7 +182,7 @@ def resident(pid: int) -> int:
 
 @contextlib.contextmanager
 def workplace() -> Iterator[tuple[Path, contextlib.ExitStack]]:
-    """Give a temporary directory and a stack of what to stop; both are cleared at the end, after SIGTERM too."""
+    """Give a temporary directory and a stack of clean-ups, which also run after SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: stopped"))
     with (
         tempfile.TemporaryDirectory(prefix="taskd-bench-") as name,
@@ -193,7 +193,8 @@ def workplace() -> Iterator[tuple[Path, contextlib.ExitStack]]:
 
 # --- Load -----------------------------------------------------------------------------------------
 
-# wrk's per-answer callback would cost more than some servers; it counts the statuses above 399 by itself.
+# wrk's callback for each answer would cost more than some servers; wrk itself counts statuses
+# above 399.
 SCRIPT = """
 local requests = {%s}
 local sent = 0
@@ -206,7 +207,8 @@ function done(summary, latency)
     local seen = {
         requests = summary.requests, microseconds = summary.duration,
         p50 = latency:percentile(50), p99 = latency:percentile(99), max = latency.max,
-        refused = failed.status, broken = failed.connect + failed.read + failed.write + failed.timeout,
+        refused = failed.status,
+        broken = failed.connect + failed.read + failed.write + failed.timeout,
     }
     for name, number in pairs(seen) do
         io.write(string.format("\\nseen %%s %%d", name, number))
@@ -216,7 +218,7 @@ end
 
 
 class Run(NamedTuple):
-    """What one run of wrk saw; latencies are milliseconds, `unexpected` counts answers of another status, or none."""
+    """One run of wrk: latencies in milliseconds; `unexpected` counts other statuses and errors."""
 
     requests_per_second: float
     p50_ms: float
@@ -227,7 +229,7 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class Load:
-    """Requests that are sent in turn over a number of connections, each as soon as the last was answered."""
+    """Requests that are sent in turn over several connections, each after the last answer."""
 
     ports: list[int]  # each gets its share of the connections
     script: Path
@@ -272,7 +274,7 @@ def write_script(path: Path, port: int, requests: list[Request]) -> Path:
 
 
 def run_interleaved(loads: Mapping[Key, Load], rounds: int, seconds: int) -> dict[Key, list[Run]]:
-    """Run every load once per round, so that whatever else the machine does meets them all alike."""
+    """Run every load once per round, so that other load on the machine affects all of them."""
     runs: dict[Key, list[Run]] = {key: [] for key in loads}
     with progress() as bar:
         task = bar.add_task("", total=rounds * len(loads))
@@ -377,7 +379,7 @@ def machine(directory: Path) -> dict[str, Any]:
 
 
 def fsync_time(directory: Path, count: int = 200) -> int:
-    """Return the microseconds that the disk takes for 4 KiB: what a durable commit costs at least."""
+    """Return the microseconds to write 4 KiB to the disk: the least that a durable commit costs."""
     times = []
     with (directory / "fsync").open("wb", buffering=0) as file:
         for _ in range(count):

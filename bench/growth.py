@@ -1,4 +1,4 @@
-"""What taskd costs as it grows: the same requests with few tasks and with millions, start time, memory, file size."""
+"""What taskd costs with few tasks and with millions: requests, start time, memory, file size."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def make_cases(arguments: Namespace) -> list[Case]:
 
 
 def rows(case: Case) -> Iterator[tuple[Any, ...]]:
-    """Yield the tasks in the order in which people would make them: each user's scattered over the whole file."""
+    """Yield tasks in the order of real use: each user's are scattered over the whole file."""
     now = "2026-11-20T21:00:00.000Z"
     for number in range(case.tasks + case.giant):
         user = f"user-{number % case.users}" if number < case.tasks else GIANT
@@ -173,7 +173,7 @@ class Grown:
             )
 
     def load(self, name: str) -> Load:
-        """Return an operation over one connection: what a request costs when none waits for another."""
+        """Return an operation over one connection: the cost of a request that never waits."""
         return self._load(name, self.requests()[name], 1)
 
     def long_load(self) -> Load:
@@ -214,7 +214,8 @@ def list_giant(grown: Grown) -> str:
     seconds = time.perf_counter() - started
     require(len(grown.peer.tasks(answer)) == grown.case.giant, "the giant's list")
     return (
-        f"One list of {grown.case.giant:,} tasks: {seconds:.2f} s, {len(answer.body) / 1e6:.0f} MB; "
+        f"One list of {grown.case.giant:,} tasks: "
+        f"{seconds:.2f} s, {len(answer.body) / 1e6:.0f} MB; "
         f"memory afterwards {grown.server.memory():.0f} MB.\n"
     )
 

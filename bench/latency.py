@@ -1,4 +1,4 @@
-"""How long a caller waits for a 401 (SC-002), and how long verification of a token takes (SC-005)."""
+"""How long a 401 takes (SC-002), and how long the verification of a token takes (SC-005)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Runs = dict[tuple[str, int], list[Run]]
 
 
 def requests(peer: Taskd) -> dict[str, list[Request]]:
-    """Return what is timed; what the list takes longer than `/healthz` is verification, and one small query."""
+    """Return the timed requests; the list minus `/healthz` is verification and one small query."""
     peer.tokens |= {user: sign(user) for user in IDLERS}
     asked = operations(peer, READERS, IDLERS)
     return {

@@ -1,4 +1,4 @@
-"""The servers that are compared: how each is started, what it promises, and how the same job is asked of it."""
+"""The servers that are compared: their start, their guarantees, and the same requests for each."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ class Granian(Peer):
     name = "granian"
     title = "taskd, Granian"
     workers = 1
-    # One blocking thread reads fastest, as more fight over the interpreter's lock; but a write that has to wait for the
-    # database then holds everybody up.
+    # One blocking thread reads fastest, because more threads compete for the interpreter's lock;
+    # but a write that waits for the database then delays every request.
     threads = 1
 
     @property
@@ -198,7 +198,8 @@ class Gunicorn(Peer):
 class Postgres(Taskd):
     """taskd on a PostgreSQL server of its own, with that server's defaults.
 
-    Each taskd has one processor: its threads, which PostgreSQL keeps waiting, hinder each other on several.
+    Each taskd has one processor: on several, its threads, which wait for PostgreSQL, slow each
+    other down.
     """
 
     name = "postgresql"
@@ -275,7 +276,8 @@ class PostgresGranian(Granian, Postgres):  # type: ignore[misc]
     workers, threads = 2, 4
 
 
-# psycopg is kept apart, because Peewee imports it wherever it is, and would so make taskd on SQLite larger.
+# psycopg is kept apart: Peewee imports it if it is installed, which would make taskd on SQLite
+# larger.
 DRIVER = Path(sys.prefix) / "postgresql"
 UNTIL_IT_ANSWERS = """
 import os, psycopg, time
@@ -289,7 +291,7 @@ while True:
 
 
 def postgresql(program: str) -> str:
-    """Return the path of one of PostgreSQL's programs, which Debian keeps out of PATH, or an empty text."""
+    """Return the path of a program of PostgreSQL, which Debian keeps out of PATH, or ""."""
     installed = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))
     return shutil.which(program) or (str(installed[-1]) if installed else "")
 
@@ -311,7 +313,7 @@ ADMIN = {"identity": "admin@example.com", "password": SECRET}
 
 
 class PocketBase(Peer):
-    """A collection `tasks` of which everyone sees what is theirs. PocketBase makes the users' ids and tokens."""
+    """A collection `tasks` in which users see their own. PocketBase makes the ids and tokens."""
 
     name = "pocketbase"
     title = "PocketBase"
@@ -442,7 +444,7 @@ def start(peer: Peer, running: ExitStack) -> Server:
 
 
 def operations(peer: Peer, readers: list[str], writers: list[str]) -> dict[str, list[Request]]:
-    """Return what is asked in turn for each operation: of many users' tasks, so that no answer is only remembered."""
+    """Return the requests of each operation: for many users' tasks, so that caches help little."""
     owned = [
         (user, task)
         for row in zip(*(peer.ids[user] for user in readers), strict=True)

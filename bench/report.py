@@ -12,14 +12,15 @@ from peers import OPERATIONS
 
 INTRODUCTION = """# Results
 
-Made by `make bench`, which also writes `results.json`; what is measured, and how, is in the programs beside this file.
-All numbers are medians over the rounds. Read them as proportions: the load generator ran on the same machine.
+Made by `make bench`, which also writes `results.json`; what is measured, and how, is in the
+programs beside this file. All numbers are medians over the rounds. Read them as proportions: the
+load generator ran on the same machine.
 """
 Section = dict[str, Any]
 
 
 def publish(name: str, section: Section, output: Path | None) -> None:
-    """Print one part's results; with a directory, keep them there beside the other parts' and draw the chart anew."""
+    """Print one part's results; with a directory, save them there and draw the chart anew."""
     print(SECTIONS[name](section))
     if output is None:
         return
@@ -46,7 +47,8 @@ def circumstances(section: Section) -> str:
     machine, versions = section["machine"], section["versions"]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"{section['date']}; {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
+        f"{section['date']}; "
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
         f"{machine['system']}; 4 KiB reach the disk in {machine['fsync_us']} µs; "
         f"{section['rounds']} rounds of {section['seconds']} s.\n{listed}.\n"
     )
@@ -77,7 +79,11 @@ def speed(section: Section) -> str:
         circumstances(section),
         table(["peer", "runs as", "what survives a power cut", "MB idle", "MB loaded"], about, 3),
         "Requests a second (p50 / p99 in milliseconds), by connections:\n",
-        table(["operation", "conn.", *(peer["title"] for peer in peers.values())], speeds(section), 1),
+        table(
+            ["operation", "conn.", *(peer["title"] for peer in peers.values())],
+            speeds(section),
+            1,
+        ),
         unexpected(section),
         targets(section),
     ])  # fmt: skip
@@ -181,8 +187,8 @@ COLORS = {
 }
 NOTES = [
     "requests a second, more is better",
-    "bare waitress has 4 threads, as by default, which take turns to run Python; taskd runs requests "
-    "in the event loop,",
+    "bare waitress has 4 threads, as by default, which take turns to run Python; taskd runs "
+    "requests in the event loop,",
     "one after another, and so can be faster than the server that it is built on",
 ]
 CHARTED = ["list", "get", "create", "toggle", "401"]
@@ -199,7 +205,7 @@ Rates = dict[tuple[int, str, str], float]  # of a number of connections, an oper
 
 
 def chart(section: Section) -> str:
-    """Return requests a second at 1 and 16 connections as horizontal bars, an SVG for light and dark pages alike."""
+    """Return an SVG, for light and dark pages, of requests a second at 1 and 16 connections."""
     rates: Rates = {
         (each["connections"], each["operation"], each["peer"]): each["requests_per_second"]
         for each in section["measures"]
@@ -245,7 +251,8 @@ def bars(
 
 def bar(left: float, top: float, rate: float, longest: float, peer: str) -> str:
     width = PANEL * rate / longest
-    rect = f'<rect x="{left}" y="{top}" width="{width:.1f}" height="{BAR - 4}" rx="2" fill="{COLORS[peer]}"/>\n'
+    fill = f'rx="2" fill="{COLORS[peer]}"'
+    rect = f'<rect x="{left}" y="{top}" width="{width:.1f}" height="{BAR - 4}" {fill}/>\n'
     return rect + text(left + width + 6, top + 10, f"{rate:,.0f}")
 
 
@@ -262,5 +269,8 @@ text {{ font: 12px system-ui, sans-serif; fill: {INK} }}
 
 def frame(width: float, height: float, parts: list[str]) -> str:
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<title>taskd and its peers</title>\n'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n'
+        "<title>taskd and its peers</title>\n"
+    )
     return head + STYLE + "\n" + "".join(parts) + "</svg>\n"

@@ -1,4 +1,4 @@
-"""How fast taskd is: beside a bare waitress, under Granian, and beside FastAPI + SQLModel and PocketBase."""
+"""How fast taskd is: beside a bare waitress, Granian, FastAPI + SQLModel, and PocketBase."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ RATIOS: list[tuple[str, str, tuple[str, ...], tuple[int, ...], float]] = [
 def make_loads(
     peers: list[Peer], directory: Path, connections: list[int], chosen: list[str]
 ) -> dict[Any, Load]:
-    """Return the loads of one round, in an order in which those that are compared follow each other."""
+    """Return the loads of one round, in an order that puts those that are compared side by side."""
     scripts = {
         (peer.name, name): write_script(
             directory / f"{peer.name}-{number}.lua", peer.port, requests
@@ -81,7 +81,7 @@ def make_loads(
 
 
 def ratio(runs: Runs, one: str, other: str, operation: str, connections: int) -> float | None:
-    """Return the median over the rounds of how many times faster the one was than the other in the same round."""
+    """Return the median, over the rounds, of the ratio of two servers' rates in the same round."""
     pairs = zip(
         runs.get((one, operation, connections), []),
         runs.get((other, operation, connections), []),

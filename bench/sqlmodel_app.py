@@ -1,8 +1,8 @@
 """The same task API, written the way the documentation of FastAPI and SQLModel teaches it.
 
-A session for each request from a dependency, the token checked by another, models for what comes in and goes out.
-As in the documentation the endpoints are plain functions, because SQLModel's sessions block, and the check of the
-token is a coroutine, because it does not.
+A dependency makes a session for each request, another checks the token, and models define the
+bodies of requests and answers. As in the documentation, the endpoints are plain functions, because
+SQLModel's sessions block, and the check of the token is a coroutine, because it does not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sqlmodel import Field, Session, SQLModel, create_engine, select
 
 SECRET = os.environ["BETTER_AUTH_SECRET"]
 WAIT = 30  # seconds for SQLite's write lock: the default, 5, makes errors of many writers at once
-# One for each request at once: with the default, 15, requests that hold one wait for threads that wait for one.
+# One for each request at once: with the default, 15, a request that holds a connection waits for a
+# thread, while the threads wait for a connection.
 DATABASE_CONNECTIONS = 64
 
 
