@@ -1,5 +1,5 @@
--- From version 1 to version 2: entity tags, search, idempotency keys, an index for each order of a list.
--- casefold() is taskd's.
+-- From version 1 to version 2: entity tags, search, idempotency keys, an index for each order of a
+-- list. casefold() is a function of taskd.
 
 ALTER TABLE task ADD COLUMN version INTEGER NOT NULL DEFAULT 1;
 ALTER TABLE task ADD COLUMN title_folded TEXT NOT NULL DEFAULT '';

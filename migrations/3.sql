@@ -1,4 +1,4 @@
--- From version 2 to version 3: priority, due date and tags; and no index for the orders other than id.
+-- From version 2 to version 3: priority, due date and tags; only the order by id keeps its indexes.
 
 ALTER TABLE task ADD COLUMN priority TEXT;
 ALTER TABLE task ADD COLUMN due_date TEXT;
