@@ -1,4 +1,4 @@
-"""Print what mutmut calls the functions of some of taskd.py's chapters: python tests/chapters.py Tokens Store."""
+"""Print mutmut's names for the functions of chapters: python tests/chapters.py Tokens Store."""
 
 from __future__ import annotations
 

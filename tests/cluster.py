@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, in a temporary directory, and databases in it."""
+"""A PostgreSQL server for the tests, in a temporary directory, and databases in it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import taskd
 from support import SECRET
 
 DEADLINE = 30  # seconds for a server to start or to end
-# What the tests of the service do not need; what a machine's power cut would do is not among them.
+# Safety against a power failure, which these tests do not need.
 CARELESS = ("fsync=off", "full_page_writes=off", "autovacuum=off")
 
 
 def binaries() -> Path | None:
-    """Return the directory of PostgreSQL's programs: on the PATH, or the newest of those where Debian puts them."""
+    """Return the directory of PostgreSQL's programs: on the PATH, or Debian's newest version."""
     if found := shutil.which("initdb"):
         return Path(found).resolve().parent
     places = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
@@ -34,7 +34,7 @@ def binaries() -> Path | None:
 
 
 def free_port() -> int:
-    """Return a port that is free, and that the system will not give to anyone else while the server is away."""
+    """Return a free port that the system gives to no other socket while the server is stopped."""
     while True:
         port = random.randrange(20_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as listener:
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 class Cluster:
-    """A server that can be stopped and started again. Root may not run one, so that root's runs as another user."""
+    """A server that can be stopped and started again. Under root it runs as another user."""
 
     def __init__(self, *configuration: str, within: str | None = None) -> None:
         programs = binaries()
@@ -61,19 +61,8 @@ class Cluster:
         try:
             if self._user:
                 shutil.chown(self.directory, self._user)
-            initdb = [
-                "initdb",
-                "-D",
-                str(self._data),
-                "-U",
-                "taskd",
-                "-A",
-                "trust",
-                "--no-locale",
-                "-E",
-                "UTF8",
-                "-N",
-            ]
+            options = ["-U", "taskd", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]
+            initdb = ["initdb", "-D", str(self._data), *options]
             subprocess.run(
                 self._as_user(*initdb), check=True, capture_output=True, cwd=self.directory
             )
@@ -96,13 +85,8 @@ class Cluster:
             if self._user
             else []
         )
-        return [
-            "setpriv",
-            "--pdeathsig=QUIT",
-            *user,
-            str(self._programs / program),
-            *arguments,
-        ]  # nothing outlives us
+        # The signal ends the program when the tests end.
+        return ["setpriv", "--pdeathsig=QUIT", *user, str(self._programs / program), *arguments]
 
     def url(self, database: str = "postgres", user: str = "taskd") -> str:
         return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"
@@ -120,7 +104,8 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # it outlives the interrupt key, which ends the tests, by their last words
+                # The interrupt key ends the tests; the server is needed until their last statement.
+                start_new_session=True,
             )
         ready = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         deadline = time.monotonic() + DEADLINE
@@ -137,20 +122,19 @@ class Cluster:
             session.execute("SELECT pg_reload_conf()")
 
     def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
-        """Stop the server: SIGQUIT as a crash would (pg_ctl stop -m immediate), SIGINT after undoing what is begun."""
+        """Stop the server: SIGQUIT at once, like a crash; SIGINT rolls transactions back first."""
         if self._process:
             self._process.send_signal(how)
             self._process.wait(DEADLINE)
             self._process = None
 
     def remove(self) -> None:
-        """Stop the server and delete all of it, also what is within it and whose tests were interrupted."""
+        """Stop the server and delete its directory, with the servers of interrupted tests in it."""
         self.stop()
         deadline = time.monotonic() + DEADLINE
         while self.directory.exists() and time.monotonic() < deadline:
-            shutil.rmtree(
-                self.directory, ignore_errors=True
-            )  # again, where a server is still about to end
+            # Again, because a server that is still ending may write files.
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _exists(user: str) -> bool:
@@ -163,7 +147,7 @@ def _exists(user: str) -> bool:
 
 
 class Databases:
-    """Empty databases of one server: made when they are needed, and emptied when they are no longer."""
+    """Empty databases of one server: made when they are needed, and emptied after use."""
 
     def __init__(self, server: str) -> None:
         self._server = server
@@ -175,22 +159,22 @@ class Databases:
         self.taken: dict[str, str] = {}  # by what they were taken for
 
     def url(self, name: str) -> str:
-        """Return the address of the database of this name, which is empty when it is asked for the first time."""
+        """Return the address of the database of this name; the first time it is empty."""
         if name not in self.taken:
             self.taken[name] = self._free.pop() if self._free else self._make()
         return self.taken[name]
 
     def app(self, url: str) -> taskd.App:
-        """Return an application on this database; it lasts for all tests, for it takes much longer to make than them.
+        """Return an application on this database, which is kept, because making it is slow.
 
-        That it can be made anew at any time is tested by those who do.
+        Other tests make new applications on databases in use.
         """
         if url not in self._apps:
             self._apps[url] = taskd.create_app(taskd.Settings(secret=SECRET, database_url=url))
         return self._apps[url]
 
     def connect(self, name: str) -> psycopg.Connection[Any]:
-        """Return a session of that database of somebody else's than taskd."""
+        """Return a session of that database that is not one of taskd's."""
         return psycopg.connect(self.url(name), autocommit=True)
 
     def _make(self) -> str:
@@ -200,10 +184,13 @@ class Databases:
         return f"{self._server.rpartition('/')[0]}/{database}"
 
     def release(self, name: str) -> None:
-        """Empty a database for the next one who needs one, or drop it."""
+        """Empty a database for the next test, or drop it."""
         url = self.taken.pop(name)
         database = url.rpartition("/")[2]
-        others = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s AND state <> 'idle'"
+        others = (
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = %s AND state <> 'idle'"
+        )
         self._connection.execute(others, [database])
         try:
             if name not in self.spoiled:
@@ -212,7 +199,7 @@ class Databases:
                 self._free.append(url)
                 return
         except psycopg.errors.UndefinedTable:
-            self.spoiled.add(name)  # nobody has come so far as to make one
+            self.spoiled.add(name)  # the test made no table
         self.spoiled.remove(name)
         self._apps.pop(url, None)
         self._connection.execute(f"DROP DATABASE {database} WITH (FORCE)")

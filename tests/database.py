@@ -1,4 +1,4 @@
-"""The database of a test, read and changed by another process than taskd, on either engine."""
+"""The database of a test, read and changed without taskd, on either engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from waiting import DEADLINE
 if TYPE_CHECKING:
     from cluster import Databases
 
-# What a task is of which only the title is given: the one place in the tests that knows all fields.
+# A task of which only the title is given: the one place in the tests that knows all fields.
 NEW_TASK: dict[str, Any] = {
     "description": None,
     "completed": False,
@@ -28,13 +28,13 @@ postgresql: Databases | None = None  # set in a run with --postgresql
 
 
 def database_url(file: Path) -> str:
-    """Return the URL of a database: of this file or, on PostgreSQL, of what stands for it."""
+    """Return the URL of a database: of this file or, on PostgreSQL, of the one in its place."""
     return postgresql.url(str(file)) if postgresql else f"sqlite:///{file}"
 
 
 @contextlib.contextmanager
 def locked(database: Path) -> Iterator[Any]:
-    """Hold the database's write lock, or the lock of the tables on PostgreSQL, as another process would."""
+    """Hold the write lock of the database, or PostgreSQL's locks of its tables, without taskd."""
     if postgresql:
         with postgresql.connect(str(database)) as session, session.transaction():
             session.execute("LOCK TABLE task, idempotency_key IN EXCLUSIVE MODE")
@@ -56,7 +56,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def stored(database: Path) -> dict[int, dict[str, Any]]:
-    """Return the tasks that are in the database, read by another process than taskd, by their ids."""
+    """Return the tasks of the database by their ids, read without taskd."""
     if postgresql:
         with postgresql.connect(str(database)) as session:
             rows = session.execute(
@@ -72,7 +72,7 @@ def stored(database: Path) -> dict[int, dict[str, Any]]:
 
 
 def sql(database: Path, statement: str, *values: object) -> list[Any]:
-    """Run a statement as another process than taskd, and return its rows."""
+    """Run a statement without taskd, and return its rows."""
     if postgresql:
         if statement.startswith(("ALTER", "CREATE", "DROP")):
             postgresql.spoiled.add(str(database))
@@ -93,6 +93,6 @@ def empty(database: Path) -> None:
 
 
 def release(database: Path) -> None:
-    """Let another test have the database before this one ends, where it is no file."""
+    """Give a PostgreSQL database to another test before this one ends; a file needs nothing."""
     if postgresql:
         postgresql.release(str(database))

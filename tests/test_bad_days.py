@@ -299,7 +299,8 @@ def test_closed_streams_get_in_the_way_of_nothing(tmp_path: Path, closed: str) -
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
-            cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=DEADLINE, check=False,
+            cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=DEADLINE,
+            check=False,
         )  # fmt: skip
 
     for arguments in (["seed", "alice"], ["tasks", "alice"], ["export"], ["check"]):

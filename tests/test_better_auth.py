@@ -1,6 +1,6 @@
-"""A real Better Auth logs people in; each kind of token that it hands out meets a real taskd process.
+"""A real Better Auth logs users in; each kind of token that it makes is sent to a real taskd.
 
-`better_auth/server.mjs` runs it under Node, from the configuration files that docs/better-auth.md shows.
+`better_auth/server.mjs` runs it under Node, with the configuration of docs/better-auth.md.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def node_is_missing() -> str:
         [node, "--version"], capture_output=True, text=True, check=True
     ).stdout.strip()
     if tuple(int(number) for number in version.lstrip("v").split(".")[:2]) < OLDEST_NODE:
-        return f"Better Auth needs Node {OLDEST_NODE[0]}.{OLDEST_NODE[1]} or newer to run these tests, not {version}"
+        oldest = f"{OLDEST_NODE[0]}.{OLDEST_NODE[1]}"
+        return f"Better Auth needs Node {oldest} or newer to run these tests, not {version}"
     return ""
 
 
@@ -70,7 +71,7 @@ needs_node = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 class BetterAuth:
-    """A Better Auth server under Node: mode `jwks` (and perhaps an algorithm), `secret` or `route`."""
+    """A Better Auth server under Node: mode `jwks` (or with an algorithm), `secret`, `route`."""
 
     def __init__(self, *arguments: str, **variables: str) -> None:
         if "BETTER_AUTH_SECRETS" not in variables:
@@ -206,7 +207,7 @@ def installed() -> None:
 
 @pytest.fixture(scope="module")
 def better_auth(installed: None) -> Iterator[Auth]:
-    """Give the Better Auth of this mode, started once; `fresh=True` gives one that a test may end."""
+    """Give the Better Auth of this mode, started once; `fresh=True` gives one that may be ended."""
     running: dict[object, BetterAuth] = {}
 
     def give(*arguments: str, fresh: bool = False, **variables: str) -> BetterAuth:
@@ -223,7 +224,7 @@ def better_auth(installed: None) -> Iterator[Auth]:
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Give the taskd with these settings, started once; `fresh=True` gives one that has fetched no key yet."""
+    """Give the taskd with these settings, started once; `fresh=True`: one without any key yet."""
     running: dict[object, Process] = {}
 
     def give(fresh: bool = False, **settings: str) -> Process:
@@ -398,7 +399,7 @@ def test_what_better_auth_signs_beside_logins_is_refused(
 def test_a_session_cookie_signed_with_the_published_keys_is_refused(
     better_auth: Auth, serve: Serve, told: str
 ) -> None:
-    """With jwt({sessionCookieCache: true}) the cookie has a `sub`; only `typ` and `aud` tell it from a login."""
+    """With jwt({sessionCookieCache: true}) the cookie has a `sub`; only `typ` and `aud` differ."""
     server = better_auth("jwks", "--signed-cookies")
     alice = server.sign_up("alice")
     cookie = alice.cookie_cache()
@@ -434,7 +435,8 @@ def test_a_rotated_secret_signs_new_tokens_while_old_ones_go_on(
     )
 
 
-LOGINS = {  # a start of Better Auth, and what it answers a user without and one with a second factor
+# A start of Better Auth, and what it answers a user without and one with a second factor.
+LOGINS = {
     "before": None,
     "without the old one beside": ["signed out", 200, {"secret": 200, "jwks": 500}, 200, 500, 401],
     "with the old one beside": ["signed out", 200, 200, 200, 200, 200],

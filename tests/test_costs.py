@@ -33,7 +33,8 @@ def fill(database: Path, user: str, count: int, text: str = TEXT) -> None:
     support.sql(
         database,
         f"INSERT INTO task ({columns}) WITH RECURSIVE number(n) AS "
-        f"(SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < {count}) SELECT {marks} FROM number",
+        f"(SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < {count}) "
+        f"SELECT {marks} FROM number",
         *(user, "big", text, WHEN, WHEN, "big", text.casefold()),
     )
 

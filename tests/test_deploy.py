@@ -1,4 +1,4 @@
-"""deploy/ and docs/self-hosting.md, with the real programs: systemd, nginx, Caddy, a read-only root."""
+"""deploy/ and docs/self-hosting.md with the real programs: systemd, nginx, Caddy, containers."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ def test_the_service_has_time_to_drain() -> None:
 
 def test_the_two_services_are_closed_in_the_same_way() -> None:
     hardening = [set(lines_of(unit)) for unit in ("taskd.service", "taskd-backup.service")]
-    closed = "Protect|Private|Restrict|Lock|Memory[D]|NoNew|Capab|Ambient|Remove|SystemCall|UMask|User|Group|State.*Mode"
+    closed = (
+        "Protect|Private|Restrict|Lock|Memory[D]|NoNew|Capab|Ambient|Remove|SystemCall|UMask"
+        "|User|Group|State.*Mode"
+    )
     of_service, of_backup = (
         {line for line in lines if re.match(closed, line)} for lines in hardening
     )
@@ -232,7 +235,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Proxy:
-    """nginx or Caddy before a taskd, with the configuration of deploy/ but for addresses, ports and certificate."""
+    """nginx or Caddy before a taskd, with deploy/'s files but other addresses and certificate."""
 
     def __init__(
         self, program: str, taskd: Process, home: Path, certificate: tuple[Path, Path]
@@ -535,7 +538,7 @@ def test_a_connection_serves_many_requests_on_both_sides(proxy: Proxy) -> None:
 
 
 def connections_to(port: int) -> list[str]:
-    """Return the connections that a server of this machine has on a port, as the kernel lists them."""
+    """Return this machine's connections of a server's port, as the kernel lists them."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return [row[2] for row in rows if row[1] == f"0100007F:{port:04X}" and row[3] == "01"]
 
@@ -616,7 +619,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def unshared(image: Path, *command: str) -> list[str]:
-    """Return a command line that runs a command with the image's directories in their places, the root read-only."""
+    """Return a command line that runs a command with the image's directories, root read-only."""
     script = "\n".join([
         "set -e",
         f"mount --bind {image}/opt/taskd {image}/opt/taskd",
@@ -704,7 +707,8 @@ def test_no_secret_and_no_database_gets_into_the_image(image: Path) -> None:
 
 # --- Litestream -----------------------------------------------------------------------------------
 
-# Of Litestream 0.5's Config, DBConfig and ReplicaSettings (cmd/litestream/main.go); those that we may come to use.
+# Those keys of Litestream 0.5's Config, DBConfig and ReplicaSettings (cmd/litestream/main.go) that
+# taskd's files may use.
 LITESTREAM = {
     "dbs",
     "snapshot",
@@ -723,7 +727,8 @@ LITESTREAM_DATABASE = {
     "meta-path",
 }
 LITESTREAM_REPLICA = {
-    "type", "bucket", "path", "endpoint", "region", "access-key-id", "secret-access-key", "sync-interval", "url",
+    "type", "bucket", "path", "endpoint", "region", "access-key-id", "secret-access-key",
+    "sync-interval", "url",
 }  # fmt: skip
 
 
@@ -783,7 +788,7 @@ class Machine:
         return "".join(self.type(block) for block in guide(heading))
 
     def type(self, block: str) -> str:
-        """Do what a block says, in a shell from one `systemctl` to the next, and return what it printed."""
+        """Run a block in a shell, from one `systemctl` to the next, and return its output."""
         printed = ""
         block = re.sub(rf"^(?:{ONLY_ON_A_MACHINE}).*\n", "", block, flags=re.MULTILINE)
         for part in re.split(r"^(systemctl .*)\n", block, flags=re.MULTILINE):

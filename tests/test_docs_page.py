@@ -31,7 +31,7 @@ FIVE_HOURS = 5 * 60 * 60 + 30 * 60  # seconds, and half an hour
 OPERATIONS = 27  # of the document
 QUIET = ["background-networking", "component-update", "sync", "gpu", "extensions", "default-apps"]
 LIGHT_AND_DARK = pytest.mark.parametrize("scheme", ["light", "dark"])
-# The contrast (WCAG 2.2, 1.4.3) of each text that is shown with what is behind it, the lowest first.
+# The contrast (WCAG 2.2, 1.4.3) of each visible text with its background, the lowest first.
 CONTRASTS = """
 const channels = (color) => color.match(/[0-9.]+/g).map(Number);
 const luminance = (color) => channels(color).slice(0, 3).map((value) => value / 255)
@@ -44,17 +44,22 @@ const behind = (one) => {
   }
 };
 return [...document.querySelectorAll("body *")]
-  .filter((one) => [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) && one.checkVisibility())
+  .filter((one) => [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim()))
+  .filter((one) => one.checkVisibility())
   .filter((one) => !["SCRIPT", "STYLE", "NOSCRIPT"].includes(one.tagName))
   .map((one) => {
-    const [light, dark] = [getComputedStyle(one).color, behind(one)].map(luminance).sort((a, b) => b - a);
+    const colors = [getComputedStyle(one).color, behind(one)];
+    const [light, dark] = colors.map(luminance).sort((a, b) => b - a);
     return [(light + 0.05) / (dark + 0.05), one.className, one.textContent.slice(0, 40)];
   }).sort((a, b) => a[0] - b[0]);
 """
 # Form fields and buttons of which a screen reader would not say what they are.
 NAMELESS = """
-return [...document.querySelectorAll("input, textarea, select, button, summary, a, [role=region], nav, form")]
-  .filter((one) => !((one.labels && one.labels.length) || one.getAttribute("aria-label") || one.textContent.trim()))
+const fields = "input, textarea, select, button, summary, a, [role=region], nav, form";
+const hasName = (one) =>
+  (one.labels && one.labels.length) || one.getAttribute("aria-label") || one.textContent.trim();
+return [...document.querySelectorAll(fields)]
+  .filter((one) => !hasName(one))
   .map((one) => one.outerHTML);
 """
 HOSTS = """
@@ -95,8 +100,12 @@ class Page:
 
     def size(self, width: int, height: int) -> None:
         self.emulate(
-            "setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
-        )  # fmt: skip
+            "setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
 
     def find(self, selector: str) -> WebElement:
         """Return an element, and open what hides it, such as the optional parameters."""
@@ -105,7 +114,7 @@ class Page:
         return found
 
     def paste(self, selector: str, text: str) -> None:
-        """Put a text in a field in one go, as pasting does; typing would leave out what no keyboard has."""
+        """Put a text in a field at once, as pasting does; typing would lose some characters."""
         self.run("arguments[0].focus(); arguments[0].select()", self.find(selector))
         self.browser.execute_cdp_cmd("Input.insertText", {"text": text})
 
@@ -115,7 +124,7 @@ class Page:
         return text
 
     def send(self, operation: str) -> tuple[str, str]:
-        """Send a call by pressing Enter on its button, and return the status and the body that the page shows."""
+        """Press Enter on a call's button, and return the status and the body that are shown."""
         form = f"#try-{operation}"
         self.run("document.querySelector(arguments[0] + ' ~ .result').replaceChildren()", form)
         self.find(f"{form} button[type=submit]").send_keys(Keys.ENTER)
@@ -391,8 +400,8 @@ def test_numbers_are_shown_as_they_came(page):
     sent = '{"id": 9223372036854775807, "a": [], "b": {"c": [1, -2.50e3, "x\\"y"]}}'
     shown = page.run("return codeBlock(arguments[0], 'x').textContent", sent)
     assert shown == (
-        '{\n  "id": 9223372036854775807,\n  "a": [],\n  "b": {\n    "c": [\n      1,\n      -2.50e3,\n'
-        '      "x\\"y"\n    ]\n  }\n}'
+        '{\n  "id": 9223372036854775807,\n  "a": [],\n  "b": {\n    "c": [\n'
+        '      1,\n      -2.50e3,\n      "x\\"y"\n    ]\n  }\n}'
     )
 
 
@@ -418,8 +427,8 @@ def test_an_address_with_a_name_leads_to_that_call(page, name):
         "the call is open",
     )
     covered = page.run("return document.querySelector('.login').getBoundingClientRect().bottom")
-    until(lambda: covered <= page.run("return document.getElementById(arguments[0]).getBoundingClientRect().top", name) < 200,
-          "the call is in view, below the token")  # fmt: skip
+    top = "return document.getElementById(arguments[0]).getBoundingClientRect().top"
+    until(lambda: covered <= page.run(top, name) < 200, "the call is in view, below the token")
     assert page.find(f"#try-{name} button").is_displayed()
 
 
@@ -462,7 +471,8 @@ def test_everything_that_can_be_used_has_a_name(page):
     ids = page.run("return [...document.querySelectorAll('[id]')].map((one) => one.id)")
     assert len(ids) == len(set(ids))
     levels = page.run(
-        "return [...document.querySelectorAll('main :is(h1, h2, h3, h4)')].map((one) => +one.tagName[1])"
+        "return [...document.querySelectorAll('main :is(h1, h2, h3, h4)')]"
+        ".map((one) => +one.tagName[1])"
     )
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
@@ -472,7 +482,8 @@ PHONE, DESK = (390, 844), (1280, 800)
 AXE = """
 const done = arguments[0];
 axe.run(document, {resultTypes: ["violations"]})
-  .then((found) => done(found.violations.map((one) => [one.id, one.nodes.length, one.nodes[0].html])));
+  .then((found) => found.violations.map((one) => [one.id, one.nodes.length, one.nodes[0].html]))
+  .then(done);
 """
 
 
@@ -502,7 +513,8 @@ def test_the_token_stays_in_sight_and_the_page_says_how_to_get_one(page, size):
     assert "taskctl mint alice" in page.find("#token-note").text
     page.run("scrollTo(0, document.documentElement.scrollHeight / 2)")
     top, bottom = page.run(
-        "const box = document.querySelector('.login').getBoundingClientRect(); return [box.top, box.bottom]"
+        "const box = document.querySelector('.login').getBoundingClientRect();"
+        "return [box.top, box.bottom]"
     )
     assert 0 <= top < bottom < size[1] / 4
     page.log_in("alice")
@@ -521,10 +533,8 @@ def test_a_phone_shows_send_near_its_title_and_keeps_the_contents(page):
     page.run("scrollTo(0, document.documentElement.scrollHeight / 2)")
     page.find(".contents summary").click()
     page.find(".contents a[href='#deleteTask']").click()
-    until(
-        lambda: 0 < page.run("return document.getElementById('deleteTask').getBoundingClientRect().top") < 250,
-        "the call is in view",
-    )  # fmt: skip
+    top = "return document.getElementById('deleteTask').getBoundingClientRect().top"
+    until(lambda: 0 < page.run(top) < 250, "the call is in view")
     assert not page.run("return document.querySelector('.contents details').open")
 
 

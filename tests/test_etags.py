@@ -1,6 +1,6 @@
-"""ETag, If-None-Match and If-Match: who has a task need not fetch it again, and nobody overwrites what they never saw.
+"""ETag, If-None-Match and If-Match: no repeated download, and no lost update.
 
-Of the two comparisons of RFC 9110, section 8.8.3.2, reading uses the weak one and writing the strong one.
+Reading uses the weak comparison of RFC 9110, section 8.8.3.2, and writing the strong one.
 """
 
 from __future__ import annotations
@@ -779,7 +779,7 @@ def test_no_update_is_lost_among_writers_that_read_first_and_try_again(pair: Pai
     one = created.headers["location"]
 
     def count(number: int) -> int:
-        """Add one, ten times, to the number in the title; return how often somebody else was faster."""
+        """Add one, ten times, to the number in the title; return how often others were faster."""
         done = refused = 0
         with Wire(servers[number % 2]) as wire:
             while done < 10:

@@ -90,7 +90,7 @@ def assert_unavailable(answer: Answer) -> None:
 
 
 class Writer:
-    """Somebody who changes tasks one after another, and remembers what was answered and what was not."""
+    """A client that changes tasks one after another, and remembers what was answered."""
 
     def __init__(self, user: str, chance: random.Random) -> None:
         self.user, self.chance, self.path = user, chance, f"/api/{user}/tasks"
@@ -173,7 +173,7 @@ def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path) -> 
         with ThreadPoolExecutor(WRITERS) as pool:
             working = [pool.submit(writer.work, server) for writer in writers]
             until(
-                lambda: sum(writer.acknowledged for writer in writers) > acknowledged + 20,  # noqa: B023
+                lambda: sum(one.acknowledged for one in writers) > acknowledged + 20,  # noqa: B023
                 "they work",
             )
             time.sleep(chance.uniform(0, 0.4))

@@ -1,4 +1,4 @@
-"""The key set (issue: every Better Auth login works): an auth server that answers well, badly, late or not at all."""
+"""The key set, from an auth server that answers well, badly, late or not at all."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def signed(
 
 
 class AuthServer:
-    """An auth server on loopback; what it answers can be changed, and what it was asked is counted."""
+    """An auth server on loopback; its answers can be changed, and its requests are counted."""
 
     def __init__(self) -> None:
         self.keys = [public(key, algorithm, algorithm) for algorithm, key in PRIVATE.items()]

@@ -1,4 +1,4 @@
-"""What a client can cost: framing that is not HTTP, and clients that are slow, idle, silent or greedy."""
+"""What a client can cost: framing that is not HTTP; slow, idle, silent and greedy clients."""
 
 from __future__ import annotations
 
@@ -212,7 +212,14 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "a coding behind a vertical tab": (post(b"0\r\n\r\n", "Transfer-Encoding: \x0bchunked"), 400),
     "xchunked": (post(b"0\r\n\r\n", "Transfer-Encoding: xchunked"), 400),
     "a coding of capitals": (
-        written("PUT", f"{TASKS}/1", b"2\r\n{}\r\n0\r\n\r\n", JSON, "Transfer-Encoding: CHUNKED", user="alice"),
+        written(
+            "PUT",
+            f"{TASKS}/1",
+            b"2\r\n{}\r\n0\r\n\r\n",
+            JSON,
+            "Transfer-Encoding: CHUNKED",
+            user="alice",
+        ),
         200,
     ),
     # chunks

@@ -83,7 +83,10 @@ def keep(path: Path, count: int, user: str = "alice") -> None:
         (user, f"Task {n}", f"note {n}", n % 3 == 0, when, when, f"task {n}", f"note {n}")
         for n in range(count)
     )
-    columns = "user_id, title, description, completed, created_at, updated_at, title_folded, description_folded"
+    columns = (
+        "user_id, title, description, completed, created_at, updated_at, "
+        "title_folded, description_folded"
+    )
     if support.postgresql:
         copying = f"COPY task ({columns}) FROM STDIN".encode()
         with (
@@ -285,7 +288,8 @@ def test_each_order_and_its_reverse_with_the_id_where_tasks_are_equal(
 
 
 @pytest.mark.parametrize(("count", "limit", "sizes"), [
-    (0, 1, [0]), (1, 1, [1]), (2, 1, [1, 1]), (5, 2, [2, 2, 1]), (4, 2, [2, 2]), (3, 1000, [3]), (7, 7, [7]),
+    (0, 1, [0]), (1, 1, [1]), (2, 1, [1, 1]), (5, 2, [2, 2, 1]), (4, 2, [2, 2]), (3, 1000, [3]),
+    (7, 7, [7]),
 ])  # fmt: skip
 def test_there_is_a_link_exactly_as_long_as_there_is_more(
     alice: Person, count: int, limit: int, sizes: list[int]
@@ -655,9 +659,8 @@ def test_a_list_whose_tasks_all_vanish_in_the_middle_is_an_array_all_the_same(
     app: taskd.App, tmp_path: Path, pages: int
 ) -> None:
     keep(tmp_path / "taskd.db", 20_000)
-    resource = taskd.TaskResource(
-        Failing(app.store, pages, lambda: sql(tmp_path / "taskd.db", "DELETE FROM task"))  # type: ignore[arg-type]
-    )
+    store: Any = Failing(app.store, pages, lambda: sql(tmp_path / "taskd.db", "DELETE FROM task"))
+    resource = taskd.TaskResource(store)
     app.add_route("/api/{user_id}/vanishing", resource, suffix="collection")
     answer = testing.TestClient(app).simulate_get("/api/alice/vanishing", headers=bearer())
     assert len(answer.json) == taskd.CHUNK * (pages - 1)

@@ -18,7 +18,7 @@ ENTRY = (
 
 
 def locked() -> dict[str, str]:
-    """Return the version of each locked package; each has a hash, and nothing else is in the file."""
+    """Return the version of each locked package; each has a hash, and the file has nothing else."""
     text = (ROOT / "requirements.lock").read_text().replace(" \\\n    ", " ")
     entries = [re.fullmatch(ENTRY, line) for line in text.splitlines()]
     assert all(entries), "each line is a package with its version and hashes: run make lock"
@@ -68,5 +68,6 @@ def test_every_package_below_them_is_locked_too_and_no_other() -> None:
 def test_the_container_installs_what_is_locked_and_nothing_else() -> None:
     text = (ROOT / "deploy" / "Containerfile").read_text()
     assert re.findall(r"pip install [^&\\]*", text) == [
-        "pip install --no-cache-dir --disable-pip-version-check --require-hashes -r requirements.lock "
+        "pip install --no-cache-dir --disable-pip-version-check "
+        "--require-hashes -r requirements.lock "
     ]

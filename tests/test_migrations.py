@@ -1,4 +1,4 @@
-"""A database that an earlier version made is brought up to date, and one of a later version is left alone."""
+"""A database of an earlier version is migrated, and one of a later version is not changed."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_every_reference_leads_somewhere_and_every_component_is_used():
             assert isinstance(resolve(node), dict)
     kinds = ("parameters", "headers", "schemas", "responses")
     there = {f"{kind}/{name}" for kind in kinds for name in DOCUMENT["components"][kind]}
-    # 405 is the answer to the methods that are not in the document, so no operation can refer to it.
+    # 405 answers the methods that are not in the document, so no operation can refer to it.
     assert there - used == {"responses/MethodNotAllowed"}
 
 
@@ -359,12 +359,17 @@ HEADERS = {
     "If-None-Match": rf"(?:\*|{taskd.ENTITY_TAGS})",
     "If-Match": rf"(?:\*|{taskd.ENTITY_TAGS})",
 }
-TEXTS = ["", "true", "false", "True", "1", "0", "00", "01", "+1", "-1", "1.0", "1e2", "999", "1000", "1001", "10000",
-         " 1", "id", "-id", "+id", "--id", "ID", "created_at", "-created_at", "updated_at", "-updated_at", "title",
-         "-title", "title,id", "user_id", "a b", "%", "\0", "a\0b", "\n", "é", "x" * 1000, "x" * 1001,
-         "\U0001f4a9" * 1000, "abc=", "_-9"]  # fmt: skip
-TAGS = ["*", "**", "7", '"7"', "'7'", 'W/"7"', 'w/"7"', '"', '""', '"7', '7"', '"a","b"', '"a", W/"b" , "c"',
-        ',, "a",,', ",", "", '"a" "b"', '*, "a"', '"a b"', '"\xe9"', '"\t"', '"\\"', '"a", *']  # fmt: skip
+TEXTS = [
+    "", "true", "false", "True", "1", "0", "00", "01", "+1", "-1", "1.0", "1e2", "999", "1000",
+    "1001", "10000", " 1", "id", "-id", "+id", "--id", "ID", "created_at", "-created_at",
+    "updated_at", "-updated_at", "title", "-title", "title,id", "user_id", "a b", "%", "\0",
+    "a\0b", "\n", "é", "x" * 1000, "x" * 1001, "\U0001f4a9" * 1000, "abc=", "_-9",
+]  # fmt: skip
+TAGS = [
+    "*", "**", "7", '"7"', "'7'", 'W/"7"', 'w/"7"', '"', '""', '"7', '7"', '"a","b"',
+    '"a", W/"b" , "c"', ',, "a",,', ",", "", '"a" "b"', '*, "a"', '"a b"', '"\xe9"', '"\t"',
+    '"\\"', '"a", *',
+]  # fmt: skip
 KEYS = ["", "a", "a" * 255, "a" * 256, "a b", "a,b", "\t", "~!\"'", "\xe9", "\x7f"]
 
 
@@ -543,7 +548,7 @@ def test_a_task_shows_what_a_body_may_set():
             assert task.get(keyword) == new.get(keyword) == changes.get(keyword), (name, keyword)
 
 
-# Every character up to the end of those that anything takes for white space, and those elsewhere that look like it.
+# All characters up to the last that anything takes for white space, and others that look like it.
 CHARACTERS = [
     chr(code) for code in [*range(0x3100), 0xFEFF, 0xFFFC, 0xFFFF, 0x1F4A9, sys.maxunicode]
 ]
@@ -579,7 +584,7 @@ def test_document_and_server_agree_for_each_character_whether_it_makes_a_text(me
 
 
 def checked(response: Any, method: str, path: str) -> None:
-    """Check that an answer is one of those that the document has for its operation: status, headers, body."""
+    """Check that the document has this answer for its operation: status, headers, body."""
     described = responses(DOCUMENT["paths"][path][method])[response.status_code]
     carried = {
         name for name in DOCUMENT["components"]["headers"] if name.lower() in response.headers
@@ -656,8 +661,12 @@ def test_the_servers_answers_are_those_of_the_document(alice):
         seen |= {
             (path, method, name) for name in ON_SOME_ANSWERS if name.lower() in response.headers
         }
-    declared = {(path, method, name) for path, method, operation in operations()
-                for response in responses(operation).values() for name in response["headers"]}  # fmt: skip
+    declared = {
+        (path, method, name)
+        for path, method, operation in operations()
+        for response in responses(operation).values()
+        for name in response["headers"]
+    }
     assert seen == {one for one in declared if one[2] in ON_SOME_ANSWERS}, (
         "each was seen, with a value that fits"
     )

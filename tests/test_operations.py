@@ -1,4 +1,4 @@
-"""What an operator sees of a running taskd: readiness, metrics, log lines, and the client behind a proxy."""
+"""What an operator sees of a running taskd: readiness, metrics, log lines, clients of a proxy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -44,7 +45,8 @@ Start = Callable[..., Process]
 MakeApp = Callable[..., taskd.App]
 TASKS = "/api/alice/tasks"
 NASTY = [  # what Better Auth would not call anybody
-    "alice\n2026-11-21T00:00:00.000Z INFO DELETE /api/{user_id}/tasks/{task_id} 200 0.1ms id=forged user='bob'",
+    "alice\n2026-11-21T00:00:00.000Z INFO DELETE /api/{user_id}/tasks/{task_id} 200 0.1ms"
+    " id=forged user='bob'",
     "alice\r\nERROR the database is gone",
     "alice user='bob' client=10.0.0.1",
     "alice' id=forged",
@@ -121,7 +123,7 @@ def test_another_process_that_writes_does_not_make_it_unready(
 
 
 def replace(file: Path, other: Path) -> None:
-    """Put another good database in a file's place, as somebody might who restores a backup by hand."""
+    """Replace a file by another good database, as an operator may who restores a backup."""
     with closing(sqlite3.connect(file)) as database, closing(sqlite3.connect(other)) as copy:
         database.backup(copy)
     other.rename(file)
@@ -195,7 +197,10 @@ def test_without_the_setting_there_are_no_metrics(start: Start, setting: dict[st
 @pytest.mark.parametrize("metrics", [False, True])
 def test_the_library_is_loaded_only_with_the_setting(tmp_path: Path, metrics: bool) -> None:
     settings = f"secret={SECRET!r}, database_url='sqlite:///{tmp_path}/taskd.db', metrics={metrics}"
-    code = f"import sys, taskd; taskd.create_app(taskd.Settings({settings})); print('prometheus_client' in sys.modules)"
+    code = (
+        f"import sys, taskd; taskd.create_app(taskd.Settings({settings})); "
+        "print('prometheus_client' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE
     )
@@ -363,7 +368,8 @@ def test_a_database_that_cannot_be_used_is_counted_as_503(start: Start, tmp_path
 # --- Log lines ------------------------------------------------------------------------------------
 
 LINE = re.compile(
-    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO (?P<method>[A-Z-]+) (?P<route>\S+) (?P<status>\d{3}) \d+\.\dms"
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO"
+    r" (?P<method>[A-Z-]+) (?P<route>\S+) (?P<status>\d{3}) \d+\.\dms"
     r" id=(?P<id>[A-Za-z0-9._-]{1,64}) user=(?P<user>-|'[A-Za-z0-9._~%-]+')"
     r"( client=(?P<client>\S+))?( reason=\"[^\"]+\")?"
 )
@@ -419,7 +425,7 @@ def test_a_user_called_dash_is_told_from_nobody(start: Start) -> None:
         server = start(TASKD_LOG_FORMAT=log_format)
         server.request("GET", path_of("-"), headers=bearer("-"))
         server.request("GET", path_of("-"))
-        until(lambda server=server: len(lines(server)) == 2, "two lines in the log")  # type: ignore[misc]
+        until(partial(lambda server: len(lines(server)) == 2, server), "two lines in the log")
         found = (
             fields(server)
             if log_format == "json"
@@ -495,7 +501,8 @@ def test_each_request_has_its_line_whatever_became_of_it(start: Start) -> None:
     ]
     route = "/api/{user_id}/tasks"
     assert found[:4] == [
-        ("POST", route, 201, "alice"), ("GET", route, 200, "alice"), ("GET", route, 401, None), ("GET", "-", 404, None)
+        ("POST", route, 201, "alice"), ("GET", route, 200, "alice"), ("GET", route, 401, None),
+        ("GET", "-", 404, None),
     ]  # fmt: skip
     assert found[4][2:] == (413, None)
     assert "secret" not in server.log

@@ -1,4 +1,4 @@
-"""What only PostgreSQL can do to taskd: go away and come back, refuse, be shared by several processes."""
+"""What only PostgreSQL can do: go away and come back, reject, be shared by several processes."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ pytestmark = pytest.mark.postgresql
 
 Start = Callable[..., Process]
 TASKS = "/api/alice/tasks"
-PATIENCE = 10  # seconds within which every answer comes, whatever is wrong: twice the longest wait, and some
+PATIENCE = 10  # seconds until every answer, whatever fails: more than twice the longest wait
 PASSWORD = "correct-horse-battery"
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A server of these tests' own, which they may stop, and which writes through to the disk as any does."""
+    """A server for these tests only: they may stop it, and it writes to the disk as usual."""
     cluster = Cluster(within=os.environ[DIRECTORY])
     yield cluster
     cluster.remove()
@@ -154,7 +154,10 @@ def test_a_crash_in_the_middle_of_a_transaction_leaves_nothing_of_it(
     with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
         other.execute("LOCK TABLE task IN EXCLUSIVE MODE")
         creating = pool.submit(create, server, 1, "once")
-        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO \"task\"%'"
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND query LIKE 'INSERT INTO \"task\"%'"
+        )
         until(
             lambda: ask(cluster.url(), waiting),
             "the key is claimed, and the task waits for the lock",
@@ -177,8 +180,8 @@ def test_idle_connections_that_the_server_ended_are_replaced_without_an_error(
     assert {create(server, number).status_code for number in range(5)} == {201}
     sql(
         tmp_path / "taskd.db",
-        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database()"
-        " AND pid <> pg_backend_pid()",
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()",
     )
     assert {create(server, number).status_code for number in range(5)} == {201}
 
@@ -430,7 +433,7 @@ def test_of_16_conditional_changes_across_two_processes_one_wins(
 
 def test_users_of_two_processes_see_their_own_tasks_and_nothing_else(two: list[Process]) -> None:
     def live(user: str) -> list[int]:
-        """Do this and that, each time at the other process, and return the ids that must be left."""
+        """Make changes, in turn at either process, and return the ids that must be left."""
         mine: list[int] = []
         for turn in range(12):
             server, other = two[turn % 2], two[1 - turn % 2]
@@ -479,7 +482,10 @@ def test_a_sigterm_with_requests_waiting_in_the_threads_answers_them_all(
     two: list[Process], tmp_path: Path
 ) -> None:
     puts = [written("POST", TASKS, {"title": f"{number}"}, user="alice") for number in range(40)]
-    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    waiting = (
+        "SELECT 1 FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
     with ThreadPoolExecutor(1) as pool:
         with locked(tmp_path / "taskd.db"):
             answering = pool.submit(at_once, [two[0]], puts)

@@ -1,4 +1,4 @@
-"""README.md against the code: what it lists is what there is, and what it tells a newcomer to do works."""
+"""README.md against the code: its lists are complete, and its instructions work for a newcomer."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ def test_the_settings_are_those_of_the_code_with_their_defaults() -> None:
 
 
 def test_the_commands_are_those_of_taskctl_and_have_the_options_that_are_shown() -> None:
-    commands: dict[str, Any] = typer.main.get_command(taskctl.app).commands  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(taskctl.app)
+    commands: dict[str, Any] = group.commands
     rows = {code(row[0]).split()[0]: row for row in table("taskctl", "command")}
     assert sorted(rows) == sorted(commands)
     for name, row in rows.items():
@@ -261,7 +262,7 @@ def port() -> int:
 
 @pytest.fixture
 def fresh(clone: Path, tmp_path: Path) -> Path:
-    """A fresh clone of its own in which make finds its environment ready: this one, so that nothing is downloaded."""
+    """A fresh clone in which make finds this environment ready, so that nothing is downloaded."""
     home = tmp_path / "taskd"
     shutil.copytree(clone, home)
     (home / ".venv").mkdir()
@@ -275,7 +276,7 @@ def fresh(clone: Path, tmp_path: Path) -> Path:
 
 
 def told(commands: str, port: int) -> list[str]:
-    """Return the command line that runs what the README tells to run, on another port than everybody's."""
+    """Return the command line that runs the README's commands on a port of this test's."""
     return ["bash", "-euo", "pipefail", "-c", commands.replace("8000", str(port))]
 
 
@@ -288,11 +289,12 @@ def shell_environment(home: Path, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving(commands: str, home: Path, port: int) -> Iterator[None]:
-    """Run the commands that serve until the server listens, and end it afterwards as Ctrl-C would."""
+    """Run the commands that serve until the server listens, and end it later as Ctrl-C would."""
     log = home.parent / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            told(commands, port), cwd=home, env=shell_environment(home, port), start_new_session=True,
+            told(commands, port),
+            cwd=home, env=shell_environment(home, port), start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         )  # fmt: skip
     line = f"taskd: listening on http://127.0.0.1:{port} "
@@ -354,7 +356,7 @@ def test_the_quick_start_works_line_by_line(fresh: Path, port: int) -> None:
 
 
 def responses(shown: str) -> list[tuple[str, dict[str, str], Any]]:
-    """Return what `curl -i` printed: of each answer the status line, the header and the JSON, if there is any."""
+    """Return what `curl -i` printed: the status line, the headers and any JSON of each answer."""
     found = []
     for text in shown.split("HTTP/1.1 ")[1:]:
         head, _, body = text.partition("\n\n")

@@ -1,7 +1,7 @@
-"""Schemathesis calls a running server as openapi.json says, and against it, and checks every answer.
+"""Schemathesis makes valid and invalid calls to a running server and checks every answer.
 
-`make test` runs a few examples of each kind, the same each time; with TASKD_FUZZ_EXAMPLES=500 (`make fuzz`) there are
-so many for each operation and check, and other ones each time.
+`make test` runs a few examples of each kind, the same each time. With TASKD_FUZZ_EXAMPLES=500
+(`make fuzz`) there are 500 for each operation and check, and different ones each time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PEOPLE = ("alice", "bob", "carol")
 DAY = 24 * 60 * 60  # seconds that the tokens live: longer than the longest run
 PATIENCE = 300 + 30 * int(EXAMPLES or FEW)  # seconds for a run on the slowest machine
 
-# Every check is on. What is switched off below is switched off because the contract wants something else:
+# Every check is on, except those that contradict the contract:
 COMMON = """
 [cache]
 enabled = false
 
-# OPTIONS asks about a path, not about a task, and needs no token. If it told a deleted task from a living one, it would
-# tell everybody which ids there are.
+# OPTIONS asks about a path, not about a task, and needs no token. If its answer differed for a
+# deleted and an existing task, it would show everybody which ids exist.
 [[operations]]
 include-method = "OPTIONS"
 phases.stateful.enabled = false
@@ -49,8 +49,8 @@ path = "people.json"
 user = "alice"
 peers = ["alice", "bob"]  # what one of them may read, the other must not
 """
-# What is valid by its form is refused all the same if it does not fit what is stored: a key that was used for another
-# task, a tag that the task does not have, a cursor that taskd did not make.
+# A call that the document allows is still rejected if it does not fit what is stored: a key that
+# was used for another task, a tag that the task does not have, a cursor that taskd did not make.
 HOOKS = """
 import uuid
 
@@ -76,7 +76,7 @@ CAROL = """
 path = "people.json"
 user = "carol"
 """
-# Every call under /api/ gets this answer; one that is not as the document says can also be one without the token.
+# Every call under /api/ gets this answer. A call that breaks the document may also have no token.
 REFUSED = """
 [warnings]
 enabled = false  # it would warn that every call is refused, which is the point
@@ -87,8 +87,8 @@ exclude-method = "OPTIONS"
 checks.positive_data_acceptance.expected-statuses = [{status}]
 checks.negative_data_rejection.expected-statuses = [{status}, 401]
 """
-# The token is looked at before all else, even the method (section 4): who may not pass gets 401 or 403, never 405. The
-# run with the right token on the right path has this check on.
+# The token is checked before all else, even the method (section 4): a caller without access gets
+# 401 or 403, never 405. The run with the right token on the right path has this check on.
 NO_405 = ["--exclude-checks", "unsupported_method"]
 FUZZING = "coverage,fuzzing" if EXAMPLES else "fuzzing"
 

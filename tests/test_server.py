@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,10 @@ def milk(number: int = 0) -> dict[str, str]:
 # --- Starting -------------------------------------------------------------------------------------
 
 
+def has_started_or_ended(server: Process) -> bool:
+    return "listening" in server.log or server.popen.poll() is not None
+
+
 @pytest.mark.sqlite("it is about settings")
 def test_the_start_line_names_the_port_that_the_system_chose(start: Start) -> None:
     server = start(command=COLD, TASKD_PORT="0")
@@ -100,10 +105,7 @@ def test_a_forked_server_is_like_one_from_the_start(
     seen = []
     for command in (COLD, None):
         server = start(command=command, wait=False, **variables)
-        until(
-            lambda server=server: "listening" in server.log or server.popen.poll() is not None,  # type: ignore[misc]
-            "it listens, or not",
-        )
+        until(partial(has_started_or_ended, server), "it listens, or not")
         seen.append((server.terminate(), re.sub(r":\d+\b", "", server.log)))
     assert seen[0] == seen[1]
     assert seen[0][0] == (2 if "DATABASE_URL" in variables else 0)
@@ -121,7 +123,8 @@ def test_two_servers_with_port_0_get_different_ports(start: Start, tmp_path: Pat
 @pytest.mark.sqlite("it is about settings")
 def test_the_dotenv_file_of_the_working_directory_is_read(start: Start, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
-        f"# ours\nBETTER_AUTH_SECRET='{OTHER_SECRET}'\nTASKD_PORT=0\nDATABASE_URL=sqlite:///from-dotenv.db\n"
+        f"# ours\nBETTER_AUTH_SECRET='{OTHER_SECRET}'\nTASKD_PORT=0\n"
+        "DATABASE_URL=sqlite:///from-dotenv.db\n"
     )
     server = start(command=WITHOUT)
     assert server.request("GET", TASKS, headers=bearer(secret=OTHER_SECRET)).status_code == 200
@@ -163,7 +166,7 @@ def test_tasks_are_still_there_after_a_restart(start: Start) -> None:
 
 
 def contents(directory: Path) -> dict[str, tuple[int, int, bytes | None]]:
-    """Return what lies in a directory, with modes and times, to see whether anything was touched."""
+    """Return the entries of a directory with modes and times, to see whether any was touched."""
     return {
         str(path.relative_to(directory)): (
             path.stat().st_mode,
@@ -453,7 +456,8 @@ def test_idle_and_half_sent_connections_do_not_hold_sigterm_up(start: Start) -> 
 # --- The log --------------------------------------------------------------------------------------
 
 LINE = re.compile(
-    r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) INFO (?P<method>[A-Z]+) (?P<route>\S+) (?P<status>\d{3}) "
+    r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) INFO"
+    r" (?P<method>[A-Z]+) (?P<route>\S+) (?P<status>\d{3}) "
     r"(?P<ms>\d+\.\d)ms id=(?P<id>[A-Za-z0-9._-]{1,64}) user=(?P<user>'.*'|-)( reason=\"[^\"]+\")?"
 )
 

@@ -1,4 +1,4 @@
-"""The specification, point by point: its scenarios, edge cases, requirements and success criteria, by name."""
+"""The specification, point by point: scenarios, edge cases, requirements, success criteria."""
 
 from __future__ import annotations
 

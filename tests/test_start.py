@@ -1,4 +1,4 @@
-"""How the two programs are installed and started: arguments, packages, the wheel, the first page."""
+"""How both programs are installed and started: arguments, packages, the wheel, the first page."""
 
 from __future__ import annotations
 
@@ -178,11 +178,11 @@ def test_the_wheel_holds_all_that_the_programs_read(installed: Path) -> None:
 
 
 def test_the_installed_programs_serve(installed: Path, tmp_path: Path) -> None:
-    variables = {"PYTHONPATH": str(installed), "TASKD_PORT": "0"}
+    variables: dict[str, Any] = {"PYTHONPATH": str(installed), "TASKD_PORT": "0"}
     for program in PROGRAMS:
-        answer = run(installed / "bin" / program, "--version", cwd=tmp_path, **variables)  # type: ignore[arg-type]
+        answer = run(installed / "bin" / program, "--version", cwd=tmp_path, **variables)
         assert answer.stdout == f"{program} {taskd.__version__}\n"
-    run(installed / "bin" / "taskctl", "init", cwd=tmp_path, **variables)  # type: ignore[arg-type]
+    run(installed / "bin" / "taskctl", "init", cwd=tmp_path, **variables)
     with (
         subprocess.Popen(
             [installed / "bin" / "taskd"], cwd=tmp_path, env=environment(**variables),

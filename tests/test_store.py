@@ -1,4 +1,4 @@
-"""The database: that it fits, that it keeps users apart, and what happens when it cannot be used."""
+"""The database: it fits, it keeps users apart, and what happens when it cannot be used."""
 
 from __future__ import annotations
 
@@ -307,7 +307,8 @@ def test_tables_and_indexes_of_others_are_left_alone(make_app, path):
         path,
         "CREATE TABLE note (id INTEGER PRIMARY KEY, text); INSERT INTO note (text) VALUES ('keep');"
         + GOOD
-        + "CREATE INDEX mine ON task (title); CREATE VIEW open_tasks AS SELECT * FROM task WHERE NOT completed;",
+        + "CREATE INDEX mine ON task (title); "
+        + "CREATE VIEW open_tasks AS SELECT * FROM task WHERE NOT completed;",
     )
     assert Person(testing.TestClient(make_app()), "alice").add()["id"] == 1
     with connected(path) as connection:
@@ -321,7 +322,8 @@ def test_an_old_database_is_opened_with_its_tasks(make_app, path):
     with connected(path) as connection:
         connection.execute(
             "INSERT INTO task (id, user_id, title, completed, created_at, updated_at)"
-            " VALUES (41, 'alice', 'Milk', TRUE, '2026-01-01T00:00:00.000Z', '2026-01-02T00:00:00.000Z')"
+            " VALUES (41, 'alice', 'Milk', TRUE,"
+            " '2026-01-01T00:00:00.000Z', '2026-01-02T00:00:00.000Z')"
         )
     alice = Person(testing.TestClient(make_app()), "alice")
     assert alice.call("GET").json == [

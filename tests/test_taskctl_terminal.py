@@ -1,4 +1,4 @@
-"""How taskctl shows things: tables on a terminal and in a pipe, totals, colours, JSON lines, CSV."""
+"""What taskctl prints on a terminal and in a pipe: tables, totals, colours, JSON lines, CSV."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ ON_SQLITE_ONLY = pytest.mark.sqlite("PostgreSQL began with version 2")
 VERSIONS = [pytest.param(1, marks=ON_SQLITE_ONLY), 2]
 ANSWER = "SELECT user_id, name, answer FROM idempotency_key ORDER BY id"
 COLUMNS = "id, user_id, title, description, completed, created_at, updated_at"
-REPEATED = {  # the bodies of the creates with a key in the saved databases of version 2
+# The bodies of the creates with a key in the saved databases of version 2.
+REPEATED: dict[tuple[str, str], dict[str, Any]] = {
     ("alice", "key-1"): {"title": "Buy milk", "description": "2 litres"},
     ("bob", "key-1"): {"title": "Hauptstraße 5"},
     ("alice", "key-2"): {
@@ -131,7 +132,7 @@ def test_a_key_from_before_the_migration_replays_byte_for_byte_what_was_answered
         created = json.loads(answers[user, name])
         assert again.headers["etag"] == f'"1-{created["updated_at"]}"'
         assert again.headers["location"].endswith(f"/api/{user}/tasks/{created['id']}")
-        other = person(user).call("POST", json=body | {"title": "other"}, headers=headers)  # type: ignore[operator]
+        other = person(user).call("POST", json=body | {"title": "other"}, headers=headers)
         assert other.status_code == 422
     assert tasks(path) == before
     new = person("dora").call("POST", json={"title": "x"}, headers={"Idempotency-Key": "key-9"})

@@ -1,4 +1,4 @@
-"""Requests and answers over a socket, also those that no HTTP library would send."""
+"""Requests and answers over a socket, also requests that HTTP libraries do not send."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class WireAnswer(Answer):
 
 
 class Wire:
-    """A connection on which anything can be sent, and from which answers are read one after another."""
+    """A connection that sends any bytes, and reads answers one after another."""
 
     def __init__(self, server: Process, timeout: float = DEADLINE, receive_buffer: int = 0) -> None:
         self.socket = socket.socket()
@@ -108,14 +108,14 @@ class Wire:
         return WireAnswer(line, self._file, bodiless)
 
     def is_closed(self) -> bool:
-        """Wait for the server to end the connection; whatever it sends instead makes this false."""
+        """Wait for the end of the connection; return False if the server sends anything instead."""
         try:
             return self._file.read(1) == b""
         except ConnectionError:
             return True
 
     def reset(self) -> None:
-        """Break the connection off as a crashed client would."""
+        """Reset the connection as a crashed client would."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -148,9 +148,10 @@ def written(
 def at_once(
     servers: list[Process], requests: list[bytes], database: Path | None = None
 ) -> list[WireAnswer]:
-    """Send the requests on connections of their own, in turn to these servers, and return the answers.
+    """Send each request on its own connection, in turn to these servers, and return the answers.
 
-    With a database, its lock is held until all have been sent, so that they meet in the worker threads.
+    With a database, its lock is held until all have been sent, so that worker threads run them at
+    the same time.
     """
     with contextlib.ExitStack() as stack:
         wires = [
@@ -160,6 +161,6 @@ def at_once(
         with locked(database) if database else contextlib.nullcontext():
             for wire, request in zip(wires, requests, strict=True):
                 wire.send(request)
-            for server in servers * 2:  # when this is answered, those before it have been looked at
+            for server in servers * 2:  # when this is answered, the requests have been read
                 assert server.request("GET", "/healthz").status_code == 200
         return [wire.answer() for wire in wires]
