@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import sys
@@ -22,10 +23,8 @@ from processes import ForkServer, Process
 from tokens import SECRET, bearer
 
 Pair = tuple[list[Process], Path]
-SERVER = (
-    "TASKD_TEST_POSTGRESQL"  # the address of the server, for the processes that share the tests out
-)
-DIRECTORY = "TASKD_TEST_DIRECTORY"  # what is in there goes with it
+# The address and the directory of the PostgreSQL server, for the processes that share the tests.
+SERVER, DIRECTORY = "TASKD_TEST_POSTGRESQL", "TASKD_TEST_DIRECTORY"
 ENGINES = ("sqlite", "postgresql", "both_engines")
 SLOW = {"browser", "installed", "machine", "proxy", "schemathesis"}  # fixtures; see tests/README.md
 cluster = None
@@ -36,6 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--postgresql",
         action="store_true",
         help="run on a PostgreSQL server, which is made for the run",
+    )
+    parser.addoption(
+        "--shuffle",
+        metavar="SEED",
+        help="run the files, and the tests of each file, in an order that depends on SEED",
     )
 
 
@@ -50,9 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not binaries():
         pytest.exit("PostgreSQL is not installed here: the tests do not run on it", 0)
     if not hasattr(config, "workerinput"):
-        signal.signal(
-            signal.SIGTERM, signal.default_int_handler
-        )  # so that the end is the same as after Ctrl-C
+        # SIGTERM ends the tests in the same way as Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         cluster = Cluster(*CARELESS)
         os.environ[SERVER], os.environ[DIRECTORY] = cluster.url(), str(cluster.directory)
     database.postgresql = Databases(os.environ[SERVER])
@@ -60,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish() -> None:
-    """End the fork servers before their coverage is asked for."""
+    """End the fork servers before coverage combines their files."""
     ForkServer.close()
 
 
@@ -73,7 +76,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is about the other engine, and mark as slow what uses a slow fixture."""
+    """Deselect the tests of the other engine, and mark those with a slow fixture as slow."""
     for item in items:
         if SLOW & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
@@ -81,10 +84,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if _engine(item) == other]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if _engine(item) != other]
+    if seed := config.getoption("shuffle"):
+        _shuffle(items, seed)
+
+
+def _shuffle(items: list[pytest.Item], seed: str) -> None:
+    """Reorder the files and the tests within each file: a fixture of a file is still made once."""
+    chance = random.Random(seed)
+    files = list(dict.fromkeys(item.path for item in items))
+    place = {path: chance.random() for path in files}
+    items.sort(key=lambda item: (place[item.path], chance.random()))
 
 
 def _engine(item: pytest.Item) -> str:
-    """Return what the marker that is nearest to a test says it is for."""
+    """Return the engine that the marker nearest to a test names."""
     names = [marker.name for marker in item.iter_markers()]
     return next((name for name in names if name in ENGINES), "both_engines")
 
@@ -97,15 +110,16 @@ def _databases() -> Iterator[None]:
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Give every row of a table an id that can be typed, and is the same in every process: no times in it."""
+    """Give every row of a table an id that can be typed, and is the same in every process."""
     if not isinstance(val, str | bytes):
         return None
+    # Long numbers are times, which differ between processes.
     plain = re.sub(r"[^A-Za-z0-9 .=-]+", "_", re.sub("[0-9]{6,}", "N", repr(val)))
     return plain if len(val) < 60 else f"{len(val)} characters"
 
 
 class Person:
-    """A user with a good token, calling the application without a socket between."""
+    """A user with a good token, who calls the application without a socket."""
 
     def __init__(self, client: testing.TestClient, name: str) -> None:
         self.client, self.name, self.tasks = client, name, f"/api/{name}/tasks"
@@ -125,7 +139,7 @@ class Person:
 
 @pytest.fixture
 def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
-    """Make applications on a database of this test's own; whatever they open is closed."""
+    """Make applications on the database of this test, and close them at its end."""
     made: list[taskd.App] = []
 
     def make(**settings: Any) -> taskd.App:
@@ -167,7 +181,7 @@ def bob(client: testing.TestClient) -> Person:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Start taskd processes in this test's directory; those still running at its end are ended."""
+    """Start taskd processes in this test's directory, and end those that run at its end."""
     started: list[Process] = []
 
     def start(**options: Any) -> Process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 
 import pytest
@@ -51,6 +52,12 @@ def test_comments_docstrings_and_blank_lines_are_not_counted() -> None:
 @pytest.mark.parametrize("name", LINES)
 def test_a_program_keeps_to_its_lines_of_code(name: str) -> None:
     assert lines_of_code((ROOT / name).read_text()) <= LINES[name]
+
+
+def test_the_readme_of_the_tests_names_each_of_their_modules() -> None:
+    tests = ROOT / "tests"
+    named = set(re.findall(r"`([a-z_]+\.py)`", (tests / "README.md").read_text()))
+    assert named == {path.name for path in tests.glob("*.py")}
 
 
 def test_no_more_lines_are_wider_than_100_columns_than_there_were() -> None:
