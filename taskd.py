@@ -1301,15 +1301,20 @@ def read_conditions(req: falcon.Request) -> Conditions:
     """Return what If-Match and If-None-Match ask for, or raise 400.
 
     A weak tag never fits If-Match, which compares strongly; If-None-Match compares weakly
-    (RFC 9110, section 8.8.3.2). A tag that taskd did not make fits neither.
+    (RFC 9110, section 8.8.3.2). A tag that taskd did not make fits neither, and is left out:
+    SQLite's LIKE, which compares the rest, ignores case.
     """
     match, none_match = _entity_tags(req, "If-Match"), _entity_tags(req, "If-None-Match")
     if match is none_match is None:
         return UNCONDITIONAL
     return Conditions(
-        "*" if match is None else " ".join(tag for tag in match if re.fullmatch(TAG + r"|\*", tag)),
-        " ".join(tag.removeprefix("W/") for tag in none_match or ()),
+        "*" if match is None else _own_tags(match),
+        _own_tags([tag.removeprefix("W/") for tag in none_match or ()]),
     )
+
+
+def _own_tags(tags: list[str]) -> str:
+    return " ".join(tag for tag in tags if re.fullmatch(TAG + r"|\*", tag))
 
 
 def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
