@@ -216,25 +216,29 @@ def test_a_day_counts_as_its_first_moment_in_utc_and_the_bounds_are_strict(alice
 SOME = st.sampled_from
 NEW = st.fixed_dictionaries(
     {
-        "title": SOME(["a", "b", "B", "é"]),
+        "title": SOME(["a", "b", "B", "é", "Straße", "🌧", "\uffff"]),
+        "description": SOME([None, "a", "\\"]),
         "completed": st.booleans(),
         "priority": SOME(["low", "medium", "high", None]),
         "due_date": SOME(
-            ["2026-12-01", "2026-12-01T00:00:00.000Z", "2026-11-30", "0001-01-01", None]
+            [
+                *("2026-12-01", "2026-12-01T00:00:00.000Z", "2026-12-01T00:00:00.001Z"),
+                *("2026-11-30T23:59:59.999Z", "2026-11-30", "0001-01-01", None, None),
+            ]
         ),
-        "tags": st.lists(SOME(["a", "b", "c,"]), max_size=3, unique=True),
+        "tags": st.lists(SOME(["a", "A", "b", "c,", '"', "\\u0022", "ß"]), max_size=3, unique=True),
     }
 )
 ASKED = st.fixed_dictionaries(
     {"sort": SOME([f"{sign}{name}" for name in taskd.ORDERS for sign in ("", "-")])},
     optional={
         "completed": SOME(["true", "false"]),
-        "priority": SOME(["low", "high"]),
-        "tag": st.lists(SOME(["a", "b", "c,"]), min_size=1, max_size=2),
+        "priority": SOME(["low", "medium", "high"]),
+        "tag": st.lists(SOME(["a", "b", "c,", '"']), min_size=1, max_size=2),
         "due_before": SOME(["2026-12-01", "2026-12-02"]),
         "due_after": SOME(["2026-11-30", "0001-01-01T00:00:00Z"]),
-        "q": SOME(["a", "C", "É"]),
-        "limit": st.integers(1, 3),
+        "q": SOME(["a", "C", "É", "SS", '"', "\\", "u0022", "a A"]),
+        "limit": st.integers(1, 7),
     },
 )
 RANK = {"low": 1, "medium": 2, "high": 3}
@@ -247,7 +251,7 @@ def moment(due: str) -> str:
 def fits(task: dict[str, Any], query: dict[str, Any]) -> bool:
     """Say whether a task is in a list, told by a plain model of the contract."""
     due = task["due_date"] and moment(task["due_date"])
-    texts = [task["title"], *task["tags"]]
+    texts = [task["title"], task["description"] or "", *task["tags"]]
     before, after = query.get("due_before"), query.get("due_after")
     return (
         ("completed" not in query or task["completed"] == (query["completed"] == "true"))
@@ -270,7 +274,7 @@ def ordered(tasks: list[dict[str, Any]], sort: str) -> list[dict[str, Any]]:
 
 
 @given(
-    tasks=st.lists(NEW, max_size=8), asked=st.lists(ASKED, min_size=1, max_size=5), data=st.data()
+    tasks=st.lists(NEW, max_size=12), asked=st.lists(ASKED, min_size=1, max_size=5), data=st.data()
 )
 @settings(
     deadline=None,
