@@ -1,7 +1,8 @@
-"""Write the parts of openapi.json that follow from the declaration of fields: `make openapi`.
+"""Write the parts of openapi.json that follow from the code: `make openapi`.
 
 These are the schemas of a task and of the bodies, the parameters of lists whose values taskd
-knows, and every example that shows a task. The rest of the document is written by hand.
+knows, every example that shows a task, and which errors each operation on tasks can answer.
+The rest of the document is written by hand.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 import taskd  # noqa: E402
 
 DOCUMENT = ROOT / "openapi.json"
+TASKS = "/api/{user_id}/tasks"
+PATHS = (TASKS, f"{TASKS}/{{task_id}}", f"{TASKS}/{{task_id}}/complete")
 SPACES = "".join(map(chr, [0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]))
 BLANK = rf"\t-\r\x1c-\x20\x85\xa0{SPACES}"  # escapes that RE2, Perl and ECMAScript share
 PATTERNS = {None: r"^[^\x00]*$", r"\S": rf"^[^\x00]*[^\x00{BLANK}][^\x00]*$"}
@@ -127,6 +130,51 @@ def sort_schema() -> dict[str, Any]:
     return {"type": "string", "enum": orders, "default": "id", "x-enum-varnames": names}
 
 
+def errors(path: str, method: str) -> dict[int, str]:
+    """Return the errors that an operation on tasks can answer: names of responses by status."""
+    found = {
+        400: "MalformedRequest",
+        401: "Unauthorized",
+        403: "Forbidden",
+        413: "ContentTooLarge",
+        431: "HeaderTooLarge",
+        500: "InternalServerError",
+        503: "ServiceUnavailable",
+    }
+    if "{task_id}" in path:
+        found |= {400: "MalformedTag", 404: "NotFound", 412: "PreconditionFailed"}
+    elif method == "post":
+        found |= {403: "ForbiddenToCreate"}
+    else:
+        found |= {422: "WrongParameter", 503: "ListUnavailable"}
+    if method in ("post", "put", "patch"):
+        found |= {400: "BadRequest", 415: "UnsupportedMediaType", 422: "UnprocessableContent"}
+    return {status: f"{name}{'Head' * (method == 'head')}" for status, name in found.items()}
+
+
+def with_errors(path: str, method: str, responses: dict[str, Any]) -> dict[str, Any]:
+    """Return the responses of an operation on tasks in order of status, its errors among them."""
+    whole = {status: one for status, one in responses.items() if int(status) < 400} | {
+        str(status): {"$ref": f"#/components/responses/{name}"}
+        for status, name in errors(path, method).items()
+    }
+    return dict(sorted(whole.items()))
+
+
+def for_head(responses: dict[str, Any]) -> dict[str, Any]:
+    """Return these responses, and those of them that HEAD can get once more without their body."""
+    names = {name for path in PATHS for name in errors(path, "head").values()}
+    plain = {name: one for name, one in responses.items() if not name.endswith("Head")}
+    return plain | {
+        f"{name}Head": {
+            "description": f"{one['description']} HEAD has no body.",
+            "headers": one["headers"],
+        }
+        for name, one in plain.items()
+        if f"{name}Head" in names
+    }
+
+
 def examples(node: Any) -> Iterator[dict[str, Any]]:
     """Yield the tasks in the examples of the document."""
     if isinstance(node, dict) and {"id", "user_id", "title"} <= node.keys():
@@ -156,11 +204,16 @@ def generate(document: dict[str, Any]) -> dict[str, Any]:
     parameters["user_id"]["schema"] = {
         name: OWNED["user_id"][name] for name in ("type", "minLength", "maxLength")
     }
+    for path in PATHS:
+        for method, operation in document["paths"][path].items():
+            if method not in ("parameters", "options"):
+                operation["responses"] = with_errors(path, method, operation["responses"])
+    components["responses"] = for_head(components["responses"])
     for task in examples([document["paths"], components["responses"]]):
         whole = complete(task)
         task.clear()
         task.update(whole)
-    create = document["paths"]["/api/{user_id}/tasks"]["post"]["requestBody"]
+    create = document["paths"][TASKS]["post"]["requestBody"]
     full = create["content"]["application/json"]["examples"]["full"]
     full["value"] = {name: field.example for name, field in taskd.FIELDS.items()}
     return document

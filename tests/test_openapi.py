@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.definitions import (
 )  # the official schema of OpenAPI documents
 
 import taskd
-from support import ROOT, TASK_KEYS, bearer
+from support import ROOT, TASK_KEYS, Wire, bearer
 
 pytestmark = pytest.mark.sqlite("it is about a document")
 
@@ -227,12 +227,9 @@ def test_what_the_document_calls_private_is_what_asks_for_a_token(client):
 def test_the_statuses_of_an_operation_are_those_of_the_contract(path, method, operation):
     expected = {201 if method == "post" else 200}
     if path.startswith("/api/") and method != "options":
-        expected |= {401, 403, 500, 503}
-        expected |= {404} if "{task_id}" in path else set()
-        expected |= {400, 413, 415, 422} if method in ("post", "put", "patch") else set()
-        expected |= {400} if "{task_id}" in path else {422}
-        expected |= {412} if "{task_id}" in path else set()
-        expected |= {431}
+        expected |= {400, 401, 403, 413, 431, 500, 503}
+        expected |= {415, 422} if method in ("post", "put", "patch") else set()
+        expected |= {404, 412} if "{task_id}" in path else {422}
         expected |= {304} if path == ONE and method in ("get", "head") else set()
     expected |= (
         {"/readyz": {503}, "/metrics": {404}}.get(path, set()) if method != "options" else set()
@@ -333,6 +330,56 @@ def test_the_examples_of_errors_name_their_status():
             for example in media["examples"].values():
                 assert example["value"]["status"] == status, (method, path)
                 assert example["value"]["title"] == json.loads(taskd.problem(status, None))["title"]
+
+
+def said_in_process(app: taskd.App, alice: Any, bob: Any) -> Iterator[Any]:
+    """Yield answers to requests that are refused for the reasons of the examples."""
+    alice.add()
+    yield alice.client.simulate_get("/api/alice/tasks")
+    yield alice.client.simulate_get("/api/alice/tasks", headers=bearer("alice", exp=1))
+    yield bob.call("GET", "/api/alice/tasks")
+    yield alice.call("GET", "/9")
+    yield alice.call("POST", "/1")
+    yield alice.client.simulate_get("/nowhere")
+    for query in ({"limit": "0"}, {"after": "x"}, {"status": "open"}):
+        yield alice.call("GET", params=query)
+    for header in ("If-Match", "If-None-Match"):
+        yield alice.call("GET", "/1", headers={header: "1"})
+    yield alice.call("PATCH", "/1", json={"title": "x"}, headers=STALE)
+    yield alice.call("POST", json={"title": "x"}, headers={"Idempotency-Key": "a b"})
+    for title in "xy":
+        answer = alice.call("POST", json={"title": title}, headers=KEY)
+    yield answer
+    yield alice.call("POST", json={"title": " "})
+    yield alice.call("POST", json={"title": "x", "completed": 1, "titel": "x"})
+    for body in (b"x", b"", b" " * 70_000):
+        yield alice.call("POST", body=body, headers=JSON)
+    yield alice.call("POST", body=b"x", headers={"Content-Type": "text/plain"})
+    with app.store._counted("alice"), app.store._counted("alice"):
+        yield alice.call("GET", params={"q": "x"})
+
+
+def test_the_examples_of_errors_are_what_the_server_says(client, alice, bob, server):
+    said = [answer.json for answer in said_in_process(client.app, alice, bob)]
+    for head in (b"", b"Host: x\r\nX: " + b"x" * 70_000 + b"\r\n"):
+        with Wire(server) as wire:
+            said.append(wire.send(b"GET / HTTP/1.1\r\n" + head + b"\r\n").answer().json)
+    for error in (
+        taskd.TooManyTasks(1000),
+        taskd.Unavailable("the database", ""),
+        taskd.Unavailable("a list this long", ""),
+        taskd.Busy("the search took over 2 s; narrow it by other parameters", ""),
+    ):
+        refused = taskd.REFUSED[type(error)](error)
+        said.append(json.loads(taskd.problem(refused.status_code, refused.description)))
+    shown = [
+        example["value"]
+        for node in walk(DOCUMENT)
+        for example in node.get("application/problem+json", {}).get("examples", {}).values()
+    ]
+    assert len(shown) > 30
+    for example in shown:
+        assert example in said or example["status"] == 500, example
 
 
 def test_every_example_of_a_body_is_taken_by_the_server(alice):
@@ -638,6 +685,16 @@ ANSWERS: list[tuple[str, str, dict[str, Any], int]] = [
     ("delete", ONE, {"headers": STALE}, 412),
     ("delete", ONE, {"headers": {"If-Match": "7"}}, 400),
     ("put", ONE, {"json": {"description": "x"}}, 200),
+    ("patch", ONE, {"json": {"title": "c"}, "headers": STALE}, 412),
+    ("patch", ONE, {"json": {"priority": "high", "due_date": None, "tags": ["a"]}}, 200),
+    ("patch", ONE, {"json": {}, "headers": {"If-None-Match": "*"}}, 412),
+    ("patch", ONE, {"json": {"tags": None}}, 422),
+    ("patch", ONE, {"json": {}, "headers": {"If-Match": "7"}}, 400),
+    ("get", ONE, {"headers": STALE}, 412),
+    ("head", ONE, {"headers": STALE}, 412),
+    ("patch", DONE, {"json": {}}, 200),
+    ("patch", DONE, {"headers": {"If-None-Match": "*"}}, 412),
+    ("delete", ONE, {"headers": {"If-None-Match": "*"}}, 412),
     ("put", ONE, {"json": []}, 422),
     ("patch", DONE, {}, 200),
     ("patch", DONE, {"json": {"completed": None}}, 422),
@@ -646,6 +703,7 @@ ANSWERS: list[tuple[str, str, dict[str, Any], int]] = [
     ("get", ONE, {}, 404),
     ("head", ONE, {}, 404),
     ("put", ONE, {"json": {}}, 404),
+    ("patch", ONE, {"json": {}}, 404),
     ("patch", DONE, {}, 404),
     ("delete", ONE, {}, 404),
 ]
