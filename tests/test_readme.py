@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,9 @@ HEADINGS = [
     "Settings",
     "taskctl",
 ]
-API, OPERATIONS, POSTGRESQL, LAYOUT = (
+API, OPERATIONS, POSTGRESQL, LAYOUT, TASKCTL = (
     (ROOT / "docs" / f"{name}.md").read_text()
-    for name in ("using-the-api", "operations", "postgresql", "how-it-works")
+    for name in ("using-the-api", "operations", "postgresql", "how-it-works", "taskctl")
 )
 Row = list[str]
 
@@ -151,7 +153,10 @@ def test_the_errors_are_all_that_taskd_can_answer() -> None:
     }
     possible = raised | {505} | set(taskd.DETAILS)
     assert possible >= {400, 401, 403, 404, 405, 413, 415, 422, 431, 500, 503}
-    assert [int(row[0]) for row in table("Errors", "status")] == sorted(possible)
+    listed = [int(row[0]) for row in table("Errors", "status")]
+    assert sorted(set(listed)) == sorted(possible)
+    assert listed == sorted(listed)
+    assert {one for one in listed if listed.count(one) > 1} == {403, 503}  # for several reasons
 
 
 def test_the_error_that_is_shown_is_the_one_that_comes(alice: Person) -> None:
@@ -174,8 +179,10 @@ def test_the_settings_are_those_of_the_code_with_their_defaults() -> None:
 def test_the_commands_are_those_of_taskctl_and_have_the_options_that_are_shown() -> None:
     group: Any = typer.main.get_command(taskctl.app)
     commands: dict[str, Any] = group.commands
-    rows = {code(row[0]).split()[0]: row for row in table("taskctl", "command")}
+    rows = {code(row[0]).split()[0]: row for row in table("Commands", "command", TASKCTL)}
     assert sorted(rows) == sorted(commands)
+    named = [re.findall("`([^`]+)`", row[1]) for row in table("taskctl", "for")]
+    assert sorted(itertools.chain(*named)) == sorted(commands)  # in the README, by purpose
     for name, row in rows.items():
         options = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"`(--[a-z-]+)", row[1])) <= options, name
@@ -185,6 +192,29 @@ def test_the_commands_are_those_of_taskctl_and_have_the_options_that_are_shown()
             if parameter.param_type_name == "argument"
         ]
         assert bool(arguments) == (" " in code(row[0])), name
+
+
+def test_the_pythons_that_are_named_are_those_that_are_tested() -> None:
+    [sentence] = re.findall(r"^You need make and Python (.+) \(\[all tests", README, re.MULTILINE)
+    named = re.findall(r"3\.\d+", sentence)
+    workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
+    [tested] = re.findall(r"^ +python: \[(.+)\]$", workflow, re.MULTILINE)
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    classified = [
+        name.rpartition(" ")[2]
+        for name in metadata["classifiers"]
+        if re.search(r"Python :: 3\.", name)
+    ]
+    assert named == json.loads(f"[{tested}]") == classified
+    assert metadata["requires-python"] == f">={named[0]}"
+
+
+def test_the_workflow_installs_the_same_programs_for_each_job() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
+    script = re.sub("^#.*$", "", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    [installed] = re.findall(r"--no-install-recommends\n +(.+?)\n +- run", workflow, re.DOTALL)
+    needed = set(re.findall(r"[a-z-]+:([a-z-]+)", script)) | {"postgresql"}
+    assert set(installed.split()) == needed - {"nodejs", "npm"}  # from setup-node
 
 
 def test_the_make_targets_that_are_named_exist(clone: Path) -> None:
