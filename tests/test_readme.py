@@ -217,6 +217,15 @@ def test_the_workflow_installs_the_same_programs_for_each_job() -> None:
     assert set(installed.split()) == needed - {"nodejs", "npm"}  # from setup-node
 
 
+def test_the_chapters_that_are_named_are_those_of_the_code(clone: Path) -> None:
+    code = (clone / "taskd.py").read_text()
+    chapters = re.findall(r"^# --- (\w+) -+$", code, re.MULTILINE)
+    contributing = (clone / "CONTRIBUTING.md").read_text()
+    [listed] = re.findall(r"the service, in chapters: (.+?)\.", contributing)
+    assert listed.split(", ") == chapters
+    assert re.findall(r"^\| (\w+) +\|", code, re.MULTILINE) == ["chapter", *chapters]
+
+
 def test_the_make_targets_that_are_named_exist(clone: Path) -> None:
     documents = README + (clone / "CONTRIBUTING.md").read_text()
     named = set(re.findall(r"`make ([a-z-]+)`", documents)) | {"run"}
