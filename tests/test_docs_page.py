@@ -517,6 +517,10 @@ def test_the_token_stays_in_sight_and_the_page_says_how_to_get_one(page, size):
         "return [box.top, box.bottom]"
     )
     assert 0 <= top < bottom < size[1] / 4
+    if size == PHONE:
+        assert top >= page.run(
+            "return document.querySelector('.contents').getBoundingClientRect().bottom"
+        )
     page.log_in("alice")
     assert page.find("#token-state").is_displayed()
 
@@ -529,13 +533,60 @@ def test_a_phone_shows_send_near_its_title_and_keeps_the_contents(page):
         " one.querySelector('button[type=submit]').getBoundingClientRect().bottom"
         " - one.querySelector('h3').getBoundingClientRect().top)"
     )
-    assert max(below) < 2 * PHONE[1], below
+    assert max(below) < PHONE[1], below
     page.run("scrollTo(0, document.documentElement.scrollHeight / 2)")
     page.find(".contents summary").click()
     page.find(".contents a[href='#deleteTask']").click()
     top = "return document.getElementById('deleteTask').getBoundingClientRect().top"
     until(lambda: 0 < page.run(top) < 250, "the call is in view")
     assert not page.run("return document.querySelector('.contents details').open")
+
+
+@pytest.mark.parametrize(
+    ("size", "longest"), [(PHONE, 16_000), (DESK, 12_000)], ids=["phone", "desk"]
+)
+def test_the_page_is_short_until_something_is_opened(page, size, longest):
+    page.size(*size)
+    page.open()
+    assert page.run("return document.documentElement.scrollHeight") < longest
+    badges = page.run(
+        "return [...document.querySelectorAll('.method')].filter((one) => one.checkVisibility())"
+        ".map((one) => one.getBoundingClientRect().height)"
+    )
+    assert max(badges) < 1.5 * min(badges)  # each is on one line
+
+
+def test_each_part_names_what_is_in_it(page):
+    titles = [
+        " ".join(one.text.split())
+        for one in page.browser.find_elements(By.CSS_SELECTOR, "#createTask .detail > summary")
+    ]
+    assert titles == [
+        "Parameters user_id Idempotency-Key X-Request-ID",
+        "Body title description completed priority due_date tags id user_id created_at updated_at",
+        "Answers 201 400 401 403 413 415 422 431 500 503",
+    ]
+    empty = page.run(
+        "return [...document.querySelectorAll('.contents h2, .group h2')]"
+        ".filter((one) => !(one.nextElementSibling ?? one.parentElement.nextElementSibling)?.textContent)"
+        ".map((one) => one.textContent)"
+    )
+    assert empty == []
+    missing = page.run(
+        "return [...document.querySelectorAll('[aria-labelledby]')]"
+        ".flatMap((one) => one.getAttribute('aria-labelledby').split(' '))"
+        ".filter((id) => !document.getElementById(id))"
+    )
+    assert missing == []
+
+
+def test_a_type_leads_to_its_shape_and_opens_it(page):
+    page.find("#createTask a[href='#schema-NewTask']").click()
+    until(
+        lambda: page.run("return document.getElementById('schema-NewTask').open"),
+        "the shape is open",
+    )
+    assert "title" in page.find("#schema-NewTask .members").text
 
 
 def test_the_rules_come_after_the_routes(page):
