@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import itertools
 import json
 import re
 import signal
@@ -23,7 +24,7 @@ from cluster import free_port
 from database import stored
 from processes import ROOT, Process, environment
 from test_better_auth import MISSING, PASSWORD
-from test_docs_page import browser  # noqa: F401  a fixture
+from test_docs_page import browser, violations  # noqa: F401  browser is a fixture
 from tokens import SECRET
 from waiting import DEADLINE, until
 
@@ -285,6 +286,10 @@ def test_the_page_fits_a_phone_and_asks_no_other_host(visitor: Visitor) -> None:
         visitor.lists("W" * 200)
         width = "return document.documentElement.scrollWidth"
         assert visitor.run(width) == 360
+        visitor.press(".remove")
+        visitor.sees("#undo")
+        assert visitor.run("return document.querySelector('#undo').getClientRects()[0].height") < 60
+        assert visitor.run(width) == 360
     finally:
         visitor.chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     script = (
@@ -292,6 +297,25 @@ def test_the_page_fits_a_phone_and_asks_no_other_host(visitor: Visitor) -> None:
     )
     origins = set(visitor.run(script))
     assert origins == {visitor.site.origin, f"http://127.0.0.1:{visitor.site.taskd_port}"}
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_nothing_wrong_in_the_example(visitor: Visitor, width: int) -> None:
+    for name, value in itertools.product(["welcome", "board", "editor"], ["light", "dark"]):
+        if name == "board" and value == "light":
+            visitor.sign_up(f"axe{width}")
+            visitor.add("Buy milk", priority="High", due_date="2026-01-01", tags="home, shopping")
+            visitor.lists("Buy milk")
+        elif name == "editor" and value == "light":
+            visitor.press("#tasks .title")
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+        scheme = {"features": [{"name": "prefers-color-scheme", "value": value}]}
+        visitor.chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        visitor.chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+        visitor.sees(f"#{name}")
+        assert violations(visitor.chromium) == [], (name, value)
+    visitor.chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    visitor.chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_the_demo_starts_both_and_ends_both(tmp_path: Path) -> None:
@@ -302,7 +326,11 @@ def test_the_demo_starts_both_and_ends_both(tmp_path: Path) -> None:
         **variables, DEMO_DATA=str(tmp_path / "data"), DATABASE_URL="sqlite:///not-this.db"
     )
     with subprocess.Popen(
-        ["node", str(EXAMPLE / "demo.mjs")], env=settings, stdout=subprocess.PIPE, text=True
+        ["node", str(EXAMPLE / "demo.mjs")],
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as demo:
         try:
             assert demo.stdout
@@ -315,7 +343,10 @@ def test_the_demo_starts_both_and_ends_both(tmp_path: Path) -> None:
             assert (second.returncode, second.stdout) == (1, "")
             assert re.fullmatch(r"demo: listen EADDRINUSE.*PORT=3001 make demo\n", second.stderr)
             demo.send_signal(signal.SIGTERM)
-            assert demo.wait(DEADLINE) == 0
+            _, log = demo.communicate(timeout=DEADLINE)
+            assert demo.returncode == 0
+            assert f"taskd: listening on http://127.0.0.1:{taskd_port}" in log
+            assert "WARNING" not in log
         finally:
             demo.kill()
     assert not is_open(taskd_port)

@@ -27,6 +27,7 @@ const taskd = spawn(PYTHON, [program], {
   stdio: ["ignore", "inherit", "inherit"],
   env: {
     ...process.env,
+    TASKD_URL: undefined, // the page's setting, not one of taskd
     BETTER_AUTH_SECRET: "", // taskd needs none: it verifies tokens with the public keys
     DATABASE_URL: "sqlite:///taskd.db",
     TASKD_PORT,
