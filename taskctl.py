@@ -1,8 +1,23 @@
 #!/usr/bin/env python3
 """taskctl: the operator's and developer's tool beside taskd.
 
-It reads the settings that taskd reads, and decides about tokens and the database with taskd's own code. Data goes to
-stdout, messages to stderr. Exit status: 0; 1 when something is refused, not found or off; 2 for usage and settings.
+It reads the settings that taskd reads, and decides about tokens and the database with taskd's own
+code. Data goes to stdout, messages to stderr. Exit status: 0; 1 when something is refused, not
+found or failed; 2 for usage and settings. A command opens the database, makes one call and prints;
+each chapter uses only those above it:
+
+| chapter            | has                                                                     |
+|--------------------|-------------------------------------------------------------------------|
+| Terminal           | messages, tables, JSON, CSV, progress bars                              |
+| Set up             | `init`, `settings`                                                      |
+| Tokens             | `mint`, `verify`                                                        |
+| Check              | `check`                                                                 |
+| Tasks              | `users`, `tasks`, `stats`, `seed`                                       |
+| Backup and restore | `backup`, `restore`                                                     |
+| Export and import  | `export`, `import`, `purge`                                             |
+| Copy               | `copy`, between SQLite and PostgreSQL                                   |
+| Smoke test         | `smoke`, `wait`                                                         |
+| Ephemeral server   | `serve`                                                                 |
 """
 
 # /// script
@@ -57,7 +72,6 @@ from urllib.parse import urlsplit
 try:
     import msgspec
     import peewee
-    import typer
     from dotenv import dotenv_values
     from jwt.utils import base64url_decode
     from peewee import fn
@@ -65,6 +79,7 @@ try:
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
+    from typer import Argument, BadParameter, CallbackParam, Exit, Option, Typer
 
     import taskd
     from taskd import DOTENV, About, Settings, Task, Tokens
@@ -76,16 +91,16 @@ except ModuleNotFoundError as ex:
         "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
     )
 
-app = typer.Typer(
+app = Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-AsLines = Annotated[bool, typer.Option("--nl", help="Print JSON lines.")]
-AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
-Wide = Annotated[bool, typer.Option("--wide", help="All columns, however wide.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+AsLines = Annotated[bool, Option("--nl", help="Print JSON lines.")]
+AsCsv = Annotated[bool, Option("--csv", help="Print CSV.")]
+Wide = Annotated[bool, Option("--wide", help="All columns, however wide.")]
 STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 ALIGNED = 60  # characters of a value that make a column of a whole table so wide
 TIMES = ("created_at", "updated_at", "due_date", "last_change")  # shown to the minute
@@ -222,14 +237,14 @@ def show_version(wanted: bool) -> None:
     """Print the version and exit, where --version is given."""
     if wanted:
         print(f"taskctl {taskd.__version__}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def options(
     version: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--version", help="Show the version and exit.", callback=show_version, is_eager=True
         ),
     ] = False,
@@ -304,24 +319,22 @@ def some_text(value: str | list[str] | None) -> str | list[str] | None:
     """Return ids of users as they are, or refuse one that is empty or no UTF-8."""
     for user in [value] if isinstance(value, str) else value or ():
         if not user or any("\ud800" <= character <= "\udfff" for character in user):
-            raise typer.BadParameter("it must not be empty, and UTF-8")
+            raise BadParameter("it must not be empty, and UTF-8")
     return value
 
 
-UserId = Annotated[str, typer.Argument(help="The user's id: a token's sub.", callback=some_text)]
+UserId = Annotated[str, Argument(help="The user's id: a token's sub.", callback=some_text)]
 
 
 @app.command()
 def mint(
     user: UserId,
-    email: Annotated[str | None, typer.Option(help="The email claim.")] = None,
-    name: Annotated[str | None, typer.Option(help="The name claim.")] = None,
+    email: Annotated[str | None, Option(help="The email claim.")] = None,
+    name: Annotated[str | None, Option(help="The name claim.")] = None,
     ttl: Annotated[
-        str, typer.Option(help="How long it is valid: 90s, 15m, 1h, 7d; -1h has expired.")
+        str, Option(help="How long it is valid: 90s, 15m, 1h, 7d; -1h has expired.")
     ] = "1h",
-    claim: Annotated[
-        list[str] | None, typer.Option(help="Another claim, k=v; v may be JSON.")
-    ] = None,
+    claim: Annotated[list[str] | None, Option(help="Another claim, k=v; v may be JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a token signed with the first secret, as a login would hand it out."""
@@ -332,7 +345,7 @@ def mint(
     try:
         token = Tokens(settings).mint(claims)
     except (TypeError, ValueError, RecursionError) as ex:
-        raise typer.BadParameter(str(ex)) from None
+        raise BadParameter(str(ex)) from None
     print(json.dumps({"token": token, "claims": claims}) if as_json else token)
 
 
@@ -353,7 +366,7 @@ def login(settings: Settings, user: str, ttl: int, **more: str | None) -> dict[s
 def seconds(text: str) -> int:
     """Return a duration such as 90s, 15m, 1h or 7d in seconds."""
     if not (found := re.fullmatch(r"(-?[0-9]{1,9})([smhd]?)", text)):
-        raise typer.BadParameter(f"a duration must look like 90s, 15m, 1h or 7d, not {text!r}")
+        raise BadParameter(f"a duration must look like 90s, 15m, 1h or 7d, not {text!r}")
     return int(found[1]) * UNITS[found[2]]
 
 
@@ -361,9 +374,9 @@ def parse_claim(text: str) -> tuple[str, Any]:
     """Return the name and value of `k=v`; a value that is not JSON is a string."""
     name, equals, value = text.partition("=")
     if name == "sub":
-        raise typer.BadParameter("--claim cannot set sub: it is the USER that is named")
+        raise BadParameter("--claim cannot set sub: it is the USER that is named")
     if not name or not equals:
-        raise typer.BadParameter(f"--claim must look like role=admin, not {text!r}")
+        raise BadParameter(f"--claim must look like role=admin, not {text!r}")
     try:
         return name, json.loads(value)
     except (ValueError, RecursionError):
@@ -372,7 +385,7 @@ def parse_claim(text: str) -> tuple[str, Any]:
 
 @app.command()
 def verify(
-    token: Annotated[str, typer.Argument(help="The token; - reads it from stdin.")] = "-",
+    token: Annotated[str, Argument(help="The token; - reads it from stdin.")] = "-",
     as_json: AsJson = False,
 ) -> None:
     """Say whether taskd would accept a token, as whom and until when, or exactly why not.
@@ -663,9 +676,9 @@ def rows(query: Any, *names: str) -> list[dict[str, Any]]:
 @app.command()
 def users(
     sort: Annotated[
-        str, typer.Option(help="user_id, tasks, done or last_change; -tasks for most first.")
+        str, Option(help="user_id, tasks, done or last_change; -tasks for most first.")
     ] = "user_id",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="At most so many.")] = None,
     as_json: AsJson = False,
     nl: AsLines = False,
     as_csv: AsCsv = False,
@@ -679,7 +692,7 @@ def users(
         "last_change": fn.MAX(Task.updated_at),
     }
     if not (key := ({"user_id": Task.user_id} | counts).get(sort.removeprefix("-"))):
-        raise typer.BadParameter("--sort takes user_id, tasks, done or last_change")
+        raise BadParameter("--sort takes user_id, tasks, done or last_change")
     query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
     order = [key.desc() if sort.startswith("-") else key, Task.user_id]
     found = rows(query.group_by(Task.user_id).order_by(*order).limit(limit), "user_id", *counts)
@@ -694,45 +707,37 @@ def count_where(condition: Any) -> peewee.Function:
 
 
 def fits(
-    context: typer.CallbackParam, value: str | int | list[str] | None
+    context: CallbackParam, value: str | int | list[str] | None
 ) -> str | int | list[str] | None:
     """Return the value of an option that the service knows as a parameter, or refuse what the service would."""
     values = value if isinstance(value, list) else [str(value)]
     if value and (wrong := taskd.wrong_parameter(context.name or "", values)):
-        raise typer.BadParameter(wrong)
+        raise BadParameter(wrong)
     return value
 
 
 @app.command()
 def tasks(
     user: UserId,
-    only_open: Annotated[
-        bool, typer.Option("--open", help="Only those that are not completed.")
-    ] = False,
-    only_done: Annotated[
-        bool, typer.Option("--done", help="Only those that are completed.")
-    ] = False,
+    only_open: Annotated[bool, Option("--open", help="Only those that are not completed.")] = False,
+    only_done: Annotated[bool, Option("--done", help="Only those that are completed.")] = False,
     q: Annotated[
-        str,
-        typer.Option("--search", "-q", help="Only those with this text in them.", callback=fits),
+        str, Option("--search", "-q", help="Only those with this text in them.", callback=fits)
     ] = "",
     sort: Annotated[
-        str,
-        typer.Option(
-            help=f"{', '.join(taskd.ORDERS)}; with - before it descending.", callback=fits
-        ),
+        str, Option(help=f"{', '.join(taskd.ORDERS)}; with - before it descending.", callback=fits)
     ] = "id",
     priority: Annotated[
-        str | None, typer.Option(help="Only those of this priority.", callback=fits)
+        str | None, Option(help="Only those of this priority.", callback=fits)
     ] = None,
     tag: Annotated[
         list[str] | None,
-        typer.Option(help="Only those with this tag; several times: with all.", callback=fits),
+        Option(help="Only those with this tag; several times: with all.", callback=fits),
     ] = None,
     due_before: Annotated[
-        str | None, typer.Option(help="Only those due before a day or a time.", callback=fits)
+        str | None, Option(help="Only those due before a day or a time.", callback=fits)
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many.", callback=fits)] = None,
+    limit: Annotated[int | None, Option(help="At most so many.", callback=fits)] = None,
     as_json: AsJson = False,
     nl: AsLines = False,
     as_csv: AsCsv = False,
@@ -740,7 +745,7 @@ def tasks(
 ) -> None:
     """List a user's tasks, oldest first."""
     if only_open and only_done:
-        raise typer.BadParameter("--open and --done exclude each other")
+        raise BadParameter("--open and --done exclude each other")
     store = taskd.TaskStore(database())
     rest: taskd.Listing | None = taskd.Listing(
         completed=only_done if only_open or only_done else None,
@@ -804,17 +809,17 @@ BATCH = 1000  # tasks in a statement
 @app.command()
 def seed(
     user: Annotated[
-        list[str] | None, typer.Argument(help="Users to give tasks to.", callback=some_text)
+        list[str] | None, Argument(help="Users to give tasks to.", callback=some_text)
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Tasks for each user.")] = 20,
-    users: Annotated[int, typer.Option(min=0, help="Made-up users besides: user-1, user-2 …")] = 0,
-    random_seed: Annotated[int, typer.Option(help="The same number makes the same tasks.")] = 1,
+    count: Annotated[int, Option(min=1, help="Tasks for each user.")] = 20,
+    users: Annotated[int, Option(min=0, help="Made-up users besides: user-1, user-2 …")] = 0,
+    random_seed: Annotated[int, Option(help="The same number makes the same tasks.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Add believable tasks. The database is created if need be; tasks that are there stay."""
     names = [*(user or ()), *(f"user-{number}" for number in range(1, users + 1))]
     if not names:
-        raise typer.BadParameter("name a user, or say how many to make up: --users 3")
+        raise BadParameter("name a user, or say how many to make up: --users 3")
     database(create=True)
     made = believable(names, count, random.Random(random_seed))  # noqa: S311  nothing secret is drawn from it
     with progress() as bar:
@@ -857,9 +862,7 @@ ENDING = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}  # signals that end a co
 
 
 @app.command()
-def backup(
-    file: Annotated[str, typer.Argument(help="The new file; - writes it to stdout.")],
-) -> None:
+def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdout.")]) -> None:
     """Copy the database into a new file, also while taskd serves. A file that is there is never overwritten."""
     settings = Settings.load()
     file_of(settings)
@@ -886,7 +889,7 @@ def backup(
 @app.command()
 def restore(
     file: Annotated[
-        str, typer.Argument(help="A backup, packed with gzip or not; - reads it from stdin.")
+        str, Argument(help="A backup, packed with gzip or not; - reads it from stdin.")
     ],
 ) -> None:
     """Put a backup in the database's place, while no server runs.
@@ -1177,7 +1180,7 @@ class Incoming(Task):
 @app.command()
 def export(
     user: Annotated[
-        str | None, typer.Argument(help="Only this user's tasks.", callback=some_text)
+        str | None, Argument(help="Only this user's tasks.", callback=some_text)
     ] = None,
 ) -> None:
     """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
@@ -1212,7 +1215,7 @@ def in_batches(query: Any) -> Iterator[tuple[Any, ...]]:
 
 @app.command("import")
 def import_tasks(
-    file: Annotated[str, typer.Argument(help="JSON lines as export prints them; - reads stdin.")],
+    file: Annotated[str, Argument(help="JSON lines as export prints them; - reads stdin.")],
 ) -> None:
     """Add tasks from JSON lines: all of them, or none if one is wrong. Ids are kept.
 
@@ -1324,9 +1327,7 @@ def merge() -> None:
 
 
 @app.command()
-def purge(
-    user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
-) -> None:
+def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False) -> None:
     """Delete all of a user's tasks, and whatever else is kept of this user. It asks before it does."""
     opened = database()
     owned = [(model, model._meta.fields["user_id"] == user) for model in OWNED]
@@ -1361,8 +1362,8 @@ def confirmed(question: str) -> bool:
 
 @app.command()
 def copy(
-    source: Annotated[str, typer.Argument(help="A DATABASE_URL, env:VARIABLE or @FILE.")],
-    target: Annotated[str, typer.Argument(help="Another, of a database without tasks.")],
+    source: Annotated[str, Argument(help="A DATABASE_URL, env:VARIABLE or @FILE.")],
+    target: Annotated[str, Argument(help="Another, of a database without tasks.")],
 ) -> None:
     """Copy everything into an empty database, from SQLite to PostgreSQL or back, and compare.
 
@@ -1372,7 +1373,7 @@ def copy(
     urls = [given_url(source), given_url(target)]
     old, new = (Settings.load({**os.environ, "DATABASE_URL": url}) for url in urls)
     if old.database_url == new.database_url:
-        raise typer.BadParameter("the two are the same")
+        raise BadParameter("the two are the same")
     existing(old)
     reading, writing = (taskd.open_database(each, statement_timeout=0) for each in (old, new))
     with reading.transaction(), writing.transaction(), progress() as bar:
@@ -1402,7 +1403,7 @@ def given_url(text: str) -> str:
     """Return a URL that is given as it is, in an environment variable, or in a file."""
     if text.startswith("env:"):
         if not (url := os.environ.get(text.removeprefix("env:"))):
-            raise typer.BadParameter(f"{text}: there is no such environment variable")
+            raise BadParameter(f"{text}: there is no such environment variable")
         return url
     return Path(text[1:]).read_text().strip() if text.startswith("@") else text
 
@@ -1451,9 +1452,7 @@ class SmokeClient:
             ]
             self._connection = kind(parts.hostname or "", parts.port, timeout=10)
         except (KeyError, ValueError):
-            raise typer.BadParameter(
-                f"URL must look like http://127.0.0.1:8000, not {url!r}"
-            ) from None
+            raise BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}") from None
         self.id = f"smoke-{secrets.token_hex(8)}"
         self.headers: dict[str, str] = {}
         self.tag = ""  # of the task that was last shown
@@ -1575,8 +1574,7 @@ class SmokeClient:
 @app.command()
 def smoke(
     url: Annotated[
-        str | None,
-        typer.Argument(help="The server; by default the one that the settings describe."),
+        str | None, Argument(help="The server; by default the one that the settings describe.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -1624,17 +1622,17 @@ TOKEN_TTL = 24 * 3600  # seconds that the tokens of a server for tests are valid
 @app.command()
 def serve(
     ephemeral: Annotated[
-        bool, typer.Option("--ephemeral", help="Required: the database is temporary.")
+        bool, Option("--ephemeral", help="Required: the database is temporary.")
     ] = False,
     user: Annotated[
-        list[str] | None, typer.Option(help="A user to print a token for.", callback=some_text)
+        list[str] | None, Option(help="A user to print a token for.", callback=some_text)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Believable tasks for each --user.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Believable tasks for each --user.")] = 0,
     port_file: Annotated[
-        Path | None, typer.Option(help="A file to write the port to.", dir_okay=False)
+        Path | None, Option(help="A file to write the port to.", dir_okay=False)
     ] = None,
     given: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting, such as TASKD_PORT=8123.")
+        list[str] | None, Option("--set", help="A setting, such as TASKD_PORT=8123.")
     ] = None,
 ) -> None:
     """Serve a temporary database for tests, and print url, secret, pid and tokens as one JSON line.
@@ -1643,9 +1641,9 @@ def serve(
     ends if that is a pipe or a socket. Its database and the port file are then removed.
     """
     if not ephemeral:
-        raise typer.BadParameter("--ephemeral is required; python taskd.py serves your database")
+        raise BadParameter("--ephemeral is required; python taskd.py serves your database")
     if seed and not user:
-        raise typer.BadParameter("--seed adds tasks for each --user: name one")
+        raise BadParameter("--seed adds tasks for each --user: name one")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     with removed_at_exit(Path(tempfile.mkdtemp(prefix="taskd-")), port_file) as directory:
@@ -1688,7 +1686,7 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
     }
     for name, _, value in (text.partition("=") for text in given):
         if name not in known - {"DATABASE_URL"}:
-            raise typer.BadParameter(f"--set takes a setting but DATABASE_URL, not {name!r}")
+            raise BadParameter(f"--set takes a setting but DATABASE_URL, not {name!r}")
         values[name] = value
     values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
     return Settings.load(values, directory / ".env")
@@ -1739,12 +1737,12 @@ def terminate_after_stdin() -> None:
 
 @app.command()
 def wait(
-    url: Annotated[str, typer.Argument(help="The server, such as http://127.0.0.1:8000.")],
-    timeout: Annotated[str, typer.Option(help="How long to wait: 30s, 2m.")] = "30s",
+    url: Annotated[str, Argument(help="The server, such as http://127.0.0.1:8000.")],
+    timeout: Annotated[str, Option(help="How long to wait: 30s, 2m.")] = "30s",
 ) -> None:
     """Wait until /readyz of a server answers 200. Exit status 1 if it does not in time."""
     if not re.match("https?://[^/]", url):
-        raise typer.BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}")
+        raise BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}")
     deadline = time.monotonic() + seconds(timeout)
     while fault := not_ready(url, max(deadline - time.monotonic(), 0.1)):
         if time.monotonic() >= deadline:
