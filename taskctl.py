@@ -97,21 +97,21 @@ app = Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# --- Terminal -------------------------------------------------------------------------------------
+
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 AsLines = Annotated[bool, Option("--nl", help="Print JSON lines.")]
 AsCsv = Annotated[bool, Option("--csv", help="Print CSV.")]
 Wide = Annotated[bool, Option("--wide", help="All columns, however wide.")]
+Row = dict[str, Any]
 STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
-ALIGNED = 60  # characters of a value that make a column of a whole table so wide
+ALIGNED = 60  # characters; a longer value does not widen its column of a wide table
 TIMES = ("created_at", "updated_at", "due_date", "last_change")  # shown to the minute
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
 class Refused(Exception):
-    """What was asked for is refused, not found or off; the message says why. Exit status 1."""
-
-
-# --- The terminal ---------------------------------------------------------------------------------
+    """A command is refused, or what it looks for is not found; the message says why."""
 
 
 def say(message: str) -> None:
@@ -119,35 +119,42 @@ def say(message: str) -> None:
     print(f"taskctl: {message}", file=sys.stderr)
 
 
-def show(row: dict[str, Any], as_json: bool) -> None:
+def show(row: Row, as_json: bool) -> None:
     """Print one row: as a JSON object, or a line for each member."""
     if as_json:
         print(json.dumps(row))
-        return
-    for name, value in row.items():
-        print(f"{name:{max(map(len, row))}}  {printable(value)}")
+    else:
+        width = max(map(len, row), default=0)
+        for name, value in row.items():
+            print(f"{name:{width}}  {printable(value)}")
 
 
 def show_all(
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     as_json: bool,
     nl: bool = False,
     as_csv: bool = False,
-    hidden: tuple[str, ...] | None = (),
+    wide: bool = False,
+    hidden: tuple[str, ...] = (),
+    total: str = "",
 ) -> None:
-    """Print rows: as JSON, JSON lines, CSV, or a table, on a terminal without the hidden columns."""
+    """Print rows as JSON, JSON lines or CSV, or else a table, with its total on a terminal."""
     if as_json:
         print(json.dumps(rows))
     elif nl:
-        print(*map(json.dumps, rows), sep="\n", end="\n" if rows else "")
+        sys.stdout.writelines(f"{json.dumps(row)}\n" for row in rows)
     elif as_csv:
         show_csv(rows)
-    elif rows:
-        show_table(rows, hidden if sys.stdout.isatty() else None)
+    else:
+        on_terminal = sys.stdout.isatty()
+        if rows:
+            show_wide_table(rows) if wide or not on_terminal else show_table(rows, hidden)
+        if total and (on_terminal or not rows):
+            say(total)
 
 
-def show_csv(rows: list[dict[str, Any]]) -> None:
-    """Print rows as CSV with a header; what is not text is written as in JSON, and null as nothing."""
+def show_csv(rows: list[Row]) -> None:
+    """Print rows as CSV with a header: null as nothing, and what is not text as in JSON."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerows(row.keys() for row in rows[:1])
     for row in rows:
@@ -155,40 +162,31 @@ def show_csv(rows: list[dict[str, Any]]) -> None:
         writer.writerow(v if v is None or isinstance(v, str) else json.dumps(v) for v in values)
 
 
-def show_table(rows: list[dict[str, Any]], hidden: tuple[str, ...] | None) -> None:
-    """Print a table: short, without the hidden columns and those without a value, or whole (None)."""
-    names = [
-        name
-        for name in rows[0]
-        if hidden is None
-        or (name not in hidden and any(row[name] not in (None, []) for row in rows))
-    ]
-    if hidden is None:
-        print_whole([names, *([printable(row[name]) for name in names] for row in rows)])
-        return
+def show_table(rows: list[Row], hidden: tuple[str, ...]) -> None:
+    """Print a table without the hidden columns and those in which no row has a value."""
     table = Table(box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, no_wrap=name in TIMES)
+    for name in rows[0]:
+        if name not in hidden and any(row[name] not in (None, []) for row in rows):
+            table.add_column(name, no_wrap=name in TIMES)
     for row in rows:
-        table.add_row(*(cell(name, row[name]) for name in names))
+        table.add_row(*(cell(str(column.header), row) for column in table.columns))
     Console().print(table)
 
 
-def print_whole(lines: list[list[str]]) -> None:
-    """Print a table whole: a value is aligned with its column unless it is long."""
+def cell(name: str, row: Row) -> Text:
+    """Return a value for a table on a terminal, in which times are to the minute, in UTC."""
+    text = printable(row[name])
+    text = text[:16].replace("T", " ") if name in TIMES else text
+    return Text(text, STYLES.get(text, "") if name == "result" else "", overflow="fold")
+
+
+def show_wide_table(rows: list[Row]) -> None:
+    """Print a table with every column; a value is aligned with its column unless it is long."""
+    lines = [[*rows[0]], *(list(map(printable, row.values())) for row in rows)]
     columns = zip(*lines, strict=True)
     widths = [max(len(text) for text in column if len(text) <= ALIGNED) for column in columns]
     for line in lines:
-        cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
-        print(*cells, sep="  ")
-
-
-def cell(name: str, value: object) -> Text:
-    """Return a value for a short table, in which times are to the minute, in UTC."""
-    text = printable(value)
-    if name in TIMES:
-        text = text[:16].replace("T", " ")
-    return Text(text, STYLES.get(text, "") if name == "result" else "", overflow="fold")
+        print("  ".join(map(str.ljust, line, widths)))
 
 
 def counted(number: int, noun: str) -> str:
@@ -196,60 +194,38 @@ def counted(number: int, noun: str) -> str:
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
-def conclude(results: list[str], noun: str, quiet: bool, why: str = "") -> None:
+def conclude(rows: list[Row], noun: str, quiet: bool, why: str = "") -> None:
     """Say how many checks or calls passed; raise Refused if one failed."""
+    results = [row["result"] for row in rows]
     failed, warned = results.count("FAIL"), results.count("warning")
     if failed:
-        raise Refused(f"{failed} of {len(results)} {noun}s failed{why}")
+        raise Refused(f"{failed} of {len(rows)} {noun}s failed{why}")
     if not quiet:
         warnings = f", {counted(warned, 'warning')}" if warned else ""
-        say(f"all {len(results)} {noun}s passed{warnings}")
-
-
-def total(rows: list[Any], message: str) -> None:
-    """Say how many rows there are where somebody reads them, and everywhere that there are none."""
-    if not rows or sys.stdout.isatty():
-        say(message)
-
-
-def read_stdin(what: str) -> str:
-    """Return what stdin holds to its end, and say so where somebody has to type it."""
-    if sys.stdin.isatty():
-        say(f"paste {what}, then press Enter and Ctrl-D")
-    return sys.stdin.buffer.read().decode(errors="replace")
+        say(f"all {len(rows)} {noun}s passed{warnings}")
 
 
 def printable(value: object) -> str:
-    """Return a value as text that a terminal shows and does not obey."""
-    words: dict[object, str] = {None: "-", True: "yes", False: "no"}
-    text = words[value] if value is None or isinstance(value, bool) else str(value)
-    text = (", ".join(value) or "-") if isinstance(value, list) else text
-    return taskd.printable(text)
+    """Return a value as text in which no character controls the terminal."""
+    value = (", ".join(value) or None) if isinstance(value, list) else value
+    words = {"None": "-", "True": "yes", "False": "no"}
+    return taskd.printable(words.get(repr(value), str(value)))
 
 
 def progress(hidden: bool = False) -> Progress:
-    """Return a progress bar on stderr, which shows only where somebody looks at it."""
+    """Return a progress bar, which is shown only if stderr is a terminal."""
     console = Console(stderr=True)
     return Progress(console=console, disable=hidden or not console.is_terminal, transient=True)
 
 
-def show_version(wanted: bool) -> None:
-    """Print the version and exit, where --version is given."""
-    if wanted:
-        print(f"taskctl {taskd.__version__}")
-        raise Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
-    version: Annotated[
-        bool,
-        Option(
-            "--version", help="Show the version and exit.", callback=show_version, is_eager=True
-        ),
-    ] = False,
+    version: Annotated[bool, Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server."""
+    if version:
+        print(f"taskctl {taskd.__version__}")
+        raise Exit
 
 
 # --- Set up ---------------------------------------------------------------------------------------
@@ -363,6 +339,9 @@ def login(settings: Settings, user: str, ttl: int, **more: str | None) -> dict[s
     return {name: value for name, value in claims.items() if value is not None}
 
 
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+
+
 def seconds(text: str) -> int:
     """Return a duration such as 90s, 15m, 1h or 7d in seconds."""
     if not (found := re.fullmatch(r"(-?[0-9]{1,9})([smhd]?)", text)):
@@ -393,8 +372,7 @@ def verify(
     Its header and claims are shown in both cases; those of a refused token are unverified.
     """
     tokens = Tokens(Settings.load())
-    text = read_stdin("a token") if token == "-" else token
-    text = re.sub("^bearer +", "", text.strip(), flags=re.IGNORECASE)
+    text = re.sub("^bearer +", "", read_token(token), flags=re.IGNORECASE)
     try:
         user = tokens.verify(text)
     except taskd.TokenError as ex:
@@ -403,6 +381,15 @@ def verify(
     accepted: dict[str, Any] = {"accepted": True, "user_id": user.id, "email": user.email}
     accepted |= {"name": user.name, "until": instant(user.expires)}
     show(accepted | (contents(text) if as_json else readable(contents(text))), as_json)
+
+
+def read_token(given: str) -> str:
+    """Return a token without white space around it, from stdin if `-` is given."""
+    if given == "-":
+        if sys.stdin.isatty():
+            say("paste a token, then press Enter and Ctrl-D")
+        given = sys.stdin.buffer.read().decode(errors="replace")
+    return given.strip()
 
 
 def show_refused(token: str, reason: str, as_json: bool) -> None:
@@ -481,11 +468,9 @@ def check(as_json: AsJson = False) -> None:
         *check_modes(settings),
         *check_key_set(settings),
     ]
-    show_all(
-        [{"result": result, "about": about, "found": found} for result, about, found in findings],
-        as_json,
-    )
-    conclude([result for result, _, _ in findings], "check", as_json)
+    rows = [dict(zip(("result", "about", "found"), finding, strict=True)) for finding in findings]
+    show_all(rows, as_json)
+    conclude(rows, "check", as_json)
 
 
 def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
@@ -696,9 +681,7 @@ def users(
     query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
     order = [key.desc() if sort.startswith("-") else key, Task.user_id]
     found = rows(query.group_by(Task.user_id).order_by(*order).limit(limit), "user_id", *counts)
-    show_all(found, as_json, nl, as_csv, None if wide else ())
-    if not (as_json or nl or as_csv):
-        total(found, counted(len(found), "user"))
+    show_all(found, as_json, nl, as_csv, wide, total=counted(len(found), "user"))
 
 
 def count_where(condition: Any) -> peewee.Function:
@@ -763,11 +746,16 @@ def tasks(
     store.close()
     found = found[:limit]
     filters = only_open, only_done, q, limit, priority, tag, due_before
-    hidden = None if wide else ("user_id", "description", "created_at")
-    show_all([msgspec.structs.asdict(task) for task in found], as_json, nl, as_csv, hidden)
-    if not (as_json or nl or as_csv):
-        noun = "such task" if any(filters) else "task"
-        total(found, f"{printable(user)} has {counted(len(found), noun)}")
+    total = counted(len(found), "such task" if any(filters) else "task")
+    show_all(
+        list(map(msgspec.structs.asdict, found)),
+        as_json,
+        nl,
+        as_csv,
+        wide,
+        hidden=("user_id", "description", "created_at"),
+        total=f"{printable(user)} has {total}",
+    )
 
 
 @app.command()
@@ -1599,7 +1587,7 @@ def smoke(
         forget_keys(settings, visitor.id)
     statuses = {row["status"] for row in visitor.results if row["expected"] != 401}
     secret = "; the server has another secret than these settings" if statuses == {200, 401} else ""
-    conclude([row["result"] for row in visitor.results], "call", as_json, secret)
+    conclude(visitor.results, "call", as_json, secret)
 
 
 def forget_keys(settings: Settings, user: str) -> None:
