@@ -11,9 +11,9 @@ each chapter uses only those above it:
 | Terminal           | messages, tables, JSON, CSV, progress bars                              |
 | Set up             | `init`, `settings`                                                      |
 | Tokens             | `mint`, `verify`                                                        |
-| Check              | `check`                                                                 |
 | Tasks              | `users`, `tasks`, `stats`, `seed`                                       |
 | Backup and restore | `backup`, `restore`                                                     |
+| Check              | `check`                                                                 |
 | Export and import  | `export`, `import`, `purge`                                             |
 | Copy               | `copy`, between SQLite and PostgreSQL                                   |
 | Smoke test         | `smoke`, `wait`                                                         |
@@ -238,7 +238,7 @@ def init() -> None:
     Nothing is ever overwritten. Where TASKD_JWKS_URL is set, no secret is needed.
     """
     settings = Settings.load()
-    if settings.secret or settings.secrets:
+    if signing_secrets(settings):
         say("the secret is there already")
     elif settings.jwks_url:
         say("no secret is needed: TASKD_JWKS_URL is set, and only its keys sign logins")
@@ -249,6 +249,16 @@ def init() -> None:
     existed = is_postgresql(settings) or Path(settings.database).exists()
     taskd.open_database(settings).close()
     say(f"{settings.database} is there already" if existed else f"created {settings.database}")
+
+
+def signing_secrets(settings: Settings) -> list[str]:
+    """Return the secrets that tokens are verified with; the first one signs."""
+    return list(settings.secrets or filter(None, [settings.secret]))
+
+
+def is_postgresql(settings: Settings) -> bool:
+    """Say whether the database is PostgreSQL's and not a file of SQLite's."""
+    return "://" in settings.database
 
 
 def write_secret() -> None:
@@ -269,19 +279,17 @@ def write_secret() -> None:
 @app.command()
 def settings(as_json: AsJson = False) -> None:
     """Show the effective settings, and where each comes from. Secrets are masked."""
-    effective, written = Settings.load(), dotenv_values(DOTENV)
-    values, sources = {}, {}
+    effective, dotenv, shown = Settings.load(), dotenv_values(DOTENV), {}
     for field in dataclasses.fields(effective):
         variable, value = field.metadata["variable"], getattr(effective, field.name)
-        values[variable] = "(set)" if field.metadata["secret"] and value else plain(value)
-        given = "environment" if os.environ.get(variable) else written.get(variable) and DOTENV
-        sources[variable] = given or "default"
-    if as_json:
-        return show(values, as_json)
-    show({name: f"{printable(value)}  ({sources[name]})" for name, value in values.items()}, False)
+        value = "(set)" if field.metadata["secret"] and value else without_password(value)
+        source = str(DOTENV) if dotenv.get(variable) else "default"
+        source = "environment" if os.environ.get(variable) else source
+        shown[variable] = value if as_json else f"{printable(value)}  ({source})"
+    show(shown, as_json)
 
 
-def plain(value: object) -> object:
+def without_password(value: object) -> object:
     """Return a setting as it is written in the environment, without a password in it."""
     if isinstance(value, str):
         return re.sub(r"(?<=password=)[^&]*", "…", re.sub(r"(//[^/:@]*):[^/]*@", r"\1:…@", value))
@@ -290,16 +298,25 @@ def plain(value: object) -> object:
 
 # --- Tokens ---------------------------------------------------------------------------------------
 
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+MISTAKES: dict[str, Callable[[str], str]] = {  # what two services often make of one secret
+    "followed by a line break": "{}\n".format,
+    "in double quotes": '"{}"'.format,
+    "in single quotes": "'{}'".format,
+    "without the white space around it": str.strip,
+    "without the quotes around it": lambda secret: secret.strip("\"'"),
+}
 
-def some_text(value: str | list[str] | None) -> str | list[str] | None:
-    """Return ids of users as they are, or refuse one that is empty or no UTF-8."""
-    for user in [value] if isinstance(value, str) else value or ():
+
+def check_user_ids(given: str | list[str] | None) -> str | list[str] | None:
+    """Return ids of users as they are, or reject one that is empty or not UTF-8."""
+    for user in [given] if isinstance(given, str) else given or ():
         if not user or any("\ud800" <= character <= "\udfff" for character in user):
             raise BadParameter("it must not be empty, and UTF-8")
-    return value
+    return given
 
 
-UserId = Annotated[str, Argument(help="The user's id: a token's sub.", callback=some_text)]
+UserId = Annotated[str, Argument(help="The user's id: a token's sub.", callback=check_user_ids)]
 
 
 @app.command()
@@ -307,17 +324,14 @@ def mint(
     user: UserId,
     email: Annotated[str | None, Option(help="The email claim.")] = None,
     name: Annotated[str | None, Option(help="The name claim.")] = None,
-    ttl: Annotated[
-        str, Option(help="How long it is valid: 90s, 15m, 1h, 7d; -1h has expired.")
-    ] = "1h",
-    claim: Annotated[list[str] | None, Option(help="Another claim, k=v; v may be JSON.")] = None,
+    ttl: Annotated[str, Option(help="Valid for 90s, 15m, 1h, 7d …; -1h has expired.")] = "1h",
+    claim: Annotated[list[str] | None, Option(help="A claim, k=v; v may be JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a token signed with the first secret, as a login would hand it out."""
     settings = Settings.load()
-    claims = login(settings, user, seconds(ttl), email=email, name=name) | dict(
-        map(parse_claim, claim or ())
-    )
+    claims = login(settings, user, seconds(ttl), email=email, name=name)
+    claims |= map(parse_claim, claim or ())
     try:
         token = Tokens(settings).mint(claims)
     except (TypeError, ValueError, RecursionError) as ex:
@@ -328,18 +342,9 @@ def mint(
 def login(settings: Settings, user: str, ttl: int, **more: str | None) -> dict[str, Any]:
     """Return the claims of a login that these settings accept for `ttl` seconds."""
     now = int(time.time())
-    claims = {
-        "sub": user,
-        "iss": settings.issuer,
-        "aud": settings.audience,
-        **more,
-        "iat": now,
-        "exp": now + ttl,
-    }
+    claims: dict[str, Any] = {"sub": user, "iss": settings.issuer, "aud": settings.audience, **more}
+    claims |= {"iat": now, "exp": now + ttl}
     return {name: value for name, value in claims.items() if value is not None}
-
-
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
 def seconds(text: str) -> int:
@@ -371,34 +376,33 @@ def verify(
 
     Its header and claims are shown in both cases; those of a refused token are unverified.
     """
-    tokens = Tokens(Settings.load())
-    text = re.sub("^bearer +", "", read_token(token), flags=re.IGNORECASE)
+    settings, text = Settings.load(), read_token(token)
     try:
-        user = tokens.verify(text)
+        user = Tokens(settings).verify(text)
     except taskd.TokenError as ex:
         show_refused(text, str(ex), as_json)
-        raise Refused(f"taskd refuses this token: {ex}{hint(text)}") from None
-    accepted: dict[str, Any] = {"accepted": True, "user_id": user.id, "email": user.email}
-    accepted |= {"name": user.name, "until": instant(user.expires)}
+        raise Refused(f"taskd refuses this token: {ex}{hint(settings, text)}") from None
+    accepted = {"accepted": True, "user_id": user.id, "email": user.email, "name": user.name}
+    accepted["until"] = instant(user.expires)
     show(accepted | (contents(text) if as_json else readable(contents(text))), as_json)
 
 
 def read_token(given: str) -> str:
-    """Return a token without white space around it, from stdin if `-` is given."""
+    """Return a token, from stdin if it is `-`, without white space and its scheme before it."""
     if given == "-":
         if sys.stdin.isatty():
             say("paste a token, then press Enter and Ctrl-D")
         given = sys.stdin.buffer.read().decode(errors="replace")
-    return given.strip()
+    return re.sub("^bearer +", "", given.strip(), flags=re.IGNORECASE)
 
 
 def show_refused(token: str, reason: str, as_json: bool) -> None:
     """Print the header and claims of a token that was refused, marked as unverified."""
     unverified = contents(token)
     if as_json:
-        refused = {"accepted": False, "reason": reason}
-        print(json.dumps(refused | ({"unverified": unverified} if unverified else {})))
-    elif unverified:
+        found = {"unverified": unverified} if unverified else {}
+        show({"accepted": False, "reason": reason} | found, as_json)
+    else:
         rows = readable(unverified).items()
         show({f"{name} (unverified)": value for name, value in rows}, as_json)
 
@@ -415,32 +419,22 @@ def contents(token: str) -> dict[str, Any]:
 
 def readable(contents: dict[str, Any]) -> dict[str, Any]:
     """Return a header and claims for people: as JSON, with the times as RFC 3339 below them."""
+    lines = {name: json.dumps(value, ensure_ascii=False) for name, value in contents.items()}
     claims = contents.get("claims")
-    times = claims.items() if isinstance(claims, dict) else ()
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in contents.items()} | {
-        name: instant(value)
-        for name, value in times
-        if name in ("iat", "nbf", "exp") and type(value) in (int, float)
-    }
+    for name, value in claims.items() if isinstance(claims, dict) else ():
+        if name in ("iat", "nbf", "exp") and type(value) in (int, float):
+            lines[name] = instant(value)
+    return lines
 
 
-def hint(token: str) -> str:
-    """Return what is probably wrong with the secret, where a small change of it would make the token good."""
-    settings = dataclasses.replace(Settings.load(), jwks_url=None)
-    for secret in settings.secrets or filter(None, [settings.secret]):
-        changes = {
-            "followed by a line break": f"{secret}\n",
-            "in double quotes": f'"{secret}"',
-            "in single quotes": f"'{secret}'",
-            "without the white space around it": secret.strip(),
-            "without the quotes around it": secret.strip("\"'"),
-        }
-        for change, other in changes.items():
-            with contextlib.suppress(taskd.TokenError):
-                if other != secret and Tokens(
-                    dataclasses.replace(settings, secret=other, secrets=())
-                ).verify(token):
-                    return f"; it was signed with this secret {change}: give both services exactly the same"
+def hint(settings: Settings, token: str) -> str:
+    """Return what is wrong with the secret, if a common mistake makes the token good."""
+    for mistake, change in MISTAKES.items():
+        changed = tuple(filter(None, map(change, signing_secrets(settings))))
+        with contextlib.suppress(taskd.TokenError, taskd.SettingsError):
+            Tokens(dataclasses.replace(settings, secrets=changed, jwks_url=None)).verify(token)
+            signed = f"; it was signed with this secret {mistake}"
+            return f"{signed}: give both services exactly the same"
     return ""
 
 
@@ -451,117 +445,6 @@ def instant(seconds: float) -> str:
         return found.isoformat(timespec="seconds").replace("+00:00", "Z")
     except (OverflowError, ValueError, OSError):
         return f"{seconds} seconds after 1970"
-
-
-@app.command()
-def check(as_json: AsJson = False) -> None:
-    """Look at the settings, the database, who can read them, and the key set. Nothing is changed.
-
-    Each line says ok, warning (it works, but should not stay) or FAIL, and what to do about it.
-    """
-    settings = Settings.load()
-    Tokens(settings)
-    findings = [
-        *(("warning", message.split()[0], message) for message in taskd.misspelt()),
-        *check_secrets(settings),
-        *check_database(settings),
-        *check_modes(settings),
-        *check_key_set(settings),
-    ]
-    rows = [dict(zip(("result", "about", "found"), finding, strict=True)) for finding in findings]
-    show_all(rows, as_json)
-    conclude(rows, "check", as_json)
-
-
-def check_secrets(settings: Settings) -> Iterator[tuple[str, str, str]]:
-    """Yield what is to be said of the secrets, but never one of them."""
-    for number, secret in enumerate(settings.secrets or filter(None, [settings.secret]), 1):
-        odd = secret != secret.strip() or secret[0] in "\"'" or len(set(secret)) < 10
-        found = (
-            "white space or quotes around it, or few different characters: is it meant so?"
-            if odd
-            else "strong"
-        )
-        yield (
-            "warning" if odd else "ok",
-            f"secret {number}",
-            f"{len(secret.encode())} bytes, {found}",
-        )
-
-
-def check_database(settings: Settings) -> Iterator[tuple[str, str, str]]:
-    """Yield whether the database is whole and fits schema.sql."""
-    if is_postgresql(settings):
-        yield "warning", settings.database, "not looked into: it is not a file of SQLite's"
-    elif not Path(settings.database).exists():
-        yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
-    else:
-        result, found = look_into_file(linked(settings.database))
-        yield result, settings.database_url, found
-
-
-def look_into_file(path: Path) -> tuple[str, str]:
-    """Return how good a database is; look again where it changed meanwhile, as at a server's start."""
-    for _ in range(ATTEMPTS):
-        before = fingerprint(path)
-        with open_read_only(path) as database:
-            result, found = look_into(database, str(path))
-        if result != "FAIL" or fingerprint(path) == before:
-            break
-    return result, found
-
-
-def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
-    """Return how good a database is, and in words what to do about it."""
-    try:
-        if fault := damage(database):
-            return "FAIL", f"{fault}; taskctl restore puts a backup in its place"
-        if taskd.schema_version(database) < taskd.VERSION:
-            return (
-                "warning",
-                "whole, and of an earlier version; taskd brings it up to date at its next start",
-            )
-        taskd.check_schema(database, path, taskd.sqlite_definitions)
-        return "ok", "whole, and fits schema.sql"
-    except (peewee.DatabaseError, taskd.DatabaseError) as ex:
-        return "FAIL", str(ex)
-
-
-def check_modes(settings: Settings) -> Iterator[tuple[str, str, str]]:
-    """Yield whether the files with secrets and tasks are their owner's alone to read."""
-    database = linked(settings.database)
-    for path in (DOTENV, *(Path(f"{database}{suffix}") for suffix in ("", "-wal", "-shm"))):
-        if path.exists():
-            mode = path.stat().st_mode & 0o777
-            result = "FAIL" if mode & 0o007 else "warning" if mode & 0o070 else "ok"
-            whose = (
-                "only its owner can read it" if result == "ok" else f"others can: chmod 600 {path}"
-            )
-            yield result, str(path), f"mode {mode:o}: {whose}"
-
-
-def check_key_set(settings: Settings) -> Iterator[tuple[str, str, str]]:
-    """Yield what the key set answers."""
-    if not settings.jwks_url:
-        yield "ok", "TASKD_JWKS_URL", "not set: only tokens signed with the secret are accepted"
-        return
-    try:
-        keys, oddities = taskd.parse_key_set(taskd.download(settings.jwks_url))
-        found = "keys: " + ", ".join(f"{alg} {kid}" for kid, alg in keys)
-        result = "ok" if keys else "FAIL"
-        yield result, settings.jwks_url, found if keys else "it has no key that can sign a login"
-        yield from (("warning", settings.jwks_url, oddity) for oddity in oddities)
-    except Exception as ex:  # whatever the other side does
-        yield "FAIL", settings.jwks_url, f"{type(ex).__name__}: {ex}"
-    for variable, value in (
-        ("TASKD_ISSUER", settings.issuer),
-        ("TASKD_AUDIENCE", settings.audience),
-    ):
-        yield (
-            ("ok", variable, value)
-            if value
-            else ("warning", variable, "not set: other services' tokens are accepted")
-        )
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
@@ -618,11 +501,6 @@ def database(create: bool = False) -> taskd.Database:
     opened = taskd.open_database(settings, statement_timeout=0)
     Task.bind(opened.peewee)
     return opened
-
-
-def is_postgresql(settings: Settings) -> bool:
-    """Say whether the database is not a file of SQLite's."""
-    return "://" in settings.database
 
 
 def file_of(settings: Settings) -> Path:
@@ -797,7 +675,7 @@ BATCH = 1000  # tasks in a statement
 @app.command()
 def seed(
     user: Annotated[
-        list[str] | None, Argument(help="Users to give tasks to.", callback=some_text)
+        list[str] | None, Argument(help="Users to give tasks to.", callback=check_user_ids)
     ] = None,
     count: Annotated[int, Option(min=1, help="Tasks for each user.")] = 20,
     users: Annotated[int, Option(min=0, help="Made-up users besides: user-1, user-2 …")] = 0,
@@ -1129,6 +1007,106 @@ def unfit(copy: Path) -> str | None:
         return str(ex).removeprefix(f"{copy} ")
 
 
+# --- Check ----------------------------------------------------------------------------------------
+
+Findings = Iterator[tuple[str, str, str]]  # ok, warning or FAIL; about what; and why
+ODD_SECRET = "white space or quotes around it, or few different characters: is it meant so?"
+TO_MIGRATE = "whole, and of an earlier version; taskd brings it up to date at its next start"
+
+
+@app.command()
+def check(as_json: AsJson = False) -> None:
+    """Look at the settings, the database, who can read them, and the key set. Nothing is changed.
+
+    Each line says ok, warning (it works, but should not stay) or FAIL, and what to do about it.
+    """
+    settings = Settings.load()
+    Tokens(settings)
+    findings = [
+        *(("warning", message.split()[0], message) for message in taskd.misspelt()),
+        *check_secrets(settings),
+        *check_database(settings),
+        *check_modes(settings),
+        *check_key_set(settings),
+    ]
+    rows = [dict(zip(("result", "about", "found"), finding, strict=True)) for finding in findings]
+    show_all(rows, as_json)
+    conclude(rows, "check", as_json)
+
+
+def check_secrets(settings: Settings) -> Findings:
+    """Yield how strong each secret is, but never one of them."""
+    for number, secret in enumerate(signing_secrets(settings), 1):
+        odd = secret != secret.strip() or secret[0] in "\"'" or len(set(secret)) < 10
+        found = f"{len(secret.encode())} bytes, {ODD_SECRET if odd else 'strong'}"
+        yield "warning" if odd else "ok", f"secret {number}", found
+
+
+def check_database(settings: Settings) -> Findings:
+    """Yield whether the database is whole and fits schema.sql."""
+    if is_postgresql(settings):
+        yield "warning", settings.database, "not looked into: it is not a file of SQLite's"
+    elif not Path(settings.database).exists():
+        yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
+    else:
+        result, found = look_into_file(linked(settings.database))
+        yield result, settings.database_url, found
+
+
+def look_into_file(path: Path) -> tuple[str, str]:
+    """Return how good a database is; look again where it changed meanwhile, as at a server's start."""
+    for _ in range(ATTEMPTS):
+        before = fingerprint(path)
+        with open_read_only(path) as database:
+            result, found = look_into(database, str(path))
+        if result != "FAIL" or fingerprint(path) == before:
+            break
+    return result, found
+
+
+def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
+    """Return how good a database is, and in words what to do about it."""
+    try:
+        if fault := damage(database):
+            return "FAIL", f"{fault}; taskctl restore puts a backup in its place"
+        if taskd.schema_version(database) < taskd.VERSION:
+            return "warning", TO_MIGRATE
+        taskd.check_schema(database, path, taskd.sqlite_definitions)
+        return "ok", "whole, and fits schema.sql"
+    except (peewee.DatabaseError, taskd.DatabaseError) as ex:
+        return "FAIL", str(ex)
+
+
+def check_modes(settings: Settings) -> Findings:
+    """Yield whether only their owner can read the files with secrets and tasks."""
+    database = linked(settings.database)
+    for path in (DOTENV, *(Path(f"{database}{suffix}") for suffix in ("", "-wal", "-shm"))):
+        if path.exists():
+            mode = path.stat().st_mode & 0o777
+            result = "FAIL" if mode & 0o007 else "warning" if mode & 0o070 else "ok"
+            whose = (
+                f"others can: chmod 600 {path}" if mode & 0o077 else "only its owner can read it"
+            )
+            yield result, str(path), f"mode {mode:o}: {whose}"
+
+
+def check_key_set(settings: Settings) -> Findings:
+    """Yield which keys the key set has, and whether other services' tokens are rejected."""
+    if not (url := settings.jwks_url):
+        yield "ok", "TASKD_JWKS_URL", "not set: only tokens signed with the secret are accepted"
+        return
+    try:
+        keys, oddities = taskd.parse_key_set(taskd.download(url))
+        found = "keys: " + ", ".join(f"{alg} {kid}" for kid, alg in keys)
+        yield ("ok", url, found) if keys else ("FAIL", url, "it has no key that can sign a login")
+        yield from (("warning", url, oddity) for oddity in oddities)
+    except Exception as ex:  # whatever the other side does
+        yield "FAIL", url, f"{type(ex).__name__}: {ex}"
+    for variable, value in [("ISSUER", settings.issuer), ("AUDIENCE", settings.audience)]:
+        found = value or "not set: other services' tokens are accepted"
+        yield "ok" if value else "warning", f"TASKD_{variable}", found
+
+
 # --- Export, import, purge ------------------------------------------------------------------------
 
 MAX_LINE = 1024 * 1024  # bytes; the largest possible task has 130,000, all escaped
@@ -1168,7 +1146,7 @@ class Incoming(Task):
 @app.command()
 def export(
     user: Annotated[
-        str | None, Argument(help="Only this user's tasks.", callback=some_text)
+        str | None, Argument(help="Only this user's tasks.", callback=check_user_ids)
     ] = None,
 ) -> None:
     """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
@@ -1613,7 +1591,7 @@ def serve(
         bool, Option("--ephemeral", help="Required: the database is temporary.")
     ] = False,
     user: Annotated[
-        list[str] | None, Option(help="A user to print a token for.", callback=some_text)
+        list[str] | None, Option(help="A user to print a token for.", callback=check_user_ids)
     ] = None,
     seed: Annotated[int, Option(min=0, help="Believable tasks for each --user.")] = 0,
     port_file: Annotated[
