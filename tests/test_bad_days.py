@@ -62,7 +62,7 @@ def as_user(user: str) -> list[str]:
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_a_backup_and_a_check_by_who_may_only_read_leave_nothing_that_stops_a_write(
+def test_a_backup_and_a_check_by_a_reader_leave_nothing_that_stops_a_write(
     shared: Path, start: Start, running: bool
 ) -> None:
     server = start(command=as_user("daemon"))
@@ -258,7 +258,7 @@ def test_a_backup_is_restored_from_stdin_and_from_gzip(
     [gzip.compress(b"x" * 10_000)[:30], b"", b"no database at all"],
     ids=["cut gzip", "empty", "text"],  # gzip's output has the time in it
 )
-def test_what_is_no_backup_on_stdin_is_refused_in_one_line(
+def test_input_on_stdin_that_is_not_a_backup_is_rejected_in_one_line(
     taskctl: Taskctl, tmp_path: Path, content: bytes
 ) -> None:
     taskctl("seed", "alice", "--count", "5")
@@ -293,7 +293,7 @@ def test_a_working_directory_that_cannot_be_entered_is_one_line(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_get_in_the_way_of_nothing(tmp_path: Path, closed: str) -> None:
+def test_closed_streams_disturb_no_command(tmp_path: Path, closed: str) -> None:
     variables = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0")
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -363,7 +363,7 @@ PRIVATE = (
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-def test_git_add_takes_nobodys_tasks_or_secrets(name: str) -> None:
+def test_git_add_takes_no_tasks_or_secrets(name: str) -> None:
     if not shutil.which("git") or not (ROOT / ".git").exists():
         pytest.skip("this is no checkout")
     checked = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT, check=False)
@@ -416,7 +416,7 @@ def keyed_creates_go_on(server: Process, first: int = 5) -> None:
 
 
 @pytest.mark.parametrize("url", ["env:NOWHERE", "@nowhere", "mysql://x/y"])
-def test_a_url_that_cannot_be_had_is_named(taskctl: Taskctl, url: str) -> None:
+def test_a_url_that_cannot_be_fetched_is_named(taskctl: Taskctl, url: str) -> None:
     answer = taskctl("copy", url, "sqlite:///other.db")
     assert answer.returncode in (1, 2)
     assert "Traceback" not in answer.stderr

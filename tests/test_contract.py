@@ -619,7 +619,7 @@ BAD_IDS = [
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
-def test_an_id_that_is_no_number_from_1_to_2_to_the_63_minus_1_is_404_but_401_without_a_token(
+def test_an_id_that_is_not_a_number_from_1_to_2_to_the_63_minus_1_is_404_but_401_without_a_token(
     settled, bad
 ):
     tasks = settled.call("GET").json
@@ -905,7 +905,7 @@ WRONG_SHAPE = [
 
 
 @pytest.mark.parametrize("body", WRONG_SHAPE)
-def test_json_that_is_no_object_is_422(settled, body):
+def test_json_that_is_not_an_object_is_422(settled, body):
     tasks = settled.call("GET").json
     for method, path in WITH_A_BODY:
         assert fields(send(settled, method, path, body))
@@ -1284,7 +1284,7 @@ def test_an_answer_without_an_origin_varies_by_origin_too(answer):
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_without_cors_origins_there_is_no_cors(answer, name):
+def test_without_cors_origins_no_answer_has_cors_headers(answer, name):
     response = answer(name, {"Origin": ORIGINS[0], "Access-Control-Request-Method": "GET"})
     assert not [header for header in response.headers if header.startswith("access-control-")]
 

@@ -377,7 +377,7 @@ def test_the_token_is_kept_nowhere(page):
     assert page.find("#try-listTasks-user_id").get_property("value") == ""
 
 
-def test_what_cannot_be_sent_is_said(page):
+def test_a_token_that_cannot_be_sent_is_reported(page):
     for user, said in [("", "Fill in user_id."), ("..", "A browser cannot ask for this path")]:
         page.run("document.querySelector('#try-listTasks-user_id').value = ''")
         page.paste("#try-listTasks-user_id", user)

@@ -181,7 +181,7 @@ def test_tags_survive_a_restart(start: Start) -> None:
 
 @pytest.mark.usefixtures("either_thread")
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_who_has_the_task_as_it_is_gets_304_without_a_body(alice: Person, method: str) -> None:
+def test_a_request_with_the_current_tag_gets_304_without_a_body(alice: Person, method: str) -> None:
     one, now = new(alice)
     for known in (now, f"W/{now}", "*", f"{OLD}, {now}", f'W/"x",{now},""', f" ,, W/{now} ,"):
         answer = alice.call(method, one, headers={"If-None-Match": known})
@@ -195,7 +195,7 @@ def test_who_has_the_task_as_it_is_gets_304_without_a_body(alice: Person, method
 
 @pytest.mark.usefixtures("either_thread")
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_who_has_it_otherwise_gets_the_task(alice: Person, method: str) -> None:
+def test_a_request_with_another_tag_gets_the_task(alice: Person, method: str) -> None:
     one, before = new(alice)
     task = alice.call("PATCH", f"{one}/complete").json
     now = tag(alice.call("GET", one))
@@ -404,7 +404,7 @@ def test_a_task_that_is_not_there_or_anothers_is_404_and_never_412(
     assert state(alice, hers) == before
 
 
-def test_without_if_match_a_write_is_done_as_ever(alice: Person) -> None:
+def test_without_if_match_a_write_is_done(alice: Person) -> None:
     one, _ = new(alice)
     for method, path, options in WRITES:
         assert alice.call(method, one + path, **options).status_code == 200
@@ -495,7 +495,7 @@ def test_a_malformed_header_is_400_and_changes_nothing(pair: Pair, value: str) -
 
 @pytest.mark.parametrize("value", CONTROLS)
 @pytest.mark.parametrize("header", ["If-Match", "If-None-Match"])
-def test_a_control_character_is_400_whoever_notices(pair: Pair, header: str, value: str) -> None:
+def test_a_control_character_is_400_in_every_layer(pair: Pair, header: str, value: str) -> None:
     server = pair[0][0]
     created = server.request("POST", "/api/controls/tasks", {"title": "x"}, bearer("controls"))
     one = created.headers["location"]

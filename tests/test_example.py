@@ -175,7 +175,7 @@ def visitor(browser: webdriver.Chrome, site: Site) -> Visitor:  # noqa: F811
     return Visitor(browser, site)
 
 
-def test_two_people_keep_their_tasks_and_neither_sees_the_others(
+def test_two_users_keep_their_tasks_and_neither_sees_the_others(
     visitor: Visitor, site: Site
 ) -> None:
     visitor.sign_up("Alice")

@@ -597,7 +597,9 @@ def test_a_database_that_is_damaged_is_503_or_correct_and_never_500(
     assert server.terminate() == 0
 
 
-def test_tokens_are_judged_as_ever_while_the_database_is_away(start: Start, tmp_path: Path) -> None:
+def test_tokens_are_checked_as_usual_while_the_database_is_away(
+    start: Start, tmp_path: Path
+) -> None:
     server = start()
     with locked(tmp_path / "taskd.db"):
         for sent, status in (

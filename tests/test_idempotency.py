@@ -325,7 +325,7 @@ def test_a_malformed_key_is_400_and_the_create_is_not_done(
 
 
 @pytest.mark.parametrize("key", CONTROLS)
-def test_a_key_with_a_control_character_is_400_whoever_notices(
+def test_a_key_with_a_control_character_is_400_in_every_layer(
     bad_server: Process, key: str
 ) -> None:
     with Wire(bad_server) as wire:
@@ -334,7 +334,7 @@ def test_a_key_with_a_control_character_is_400_whoever_notices(
     assert bad_server.request("GET", TASKS, headers=bearer()).json == []
 
 
-def test_white_space_around_a_key_is_no_part_of_it(server: Process, path: Path) -> None:
+def test_white_space_around_a_key_is_not_part_of_it(server: Process, path: Path) -> None:
     with Wire(server) as wire:
         answers = [
             wire.send(written("POST", TASKS, {"title": "x"}, line, user="alice")).answer()
@@ -603,7 +603,7 @@ def test_a_create_that_finds_the_database_locked_is_503_and_succeeds_when_repeat
     assert keys(path) == [("alice", "k")]
 
 
-def test_the_thread_of_the_sockets_waits_for_no_lock_and_leaves_no_key(
+def test_the_event_loop_waits_for_no_lock_and_leaves_no_key(
     alice: Person, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alice.add()
@@ -617,7 +617,7 @@ def test_the_thread_of_the_sockets_waits_for_no_lock_and_leaves_no_key(
 
 
 @pytest.mark.sqlite("PostgreSQL has no one turn to write")
-def test_the_thread_of_the_sockets_leaves_a_keyed_create_to_another_while_a_write_is_under_way(
+def test_the_event_loop_leaves_a_keyed_create_to_a_worker_while_a_write_is_under_way(
     alice: Person, app: taskd.App, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)

@@ -548,7 +548,7 @@ def test_every_statement_that_runs_for_a_user_is_bound_to_that_user(
 
 
 @THREADS
-def test_no_statement_runs_for_whom_the_token_does_not_let_pass(
+def test_no_statement_runs_for_a_rejected_token(
     recorder: Recorder, client: testing.TestClient, call: Callable[..., testing.Result]
 ) -> None:
     alice, bob = Person(client, "alice"), Person(client, "bob")

@@ -177,7 +177,7 @@ def test_the_key_set_alone_is_enough_and_then_hs256_is_401(auth_server, make_app
     assert refused["detail"] == "alg must be one of EdDSA, ES256, ES512, RS256, PS256"
 
 
-def test_without_a_key_set_and_a_secret_there_is_no_start(make_app):
+def test_taskd_does_not_start_without_a_key_set_or_a_secret(make_app):
     with pytest.raises(taskd.SettingsError, match="BETTER_AUTH_SECRET is missing"):
         make_app(secret=None)
 
@@ -281,7 +281,7 @@ def test_a_token_for_bob_cannot_read_alices_tasks(call):
     ],
 )
 @pytest.mark.usefixtures("no_pause")
-def test_a_key_set_that_cannot_be_had_is_503_until_it_can(call, auth_server, answer, why):
+def test_a_key_set_that_cannot_be_fetched_is_503_until_it_can(call, auth_server, answer, why):
     auth_server.answer = answer
     refused = call(signed(PRIVATE["ES256"], "ES256", "ES256"))
     assert_problem(refused, 503)
@@ -300,7 +300,7 @@ def test_a_redirect_is_not_followed(call, auth_server):
 
 
 @pytest.mark.usefixtures("no_pause")
-def test_known_keys_go_on_while_the_set_cannot_be_had(call, auth_server):
+def test_known_keys_stay_valid_while_the_set_cannot_be_fetched(call, auth_server):
     assert call(signed(PRIVATE["ES256"], "ES256", "ES256")).status_code == 200
     auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
     assert_problem(call(signed(NEW, "EdDSA", "new")), 503)
@@ -429,14 +429,14 @@ def test_a_token_is_remembered_for_no_longer_than_five_minutes():
     assert 290 < until - time.time() <= 300
 
 
-def test_a_failure_says_what_cannot_be_had_and_why(auth_server):
+def test_a_failure_names_the_url_that_cannot_be_fetched_and_the_reason(auth_server):
     auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
     with pytest.raises(taskd.Unavailable) as caught:
         taskd.KeySet(auth_server.url).find("ES256", "ES256")
     assert caught.value.args == ("the key set", "OSError: the answer is 500, not 200")
 
 
-def test_the_answer_says_that_it_is_the_key_set_that_cannot_be_had(call, auth_server):
+def test_the_answer_says_that_the_key_set_cannot_be_fetched(call, auth_server):
     auth_server.answer = lambda request: AuthServer.send(request, 500, b"")
     refused = assert_problem(call(signed(PRIVATE["ES256"], "ES256", "ES256")), 503)
     assert refused["detail"] == "the key set cannot be used right now; try again"

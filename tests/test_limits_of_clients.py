@@ -554,7 +554,7 @@ LIMITED = ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh"]
 
 
 @pytest.mark.parametrize("sent", PARTS.values(), ids=PARTS)
-def test_more_connections_than_descriptors_keep_nobody_out(start: Start, sent: bytes) -> None:
+def test_more_connections_than_descriptors_lock_no_client_out(start: Start, sent: bytes) -> None:
     server = start(command=LIMITED, TASKD_THREADS="4")
     another_is_served(server)
     before = memory(server)
@@ -574,7 +574,7 @@ def test_more_connections_than_descriptors_keep_nobody_out(start: Start, sent: b
 
 
 @pytest.mark.sqlite("it is about HTTP")
-def test_thousands_of_idle_connections_do_not_make_requests_dear(start: Start) -> None:
+def test_thousands_of_idle_connections_do_not_slow_requests(start: Start) -> None:
     server = start()
 
     def cost() -> float:

@@ -300,7 +300,7 @@ def test_there_is_a_link_exactly_as_long_as_there_is_more(
     assert [task for page in pages for task in page] == tasks
 
 
-def test_without_a_limit_there_is_no_link(alice: Person) -> None:
+def test_a_list_without_a_limit_has_no_link(alice: Person) -> None:
     for _ in range(3):
         alice.add()
     assert "link" not in alice.call("GET").headers
@@ -554,7 +554,7 @@ def test_head_of_a_long_list_has_no_body(start: Start, tmp_path: Path) -> None:
             assert (answer.status_code, answer.headers["content-length"]) == (200, length)
 
 
-def test_it_is_whole_under_another_wsgi_server_too(app: taskd.App, tmp_path: Path) -> None:
+def test_a_list_is_whole_under_another_wsgi_server_too(app: taskd.App, tmp_path: Path) -> None:
     keep(tmp_path / "taskd.db", 1000)
 
     class Quiet(WSGIRequestHandler):
@@ -692,9 +692,7 @@ def test_a_disk_without_room_for_a_long_list_is_503(
     assert taskd.ListFile._owners == []
 
 
-def test_more_long_lists_at_a_time_than_a_user_may_have_are_503(
-    start: Start, tmp_path: Path
-) -> None:
+def test_more_simultaneous_long_lists_than_allowed_are_503(start: Start, tmp_path: Path) -> None:
     server = start()
     keep(tmp_path / "taskd.db", 60_000)
     sql(tmp_path / "taskd.db", "UPDATE task SET user_id = 'bob' WHERE id > 30000")

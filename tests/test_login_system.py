@@ -69,7 +69,7 @@ def test_a_firewall_that_knows_programs_by_their_names_lets_taskd_pass(
 
 
 @pytest.mark.parametrize("target", ["/", "/api/auth/jwks", "/keys?tenant=a%20b&x=1"])
-def test_the_set_is_asked_for_as_its_address_says(auth_server: AuthServer, target: str) -> None:
+def test_the_key_set_is_requested_as_its_address_says(auth_server: AuthServer, target: str) -> None:
     asked: list[str] = []
 
     def answer(request: Any) -> None:
@@ -120,7 +120,7 @@ def test_of_a_huge_answer_little_is_read(call: Call, auth_server: AuthServer) ->
     ],
     ids=["status line", "header", "body", "body of known length", "chunk", "length of a chunk"],
 )
-def test_a_set_that_comes_byte_by_byte_is_given_up_in_time_and_leaves_no_thread(
+def test_a_set_sent_byte_by_byte_times_out_and_leaves_no_thread(
     call: Call,
     auth_server: AuthServer,
     clock: Clock,
@@ -215,7 +215,7 @@ WHY = {  # the others are malformed
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_member_is_left_out_and_logged_and_shuts_nobody_out(
+def test_an_odd_member_is_ignored_and_logged_and_the_other_keys_work(
     call: Call, auth_server: AuthServer, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     odd = ODD[name]
@@ -286,7 +286,7 @@ def test_of_two_keys_with_one_kid_and_alg_the_first_counts(
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "5", '{"keys": {}}', '{"keys": null}', '"keys"'])
-def test_what_is_no_key_set_is_said_to_be_none(text: str) -> None:
+def test_an_answer_that_is_not_a_key_set_is_reported_as_such(text: str) -> None:
     with pytest.raises(ValueError, match=r"^the answer is not a JSON object with a list of keys$"):
         taskd.parse_key_set(text.encode())
 
@@ -343,7 +343,7 @@ def test_a_key_that_is_taken_out_is_refused_for_tokens_seen_before_too(
     assert auth_server.asked == 2
 
 
-def test_after_a_quiet_time_no_old_key_is_believed(
+def test_after_a_quiet_time_no_old_key_is_trusted(
     call: Call, auth_server: AuthServer, clock: Clock
 ) -> None:
     assert call(GOOD).status_code == 200
@@ -421,7 +421,7 @@ def test_the_client_that_waits_as_long_as_it_is_told_is_served(
     assert call(GOOD).status_code == 200
 
 
-def test_to_try_again_takes_a_second_at_least(
+def test_retry_after_is_at_least_a_second(
     call: Call, auth_server: AuthServer, clock: Clock
 ) -> None:
     auth_server.answer = lambda request: AuthServer.send(request, 500, b"")

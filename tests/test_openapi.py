@@ -759,9 +759,7 @@ def test_the_document_and_its_page_are_served_without_a_token(client, path, cont
 
 
 @pytest.mark.parametrize(("path", "content_type"), PAGES)
-def test_the_document_and_its_page_may_load_and_call_nothing_but_this_server(
-    client, path, content_type
-):
+def test_the_document_and_its_page_may_load_and_call_only_this_server(client, path, content_type):
     policy = dict(
         directive.strip().partition(" ")[::2]
         for directive in client.simulate_get(path).headers["content-security-policy"].split(";")

@@ -189,7 +189,7 @@ def samples(answer: Answer | testing.Result) -> dict[tuple[str, ...], float]:
 
 
 @pytest.mark.parametrize("setting", [{}, {"TASKD_METRICS": "0"}, {"TASKD_METRICS": ""}])
-def test_without_the_setting_there_are_no_metrics(start: Start, setting: dict[str, str]) -> None:
+def test_metrics_are_404_without_the_setting(start: Start, setting: dict[str, str]) -> None:
     answer = start(**setting).request("GET", "/metrics")
     assert_problem(answer, 404)
 
@@ -340,7 +340,7 @@ def test_statements_that_belong_together_are_timed_with_their_commit(start: Star
 
 
 @pytest.mark.both_engines
-def test_metrics_that_fail_break_no_request(
+def test_metrics_that_fail_do_not_affect_a_request(
     make_app: Callable[..., taskd.App],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -409,7 +409,7 @@ def test_no_user_can_forge_a_line_of_text(server: Process, user: str) -> None:
 
 
 @pytest.mark.parametrize("user", NASTY)
-def test_no_user_can_forge_a_field_even_for_who_splits_a_line_at_its_spaces(
+def test_no_user_can_forge_a_field_even_if_lines_are_split_at_spaces(
     server: Process, user: str
 ) -> None:
     server.request("GET", path_of(user), headers=bearer(user) | {"X-Request-ID": "mine"})
@@ -618,7 +618,7 @@ def test_a_proxy_is_known_however_its_address_is_spelt(start: Start) -> None:
 
 @pytest.mark.parametrize(("forwarded", "client"), FORWARDED)
 @pytest.mark.parametrize("proxy", ["127.0.0.1", "*", "10.0.0.1", None])
-def test_only_the_trusted_proxy_is_believed_who_the_client_is(
+def test_only_the_trusted_proxy_may_name_the_client(
     make_app: MakeApp,
     caplog: pytest.LogCaptureFixture,
     proxy: str | None,
@@ -652,7 +652,7 @@ def test_the_client_is_in_the_json_too(start: Start) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"TASKD_TRUSTED_PROXY": "10.0.0.1"}])
-def test_nobody_else_is_believed(start: Start, settings: dict[str, str]) -> None:
+def test_only_the_listed_proxies_are_trusted(start: Start, settings: dict[str, str]) -> None:
     server = start(**settings)
     headers = bearer() | {
         "X-Forwarded-For": "10.1.2.3",

@@ -239,7 +239,7 @@ def test_a_read_only_database_is_503_for_writes_and_readyz_and_goes_on_reading(
     until(lambda: server.request("GET", "/readyz").status_code == 200, "it is ready again")
 
 
-def test_a_column_that_changes_under_a_prepared_statement_is_no_500(
+def test_a_column_that_changes_under_a_prepared_statement_causes_no_500(
     start: Start, tmp_path: Path
 ) -> None:
     server = start(TASKD_THREADS="2")

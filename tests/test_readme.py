@@ -450,7 +450,7 @@ def test_a_backup_is_made_and_restored_as_it_is_shown(fresh: Path, port: int) ->
 
 
 @pytest.mark.slow
-def test_it_works_without_make_too(fresh: Path, port: int) -> None:
+def test_the_quick_start_works_without_make_too(fresh: Path, port: int) -> None:
     *_, commands = blocks(section("Try it in a minute"), "sh")
     make_environment, *rest = commands.splitlines(keepends=True)
     assert make_environment == "python3 -m venv .venv\n"  # which `fresh` has, as it is after this

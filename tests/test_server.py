@@ -229,7 +229,7 @@ def test_an_unusable_setting_in_the_dotenv_file_stops_the_start(tmp_path: Path) 
 
 
 @pytest.mark.sqlite("it is about settings")
-def test_a_dotenv_file_that_is_no_text_stops_the_start(tmp_path: Path) -> None:
+def test_a_dotenv_file_that_is_not_text_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"BETTER_AUTH_SECRET=\xff\xfe\n")
     assert ".env" in refusal(tmp_path)
 
@@ -262,7 +262,7 @@ def test_a_directory_in_the_place_of_the_database_stops_the_start(tmp_path: Path
 
 
 @pytest.mark.sqlite("it is about a file")
-def test_a_file_that_is_no_database_stops_the_start_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_stops_the_start_and_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "taskd.db").write_text("Buy milk\n" * 1000)
     assert "taskd.db" in refusal(tmp_path)
 
@@ -845,7 +845,7 @@ def test_a_body_of_64_kib_is_taken(server: Process) -> None:
             assert wire.answer().status_code == 201
 
 
-def test_a_client_that_sends_2_mb_without_looking_up_learns_why_they_are_refused(
+def test_a_client_that_sends_2_mb_before_it_reads_gets_the_reason_of_the_rejection(
     server: Process,
 ) -> None:
     with Wire(server) as wire:

@@ -274,7 +274,7 @@ def test_a_database_that_does_not_fit_is_refused_by_name_and_left_as_it_was(
     ],
     ids=["text", "picture", "older"],
 )
-def test_a_file_that_is_no_database_is_refused_and_left_as_it_was(make_app, path, content):
+def test_a_file_that_is_not_a_database_is_rejected_and_not_changed(make_app, path, content):
     path.write_bytes(content)
     with pytest.raises(taskd.DatabaseError) as caught:
         make_app()
@@ -628,14 +628,14 @@ def new_task(title: str = "Buy milk") -> dict[str, object]:
 
 
 @pytest.mark.usefixtures("in_event_loop")
-def test_the_thread_of_the_sockets_writes_by_itself_while_nothing_is_in_its_way(app, monkeypatch):
+def test_the_event_loop_writes_while_no_other_write_is_under_way(app, monkeypatch):
     monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
     for number in range(1, 4):
         assert app.store.add("alice", new_task()).task.id == number
 
 
 @pytest.mark.usefixtures("in_event_loop")
-def test_it_leaves_a_write_to_another_thread_while_one_is_under_way(app, monkeypatch):
+def test_the_event_loop_leaves_a_write_to_a_worker_while_one_is_under_way(app, monkeypatch):
     monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
     with app.store._database._turn, pytest.raises(taskd.WouldBlock):
         app.store.add("alice", new_task())
@@ -643,7 +643,7 @@ def test_it_leaves_a_write_to_another_thread_while_one_is_under_way(app, monkeyp
     assert app.store.add("alice", new_task()).task.id == 1
 
 
-def test_it_leaves_writes_to_other_threads_while_the_disk_is_slow(app, monkeypatch):
+def test_the_event_loop_leaves_writes_to_workers_while_the_disk_is_slow(app, monkeypatch):
     monkeypatch.setattr(taskd, "SLOW_WRITE", 1e-9)
     app.store.add("alice", new_task())
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
@@ -711,7 +711,7 @@ def pragma(database: peewee.SqliteDatabase, name: str) -> object:
     return database.execute_sql(f"PRAGMA {name}").fetchone()[0]
 
 
-def test_the_connection_of_the_sockets_keeps_more_pages_and_waits_for_no_lock(app):
+def test_the_connection_of_the_event_loop_caches_more_pages_and_waits_for_no_lock(app):
     in_event_loop, patient = (
         app.store._database._event_loop_connection,
         app.store._database._worker_connection,
@@ -728,7 +728,7 @@ def test_the_connection_of_the_sockets_keeps_more_pages_and_waits_for_no_lock(ap
         assert (pragma(database, "journal_mode"), pragma(database, "synchronous")) == ("wal", 2)
 
 
-def test_comments_and_layout_are_no_difference_and_several_differences_are_told_apart(path):
+def test_comments_and_layout_are_ignored_and_several_differences_are_listed(path):
     with closing(sqlite3.connect(path)) as database:
         database.executescript(GOOD)
     taskd.prepare_database(str(path))

@@ -695,7 +695,7 @@ def test_a_refusal_is_one_line_with_the_reason(taskctl: Taskctl) -> None:
     assert "not a JWT" in one_line(taskctl("verify", "", stdin=""), 1)
 
 
-def test_an_expiry_beyond_the_calendar_is_no_trouble(taskctl: Taskctl) -> None:
+def test_an_expiry_beyond_the_calendar_is_accepted(taskctl: Taskctl) -> None:
     shown = data(taskctl("verify", "--json", token(exp=10**15)))
     assert (shown["accepted"], "1000000000000000" in shown["until"]) == (True, True)
 
@@ -729,7 +729,7 @@ def test_verify_checks_issuer_and_audience_where_they_are_set(
     assert why in answer.stderr
 
 
-def test_a_key_set_that_cannot_be_had_is_named_as_the_reason(taskctl: Taskctl) -> None:
+def test_a_key_set_that_cannot_be_fetched_is_named_as_the_reason(taskctl: Taskctl) -> None:
     with dead_port() as port:
         answer = taskctl(
             "verify",
@@ -741,7 +741,7 @@ def test_a_key_set_that_cannot_be_had_is_named_as_the_reason(taskctl: Taskctl) -
     assert "database" not in said
 
 
-def test_bytes_that_are_no_text_are_no_token(taskctl: Taskctl) -> None:
+def test_bytes_that_are_not_text_are_not_a_token(taskctl: Taskctl) -> None:
     one_line(taskctl("verify", "-", stdin=b"\xff\xfe"), 1)
 
 
@@ -910,7 +910,7 @@ def test_stats_counts_everything(taskctl: Taskctl, kept: Path) -> None:
     assert cells(taskctl("stats")) == [[name, str(value)] for name, value in expected.items()]
 
 
-def test_an_empty_database_is_no_trouble(taskctl: Taskctl, tmp_path: Path) -> None:
+def test_an_empty_database_is_shown_without_an_error(taskctl: Taskctl, tmp_path: Path) -> None:
     keep(tmp_path / "taskd.db", [])
     assert data(taskctl("users", "--json")) == []
     assert taskctl("users").stdout.strip() == ""
@@ -1018,7 +1018,7 @@ def test_a_reader_who_stops_reading_causes_no_complaint(tmp_path: Path, command:
     assert answer.stderr == ""
 
 
-def test_the_first_line_of_a_long_list_can_be_had_alone(tmp_path: Path) -> None:
+def test_the_first_line_of_a_long_list_can_be_read_alone(tmp_path: Path) -> None:
     keep(
         tmp_path / "taskd.db",
         [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)],
@@ -1161,7 +1161,7 @@ def test_progress_shows_on_a_terminal_and_leaves_stdout_alone(tmp_path: Path) ->
     assert "%" in seen
 
 
-def test_no_progress_shows_where_nobody_looks(taskctl: Taskctl) -> None:
+def test_no_progress_is_shown_without_a_terminal(taskctl: Taskctl) -> None:
     assert taskctl("seed", "alice", "--count", "2500").stderr == ""
 
 
@@ -1431,7 +1431,9 @@ NO_TASKD = {
 
 
 @pytest.mark.parametrize("content", NO_TASKD.values(), ids=NO_TASKD)
-def test_smoke_against_what_is_no_taskd_is_one_line(taskctl: Taskctl, content: bytes) -> None:
+def test_smoke_against_another_server_than_taskd_fails_in_one_line(
+    taskctl: Taskctl, content: bytes
+) -> None:
     with answering(content) as url:
         answer = taskctl("smoke", url, "--json")
     assert answer.returncode == 1
@@ -1515,7 +1517,7 @@ def test_a_missing_database_is_not_made_by_looking_at_it(
 
 
 @pytest.mark.parametrize("command", ["users", "tasks alice", "stats", "seed alice", "init"])
-def test_a_file_that_is_no_database_stays_as_it_is(
+def test_a_file_that_is_not_a_database_is_not_changed(
     taskctl: Taskctl, tmp_path: Path, command: str
 ) -> None:
     content = b"Dear diary, today I bought milk. " * 100
@@ -1560,7 +1562,7 @@ def test_a_database_that_another_process_has_locked_can_be_read_but_not_written(
 
 
 @pytest.mark.parametrize("command", ["tasks", "seed"])
-def test_a_name_that_is_no_text_is_a_usage_error(
+def test_a_name_that_is_not_text_is_a_usage_error(
     taskctl: Taskctl, kept: Path, command: str
 ) -> None:
     answer = taskctl(command, "\udcff")

@@ -433,7 +433,7 @@ def test_a_terminal_is_spared_the_bytes_of_a_backup(taskctl: Taskctl, tmp_path: 
     assert messages.startswith(b"taskctl: a database is nothing for a terminal")
 
 
-def test_a_backup_shows_its_progress_where_somebody_looks(
+def test_a_backup_shows_its_progress_on_a_terminal(
     taskctl: Taskctl, large: Path, tmp_path: Path
 ) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
@@ -576,7 +576,7 @@ NOT_TO_RESTORE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "why"), NOT_TO_RESTORE.values(), ids=NOT_TO_RESTORE)
-def test_what_is_no_good_database_of_taskds_is_not_restored(
+def test_a_file_that_is_not_a_sound_database_of_taskd_is_not_restored(
     taskctl: Taskctl, large: Path, tmp_path: Path, spoil: Callable[[Path], object], why: str
 ) -> None:
     taskctl("seed", "alice")
@@ -637,7 +637,7 @@ def test_check_says_that_a_database_awaits_its_upgrade_and_leaves_it(
 
 
 @pytest.mark.parametrize("command", ["backup copy.db", "backup -", "restore copy.db"])
-def test_a_database_that_is_no_file_is_left_to_its_own_tools(
+def test_a_postgresql_database_is_left_to_its_own_tools(
     taskctl: Taskctl, tmp_path: Path, command: str
 ) -> None:
     (tmp_path / "copy.db").touch()
@@ -678,7 +678,7 @@ def test_a_damaged_database_is_replaced_and_kept_as_it_is(
     assert dump(tmp_path / "taskd.db") == dump(large)
 
 
-def test_what_lies_in_the_databases_place_but_is_none_is_left_to_a_person(
+def test_another_file_in_the_databases_place_is_left_to_the_operator(
     taskctl: Taskctl, tmp_path: Path
 ) -> None:
     taskctl("seed", "alice", "--count", "3")
@@ -1202,7 +1202,7 @@ def test_an_import_waits_for_no_lock_until_all_lines_are_read_and_then_imports_a
     assert sorted(stored(tmp_path / "taskd.db")) == [1]
 
 
-def test_an_import_shows_its_progress_where_somebody_looks(
+def test_an_import_shows_its_progress_on_a_terminal(
     taskctl: Taskctl, large: Path, tmp_path: Path
 ) -> None:
     taskctl("init")

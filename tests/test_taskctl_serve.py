@@ -233,7 +233,7 @@ def test_wait_says_in_one_line_why_a_server_was_not_ready_in_time(taskctl: Taskc
 @pytest.mark.parametrize(
     "arguments", [["ftp://x"], ["127.0.0.1:8000"], ["http://x", "--timeout", "soon"]]
 )
-def test_wait_refuses_what_is_no_address_and_no_duration(
+def test_wait_rejects_a_bad_address_and_a_bad_duration(
     taskctl: Taskctl, arguments: list[str]
 ) -> None:
     assert taskctl("wait", *arguments).returncode == 2

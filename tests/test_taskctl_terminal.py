@@ -105,7 +105,7 @@ def test_a_pipe_gets_every_column_and_no_total(taskctl: Taskctl, kept: Path) -> 
         (["tasks", "alice", "-q", "cheese"], "alice has no such tasks"),
     ],
 )
-def test_nothing_found_is_said(
+def test_an_empty_result_is_reported(
     taskctl: Taskctl, kept: Path, arguments: list[str], said: str
 ) -> None:
     answer = taskctl(*arguments)

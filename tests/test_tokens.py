@@ -653,7 +653,7 @@ def test_the_scheme_is_case_insensitive_and_spaces_do_not_matter(client, prefix)
 
 
 @pytest.mark.parametrize("value", [f"Bearer \t{GOOD}", f"Bearer {GOOD}\t", f"Bearer\t{GOOD}"])
-def test_other_white_space_is_none(client, value):
+def test_other_white_space_after_the_scheme_is_401(client, value):
     assert (
         client.simulate_get("/api/alice/tasks", extras={"HTTP_AUTHORIZATION": value}).status_code
         == 401
@@ -935,7 +935,7 @@ def test_401_comes_before_everything_and_403_before_all_but_401(client, method, 
     assert_problem(client.simulate_request(method, path, headers=authorized(GOOD), **options), 403)
 
 
-def test_a_token_of_bob_is_no_token_for_alice_even_if_it_is_bad_in_two_ways(client):
+def test_a_token_of_bob_does_not_pass_for_alice_even_if_it_is_bad_in_two_ways(client):
     response = client.simulate_get(
         "/api/alice/tasks", headers=authorized(sign(HS256, claims(sub="bob", exp=1)))
     )
@@ -1189,7 +1189,7 @@ def test_a_secret_is_in_no_representation_of_the_settings(no_dotenv):
         assert OLD not in text
 
 
-def test_what_is_too_short_or_public_or_missing_says_how_to_make_one(no_dotenv):
+def test_a_secret_that_is_short_public_or_missing_says_how_to_make_one(no_dotenv):
     for secret in ("short", "better-auth-secret-12345678901234567890"):
         with pytest.raises(taskd.SettingsError, match="make one with"):
             taskd.Settings.load({"BETTER_AUTH_SECRET": secret}, no_dotenv)
