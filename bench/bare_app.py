@@ -16,7 +16,6 @@ def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[byt
 
 
 if __name__ == "__main__":
-    logging.getLogger("waitress.queue").setLevel(
-        "ERROR"
-    )  # a warning for every queued request would slow it down
+    # A warning for every queued request would slow it down.
+    logging.getLogger("waitress.queue").setLevel("ERROR")
     serve(app, listen=f"127.0.0.1:{sys.argv[1]}")

@@ -24,9 +24,8 @@ from peers import READERS, REFUSALS, Taskd, operations, sign, start
 CONNECTIONS = [1, 16, 64, 256]
 REFUSED, VERIFIED = 100, 50  # milliseconds: SC-002 and SC-005
 NOTHING, VERIFYING = "/healthz, no token", "an empty list, with a token"
-IDLERS = [
-    f"idler-{number}" for number in range(len(READERS))
-]  # users without tasks, whose list costs next to nothing
+# Users without tasks, whose list costs next to nothing.
+IDLERS = [f"idler-{number}" for number in range(len(READERS))]
 Runs = dict[tuple[str, int], list[Run]]
 
 

@@ -20,9 +20,8 @@ from common import BENCH, HOST, ROOT, Answer, Request, Server, environment, free
 SECRET = secrets.token_urlsafe(32)
 TASKS = 20  # of each user who reads
 READERS = [f"reader-{number}" for number in range(16)]
-WRITERS = [
-    f"writer-{number}" for number in range(16)
-]  # whose lists grow, so that the readers' stay as they are
+# Only their lists grow; those of the readers stay as they are.
+WRITERS = [f"writer-{number}" for number in range(16)]
 DAY = 86_400  # seconds
 READS, WRITES = ("list", "get"), ("create", "toggle")
 REFUSALS = ("401", "401 without a token")

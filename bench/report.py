@@ -192,12 +192,8 @@ NOTES = [
     "one after another, and so can be faster than the server that it is built on",
 ]
 CHARTED = ["list", "get", "create", "toggle", "401"]
-LABELS, PANEL, NUMBERS, GAP = (
-    150,
-    270,
-    60,
-    30,
-)  # widths: of the names, of the bars, of the numbers after them
+# Widths: of the names, of the bars, of the numbers after them, of the gap.
+LABELS, PANEL, NUMBERS, GAP = 150, 270, 60, 30
 BAR, HEADING, TOP = 17, 30, 34  # heights: of a bar with its gap, above a group of bars, above all
 
 

@@ -426,9 +426,8 @@ def test_a_rotated_secret_signs_new_tokens_while_old_ones_go_on(
     both = serve(BETTER_AUTH_SECRET="", BETTER_AUTH_SECRETS=secrets)
     drive_all_routes(both, alice, alice.token())
     drive_all_routes(both, bob, bob.token())
-    assert_refused(
-        both, bob, bob.mail_token(), "the sub claim is missing"
-    )  # signed with the new secret
+    # Signed with the new secret.
+    assert_refused(both, bob, bob.mail_token(), "the sub claim is missing")
     assert_refused(serve(), bob, bob.token(), "the signature does not match")
     assert_refused(
         serve(BETTER_AUTH_SECRET=OTHER_SECRET), alice, alice.token(), "the signature does not match"
@@ -574,9 +573,8 @@ def test_after_a_key_rotation_new_tokens_pass_within_seconds_and_old_ones_go_on(
     drive_all_routes(taskd, alice, new)
     assert listed(taskd, alice, old).status_code == 200
     drive_all_routes(taskd, bob, old_and_not_seen_yet)
-    drive_all_routes(
-        serve(fresh=True, **server.settings), alice, old
-    )  # the old key is still published
+    # The old key is still published.
+    drive_all_routes(serve(fresh=True, **server.settings), alice, old)
 
 
 @needs_node

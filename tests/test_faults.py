@@ -520,9 +520,8 @@ def test_a_disk_that_fails_is_503_and_taskd_recovers(
             assert listed.status_code == 200, listed.text
             keys = [task["id"] for task in listed.json]
             assert keys[: len(made)] == made
-            if (
-                "sync" not in calls
-            ):  # a commit that was written but not confirmed may be there or not
+            # A commit that was written but not synced may be there or not.
+            if "sync" not in calls:
                 assert keys == made
             assert_problem(server.request("GET", TASKS), 401)
     recovers(server, made)

@@ -65,9 +65,8 @@ class Shared:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     shared = Shared()
     shared.directory = tmp_path_factory.mktemp("shared")
-    database_url(
-        shared.directory / "taskd.db"
-    )  # taken here, it is nobody else's as long as this lasts
+    # A database that is taken here is given to no other test of this module.
+    database_url(shared.directory / "taskd.db")
     yield shared
     if shared.process:
         shared.process.kill()
@@ -234,9 +233,8 @@ def test_a_request_that_is_wrong_harms_nobody(
 ) -> None:
     with Wire(server, timeout=SOON) as wire:
         wire.send(sent)
-        if (
-            status is not None
-        ):  # else it is not finished yet, and the server rightly waits for the rest
+        # Without a status the request is unfinished, and the server waits for the rest.
+        if status is not None:
             answer = decent(wire.answer())
             assert answer.status_code in (status if isinstance(status, tuple) else (status,)), (
                 answer.text

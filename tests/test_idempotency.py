@@ -669,9 +669,8 @@ def test_on_a_full_database_a_create_is_503_and_leaves_no_key(
     assert_problem(create(alice, "k", task), 503)
     assert keys(path) == []
     assert alice.call("GET").json == []
-    answers = [
-        create(alice, "k", task) for _ in range(2)
-    ]  # on a fresh connection, without that limit
+    # On a new connection, which does not have that limit.
+    answers = [create(alice, "k", task) for _ in range(2)]
     assert [is_replayed(answer) for answer in answers] == [False, True]
 
 

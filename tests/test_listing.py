@@ -609,9 +609,8 @@ def test_clients_that_break_off_leave_nothing_behind(start: Start, tmp_path: Pat
 
     def sockets() -> int:
         descriptors = Path(f"/proc/{server.popen.pid}/fd").iterdir()
-        return sum(
-            "socket:" in str(descriptor.resolve()) for descriptor in descriptors
-        )  # some vanish meanwhile
+        # Some may be closed in the meantime.
+        return sum("socket:" in str(descriptor.resolve()) for descriptor in descriptors)
 
     before = sockets()
     for query in ("", "?q=note") * 10:

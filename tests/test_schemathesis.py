@@ -137,10 +137,8 @@ def schemathesis(
             "--no-color",
         ]
         command += ["--checks", "all", "--max-examples", EXAMPLES or FEW, "--request-timeout", "20"]
-        command += [
-            "--workers",
-            "1",
-        ]  # with two, Python 3.11's parser fails inside Hypothesis now and then
+        # With two workers, Python 3.11's parser fails inside Hypothesis now and then.
+        command += ["--workers", "1"]
         command += ["--generation-database", "none"] if EXAMPLES else ["--generation-deterministic"]
         settings = environment(PYTHONUTF8="1", NO_PROXY="127.0.0.1")
         return subprocess.run(

@@ -45,13 +45,8 @@ Start = Callable[..., Process]
 
 EXIT = 10  # seconds that the contract gives taskd after SIGTERM
 SOON = 5  # seconds; for what takes milliseconds unless it hangs
-WITHOUT = [
-    "env",
-    "-u",
-    "BETTER_AUTH_SECRET",
-    "-u",
-    "TASKD_PORT",
-]  # and with that, run the command after it
+# Run the command after it without these variables.
+WITHOUT = ["env", "-u", "BETTER_AUTH_SECRET", "-u", "TASKD_PORT"]
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"
 TASKS = "/api/alice/tasks"
 
@@ -424,9 +419,8 @@ def test_requests_that_were_pipelined_before_sigterm_are_answered_in_order(
         with locked(tmp_path / "taskd.db"):
             for part in range(sends):
                 wire.send(b"".join(requests[part * 6 // sends : (part + 1) * 6 // sends]))
-                assert (
-                    server.request("GET", "/healthz").status_code == 200
-                )  # so that this part has arrived alone
+                # When this is answered, the part has arrived alone.
+                assert server.request("GET", "/healthz").status_code == 200
             server.popen.send_signal(signal.SIGTERM)
             time.sleep(0.3)
         made = [wire.answer().json["title"] for _ in range(5)]

@@ -111,9 +111,8 @@ def test_the_peewee_models_and_schema_sql_are_the_same_tables(tmp_path, model):
         model_kind, model_required, model_key = of_model_column
         assert (name, key) == (name, model_key)
         assert key or required == model_required
-        assert model_kind == {"BOOLEAN": "INTEGER"}.get(
-            kind, kind
-        )  # Peewee's word for it on SQLite
+        # Peewee calls a boolean of SQLite an integer.
+        assert model_kind == {"BOOLEAN": "INTEGER"}.get(kind, kind)
 
 
 def test_a_new_database_has_the_schema_of_schema_sql(app, path, tmp_path):
@@ -367,9 +366,8 @@ def test_every_statement_of_the_store_names_the_owner(app):
             assert re.match(
                 r'INSERT (OR IGNORE )?INTO "\w+" \("user_id",.*\) VALUES \(:user_id,', statement
             ), name
-        elif not str(name).startswith(
-            "expire"
-        ):  # they look at all keys, and only at how old those are
+        # Those that expire keys read the keys of all users, and only their age.
+        elif not str(name).startswith("expire"):
             assert re.match(
                 r'\(*"\w+"."user_id" = :user_id\)( AND | ORDER| LIMIT)',
                 statement.partition(" WHERE ")[2],
@@ -500,18 +498,16 @@ def test_a_read_only_database_is_503_for_writes_and_recovers(app, alice, method,
 def test_a_full_database_is_503_for_what_needs_room_and_recovers(app, alice):
     task = alice.add()
     for database in databases(app.store):
-        database.execute_sql(
-            "PRAGMA max_page_count = 1"
-        )  # SQLite takes the number of pages that there are
+        # SQLite raises the number to that of the pages in use.
+        database.execute_sql("PRAGMA max_page_count = 1")
     responses = []
     while len(responses) < 20 and (not responses or responses[-1].status_code == 201):
         responses.append(alice.call("POST", json={"title": "x", "description": "x" * 10_000}))
     assert_unavailable(responses[-1])
     assert alice.call("GET", "/1").json == task
     response = alice.call("POST", json={"title": "x", "description": "x" * 10_000})
-    assert (
-        response.status_code == 201
-    )  # what was full was this connection, and it has made way for another
+    # The limit was of the old connection, which was closed; a new one has none.
+    assert response.status_code == 201
     numbers = [task["id"] for task in alice.call("GET").json]
     assert len(numbers) == len(set(numbers)) == len(responses) + 1
 

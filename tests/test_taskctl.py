@@ -1141,9 +1141,8 @@ def on_a_terminal(
     ) as process:
         os.close(terminal)
         seen = b""
-        with contextlib.suppress(
-            OSError
-        ):  # which is how Linux says that nobody will write any more
+        # Linux raises OSError when no process has the terminal open any more.
+        with contextlib.suppress(OSError):
             while chunk := os.read(shown, 65536):
                 seen += chunk
         os.close(shown)

@@ -552,10 +552,8 @@ def test_the_reason_names_what_is_wrong(client, bad, reason):
 
 
 def test_a_token_that_passed_is_refused_once_it_has_expired(client):
-    exp, deadline = (
-        int(time.time() - 8.5),
-        time.time() + DEADLINE,
-    )  # a second of the leeway is left, more or less
+    # About a second of the leeway is left.
+    exp, deadline = int(time.time() - 8.5), time.time() + DEADLINE
     short = sign(HS256, claims(exp=exp))
     assert status_for(client, short) == 200
     while status_for(client, short) == 200 and time.time() < deadline:
