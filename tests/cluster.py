@@ -155,8 +155,8 @@ class Databases:
         self._free: list[str] = []
         self._made = 0
         self._apps: dict[str, taskd.App] = {}
-        self.spoiled: set[str] = set()  # those whose tables are no longer as taskd makes them
-        self.taken: dict[str, str] = {}  # by what they were taken for
+        self.spoiled: set[str] = set()  # those whose tables a test has changed
+        self.taken: dict[str, str] = {}  # by the name that they were taken for
 
     def url(self, name: str) -> str:
         """Return the address of the database of this name; the first time it is empty."""
@@ -206,7 +206,7 @@ class Databases:
 
     @contextlib.contextmanager
     def until_the_end(self) -> Iterator[None]:
-        """Release what is taken from here on."""
+        """Release, at the end, the databases that are taken in this context."""
         before = set(self.taken)
         yield
         for name in self.taken.keys() - before:

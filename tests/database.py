@@ -51,7 +51,7 @@ def locked(database: Path) -> Iterator[Any]:
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row as the API shows it."""
+    """Return a row in the form that the API shows."""
     return row | {"tags": json.loads(row["tags"])}
 
 

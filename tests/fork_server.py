@@ -37,7 +37,7 @@ def serve(program: ModuleType, directory: str) -> None:
         else:
             become(order)
             sys.argv = [f"{directory}/{program.__name__}.py", *order["arguments"]]
-            sys.exit(program.main())  # and end as any process does, which closes what is open
+            sys.exit(program.main())  # end as any process does: open files and databases are closed
     for child in running:  # the tests were interrupted
         os.kill(child, signal.SIGKILL)
 
@@ -58,7 +58,7 @@ def leave_modules(program: ModuleType) -> None:
 
 
 def become(order: dict[str, Any]) -> None:
-    """Take on the working directory, environment and standard streams of an order."""
+    """Set the working directory, environment and standard streams of an order."""
     os.chdir(order["directory"])
     os.environ.clear()
     os.environ.update(order["environment"])
@@ -75,7 +75,7 @@ if __name__ == "__main__":
     sys.path[0] = directory
     program = importlib.import_module(name)
     exec(prepare)
-    if "coverage" not in sys.modules:  # which imports some when it writes its data at the end
+    if "coverage" not in sys.modules:  # coverage imports modules when it writes its data
         leave_modules(program)
     gc.freeze()  # so that a collection in a child does not copy every page
     serve(program, directory)

@@ -1,4 +1,4 @@
-"""Real taskd processes: started or forked, in a directory of their own, on a port of their own."""
+"""Real taskd processes, started or forked, each in its own directory and on its own port."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ UNMEASURED = ("test_costs.py", "cannot_be_entered")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return this environment with these variables, and none of taskd's own but these."""
+    """Return this process's environment, without taskd's variables, and with these."""
     dropped = ["TASKD_", "BETTER_AUTH", "DATABASE_URL"]
     if any(name in os.environ.get("PYTEST_CURRENT_TEST", "") for name in UNMEASURED):
         dropped.append("COVERAGE_PROCESS_")
@@ -62,7 +62,7 @@ class ForkServer:
 
     @classmethod
     def of(cls, program: str, prepare: str, variables: dict[str, str]) -> ForkServer:
-        """Return the one of this program, or of its measured tests; it is started once in a run."""
+        """Return the fork server of this program and measurement, started once in a run."""
         measured = any(name.startswith("COVERAGE_PROCESS_") for name in variables)
         with cls.starting:
             if (program, measured) not in cls.all:
@@ -70,7 +70,7 @@ class ForkServer:
             return cls.all[program, measured]
 
     def order(self, **order: object) -> int | None:
-        """Send an order and return the number that comes back."""
+        """Send an order and return the number in its answer."""
         assert self._popen.stdin
         assert self._popen.stdout
         with self._lock:
@@ -81,7 +81,7 @@ class ForkServer:
     def fork(
         self, *arguments: str, directory: Path, variables: dict[str, str], **streams: Path | str
     ) -> Child:
-        """Fork a process there; what it writes is appended to these files."""
+        """Fork a process in a directory; its output is appended to these files."""
         files = {name: str(path) for name, path in streams.items()}
         pid = self.order(
             arguments=arguments, directory=str(directory), environment=variables, **files
@@ -92,7 +92,7 @@ class ForkServer:
     def run(
         self, *arguments: str, directory: Path, variables: dict[str, str], stdin: bytes = b""
     ) -> subprocess.CompletedProcess[str]:
-        """Fork a process there, wait until it has ended, and return its status and output."""
+        """Fork a process in a directory, wait for its end, and return its status and output."""
         with tempfile.TemporaryDirectory() as name:
             files = {stream: Path(name, stream) for stream in ("stdin", "stdout", "stderr")}
             files["stdin"].write_bytes(stdin)
@@ -109,18 +109,18 @@ class ForkServer:
 
     @classmethod
     def close(cls) -> None:
-        """End them all."""
+        """End all fork servers."""
         while cls.all:
             cls.all.popitem()[1]._popen.communicate()
 
 
 class Child:
-    """A process that another one forked, with what the tests use of subprocess.Popen."""
+    """A process of a fork server, with those methods of subprocess.Popen that the tests use."""
 
     def __init__(self, pid: int, order: Callable[..., int | None]) -> None:
         self.pid, self._order = pid, order
         self.returncode: int | None = None
-        self._asking = threading.Lock()  # a child's status can be had only once
+        self._asking = threading.Lock()  # a child's status can be read only once
 
     def poll(self) -> int | None:
         """Return the exit status, or the signal's number below zero, or None while it runs."""
@@ -152,7 +152,7 @@ COLD: list[str] = []  # as the command of a Process: start Python, do not fork
 
 
 class Process:
-    """A taskd process in a directory of its own: forked, unless a command is given to start it."""
+    """A taskd process in a directory: forked, unless a command is given to start it."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class Process:
         headers: dict[str, str] | None = None,
         timeout: float = DEADLINE,
     ) -> Answer:
-        """Send one request on a connection of its own; a body that is not bytes is sent as JSON."""
+        """Send one request on a new connection; a body that is not bytes is sent as JSON."""
         with contextlib.closing(
             http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         ) as connection:

@@ -42,7 +42,7 @@ def queries() -> dict[str, Any]:
 
 
 def text() -> str:
-    """Return what the file must be."""
+    """Return the text of the file."""
     parts = [HEAD]
     sqlite = peewee.SqliteDatabase(None)
     postgresql = peewee.PostgresqlDatabase(None)

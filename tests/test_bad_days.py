@@ -46,7 +46,7 @@ TASKS = "/api/alice/tasks"
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A directory in which a group may write, as one for a database and its backups."""
+    """A directory in which a group may write, for a database and its backups."""
     if os.geteuid():
         pytest.skip("only root can be several users")
     for parent in tmp_path.parents:

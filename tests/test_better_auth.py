@@ -67,7 +67,7 @@ MISSING = node_is_missing()
 needs_node = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
-# Better Auth, and who visits it.
+# Better Auth and its users.
 
 
 class BetterAuth:
@@ -97,16 +97,16 @@ class BetterAuth:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What taskd must be told to trust this server's keys."""
+        """The settings with which taskd trusts this server's keys."""
         return {
             "TASKD_JWKS_URL": f"{self.url}/api/auth/jwks",
             "TASKD_ISSUER": self.url,
             "TASKD_AUDIENCE": self.url,
         }
 
-    def sign_up(self, name: str) -> SmokeClient:
-        """Make a user, sign in, and return who did."""
-        visitor = SmokeClient(self)
+    def sign_up(self, name: str) -> Visitor:
+        """Make a user, sign in, and return the user's browser."""
+        visitor = Visitor(self)
         person = {"email": f"{name}-{next(self._numbers)}@example.com", "password": PASSWORD}
         signed_up = visitor.call("POST", "/api/auth/sign-up/email", person | {"name": name}).json
         visitor.id = signed_up["user"]["id"]
@@ -115,12 +115,12 @@ class BetterAuth:
         return visitor
 
     def end(self) -> None:
-        """Close its standard input, as this process' death would."""
+        """Close its standard input, which also happens when this process ends."""
         assert self.popen.stdin
         self.popen.stdin.close()
 
     def wait(self) -> int:
-        """Return its exit status, once it has ended."""
+        """Wait for its end and return its exit status."""
         assert self.popen.stdout
         try:
             return self.popen.wait(DEADLINE)
@@ -131,8 +131,8 @@ class BetterAuth:
             self.popen.stdout.close()
 
 
-class SmokeClient:
-    """Somebody with a browser: keeps Better Auth's cookies."""
+class Visitor:
+    """A user with a browser, which keeps Better Auth's cookies."""
 
     id: str
 
@@ -241,7 +241,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     assert {process.popen.wait(DEADLINE) for process in running.values()} <= {0}
 
 
-# What is done with a token.
+# Requests with a token.
 
 
 def headers_with(token: str) -> dict[str, str]:
@@ -255,14 +255,14 @@ def part(token: str, number: int) -> dict[str, Any]:
 
 
 def new_task(task: dict[str, Any], user_id: str) -> dict[str, Any]:
-    """Return what this task of a user must be when it has just been made."""
+    """Return the expected task of a user, just after it was created."""
     made: dict[str, Any] = {"title": "Buy milk", "description": None, "completed": False}
     made |= {"priority": None, "due_date": None, "tags": []}
     times = {"created_at": task["created_at"], "updated_at": task["updated_at"]}
     return {"id": task["id"], "user_id": user_id} | made | times
 
 
-def drive_all_routes(server: Process, visitor: SmokeClient, token: str) -> None:
+def drive_all_routes(server: Process, visitor: Visitor, token: str) -> None:
     """Create, list, read, change, toggle and delete a task, and leave nothing behind."""
     headers = headers_with(token)
     created = server.request("POST", visitor.tasks(), {"title": "Buy milk"}, headers)
@@ -288,7 +288,7 @@ def drive_all_routes(server: Process, visitor: SmokeClient, token: str) -> None:
     assert answered("GET", visitor.tasks()) == []
 
 
-def assert_refused(server: Process, visitor: SmokeClient, token: str, why: str) -> None:
+def assert_refused(server: Process, visitor: Visitor, token: str, why: str) -> None:
     """Check that all six routes answer 401 and say why."""
     task = visitor.tasks("/1")
     for method, path in [
@@ -313,26 +313,26 @@ def assert_refused(server: Process, visitor: SmokeClient, token: str, why: str) 
         assert answer.headers["www-authenticate"] == challenge
 
 
-def listed(server: Process, visitor: SmokeClient, token: str) -> Answer:
+def listed(server: Process, visitor: Visitor, token: str) -> Answer:
     return server.request("GET", visitor.tasks(), headers=headers_with(token))
 
 
 # The shared secret.
 
-HS256_TOKENS: list[tuple[str, Callable[[SmokeClient], str], dict[str, str], set[str]]] = [
+HS256_TOKENS: list[tuple[str, Callable[[Visitor], str], dict[str, str], set[str]]] = [
     (
         "secret",
-        SmokeClient.token,
+        Visitor.token,
         {"alg": "HS256", "typ": "JWT"},
         {"iss", "aud", "id", "emailVerified"},
     ),
     (
         "secret",
-        SmokeClient.token_in_header,
+        Visitor.token_in_header,
         {"alg": "HS256", "typ": "JWT"},
         {"iss", "aud", "id", "emailVerified"},
     ),
-    ("route", SmokeClient.token_of_route, {"alg": "HS256", "typ": "JWT"}, set()),
+    ("route", Visitor.token_of_route, {"alg": "HS256", "typ": "JWT"}, set()),
 ]
 
 
@@ -342,7 +342,7 @@ def test_a_token_signed_with_the_shared_secret_drives_all_routes(
     better_auth: Auth,
     serve: Serve,
     mode: str,
-    take: Callable[[SmokeClient], str],
+    take: Callable[[Visitor], str],
     header: dict[str, str],
     more: set[str],
 ) -> None:
@@ -370,11 +370,11 @@ def test_the_plugins_hs256_token_names_the_server_as_issuer_and_audience(
     assert_refused(serve(TASKD_AUDIENCE="https://other.example"), alice, token, "aud")
 
 
-NOT_LOGINS: list[tuple[str, Callable[[SmokeClient], str], str]] = [
-    ("session token", SmokeClient.session_token, "not a JWT"),
-    ("session token in its cookie", SmokeClient.session_cookie, "not a JWT"),
-    ("cookie cache", SmokeClient.cookie_cache, "the sub claim is missing"),
-    ("verification mail", SmokeClient.mail_token, "the sub claim is missing"),
+NOT_LOGINS: list[tuple[str, Callable[[Visitor], str], str]] = [
+    ("session token", Visitor.session_token, "not a JWT"),
+    ("session token in its cookie", Visitor.session_cookie, "not a JWT"),
+    ("cookie cache", Visitor.cookie_cache, "the sub claim is missing"),
+    ("verification mail", Visitor.mail_token, "the sub claim is missing"),
 ]
 
 
@@ -384,13 +384,13 @@ NOT_LOGINS: list[tuple[str, Callable[[SmokeClient], str], str]] = [
     ("take", "why"), [row[1:] for row in NOT_LOGINS], ids=[row[0] for row in NOT_LOGINS]
 )
 def test_what_better_auth_signs_beside_logins_is_refused(
-    better_auth: Auth, serve: Serve, mode: str, take: Callable[[SmokeClient], str], why: str
+    better_auth: Auth, serve: Serve, mode: str, take: Callable[[Visitor], str], why: str
 ) -> None:
     server = better_auth(mode)
     alice = server.sign_up("alice")
     token = take(alice)
     if token.count(".") == 2:
-        assert part(token, 0) == {"alg": "HS256"}  # with the very secret that signs logins
+        assert part(token, 0) == {"alg": "HS256"}  # with the secret that signs logins
     assert_refused(serve(**(server.settings if mode == "jwks" else {})), alice, token, why)
 
 
@@ -481,7 +481,7 @@ def test_tokens_signed_with_better_auths_own_key_drive_all_routes_for_two_users(
     server = better_auth("jwks")
     alice, bob = server.sign_up("alice"), server.sign_up("bob")
     taskd = serve(BETTER_AUTH_SECRET=secret, **server.settings)
-    for visitor, take in [(alice, SmokeClient.token), (bob, SmokeClient.token_in_header)]:
+    for visitor, take in [(alice, Visitor.token), (bob, Visitor.token_in_header)]:
         token = take(visitor)
         assert part(token, 0).keys() == {"alg", "kid"}
         assert part(token, 0)["alg"] == "EdDSA"
@@ -615,7 +615,7 @@ def test_while_better_auth_is_away_known_keys_go_on_and_unknown_ones_are_503(
     drive_all_routes(local, with_secret, with_secret.token())
 
 
-# A page in a browser, and docs/better-auth.md, which says how.
+# A page in a browser, and docs/better-auth.md.
 
 
 @needs_node
@@ -631,7 +631,7 @@ def test_while_better_auth_is_away_known_keys_go_on_and_unknown_ones_are_503(
 def test_better_auth_itself_answers_as_the_page_says(
     better_auth: Auth, mode: str, path: str, status: int
 ) -> None:
-    assert SmokeClient(better_auth(mode)).ask("GET", path).status_code == status
+    assert Visitor(better_auth(mode)).ask("GET", path).status_code == status
 
 
 def run_page(server: BetterAuth, taskd: Process) -> subprocess.CompletedProcess[str]:

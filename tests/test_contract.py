@@ -34,7 +34,7 @@ KIB_64 = 64 * 1024
 CLOCK = (
     "\N{ALARM CLOCK}"  # outside the basic plane: one code point, two in UTF-16, four bytes in UTF-8
 )
-FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # five code points, one to the eye
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # five code points, shown as one character
 SPACES = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680"
     "\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
@@ -66,7 +66,7 @@ METHODS = [
 
 
 def send(person, method, path, body, headers=JSON):
-    """Send these bytes as they are."""
+    """Send these bytes unchanged."""
     return person.call(method, path, body=body, headers=headers)
 
 
@@ -86,7 +86,7 @@ def fields(response):
 
 @pytest.fixture(scope="module")
 def settled(tmp_path_factory):
-    """Alice with one task, for all tests that must change nothing."""
+    """Alice with one task, for all tests that change nothing."""
     path = tmp_path_factory.mktemp("settled") / "taskd.db"
     app = taskd.create_app(taskd.Settings(secret=SECRET, database_url=database_url(path)))
     alice = Person(testing.TestClient(app), "alice")
@@ -167,7 +167,7 @@ GOOD_VALUES = [
     ("title", "e\u0301"),
     ("title", "  padded \t"),
     ("title", "x\n" + " " * 198),
-    ("title", "\u200b"),  # zero width, but no white space
+    ("title", "\u200b"),  # zero width, but not white space
     ("title", "\ufeff"),
     ("title", "\x01\x7f\x80\x9f"),
     ("title", "\ufffe\uffff\U0010ffff"),
@@ -374,7 +374,7 @@ def test_put_changes_the_fields_that_the_body_names_and_leaves_the_rest(alice, b
 def test_put_of_nothing_changes_nothing_not_even_updated_at(alice, body):
     task, deadline = alice.add(), time.monotonic() + DEADLINE
     while alice.add()["updated_at"] == task["updated_at"] and time.monotonic() < deadline:
-        pass  # until the clock has moved
+        pass  # until the time is another
     response = alice.call("PUT", "/1", json=body)
     assert (response.status_code, response.json) == (200, task)
 
@@ -608,7 +608,7 @@ def test_a_403_does_not_tell_whether_the_user_or_the_task_exists(alice, bob):
     assert answers.pop()[0] == "403 Forbidden"
 
 
-# (name, what takes the id's place in the URL)
+# Texts in the place of the id in the URL.
 BAD_IDS = [
     "0", "-1", "+1", "-0", "007", "01", "00", "1_0", "1.0", "1.", "1e0", "1e3", "0x1", "0b1",
     "%31%20", "%201", "1%00", "1%0A", "%EF%BC%91", "%D9%A1", "%C2%B2", "%E2%91%A0", str(2**63),

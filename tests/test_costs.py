@@ -25,7 +25,7 @@ MEGABYTE = 1024 * 1024
 
 
 def fill(database: Path, user: str, count: int, text: str = TEXT) -> None:
-    """Put tasks into the database as another process would, because many creates take long."""
+    """Put tasks into the database without taskd, because many creates take long."""
     marks = ", ".join("?" * 7)
     columns = (
         "user_id, title, description, created_at, updated_at, title_folded, description_folded"
@@ -89,14 +89,14 @@ def test_a_page_holds_one_task_at_least(alice, monkeypatch):
 
 
 def many(calls: list[Callable[[], Any]]) -> list[Any]:
-    """Make the calls at once, each in a thread of its own, and return what they return."""
+    """Make the calls at the same time, each in its own thread, and return their results."""
     with ThreadPoolExecutor(len(calls)) as threads:
         return list(threads.map(lambda call: call(), calls))
 
 
 @contextlib.contextmanager
 def searching(app: taskd.App, user: str, count: int) -> Iterator[None]:
-    """Have so many searches of a user under way, each in a thread of its own."""
+    """Keep so many searches of a user running, each in its own thread."""
     begun, end = threading.Barrier(count + 1), threading.Event()
 
     def search() -> None:
@@ -166,7 +166,7 @@ def test_a_search_costs_at_most_half_a_millisecond_for_each_long_task(alice, tmp
     assert time.thread_time() - started < 3 * 200 * 0.0005
 
 
-# What another user gets meanwhile
+# What another user gets at the same time
 
 
 OTHERS = [
@@ -184,7 +184,7 @@ GREEDY = [
 
 @contextlib.contextmanager
 def greedy(server: Process, count: int, answers: list[Any]) -> Iterator[None]:
-    """Have alice ask for much on so many connections at once, again and again."""
+    """Send expensive requests of alice on so many connections, again and again."""
     stop, headers = threading.Event(), bearer("alice")
 
     def ask(query: str) -> None:

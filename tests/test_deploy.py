@@ -73,7 +73,7 @@ def lines_of(unit: str) -> list[str]:
 
 
 def exposure(unit: str) -> float:
-    """Return what systemd says of how much a service could do, from 0 to 10."""
+    """Return systemd's score of the exposure of a service, from 0 to 10."""
     said = run("systemd-analyze", "security", "--offline=true", DEPLOY / unit).stdout
     found = re.search(rf"Overall exposure level for {unit}: ([0-9.]+)", said)
     assert found, said
@@ -82,7 +82,7 @@ def exposure(unit: str) -> float:
 
 @needs("systemd-analyze")
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
-    for unit in UNITS:  # with programs that are here, because it looks whether there are such
+    for unit in UNITS:  # with programs of this machine, because systemd looks for them
         text = (DEPLOY / unit).read_text()
         text = text.replace("/opt/taskd/.venv/bin/python", sys.executable).replace(
             "/opt/taskd", str(ROOT)
@@ -167,7 +167,7 @@ def test_taskd_needs_no_memory_that_is_both_writable_and_code(start: Start) -> N
 
 
 def back_up(directory: Path, backups: Path) -> subprocess.CompletedProcess[str]:
-    """Run what the backup service runs."""
+    """Run the command of the backup service."""
     variables = environment(BETTER_AUTH_SECRET=SECRET, PYTHON=sys.executable)
     return run(DEPLOY / "backup.sh", backups, cwd=directory, env=variables)
 
@@ -205,7 +205,7 @@ def test_a_backup_that_fails_uses_up_no_older_one(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate of the proxy's name, signed by itself, and its key."""
+    """A self-signed certificate of the proxy's name, and its key."""
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name.from_rfc4514_string(f"CN={NAME}")
     now = datetime.datetime.now(datetime.UTC)
     made = (
@@ -265,7 +265,7 @@ class Proxy:
         site = site.replace("listen 443 ", f"listen 127.0.0.1:{self.port} ")
         site = re.sub(r"listen 80\b", f"listen 127.0.0.1:{self.plain_port}", site)
         site = site.replace("client_header_timeout 10s", "client_header_timeout 1s")
-        site = site.replace('127.0.0.1 "";', '127.0.0.9 "";')  # the tests' own requests count
+        site = site.replace('127.0.0.1 "";', '127.0.0.9 "";')  # the requests of the tests count
         site = re.sub(r" *listen \[::\]:.*\n", "", site)
         site = re.sub(r"/etc/letsencrypt/\S+/fullchain\.pem", str(certificate), site)
         site = re.sub(r"/etc/letsencrypt/\S+/privkey\.pem", str(key), site)
@@ -273,7 +273,8 @@ class Proxy:
             f"{kind}_temp_path {self.home}/{kind};"
             for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
-        user = "user root;" if os.geteuid() == 0 else ""  # who can read the directory of a test
+        # A user who can read the directory of a test.
+        user = "user root;" if os.geteuid() == 0 else ""
         (self.home / "nginx.conf").write_text(
             f"{user} daemon off; pid {self.home}/pid; error_log stderr; events {{}}\n"
             f"http {{ access_log {self.home}/access.log; {temporary}\n{site} }}"
@@ -316,7 +317,7 @@ class Proxy:
         headers: dict[str, str] | None = None,
         connection: http.client.HTTPConnection | None = None,
     ) -> Answer:
-        """Send a request over TLS, on a connection of its own unless there is one."""
+        """Send a request over TLS, on a new connection unless one is given."""
         with (
             contextlib.closing(self.connect())
             if connection is None
@@ -405,7 +406,7 @@ def test_the_log_has_the_clients_address_from_the_proxy_and_not_from_the_client(
 
 
 def assert_refused(answer: Answer, status: int) -> None:
-    """Assert that a proxy's own answer looks like one of taskd's, with what the proxy adds."""
+    """Check that an answer of the proxy itself has taskd's shape and the proxy's headers."""
     assert_problem(answer, status)
     assert answer.headers["strict-transport-security"] == "max-age=31536000"
     assert answer.headers["cache-control"] == "no-store"
@@ -420,7 +421,7 @@ def test_a_body_that_is_too_large_is_refused_in_the_shape_of_all_errors(proxy: P
     for size in sizes:
         answer = proxy.request("POST", "/api/alice/tasks", b"x" * size, bearer())
         assert_refused(answer, 413)
-    for size in (MAX_BODY + 1, 2**20, 1_500_000):  # in chunks, that do not say how large it is
+    for size in (MAX_BODY + 1, 2**20, 1_500_000):  # in chunks, without the size of the whole
         chunks = (b"x" * min(50_000, size - start) for start in range(0, size, 50_000))
         with contextlib.closing(proxy.connect()) as connection:
             connection.request("POST", "/api/alice/tasks", chunks, bearer(), encode_chunked=True)
@@ -577,7 +578,7 @@ def test_while_taskd_is_away_the_proxy_says_so_and_goes_on_when_it_is_back(
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Return the instructions of the Containerfile, with lines that go on joined."""
+    """Return the instructions of the Containerfile, with continued lines joined."""
     text = re.sub(
         r"^\s*#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE
     ).replace("\\\n", " ")
@@ -595,7 +596,7 @@ def instruction(name: str) -> str:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """What the Containerfile copies, at the place where it copies it, and the empty volume."""
+    """The files of the Containerfile, at their places in the image, and the empty volume."""
     root, here = tmp_path / "image", Path("/")
     ignore = (DEPLOY / "Containerfile.dockerignore").read_text().split("\n")
     allowed = [line[1:].rstrip("/") for line in ignore if line.startswith("!")]
@@ -664,7 +665,7 @@ def test_what_the_image_holds_serves_from_a_root_that_is_read_only(image: Path) 
 
 
 class Image(Process):
-    """A taskd process that a command line of its own starts."""
+    """A taskd process with its own command line."""
 
     def __init__(self, directory: Path, command: list[str]) -> None:
         self.log_path = directory / "stderr.log"
@@ -679,7 +680,7 @@ class Image(Process):
 
 
 def health(port: int) -> int:
-    """Return what the health check of the Containerfile exits with."""
+    """Return the exit status of the Containerfile's health check."""
     _, _, command = instruction("HEALTHCHECK").partition("CMD ")
     _, *arguments = json.loads(command)
     return run(sys.executable, *arguments, env=environment(TASKD_PORT=str(port))).returncode
@@ -756,14 +757,14 @@ def guide(heading: str) -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
 
 
-# What takes root, a network or systemd: the guide was walked through on an empty Debian 12 by hand.
+# Commands for root, a network or systemd: these were run by hand on an empty Debian 12.
 ONLY_ON_A_MACHINE = r"cp /opt/taskd/deploy/|git -C |/opt/taskd/\.venv/bin/pip "
 
 
 class Machine:
-    """A directory in which the guide's commands run as they stand, but for paths and the user.
+    """A directory in which the guide's commands run unchanged, except for paths and the user.
 
-    What its `systemctl` lines say of taskd is done to a real taskd.
+    Its `systemctl` lines for taskd start and stop a real taskd.
     """
 
     def __init__(self, home: Path) -> None:
@@ -784,7 +785,7 @@ class Machine:
         return text.replace("/var/lib/taskd", str(self.state)).replace(":8000", f":{self._port}")
 
     def follow(self, heading: str) -> str:
-        """Do what a section says, and return what it printed."""
+        """Run the commands of a section, and return their output."""
         return "".join(self.type(block) for block in guide(heading))
 
     def type(self, block: str) -> str:
@@ -844,7 +845,7 @@ needs_shell = pytest.mark.skipif(
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    """A machine on which the guide was followed up to the running service."""
+    """A machine on which the guide was followed until the service runs."""
     made = Machine(tmp_path)
     made.follow("3. The settings")
     made.follow("4. The service")
@@ -884,7 +885,7 @@ def test_the_guide_s_backup_upgrade_and_restore_keep_every_task(machine: Machine
 
 
 def rows_of_version_1(database: Path) -> list[Any]:
-    """Return what the first version kept of each task."""
+    """Return those members of each task that the first version had."""
     names = "id, user_id, title, description, completed, created_at, updated_at"
     return sql(database, f"SELECT {names} FROM task ORDER BY id")
 

@@ -54,7 +54,7 @@ return [...document.querySelectorAll("body *")]
     return [(light + 0.05) / (dark + 0.05), one.className, one.textContent.slice(0, 40)];
   }).sort((a, b) => a[0] - b[0]);
 """
-# Form fields and buttons of which a screen reader would not say what they are.
+# Form fields and buttons without a name for screen readers.
 NAMELESS = """
 const fields = "input, textarea, select, button, summary, a, [role=region], nav, form";
 const hasName = (one) =>
@@ -76,7 +76,7 @@ for (let one = arguments[0].closest("details"); one; one = one.parentElement.clo
 
 
 class Page:
-    """The page, as someone at a keyboard uses it."""
+    """The page, used with a keyboard."""
 
     def __init__(self, browser: webdriver.Chrome, server: Process, directory: Path) -> None:
         self.browser, self.server, self.database = browser, server, directory / "taskd.db"
@@ -109,7 +109,7 @@ class Page:
         )
 
     def find(self, selector: str) -> WebElement:
-        """Return an element, and open what hides it, such as the optional parameters."""
+        """Return an element, after opening what hides it, such as the optional parameters."""
         found = self.browser.find_element(By.CSS_SELECTOR, selector)
         self.run(OPEN_AROUND, found)
         return found
@@ -162,7 +162,7 @@ class Page:
         return str(self.find(f"#try-{operation} ~ .part pre").get_property("textContent"))
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Return what Chromium wrote on its console since it was last asked."""
+        """Return the new lines of Chromium's console."""
         return list(self.browser.get_log("browser"))
 
 
@@ -202,7 +202,7 @@ def server(start: Callable[..., Process]) -> Process:
 def page(browser: webdriver.Chrome, server: Process, tmp_path: Path) -> Page:
     browser.get("about:blank")
     found = Page(browser, server, tmp_path)
-    found.complaints()  # those of the test before
+    found.complaints()  # those of the previous test
     found.emulate("clearDeviceMetricsOverride")
     found.emulate("setEmulatedMedia", features=[])
     found.open()

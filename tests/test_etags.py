@@ -35,7 +35,7 @@ from support import (
 )
 
 STRONG = re.compile(r'"[\x21\x23-\x7e]+"')
-OLD = '"1-2001-01-01T00:00:00.000Z"'  # such a tag as taskd makes, of no task here
+OLD = '"1-2001-01-01T00:00:00.000Z"'  # a tag in taskd's form, but of no task here
 WRITES: list[tuple[str, str, dict[str, Any]]] = [
     ("PUT", "", {"json": {"title": "Buy tea"}}),
     ("PUT", "", {"json": {"title": "Buy tea", "description": None, "completed": True}}),
@@ -542,7 +542,7 @@ def test_a_header_given_twice_is_one_list(pair: Pair, header: str) -> None:
 
 
 def parsed(value: str) -> list[str] | None:
-    """Return the tags of a list, letter by letter as RFC 9110 has them; None if it is none."""
+    """Return the tags of a list by the grammar of RFC 9110, or None if it is not a list."""
     tags, rest = [], value
     while rest := rest.lstrip(" \t"):
         if rest[0] == ",":
@@ -718,7 +718,7 @@ def conditional(method: str, one: str, body: object, if_match: str, user: str) -
 def one_wins(
     servers: list[Process], requests: list[bytes], lock: Path | None
 ) -> tuple[WireAnswer, list[WireAnswer]]:
-    """Send all at once, and return the answer of the one that was done, and those of the others."""
+    """Send all at the same time, and return the answer of the one that succeeded, and the rest."""
     answers = at_once(servers, requests, lock)
     assert [answer.status_code for answer in answers].count(200) == 1, Counter(
         answer.text for answer in answers

@@ -54,7 +54,7 @@ def install(directory: Path) -> None:
 
 
 def is_open(port: int) -> bool:
-    """Say whether somebody answers HTTP there."""
+    """Return whether an HTTP server answers at this address."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
     try:
         connection.request("GET", "/")
@@ -101,7 +101,7 @@ class Site:
 
 
 class Visitor:
-    """Somebody at the page."""
+    """A user of the page."""
 
     def __init__(self, chromium: webdriver.Chrome, site: Site) -> None:
         self.chromium, self.site = chromium, site
@@ -133,7 +133,7 @@ class Visitor:
                 field.send_keys(text)
 
     def press(self, selector: str) -> None:
-        """Press Enter on a button, as somebody without a mouse does."""
+        """Press Enter on a button, as a user without a mouse does."""
         self.find(selector).send_keys(Keys.ENTER)
 
     def sign_up(self, name: str) -> None:
@@ -205,7 +205,7 @@ def test_two_users_keep_their_tasks_and_neither_sees_the_others(
 def test_a_task_is_edited_found_checked_off_deleted_and_brought_back(visitor: Visitor) -> None:
     visitor.sign_up("Carol")
     visitor.add(" ")
-    visitor.sees("#add .error", "title must not be blank")  # as taskd says it
+    visitor.sees("#add .error", "title must not be blank")  # in taskd's words
     assert visitor.find("#add [name=title]").get_attribute("aria-invalid") == "true"
     visitor.add("Pay the rent", priority="Low", tags="home")
     visitor.lists("Pay the rent")

@@ -46,11 +46,11 @@ pytestmark = pytest.mark.sqlite(
 )
 
 ROUNDS = int(os.environ.get("TASKD_TEST_ROUNDS", "6"))
-WRITERS = 8  # that are at work when taskd is killed
+WRITERS = 8  # at work when taskd is killed
 RESTART = 10  # seconds; it takes half of one
-ANSWERED = 15  # seconds within which a write is answered, whoever holds the lock
+ANSWERED = 15  # seconds until a write is answered, even if another process holds the lock
 EXIT = 10  # seconds that the contract gives taskd after SIGTERM
-P99 = 1  # second, of reads and refusals, whoever holds the lock
+P99 = 1  # second for reads and rejections, even if another process holds the lock
 TASKS = "/api/alice/tasks"
 
 Start = Callable[..., Process]
@@ -59,7 +59,7 @@ Tasks = dict[int, tuple[str, bool]]
 
 @pytest.fixture(autouse=True)
 def _no_secret_in_any_log(tmp_path: Path) -> Iterator[None]:
-    """See that none of the faults made taskd write what it must not, or lose its head."""
+    """Check that no fault made taskd log the secret, a token or a traceback."""
     yield
     for log in tmp_path.rglob("stderr-*.log"):
         text = log.read_text(errors="replace")
@@ -69,7 +69,7 @@ def _no_secret_in_any_log(tmp_path: Path) -> Iterator[None]:
 
 
 def sound(database: Path) -> None:
-    """Check a copy of the file: what a crash left is for taskd to recover."""
+    """Check a copy of the file; taskd itself must recover the original."""
     with tempfile.TemporaryDirectory() as copy:
         for file in database.parent.glob("taskd.db*"):
             if not file.name.endswith("-shm"):
@@ -97,11 +97,11 @@ class Writer:
         self.tasks: Tasks = {}
         self.acknowledged = self.count = 0
         self.asked: tuple[str, int, str] | None = (
-            None  # what was sent and not answered: method, task, title
+            None  # the request without an answer: method, task, title
         )
 
     def work(self, server: Process) -> None:
-        """Go on until the server is gone."""
+        """Change tasks until the server is gone."""
         with contextlib.suppress(OSError, AssertionError), Wire(server) as wire:
             while True:
                 self._change(wire)
@@ -131,7 +131,7 @@ class Writer:
         self.acknowledged += 1
 
     def _then(self, key: int) -> Tasks:
-        """Return the tasks as what was asked last makes them."""
+        """Return the tasks after the last, unanswered request."""
         assert self.asked
         method, task, title = self.asked
         then = dict(self.tasks)
@@ -146,7 +146,7 @@ class Writer:
         return then
 
     def check(self, server: Process) -> None:
-        """Every change that was answered is there; the one that was not, wholly or not at all."""
+        """Check that each answered change is stored, and the other one wholly or not at all."""
         listed = server.request("GET", self.path, headers=bearer(self.user)).json
         found = {task["id"]: (task["title"], task["completed"]) for task in listed}
         expected = [self.tasks]
@@ -200,7 +200,7 @@ def test_a_kill_during_the_very_first_start_does_no_harm(start: Start, tmp_path:
         moment = ("taskd.db", "taskd.db-journal", "taskd.db-wal", "")[number % 4]
         latest = time.monotonic() + chance.uniform(0.2, 0.8)
         while time.monotonic() < latest and not (moment and (directory / moment).exists()):
-            pass  # no nap: the file may be there for a millisecond
+            pass  # without a pause: the file may exist for a millisecond only
         time.sleep(chance.uniform(0, 0.003))
         server.kill()
         if (directory / "taskd.db").exists():
@@ -252,7 +252,7 @@ def test_a_write_is_on_disk_before_it_is_answered(start: Start, tmp_path: Path) 
 def keep_asking(
     server: Process, headers: dict[str, str], status: int, ended: threading.Event
 ) -> list[float]:
-    """Ask for the list again and again, and return how many seconds each answer took."""
+    """Request the list again and again, and return the seconds of each answer."""
     taken = []
     while not ended.is_set():
         started = time.monotonic()
@@ -371,7 +371,7 @@ def test_a_lock_held_elsewhere_before_the_first_request_stops_no_read(
 
 
 def refuses_writes(server: Process, made: list[int]) -> None:
-    """Write until the fault shows, and see that it shows as 503, and that reads go on."""
+    """Write until the fault has an effect, and check that it is a 503, and that reads succeed."""
     deadline, refused = time.monotonic() + DEADLINE, 0
     while refused < 5:
         assert time.monotonic() < deadline, "the fault does not show"
@@ -395,7 +395,7 @@ def refuses_writes(server: Process, made: list[int]) -> None:
 
 
 def recovers(server: Process, made: list[int]) -> None:
-    """See that writes work again without a restart, and that a restart finds the same."""
+    """Check that writes succeed again without a restart, and that a restart finds the same."""
     tea = {"title": "Buy tea"}
     until(
         lambda: server.request("POST", TASKS, tea, bearer()).status_code == 201,
@@ -431,7 +431,7 @@ def test_a_file_that_may_not_grow_is_503_until_it_may(start: Start, tmp_path: Pa
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Give a file system of its own, of 2 MiB."""
+    """Give a separate file system of 2 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]

@@ -249,7 +249,7 @@ def moment(due: str) -> str:
 
 
 def fits(task: dict[str, Any], query: dict[str, Any]) -> bool:
-    """Say whether a task is in a list, told by a plain model of the contract."""
+    """Return whether a task is in a list, by a plain model of the contract."""
     due = task["due_date"] and moment(task["due_date"])
     texts = [task["title"], task["description"] or "", *task["tags"]]
     before, after = query.get("due_before"), query.get("due_after")
@@ -303,7 +303,7 @@ def test_lists_are_those_of_a_plain_model_also_while_tasks_change(
             if link and len(seen) > len(model):
                 raise AssertionError("a task is on two pages")
         assert seen == [task["id"] for task in expected]
-        if model and data.draw(SOME([True, False])):  # and on with another state
+        if model and data.draw(SOME([True, False])):  # and continues with another state
             at = data.draw(st.integers(0, len(model) - 1))
             change = data.draw(NEW)
             model[at] = dict(user.call("PATCH", f"/{model[at]['id']}", json=change).json)

@@ -29,8 +29,8 @@ from support import (
 TASKS = "/api/alice/tasks"
 MILK = b'{"title": "Buy milk"}'
 JSON = "Content-Type: application/json"
-SOON = 5  # seconds; for what takes milliseconds unless it hangs
-SLOWEST = 1  # second within which an ordinary request is answered, whatever the others do
+SOON = 5  # seconds for what takes milliseconds unless it hangs
+SLOWEST = 1  # second until an ordinary request is answered, whatever the others do
 NEVER_SHOWN = (
     "Traceback",
     "sqlite",
@@ -55,7 +55,7 @@ NEVER_LOGGED = (
 
 
 class Shared:
-    """One server for many tests; after one that it did not survive unharmed there is a new one."""
+    """One server for many tests; a new one is started after a test that damaged it."""
 
     process: Process | None = None
     directory: Path
@@ -74,7 +74,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 @pytest.fixture
 def server(shared: Shared) -> Iterator[Process]:
-    """Give the shared server, and see afterwards that it is unharmed."""
+    """Give the shared server, and check afterwards that it is unharmed."""
     process = shared.process = shared.process or Process(shared.directory)
     logged = len(process.log)
     tasks = len(tasks_of(process))
@@ -96,7 +96,7 @@ def tasks_of(process: Process) -> list[dict[str, object]]:
 
 
 def unharmed(process: Process, logged: int = 0) -> None:
-    """Check that the server lives, answers, writes, and has nothing bad to say in its log."""
+    """Check that the server answers and writes, and that its log has nothing bad."""
     assert process.request("GET", "/healthz", timeout=SOON).status_code == 200
     created = process.request("POST", TASKS, {"title": "Buy milk"}, bearer(), timeout=SOON)
     assert created.status_code == 201, created.text
@@ -109,7 +109,7 @@ def unharmed(process: Process, logged: int = 0) -> None:
 
 
 def decent(answer: WireAnswer) -> WireAnswer:
-    """Check what holds of every answer, and return it."""
+    """Check the properties of every answer, and return it."""
     assert answer.status_code < 500 or answer.status_code == 505, answer.text
     shown = f"{answer.line} {answer.headers} {answer.text}"
     assert not [word for word in NEVER_SHOWN if word in shown], shown
@@ -247,7 +247,7 @@ def test_garbage_of_every_byte_is_answered_or_cut_off(server: Process) -> None:
             wire.send(bytes([byte]) * 64 + b"\r\n\r\n")
             if bytes(
                 [byte]
-            ).strip():  # empty lines before a request are let pass (RFC 9112, section 2.2)
+            ).strip():  # empty lines before a request are ignored (RFC 9112, section 2.2)
                 assert decent(wire.answer()).status_code in (400, 404, 405)
 
 
@@ -320,7 +320,7 @@ def test_clients_that_leave_before_their_answer_leave_nothing_half_done(server: 
             wire.send(written("POST", TASKS, {"title": f"Buy milk {number}"}, user="alice"))
             wire.reset()
     quiet = 0
-    while quiet < 20:  # on PostgreSQL some of them are still being done in other threads
+    while quiet < 20:  # on PostgreSQL some of them still run in worker threads
         done = tasks_of(server)
         assert all(str(task["title"]).startswith("Buy milk ") for task in done)
         for task in done:
@@ -387,7 +387,7 @@ def test_readers_that_do_not_read_delay_nobody(start: Callable[..., Process]) ->
     fill(server, 100)
     readers = [
         Wire(server, receive_buffer=4096).send(written("GET", TASKS, user="alice"))
-        for _ in range(8)  # more long lists of one user at once are refused
+        for _ in range(8)  # more simultaneous long lists of one user are rejected
     ]
     started = time.monotonic()
     for _ in range(20):
@@ -478,7 +478,7 @@ def test_more_connections_than_descriptors_close_those_that_are_idle_longest(
 
 
 def test_bodies_that_nobody_may_send_are_not_kept(server: Process) -> None:
-    """Send 64 bodies of 900 KB: refused each, and the memory is given back."""
+    """Send 64 bodies of 900 KB: each is rejected, and the memory is freed."""
     before = resource.getpagesize() * int(
         Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1]
     )

@@ -43,7 +43,7 @@ from support import (
 )
 
 ROUNDS = int(os.environ.get("TASKD_TEST_ROUNDS", "6"))
-CLIENTS = 8  # that create tasks when taskd is killed
+CLIENTS = 8  # clients that create tasks when taskd is killed
 TASKS = "/api/alice/tasks"
 DAY = timedelta(hours=24)
 
@@ -52,7 +52,7 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the applications and servers of these tests have their database."""
+    """The path of the database of these tests."""
     return tmp_path / "taskd.db"
 
 
@@ -64,7 +64,7 @@ def create(person: Person, key: str, task: object = None, **options: Any) -> tes
 
 
 def shown(answer: testing.Result | Answer) -> tuple[object, ...]:
-    """Return what a repeated create has in common with the first."""
+    """Return the parts of an answer that are the same for a repeated create."""
     assert answer.status_code == 201, answer.text
     return answer.status_code, answer.content, answer.headers["location"], answer.headers["etag"]
 
@@ -76,7 +76,7 @@ def is_replayed(answer: testing.Result | Answer) -> bool:
 
 
 def keys(path: Path) -> list[tuple[str, str]]:
-    """Return the users and keys in the database file, in the order in which they came."""
+    """Return the users and keys in the database, in the order of their creation."""
     return sql(path, "SELECT user_id, name FROM idempotency_key ORDER BY id")
 
 
@@ -85,7 +85,7 @@ def run(path: Path, statement: str, *values: object) -> None:
 
 
 def age(path: Path, by: timedelta) -> None:
-    """Make all keys that there are this old."""
+    """Set the age of all keys in the database."""
     run(path, "UPDATE idempotency_key SET created_at = ?", taskd.timestamp(datetime.now(UTC) - by))
 
 
@@ -260,7 +260,7 @@ def test_a_create_that_is_refused_leaves_no_key_behind(
 
 @pytest.fixture(scope="module")
 def bad_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """A server in which nothing is ever created."""
+    """A server on which no test creates a task."""
     server = Process(tmp_path_factory.mktemp("bad"))
     yield server
     server.kill()
@@ -412,7 +412,7 @@ def rows(path: Path, statement: str) -> list[Any]:
 
 
 def plant(path: Path, count: int, age: timedelta, user: str = "carol") -> None:
-    """Put keys of somebody into the database, as if they had been used so long ago."""
+    """Put keys of a user into the database, as if they had been used so long ago."""
     when = taskd.timestamp(datetime.now(UTC) - age)
     numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})"
     columns = "idempotency_key (user_id, name, body, answer, created_at)"
@@ -480,7 +480,7 @@ def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(
     alice: Person, path: Path
 ) -> None:
     def work() -> int:
-        """Return how many hundreds of steps SQLite's machine took for a create and its replay."""
+        """Return the hundreds of SQLite's instructions for a create and for its replay."""
         steps = 0
 
         def step() -> None:
@@ -580,7 +580,7 @@ def test_16_clients_that_each_repeat_the_same_keys_make_each_task_once(pair: Pai
 
 @pytest.fixture
 def small_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make applications wait briefly for a lock; ask for it before `app`."""
+    """Make applications wait briefly for a lock; name this fixture before `app`."""
     monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.05)
 
 
@@ -695,12 +695,12 @@ class Customer:
 
     def __init__(self, user: str, chance: random.Random) -> None:
         self.user, self.chance = user, chance
-        self.answers: dict[str, tuple[Any, ...]] = {}  # by key, which is the title too
+        self.answers: dict[str, tuple[Any, ...]] = {}  # by key, which is also the title
         self.waiting: str | None = None
         self.unanswered = self.found = 0
 
     def work(self, server: Process) -> None:
-        """Go on until the server is gone."""
+        """Create tasks until the server is gone."""
         with contextlib.suppress(OSError, AssertionError), Wire(server) as wire:
             while True:
                 again = self.answers and self.chance.random() < 0.2
@@ -791,7 +791,7 @@ MOMENTS = {
 def test_whatever_a_create_was_doing_when_it_died_repeating_it_makes_one_task(
     start: Start, make_app: Callable[..., taskd.App], path: Path, call: str, number: int, done: bool
 ) -> None:
-    make_app().store.close()  # what a start writes has been written
+    make_app().store.close()  # the writes of the start are done
     only = [] if call == "sendto" else ["-P", f"{path}-wal"]
     inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
     server = start(command=["strace", "-D", "-f", "-qq", "-o", f"{path}.trace", *only, *inject])
@@ -827,7 +827,7 @@ def test_a_create_and_its_key_reach_the_disk_together_before_the_answer(
         assert not is_replayed(wire.answer())
     assert server.terminate() == 0
     until(lambda: "exited with 0" in trace.read_text(), "strace has written everything")
-    synced = [0]  # how often the log was, before each answer to a create
+    synced = [0]  # number of syncs of the log before each answer to a create
     for line in trace.read_text().splitlines():
         if re.search(
             r"f(data)?sync\([0-9]+<[^>]*taskd\.db-wal>\) += 0|<\.\.\. f(data)?sync resumed>.* = 0",

@@ -70,7 +70,7 @@ CHANGES = strategies.fixed_dictionaries(
     },
 )
 PEOPLE = strategies.sampled_from(USERS)
-# Each way to ask for one task, with a body that would change it.
+# Each request for one task, with a body that would change it.
 ON_ONE_TASK: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "", {}),
     ("HEAD", "", {}),
@@ -95,7 +95,7 @@ def tasks_of(user: str) -> str:
 class Isolation(RuleBasedStateMachine):
     """Several users on one database, and the lists they must see: `model[user]` is one list."""
 
-    known = Bundle("known")  # (owner, id) of tasks that there are or were
+    known = Bundle("known")  # (owner, id) of tasks that exist or existed
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Isolation(RuleBasedStateMachine):
         assert answer == task | changes | {"updated_at": answer["updated_at"]}
         task.update(answer)
 
-    # What the owner does.
+    # Requests of the owner.
 
     @initialize(target=known)
     def each_user_has_a_task(self) -> Any:
@@ -237,7 +237,7 @@ class Isolation(RuleBasedStateMachine):
             assert (response.status_code, response.json) == (200, expected)
             self.model[owner].remove(expected)
 
-    # What others try.
+    # Requests of other users.
 
     @rule(task=known, other=PEOPLE, call=strategies.sampled_from(ON_ONE_TASK))
     def another_tries_on_the_owners_path(
@@ -289,7 +289,7 @@ class Isolation(RuleBasedStateMachine):
         if method != "HEAD":
             assert_problem(response, status)
 
-    # What is true after each step.
+    # Checks after each step.
 
     @invariant()
     def every_user_sees_exactly_what_is_theirs(self) -> None:
@@ -312,7 +312,7 @@ TestIsolation.settings = settings(
 
 COLUMNS = ", ".join(f'"{{0}}"."{name}"' for name in TASK_KEYS)
 SHOWN, RETURNED = COLUMNS.format("t1"), COLUMNS.format("task") + ', "task"."version"'
-# Beside those that name the owner: what opens a connection.
+# Besides those that name the owner: the statements that open a connection.
 HARMLESS = re.compile(
     r"PRAGMA (journal_mode|synchronous) ?= ?\w+|BEGIN( IMMEDIATE)?|COMMIT|ROLLBACK|SELECT 1"
 )
@@ -340,7 +340,7 @@ class Recorder:
         self.connections.clear()
 
     def finish(self) -> list[str]:
-        """Return what ran; no connection came into being meanwhile."""
+        """Return the statements that ran; no connection was opened in the meantime."""
         assert self.connections == []
         return [statement for statement in self.statements if not HARMLESS.fullmatch(statement)]
 
@@ -413,7 +413,7 @@ def bound_to(user: str) -> re.Pattern[str]:
         f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2'
     )
 
-    # What else a list asks can only make its tasks fewer: no OR but in brackets of its own.
+    # Other conditions of a list only remove tasks: each OR is in its own brackets.
     searched = [
         rf"REPLACE\({name}_folded, {text}, ''\) <> {name}_folded" for name in taskd.SEARCHED
     ]

@@ -81,12 +81,12 @@ class AuthServer:
         self.send(request, 200, json.dumps({"keys": self.keys}).encode())
 
     def late(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        """Answer well, but only when it is let free."""
+        """Answer well, but only after the test releases it."""
         self.free.wait(30)
         self.well(request)
 
     def behind_a_firewall(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        """Refuse programs that say no more than which library they are written with."""
+        """Reject clients whose User-Agent is only the name of a library."""
         if re.fullmatch(r"taskd/[0-9.]+", request.headers["User-Agent"]):
             return self.well(request)
         return self.send(request, 403, b"")
@@ -101,7 +101,7 @@ class AuthServer:
             self.sent += request.wfile.write(piece)
 
     def trickling(self, head: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
-        """Return what sends this much at once, and the rest a byte at a time, without end."""
+        """Return a handler that sends this much at once, then single bytes without end."""
 
         def answer(request: http.server.BaseHTTPRequestHandler) -> None:
             request.wfile.write(head)
@@ -146,7 +146,7 @@ def call(
     clients: list[testing.TestClient] = []
 
     def call(headers: dict[str, str], user: str = "alice") -> testing.Result:
-        if not clients:  # only now: the application fetches the set when it is made
+        if not clients:  # after the application, which fetches the set when it is made
             clients.append(testing.TestClient(make_app(jwks_url=auth_server.url)))
         return clients[0].simulate_get(f"/api/{user}/tasks", headers=headers)
 
@@ -155,7 +155,7 @@ def call(
 
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a test that is about something else fetch as often as it likes."""
+    """Let a test about another behaviour fetch without a limit."""
     monkeypatch.setattr(taskd, "KEYS_PAUSE", 0)
 
 

@@ -39,7 +39,7 @@ CHUNKED = "Transfer-Encoding: chunked"
 JSON = "Content-Type: application/json"
 MILK = b'{"title": "Buy milk"}'
 GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-HIDDEN = written("DELETE", f"{TASKS}/1", user="alice")  # which a body must not smuggle in
+HIDDEN = written("DELETE", f"{TASKS}/1", user="alice")  # a request that a body must not smuggle in
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def processor_time(server: Process) -> float:
 
 
 def memory(server: Process) -> int:
-    """Return the bytes of memory that a process has resident."""
+    """Return the resident memory of a process in bytes."""
     pages = Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
@@ -78,7 +78,7 @@ def another_is_served(server: Process) -> None:
 
 @contextlib.contextmanager
 def connected(server: Process, count: int) -> Iterator[list[Wire]]:
-    """Give connections of a client that takes nothing, and close them."""
+    """Give connections of a client that reads nothing, and close them."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(Wire(server, receive_buffer=4096)) for _ in range(count)]
 
@@ -261,7 +261,7 @@ def test_each_request_of_the_corpora_has_its_answer(
 ) -> None:
     with Wire(shared) as wire:
         wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if cut:  # in the middle, wherever that is
+        if cut:  # in the middle
             wire.send(sent[: len(sent) // 2])
             assert shared.request("GET", "/healthz").status_code == 200
             sent = sent[len(sent) // 2 :]
@@ -429,7 +429,7 @@ def test_urgent_data_closes_the_connection_with_one_line_in_the_log(shared: Proc
 
 
 def changed(statement: str) -> list[str]:
-    """Return the command of a taskd that has run a statement before it serves."""
+    """Return the command of a taskd that runs a statement before it serves."""
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -484,7 +484,7 @@ def test_a_client_that_keeps_taskd_waiting_is_closed(
 @pytest.mark.sqlite("on PostgreSQL no write runs in the event loop")
 def test_a_client_that_resets_a_write_while_the_disk_is_slow_stops_nobody(tmp_path: Path) -> None:
     process = Process(tmp_path, command=changed("taskd.SLOW_WRITE = 1e-9"))
-    another_is_served(process)  # and the disk has been found to be slow
+    another_is_served(process)  # and taskd has measured that the disk is slow
     with Wire(process) as wire:
         assert wire.send(GOOD).answer().status_code == 200
         process.popen.send_signal(signal.SIGSTOP)  # so that the request and the reset come together

@@ -77,7 +77,7 @@ def walk(person: Person, **query: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 def keep(path: Path, count: int, user: str = "alice") -> None:
-    """Put that many tasks into the database, as taskd would."""
+    """Put that many tasks into the database, in taskd's form."""
     when = "2026-11-21T00:00:00.000Z"
     rows = (
         (user, f"Task {n}", f"note {n}", n % 3 == 0, when, when, f"task {n}", f"note {n}")
@@ -193,7 +193,7 @@ def test_only_open_and_only_done_tasks(alice: Person) -> None:
     assert titles(alice, completed="true") == ["0", "1", "3", "5"]
 
 
-FOUND = [  # what is looked for, in which text, and whether it is there
+FOUND = [  # the search text, the text of the task, and whether it is found
     ("milk", "Buy Milk", True),
     ("MILK", "buy milk", True),
     ("y m", "Buy Milk", True),
@@ -454,7 +454,7 @@ def test_page_1000_costs_what_page_1_costs(app: taskd.App, tmp_path: Path) -> No
                 database.connection().set_progress_handler(count, 10)
             _, listing = app.store.page("alice", listing)
             database.connection().set_progress_handler(None, 0)
-    assert max(steps) < 2 * min(steps) + 20, steps  # in tens of SQLite's instructions
+    assert max(steps) < 2 * min(steps) + 20, steps  # tens of SQLite's instructions
 
 
 texts = st.text(alphabet="aAbBßẞéÉ%_\\ ", min_size=1, max_size=4).filter(str.strip)
@@ -549,7 +549,7 @@ def test_head_of_a_long_list_has_no_body(start: Start, tmp_path: Path) -> None:
     keep(tmp_path / "taskd.db", 10_000)
     length = server.request("GET", TASKS, headers=bearer()).headers["content-length"]
     with Wire(server) as wire:
-        for _ in range(40):  # more than there may be files
+        for _ in range(40):  # more than the process may open files
             answer = wire.send(written("HEAD", TASKS, user="alice")).answer(bodiless=True)
             assert (answer.status_code, answer.headers["content-length"]) == (200, length)
 
@@ -570,7 +570,7 @@ def test_a_list_is_whole_under_another_wsgi_server_too(app: taskd.App, tmp_path:
 
 
 def resident(server: Process, what: str = "VmRSS") -> int:
-    """Return kilobytes."""
+    """Return the resident memory in kilobytes."""
     status = Path(f"/proc/{server.popen.pid}/status").read_text()
     return int(re.findall(rf"{what}:\s+(\d+)", status)[0])
 
@@ -638,7 +638,7 @@ def test_sigterm_lets_a_list_be_finished_by_a_client_that_reads(
 
 
 class Failing:
-    """A store whose lists have one more piece when the database is taken away."""
+    """A store that calls a function before it reads the page of this number."""
 
     def __init__(self, store: taskd.TaskStore, pages: int, fail: Callable[[], object]) -> None:
         self._store, self._pages, self._fail = store, pages, fail

@@ -30,7 +30,7 @@ def normalised(name: str) -> str:
 
 
 def direct() -> list[Requirement]:
-    """Return what requirements.txt and requirements-postgresql.txt name."""
+    """Return the packages in requirements.txt and requirements-postgresql.txt."""
     lines = [
         line
         for name in ("requirements.txt", "requirements-postgresql.txt")

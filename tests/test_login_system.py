@@ -31,7 +31,7 @@ GOOD = signed(PRIVATE["ES256"], "ES256", "ES256", exp=253402300799)
 
 
 class Clock:
-    """The clock of taskd's key set, which a test can put forward."""
+    """The clock of taskd's key set, which a test can advance."""
 
     ahead = 0.0
 
@@ -50,7 +50,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what was said of the key set, without the lines of requests that had to do without."""
+    """Return the log lines about the key set, without those of the rejected requests."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -105,7 +105,7 @@ def test_of_a_huge_answer_little_is_read(call: Call, auth_server: AuthServer) ->
     auth_server.answer = auth_server.huge
     assert_problem(call(GOOD), 503)
     until(lambda: auth_server.sent, "the server has sent something")
-    assert auth_server.sent < 16 * 2**20  # what the kernel holds for both sides, and 1 MiB
+    assert auth_server.sent < 16 * 2**20  # the kernel's buffers of both sides, and 1 MiB
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_a_process_that_is_forked_during_a_fetch_begins_one_of_its_own(
     auth_server: AuthServer,
 ) -> None:
     keys = taskd.KeySet(auth_server.url)
-    keys._fetch = Future()  # whose thread is in the parent process
+    keys._fetch = Future()  # its thread is in the parent process
     assert keys.find("ES256", "ES256") is not None
 
 
@@ -491,7 +491,7 @@ def test_tokens_of_either_kind_are_remembered_beside_each_other(auth_server: Aut
 
 @pytest.fixture
 def proxy() -> Iterator[AuthServer]:
-    """Something that answers whatever it is asked with a key set of its own."""
+    """A proxy that answers every request with its own key set."""
     server = AuthServer()
     server.keys = [public(NEW, "EdDSA", "EdDSA")]
     yield server
@@ -538,7 +538,7 @@ def test_a_set_elsewhere_is_fetched_through_the_proxy_with_a_tunnel(
 
 
 def at_once(server: Process, headers: dict[str, str], number: int = 40) -> list[Wire]:
-    """Send the same request on connections of their own; nobody waits for an answer."""
+    """Send the same request on several connections, without waiting for the answers."""
     authorization = f"Authorization: {headers['Authorization']}"
     wires = [Wire(server) for _ in range(number)]
     for wire in wires:

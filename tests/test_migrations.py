@@ -37,7 +37,7 @@ def make(path: Path, journal: str, script: str) -> None:
 
 
 def make_old(path: Path, journal: str = "WAL") -> list[tuple[Any, ...]]:
-    """Make a database as version 0.1.0 left it, and return its tasks."""
+    """Make a database of version 0.1.0, and return its tasks."""
     make(path, journal, OLD)
     return tasks(path)
 

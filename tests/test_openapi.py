@@ -86,7 +86,7 @@ def walk(node: object) -> Iterator[dict[str, Any]]:
 
 
 def validator(schema: dict[str, Any]) -> Any:
-    """Return what checks a value against a schema of the document, formats included."""
+    """Return a validator of a schema of the document, formats included."""
     return jsonschema_rs.Draft202012Validator(
         schema | {"components": DOCUMENT["components"]}, validate_formats=True
     )
@@ -180,12 +180,12 @@ def routed(app: taskd.App) -> set[tuple[str, str]]:
         for route in falcon.inspect.inspect_routes(app)
         for method in route.methods
         if method.method in falcon.HTTP_METHODS and method.function_name != "method_not_allowed"
-        if route.path != "/"  # which only leads a browser to /docs
+        if route.path != "/"  # only redirects a browser to /docs
     }
 
 
 def test_the_document_has_every_path_and_method_of_the_router_and_no_other(app):
-    for_people = {("/", "get"), ("/", "head"), ("/", "options")}  # leads a browser to /docs
+    for_people = {("/", "get"), ("/", "head"), ("/", "options")}  # redirects a browser to /docs
     assert {(path, method) for path, method, _ in operations()} == routed(app) - for_people
 
 
@@ -421,7 +421,7 @@ KEYS = ["", "a", "a" * 255, "a" * 256, "a b", "a,b", "\t", "~!\"'", "\xe9", "\x7
 
 
 def taken(operation: dict[str, Any], path: str, place: str, name: str, text: str) -> bool:
-    """Say whether the document allows this text as the value of a parameter."""
+    """Return whether the document allows this text as the value of a parameter."""
     schema = parameters(path, operation)[place, name]["schema"]
     if schema["type"] == "boolean":
         return text in ("true", "false")
@@ -436,7 +436,7 @@ def taken(operation: dict[str, Any], path: str, place: str, name: str, text: str
 def test_an_operation_has_the_parameters_that_it_looks_at_and_no_other(
     path, method, operation, alice
 ):
-    """One that looks at a parameter refuses a value that cannot be; nobody else minds."""
+    """Test that an operation with a parameter rejects bad values; others ignore it."""
     declared = set(parameters(path, operation))
     url = path.replace("{user_id}", "alice").replace("{task_id}", str(alice.add()["id"]))
     body = {"json": {"title": "x"}} if method in ("post", "put") or path == ONE else {}
@@ -530,7 +530,7 @@ def limits(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def types(schema: dict[str, Any]) -> set[str]:
-    """Return the JSON types that a schema allows, whether it says so in a list or with anyOf."""
+    """Return the JSON types that a schema allows, in a list or with anyOf."""
     if "anyOf" in schema:
         return {name for choice in schema["anyOf"] for name in types(choice)}
     if "enum" in schema and "type" not in schema:

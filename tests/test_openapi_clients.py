@@ -52,7 +52,7 @@ def tools() -> Path:
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    """A Python with the generator of clients, which wants another typer than taskctl."""
+    """A Python with the generator of clients, which needs another version of typer."""
     pip = [".venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     venv = [sys.executable, "-m", "venv", ".venv"]
     directory = install(HERE / ".venv", "requirements.txt", venv, [*pip, "-r", "requirements.txt"])

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.sqlite("most of it is about log lines, numbers and prox
 Start = Callable[..., Process]
 MakeApp = Callable[..., taskd.App]
 TASKS = "/api/alice/tasks"
-NASTY = [  # what Better Auth would not call anybody
+NASTY = [  # user ids that Better Auth would not make
     "alice\n2026-11-21T00:00:00.000Z INFO DELETE /api/{user_id}/tasks/{task_id} 200 0.1ms"
     " id=forged user='bob'",
     "alice\r\nERROR the database is gone",
@@ -175,7 +175,7 @@ def test_a_damaged_database_is_not_ready(server: Process, tmp_path: Path) -> Non
 
 
 def samples(answer: Answer | testing.Result) -> dict[tuple[str, ...], float]:
-    """Return what /metrics shows: name and sorted label values, and the number."""
+    """Return the numbers in /metrics, by name and sorted label values."""
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=")
     return {
@@ -376,7 +376,7 @@ LINE = re.compile(
 
 
 def lines(server: Process) -> list[str]:
-    """Return what was logged after the start, line by line, for whatever ends a line somewhere."""
+    """Return the log after the start, split at everything that any program takes for a line end."""
     return server.log.splitlines()[1:]
 
 
@@ -569,7 +569,7 @@ def test_the_level_leaves_out_the_line_of_a_request(start: Start) -> None:
 
 # --- Behind a proxy -------------------------------------------------------------------------------
 
-FORWARDED = [  # what the proxy sends, and which client it tells
+FORWARDED = [  # the header of the proxy, and the client in it
     ("10.1.2.3", "10.1.2.3"),
     ("6.6.6.6, 10.1.2.3", "10.1.2.3"),  # only the last was added by the proxy
     ("10.1.2.3,2001:db8::7", "2001:db8::7"),

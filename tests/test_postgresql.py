@@ -57,7 +57,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def empty(cluster: Cluster) -> str:
-    """The address of a database there in which nobody has been."""
+    """The address of an unused database on that server."""
     return made(cluster.url())
 
 
@@ -99,7 +99,7 @@ def test_a_crash_of_the_server_is_503_until_it_is_back_and_loses_nothing(
     acknowledged: dict[str, int] = {}
 
     def work(customer: int) -> int:
-        """Create tasks one after another, each again and again until it is acknowledged."""
+        """Create tasks one after another, each repeated until it is acknowledged."""
         number = 0
         while not enough.is_set():
             title = f"Task {customer}-{number}"
@@ -257,7 +257,7 @@ def test_a_column_that_changes_under_a_prepared_statement_causes_no_500(
 
 @pytest.fixture(scope="module")
 def guarded(cluster: Cluster) -> str:
-    """The address of a database for which a password is asked, with the right one."""
+    """The address, with the password, of a database that needs one."""
     with psycopg.connect(cluster.url(), autocommit=True) as session:
         session.execute(f"CREATE ROLE guarded LOGIN SUPERUSER PASSWORD '{PASSWORD}'".encode())
     cluster.ask_for_password("guarded")

@@ -30,7 +30,7 @@ TABLES = "SELECT schemaname FROM pg_tables WHERE tablename IN ('task', 'about', 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A server of these tests' own: roles and what they set are of the whole server."""
+    """A server for these tests only, because roles and their settings are the server's."""
     cluster = Cluster("fsync=off", "listen_addresses=*", within=os.environ[DIRECTORY])
     yield cluster
     cluster.remove()
@@ -100,7 +100,7 @@ def test_a_search_path_without_a_schema_is_refused_in_one_line(empty: str, tmp_p
     assert "schema" in ended.stderr
 
 
-ROLE = (  # what a role, or a database, may have as defaults
+ROLE = (  # defaults that a role or a database may have
     "default_transaction_isolation = 'serializable'",
     "statement_timeout = '1ms'",
     "synchronous_commit = off",

@@ -51,7 +51,7 @@ Row = list[str]
 
 
 def section(heading: str, document: str = README) -> str:
-    """Return what stands under a heading of the second level."""
+    """Return the text under a heading of the second level."""
     found = re.search(
         rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", document, re.MULTILINE | re.DOTALL
     )
@@ -86,7 +86,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository as a fresh clone would be: without what git ignores."""
+    """A copy of the repository without the files that git ignores, as in a fresh clone."""
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
     copy = tmp_path_factory.mktemp("readme") / "taskd"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "node_modules", *ignored))
@@ -113,7 +113,7 @@ def test_the_endpoints_are_the_routes_and_methods_of_the_router(app: taskd.App) 
         for route in falcon.inspect.inspect_routes(app)
         for method in route.methods
         if not method.internal
-        and method.method not in ("HEAD", "OPTIONS")  # promised for all of them at once
+        and method.method not in ("HEAD", "OPTIONS")  # promised for all of them together
     }
     listed = [(row[0].split()[0], code(row[0])) for row in table("Endpoints", "method and path")]
     assert sorted(listed) == sorted(routes)
@@ -362,10 +362,10 @@ def told_to(commands: str, home: Path, port: int) -> subprocess.CompletedProcess
 
 
 def printed(commands: str, home: Path, port: int) -> str:
-    """Run the commands of a document, and return what they print; they must not complain."""
+    """Run the commands of a document, which must succeed, and return their output."""
     answer = told_to(commands, home, port)
     assert answer.stderr == ""
-    assert answer.stdout.endswith("\n")  # or the prompt would follow in the same line
+    assert answer.stdout.endswith("\n")  # otherwise the prompt is on the same line
     return answer.stdout
 
 

@@ -111,7 +111,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 @pytest.fixture
 def people(tmp_path: Path) -> dict[str, str]:
-    """The tokens of two users, in the file in which Schemathesis looks for them too."""
+    """The tokens of two users, in the file that Schemathesis reads."""
     tokens = {name: token(name, exp=int(time.time()) + DAY) for name in PEOPLE}
     logins = [
         {"name": name, "fixedHeaders": [{"name": "Authorization", "value": f"Bearer {text}"}]}

@@ -44,7 +44,7 @@ from support import (
 Start = Callable[..., Process]
 
 EXIT = 10  # seconds that the contract gives taskd after SIGTERM
-SOON = 5  # seconds; for what takes milliseconds unless it hangs
+SOON = 5  # seconds for what takes milliseconds unless it hangs
 # Run the command after it without these variables.
 WITHOUT = ["env", "-u", "BETTER_AUTH_SECRET", "-u", "TASKD_PORT"]
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"
@@ -60,7 +60,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 @pytest.fixture
 def server(shared: Process) -> Process:
-    """Give a server without tasks: the one of all tests here that need none of their own."""
+    """Give a server without tasks, shared by the tests of this file."""
     assert shared.request("GET", TASKS, headers=bearer()).status_code == 200
     empty(database_of(shared))
     return shared
@@ -196,7 +196,7 @@ UNUSABLE = [
     ("DATABASE_URL", "mysql://127.0.0.1/tasks"),
     ("TASKD_HOST", "two..dots"),
     ("TASKD_HOST", "a-label-is-at-most-63-characters-long" * 2),
-    ("TASKD_HOST", "192.0.2.1"),  # RFC 5737: nobody's address
+    ("TASKD_HOST", "192.0.2.1"),  # RFC 5737: an address for documentation
     ("TASKD_PORT", "http"),
     ("TASKD_PORT", "65536"),
     ("TASKD_THREADS", "0"),
@@ -844,7 +844,7 @@ def test_a_client_that_sends_2_mb_before_it_reads_gets_the_reason_of_the_rejecti
 ) -> None:
     with Wire(server) as wire:
         sent = written("POST", TASKS, b"x" * 2_000_000, "Content-Length: 2000000", user="alice")
-        with contextlib.suppress(ConnectionError):  # it need not take them all
+        with contextlib.suppress(ConnectionError):  # the server need not accept all of them
             wire.send(sent)
         assert_problem(wire.answer(), 413)
 

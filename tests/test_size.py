@@ -13,15 +13,15 @@ from processes import ROOT
 
 pytestmark = pytest.mark.sqlite("it is about files")
 
-# Lines of code that each may have: no more than today. The aim is 1,400 and 700.
-LINES = {"taskd.py": 2862, "taskctl.py": 1338}
+# The most lines of code that each may have: as many as today. The aim is 1,400 and 700.
+LINES = {"taskd.py": 2818, "taskctl.py": 1338}
 WIDE = 42  # lines that may still be wider than the width, nearly all comments and texts
 WIDTH = 100  # columns of a line
 TEXTS = ("*.py", "*.sql", "Makefile", "bench/*.py", "migrations/*.sql", "tests/*.py")
 
 
 def lines_of_code(text: str) -> int:
-    """Return how many lines are left without comments, docstrings and blank lines."""
+    """Return the number of lines without comments, docstrings and blank lines."""
     left_out = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     counted = {
         number

@@ -33,7 +33,7 @@ ROUTES = [  # method, path, body
 
 
 class WhoAmI:
-    """A resource as someone might add it: it takes the user from the middleware."""
+    """A new resource, which takes the user from the middleware."""
 
     def on_get(self, req, resp):
         user = req.context.user

@@ -29,20 +29,20 @@ GOOD = (
 
 
 def altered(old: str, new: str) -> str:
-    """Return the statements that make a database in which one thing is different."""
+    """Return the statements of a database with one difference."""
     assert old in GOOD
     return GOOD.replace(old, new, 1)
 
 
 @pytest.fixture
 def path(tmp_path):
-    """Where the application of these tests has its database."""
+    """The path of the database of these tests."""
     return tmp_path / "taskd.db"
 
 
 @pytest.fixture
 def small_patience(monkeypatch):
-    """Make applications wait briefly for a lock; ask for it before `app`."""
+    """Make applications wait briefly for a lock; name this fixture before `app`."""
     monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.05)
     monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", 0.05)
 
@@ -60,7 +60,7 @@ def make_database(path, statements, journal="DELETE"):
 
 
 def columns(path, table="task"):
-    """Return name, type, NOT NULL and primary key of a table's columns, as SQLite tells them."""
+    """Return name, type, NOT NULL and primary key of a table's columns from SQLite."""
     with connected(path) as connection:
         return [
             (name, kind, bool(required), bool(key))
@@ -82,7 +82,7 @@ def assert_unavailable(response):
 
 
 def every_write(person, number):
-    """Try everything that writes."""
+    """Send every request that writes."""
     return [
         person.call("POST", json={"title": "x"}),
         person.call("PUT", f"/{number}", json={"title": "x"}),
@@ -181,7 +181,7 @@ def test_every_connection_writes_ahead_and_syncs_fully(app, alice, path):
         assert pool.submit(pragmas).result() == [(2,)] * len(databases(app.store))
 
 
-DIFFERENT = {  # what a database has, and what the message must name
+DIFFERENT = {  # the statements of a database, and what the message must name
     "another table": ("CREATE TABLE task (x INTEGER);", ["user_id", "title"]),
     "no description": (altered("description TEXT,", ""), ["description"]),
     "no completed": (
@@ -557,7 +557,7 @@ def test_a_damaged_database_is_503_and_recovers_when_it_is_mended(app, alice, pa
 
 
 def test_a_full_disk_is_503_and_the_server_goes_on_when_there_is_room_again(server):
-    """The disk is full for this process alone: no file of it may grow."""
+    """Let no file of this process grow, as if the disk were full."""
     answered = [
         server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice"))
         for _ in range(3)
@@ -611,7 +611,7 @@ def test_a_store_can_be_closed_twice_and_used_again(app, alice):
 
 @pytest.fixture
 def in_event_loop(monkeypatch):
-    """Let this thread be the one that serves the sockets, and must not wait."""
+    """Let this thread be the event loop, which must not wait."""
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
 
 
@@ -674,7 +674,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
 
 def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):
     monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", 0.05)
-    for _ in range(3):  # each gives back its leave to wait
+    for _ in range(3):  # each gives its place in the queue back
         with app.store._database._turn, pytest.raises(taskd.Unavailable) as caught:
             app.store.add("alice", new_task())
         assert caught.value.args == ("the database", "the writes before this one took too long")

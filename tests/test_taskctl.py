@@ -109,7 +109,7 @@ LETTER = [
 SHOWN = {"-": None, "yes": True, "no": False}
 
 
-# What the fork server does before it forks: much is imported only where it is needed.
+# Imports of the fork server before it forks; taskctl itself imports them only if needed.
 PREPARE = """
 import contextlib, dotenv, functools, io, typer
 typer.main.get_command = functools.cache(typer.main.get_command)
@@ -123,7 +123,7 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return a process environment in which nothing decides how a terminal looks."""
+    """Return a process environment without variables that change a terminal's output."""
     looks = {"COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH"}
     kept = {
         name: value for name, value in support.environment(**variables).items() if name not in looks
@@ -138,7 +138,7 @@ def run(
     secret: str = SECRET,
     **variables: str,
 ) -> Answer:
-    """Run taskctl there. It never prints a traceback or a secret, whatever else it does."""
+    """Run taskctl in a directory, and check that it prints no traceback and no secret."""
     if secret:
         variables = {"BETTER_AUTH_SECRET": secret} | variables
     done = ForkServer.of("taskctl", PREPARE, environment(BETTER_AUTH_SECRET=SECRET)).run(
@@ -166,13 +166,13 @@ def cells(answer: Answer, said: str = "") -> list[list[str]]:
 
 
 def one_line(answer: Answer, status: int) -> str:
-    """Return the message of a command that failed: one line on stderr, and nothing on stdout."""
+    """Return the message of a failed command: one line on stderr, and nothing on stdout."""
     assert answer.stdout == "", answer
     return refusal(answer, status)
 
 
 def refusal(answer: Answer, status: int = 1) -> str:
-    """Return the message of a command that failed: one line on stderr, whatever is on stdout."""
+    """Return the message of a failed command: one line on stderr; stdout is not checked."""
     assert answer.returncode == status, answer
     assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr), answer.stderr
     return answer.stderr.removeprefix("taskctl: ").rstrip("\n")
@@ -528,7 +528,7 @@ def test_mint_puts_in_the_issuer_and_audience_that_taskd_asks_for(taskctl: Taskc
 
 NOW = int(time.time())
 LATER = NOW + DAY
-GOOD_TOKENS = {  # some of those of test_tokens.py, which are the same to taskctl
+GOOD_TOKENS = {  # some of those in test_tokens.py
     "as Better Auth makes it": token(),
     "a user who is a number": token("1"),
     "a user with a space and an umlaut": token("J\u00f6 1"),
@@ -552,7 +552,7 @@ USERS = {"a user who is a number": "1", "a user with a space and an umlaut": "J%
 
 
 def served(server: Process, text: str, user: str = "alice") -> tuple[int, str]:
-    """Return what a real server answers to a token, and why."""
+    """Return the status and the reason of a real server for a token."""
     answer = server.request(
         "GET", f"/api/{user}/tasks", headers={"Authorization": f"Bearer {text}"}
     )
@@ -561,7 +561,7 @@ def served(server: Process, text: str, user: str = "alice") -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """A real taskd that is asked about many tokens."""
+    """A real taskd for many tokens."""
     process = Process(tmp_path_factory.mktemp("judge"))
     yield process
     assert process.terminate() == 0
@@ -1223,7 +1223,7 @@ ROUTES = {
 
 @contextlib.contextmanager
 def dead_port() -> Iterator[int]:
-    """Yield a port on which nobody listens, and nobody else can meanwhile."""
+    """Yield a port on which no program listens, or can listen at this time."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -1231,7 +1231,7 @@ def dead_port() -> Iterator[int]:
 
 @contextlib.contextmanager
 def answering(answer: bytes) -> Iterator[str]:
-    """Yield the address of a server that sends the same bytes to whoever asks."""
+    """Yield the address of a server that answers every request with the same bytes."""
 
     def serve() -> None:
         with contextlib.suppress(OSError):  # which ends it
@@ -1349,7 +1349,7 @@ def lets_everybody_in(environ: Environ) -> None:
 
 SABOTAGE: dict[
     Callable[[Environ], None], str
-] = {  # what a server does wrong, and in the answer to which method smoke must notice it
+] = {  # a fault of a server, and the method in whose answer smoke must notice it
     deletes_nothing: "GET",
     completes_nothing: "PATCH",
     changes_nothing: "PUT",
@@ -1362,7 +1362,7 @@ SABOTAGE: dict[
 
 
 class SilentHandler(WSGIRequestHandler):
-    """Handle a request, and write no line about it on stderr."""
+    """Handle a request without a line on stderr."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -1552,7 +1552,7 @@ def test_a_damaged_database_is_one_line(taskctl: Taskctl, kept: Path) -> None:
 def test_a_database_that_another_process_has_locked_can_be_read_but_not_written(
     taskctl: Taskctl, kept: Path
 ) -> None:
-    taskctl("stats")  # which turns on the write-ahead log, as any use by taskd does
+    taskctl("stats")  # turns on the write-ahead log, as taskd does
     with locked(kept):
         assert [row["tasks"] for row in data(taskctl("users", "--json"))] == [2, 1]
         assert [task["id"] for task in data(taskctl("tasks", "alice", "--json"))] == [1, 3]

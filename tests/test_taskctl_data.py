@@ -60,7 +60,7 @@ def path_of(user: str, task_id: object = None) -> str:
 
 
 def listed(server: Process, user: str) -> list[dict[str, Any]]:
-    """Return what the API answers as this user's tasks."""
+    """Return this user's tasks from the API."""
     answer = server.request("GET", path_of(user), headers=bearer(user))
     assert answer.status_code == 200
     return list(answer.json)
@@ -116,7 +116,7 @@ def writing(server: Process, user: str = "busy", threads: int = 2) -> Iterator[l
 
 
 def dump(path: Path) -> list[str]:
-    """Return all that is in a database, as SQL."""
+    """Return the whole content of a database as SQL."""
     with contextlib.closing(sqlite3.connect(path, timeout=DEADLINE)) as connection:
         return list(connection.iterdump())
 
@@ -144,7 +144,7 @@ def said(answer: Answer) -> str:
 
 
 def names(directory: Path) -> list[str]:
-    """Return the names of the files in a directory, but for the logs of its servers."""
+    """Return the names of the files in a directory, except for the logs of its servers."""
     return sorted(path.name for path in directory.iterdir() if not path.name.startswith("stderr-"))
 
 
@@ -798,7 +798,7 @@ def test_check_changes_nothing(
     assert ("taskd.db-wal" in before) == logged
     assert taskctl("check").returncode == 0
     after = state(tmp_path)
-    if logged:  # the index of the log is memory shared by those who read it
+    if logged:  # readers share the index of the log as memory
         assert before.pop("taskd.db-shm")
         assert after.pop("taskd.db-shm")
     assert after == before
@@ -866,7 +866,7 @@ def test_check_counts_all_that_is_off(taskctl: Taskctl, tmp_path: Path) -> None:
     (tmp_path / "taskd.db").chmod(0o644)
     answer = taskctl("check")
     assert (answer.returncode, answer.stderr) == (1, "taskctl: 2 of 4 checks failed\n")
-    assert NO_KEY_SET  # whose table covers the key set
+    assert NO_KEY_SET  # its table covers the key set
 
 
 # --- export ---------------------------------------------------------------------------------------

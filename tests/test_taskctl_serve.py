@@ -30,7 +30,7 @@ COMMAND = [sys.executable, str(ROOT / "taskctl.py"), "serve", "--ephemeral"]
 
 
 class Ephemeral(Process):
-    """A server for tests, and what it printed about itself."""
+    """A server for tests, and the settings that it printed."""
 
     def __init__(self, directory: Path, *options: str, stdin: Any = subprocess.PIPE) -> None:
         self.temporary = directory / "tmp"
@@ -69,7 +69,7 @@ Serve = Callable[..., Ephemeral]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Start servers in this test's directory, where a .env says what they must not heed."""
+    """Start servers in this test's directory, whose .env they must ignore."""
     (tmp_path / ".env").write_text("BETTER_AUTH_SECRET=short\nTASKD_THREADS=0\n")
     started: list[Ephemeral] = []
 
@@ -198,13 +198,13 @@ def test_wait_returns_when_the_server_is_ready(
 
 
 class NotReady(BaseHTTPRequestHandler):
-    """Answers as a server whose database is away."""
+    """A handler that answers like a server without its database."""
 
     def do_GET(self) -> None:
         self.send_error(503, "Service Unavailable", "the database is away")
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ ODD = 'Buy "milk", =bread\nand butter'
 
 
 def on_a_terminal(directory: Path, *arguments: str, typed: str = "", status: int = 0) -> str:
-    """Return what a terminal of 80 columns shows of a run of taskctl."""
+    """Return what a run of taskctl shows on a terminal of 80 columns."""
     ours, terminal = pty.openpty()
     variables = {"BETTER_AUTH_SECRET": SECRET, "TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen(

@@ -29,14 +29,14 @@ RUN_TIME = 60  # seconds that an example may take
 
 
 def write_blocks(language: str, directory: Path) -> None:
-    """Write the page's code in this language into the files that its first line names."""
+    """Write each code block of this language to the file that its first line names."""
     for block in re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
         (directory / re.findall(r"[\w.-]+\.\w+", block)[0]).write_text(block)
 
 
 @pytest.fixture
 def variables(tmp_path: Path) -> dict[str, str]:
-    """The environment of somebody who has installed taskd."""
+    """The environment of a user who has installed taskd."""
     programs = tmp_path / "bin"
     programs.mkdir()
     command = programs / "taskctl"
@@ -85,7 +85,7 @@ def test_the_steps_of_the_workflow(tmp_path: Path, variables: dict[str, str]) ->
     scripts = [step["run"].replace("8123", port) for step in steps if "name" in step]
     assert len(scripts) == 3
     try:
-        for script in scripts:  # as the runner does: a shell for each
+        for script in scripts:  # a shell for each, as the runner does
             output = run(tmp_path, variables, "bash", "-e", "-o", "pipefail", "-c", script)
             assert json.loads(output or "[]") == []
     finally:

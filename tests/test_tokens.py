@@ -49,7 +49,7 @@ HEADER, PAYLOAD, SIGNATURE = GOOD.split(".")
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    """An application for all tests of this file, most of which are refused at its door."""
+    """An application for all tests of this file, which rejects most of their requests."""
     path = tmp_path_factory.mktemp("tokens") / "taskd.db"
     app = taskd.create_app(taskd.Settings(secret=SECRET, database_url=database_url(path)))
     app.add_route("/api/{user_id}/whoami", WhoAmI())
@@ -60,7 +60,7 @@ def client(tmp_path_factory):
 
 
 class WhoAmI:
-    """A resource that shows whom the middleware took the request's sender for."""
+    """A resource that shows the user whom the middleware found."""
 
     def on_get(self, req, resp):
         user = req.context.user
@@ -68,7 +68,7 @@ class WhoAmI:
 
 
 def hmac_token(header, payload, digest, secret=SECRET):
-    """Return a JWS that is really signed with another hash."""
+    """Return a JWS that is signed with another hash."""
     signing_input = ".".join(base64url(json.dumps(part).encode()) for part in (header, payload))
     return (
         f"{signing_input}.{base64url(hmac.digest(secret.encode(), signing_input.encode(), digest))}"
@@ -421,7 +421,7 @@ EXTENSIONS["b64 false, payload detached"] = f"{_b64}..{_signature}"
 
 
 def numeric(name, text):
-    """Return a well-signed token with a claim spelled like this."""
+    """Return a well-signed token in which a claim is written as this text."""
     others = json.dumps({key: value for key, value in CLAIMS.items() if key != name})[1:-1]
     return raw(f'{{{others},"{name}":{text}}}')
 
@@ -741,7 +741,7 @@ OTHERS = [  # (the token's sub, the user id in the URL, percent-encoded)
     ("\u00e9", "e%CC%81"),  # composed and decomposed
     ("e\u0301", "%C3%A9"),
     ("\u00e9", "%E9"),  # Latin-1
-    ("\ufffd", "%FF"),  # what is no UTF-8 is nobody's name
+    ("\ufffd", "%FF"),  # bytes that are not UTF-8 are not a user id
     ("\ufffd", "%ED%A0%80"),
     ("\u212b", "%C3%85"),  # Angstrom sign, A with ring
     ("\ufb01", "fi"),  # a ligature
@@ -851,7 +851,7 @@ def test_a_slash_is_part_of_a_user_id_where_it_is_encoded_and_only_there(
 
 
 def simulate(client, method, path, headers, body=None):
-    """Send a request whose path is percent-decoded as WSGI has it: byte by byte."""
+    """Send a request whose path is percent-decoded byte by byte, as in WSGI."""
     decoded = re.sub(r"%([0-9A-Fa-f]{2})", lambda code: chr(int(code[1], 16)), path)
     content = json.dumps(body).encode() if body else b""
     return client.simulate_request(
@@ -1165,7 +1165,7 @@ def test_a_bad_setting_is_refused_by_name_in_one_line(tmp_path, variable, value)
     dotenv.write_text(f"{variable}='{value}'\n", errors="replace")
     for environ, path in [({variable: value}, tmp_path / "no.env"), ({}, dotenv)]:
         if path == dotenv and not re.fullmatch(r"[^\0\n'\udc80-\udcff]+", value):
-            continue  # it cannot stand in a line of .env
+            continue  # it cannot be written in a line of .env
         with pytest.raises(taskd.SettingsError) as caught:
             taskd.Settings.load(environ, path)
         message = str(caught.value)
@@ -1276,7 +1276,7 @@ def test_the_application_does_not_start_without_a_usable_secret_and_touches_noth
 
 @pytest.mark.parametrize("name", ["\0", "alice\0", "alice\0bob", "x" * 2000])
 def test_a_user_whose_id_sqlite_can_keep_is_served(client, name):
-    """PostgreSQL can keep neither U+0000 nor what is too long for an index, and answers 503."""
+    """PostgreSQL can store neither U+0000 nor a text that is too long for an index."""
     path = f"/api/{quote(name, safe='')}/tasks"
     created = client.simulate_post(path, json={"title": "x"}, headers=bearer(name))
     assert (created.status_code, created.json["user_id"]) == (201, name)

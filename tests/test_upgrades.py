@@ -43,7 +43,7 @@ REPEATED: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def load(path: Path, version: int) -> None:
-    """Make the database as this version of the schema left it."""
+    """Make a database of this version of the schema."""
     if support.postgresql:
         with support.postgresql.connect(str(path)) as session:
             support.postgresql.spoiled.add(str(path))
@@ -74,7 +74,7 @@ def opened(make_app: MakeApp, path: Path) -> Callable[[str], Person]:
 
 @pytest.fixture
 def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Pretend that the schema has another version after the newest."""
+    """Add a version of the schema after the newest."""
     number, scripts = taskd.VERSION + 1, tmp_path / "migrations"
     shutil.copytree(taskd.MIGRATIONS, scripts)
     added = "ALTER TABLE task ADD COLUMN note TEXT NOT NULL DEFAULT '50 %'; -- a new column\n"
@@ -155,7 +155,7 @@ def test_the_migration_after_the_newest_keeps_one_row_in_about_and_every_key(
         headers = {"Idempotency-Key": "key-1"}
         again = person("bob").call("POST", json=REPEATED["bob", "key-1"], headers=headers)
         assert again.headers["idempotency-replayed"] == "true"
-    opened(make_app, path)  # and again, when nothing is left to do
+    opened(make_app, path)  # again, when nothing is left to do
 
 
 def test_a_migration_that_fails_leaves_the_database_as_it_was(
@@ -189,7 +189,7 @@ def test_processes_that_start_at_once_on_an_old_database_all_serve(
     start: Start, path: Path
 ) -> None:
     load(path, 2)
-    support.Nursery.of("taskd", "", support.environment())  # one, however many threads ask for it
+    support.Nursery.of("taskd", "", support.environment())  # one, for any number of threads
     servers: list[Process] = []
     threads = [threading.Thread(target=lambda: servers.append(start())) for _ in range(3)]
     for thread in threads:
@@ -210,7 +210,7 @@ FILLED = 5_000  # tasks of a database of about 1.2 MB, which the migration doubl
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """Give a file system of its own, whose size can be changed."""
+    """Give a separate file system, whose size can be changed."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
         assert left <= {"taskd.db", "taskd.db-wal", "taskd.db-shm"}
         resize(disk, 32 * 1024)
         alone = disk / "alone"
-        shutil.copy(path, alone)  # without what may lie beside it
+        shutil.copy(path, alone)  # without the files beside it
         assert tasks(alone) == before
         alone.unlink()
     assert set(messages) == {f"{path} cannot be opened: database or disk is full"}

@@ -10,7 +10,7 @@ import time
 
 SECRET = "a-secret-for-the-tests-of-at-least-32-bytes"
 OTHER_SECRET = "another-secret-of-at-least-32-bytes-indeed"
-DAY = 24 * 3600  # seconds a token is good for: a table of tokens is made long before its last test
+DAY = 24 * 3600  # seconds of a token's life: a table of tokens is made long before its last test
 
 
 def base64url(data: bytes) -> str:
@@ -29,7 +29,7 @@ def sign(header: object, payload: object, secret: str = SECRET) -> str:
 
 
 def token(user: str = "alice", secret: str = SECRET, **claims: object) -> str:
-    """Return a token as Better Auth's own would be; a claim that is None is left out."""
+    """Return a token like Better Auth's; a claim that is None is left out."""
     now = int(time.time())
     claims = {
         "sub": user,

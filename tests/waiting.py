@@ -1,4 +1,4 @@
-"""Waiting for what happens in another process, without sleeping longer than it takes."""
+"""Waiting for another process, without sleeping longer than it takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DEADLINE = 20  # seconds that anything in the tests may take before it counts as
 
 
 def until(condition: Callable[[], object], why: str, seconds: float = DEADLINE) -> None:
-    """Look again and again until the condition holds; fail when it does not in time."""
+    """Poll until the condition is true; fail if it is not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {why}"

@@ -38,11 +38,11 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
 
 
 class Answer:
-    """An HTTP answer off a socket, with the names that falcon's test results have."""
+    """An HTTP answer from a socket, with the attributes of falcon's test results."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self.status_code = response.status
-        # A header that comes twice is in here twice.
+        # A header that is sent twice is in here twice.
         self.names = [name.lower() for name, _ in response.getheaders()]
         self.headers = {name.lower(): value for name, value in response.getheaders()}
         self.content = response.read()
@@ -73,7 +73,7 @@ def ask(
 
 
 class WireAnswer(Answer):
-    """One answer of several on a connection, with its status line as it came."""
+    """One of several answers on a connection, with its status line."""
 
     def __init__(self, line: bytes, file: BinaryIO, bodiless: bool) -> None:
         self.line = line.decode("latin-1").rstrip("\r\n")
@@ -133,7 +133,7 @@ class Wire:
 def written(
     method: str, path: str, body: object = None, *lines: str, user: str = "", version: str = "1.1"
 ) -> bytes:
-    """Return a request as it goes over the wire; a body that is not bytes is sent as JSON."""
+    """Return the bytes of a request; a body that is not bytes is sent as JSON."""
     head = [f"{method} {path} HTTP/{version}", "Host: tasks.example", *lines]
     if user:
         head.append(f"Authorization: Bearer {token(user)}")
