@@ -32,7 +32,7 @@ BENCH = Path(__file__).parent
 ROOT = BENCH.parent
 HOST = "127.0.0.1"
 DEADLINE = 30  # seconds for a server to start, to answer, to end
-SHORT_PAUSE = 0.002  # seconds between two looks at a server that starts
+SHORT_PAUSE = 0.002  # seconds between two checks of a server that starts
 PACKAGES = (
     "falcon msgspec peewee PyJWT waitress granian gunicorn "
     "fastapi pydantic sqlmodel SQLAlchemy uvicorn uvloop httptools"
@@ -43,7 +43,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def require(condition: object, message: str) -> None:
-    """End the benchmark, servers and all, when something is not as it must be."""
+    """End the benchmark and its servers if a condition is false."""
     if not condition:
         sys.exit(f"bench: {message}")
 
@@ -91,7 +91,7 @@ class Request(NamedTuple):
         return "\r\n".join([*lines, "", self.content.decode()])
 
     def send(self, port: int) -> Answer:
-        """Send it once, on a connection of its own."""
+        """Send it once, on a new connection."""
         connection = http.client.HTTPConnection(HOST, port, timeout=DEADLINE)
         try:
             connection.request(self.method, self.path, self.content or None, self.headers)
@@ -135,7 +135,7 @@ class Server:
         )
 
     def wait(self, path: str) -> float:
-        """Wait until it answers there; return the seconds from its start to that answer."""
+        """Wait until it answers this path; return the seconds from its start to that answer."""
         while time.perf_counter() - self.started < DEADLINE and self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 Request("GET", path).send(self.port)
@@ -147,11 +147,11 @@ class Server:
         )
 
     def memory(self) -> float:
-        """Return the resident megabytes of the process and those that it started."""
+        """Return the resident memory in MB of the process and of those that it started."""
         return round(sum(resident(pid) for pid in family(self.process.pid)) / 1e6, 1)
 
     def stop(self) -> None:
-        """End the process, and whatever it started and left behind."""
+        """End the process, and the processes that it started."""
         pids = family(self.process.pid)
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -234,10 +234,10 @@ class Load:
     ports: list[int]  # each gets its share of the connections
     script: Path
     connections: int
-    refused: bool = False  # True when every answer is to be a refusal
+    refused: bool = False  # True if every answer must be a rejection
 
     def run(self, seconds: int) -> Run:
-        """Keep it up that long; return what happened, the slowest of several latencies."""
+        """Send it for so many seconds; return the results, with the slowest latency of several."""
         ports = self.ports[: self.connections]
         with ThreadPoolExecutor(len(ports)) as pool:
             runs = list(
@@ -268,7 +268,7 @@ class Load:
 
 
 def write_script(path: Path, port: int, requests: list[Request]) -> Path:
-    """Write what wrk is to send; JSON's strings are Lua's as long as they are ASCII."""
+    """Write wrk's script of the requests; ASCII strings are the same in JSON and Lua."""
     path.write_text(SCRIPT % ",\n".join(json.dumps(request.raw(port)) for request in requests))
     return path
 
@@ -298,7 +298,7 @@ def progress() -> Progress:
 
 
 def medians(runs: list[Run]) -> dict[str, Any]:
-    """Return the median of each measure; what was unexpected is added up."""
+    """Return the median of each measure, and the sum of the unexpected answers."""
     found = {
         name: round(statistics.median(getattr(run, name) for run in runs), 3)
         for name in Run._fields[:-1]
@@ -345,7 +345,7 @@ def options(about: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the arguments of the command line, once it is sure that there is wrk."""
+    """Return the arguments of the command line, after checking that wrk is installed."""
     arguments = parser.parse_args()
     require(shutil.which("wrk"), "wrk is missing; install it: apt install wrk, or brew install wrk")
     require(Path("/proc/self/statm").exists(), "memory is measured where Linux shows it, in /proc")
@@ -357,7 +357,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def setup(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Return under which circumstances was measured: the day, the machine, the versions."""
+    """Return the circumstances of the measurement: the day, the machine, the versions."""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine(directory),

@@ -55,7 +55,7 @@ INSERT = f"INSERT INTO task ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(
 
 
 class Case(NamedTuple):
-    """A database: tasks of ordinary users, 20 each, and those of the one giant."""
+    """A database: 20 tasks of each ordinary user, and those of one user with very many."""
 
     title: str
     tasks: int
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 
 def make_cases(arguments: Namespace) -> list[Case]:
-    """Return the cases, from the one that the others are compared with."""
+    """Return the cases; the others are compared with the first."""
     few = ORDINARY * TASKS
     sizes = [few, *(size for size in arguments.tasks if size > few)]
     ordinary = [Case(f"{size:,} tasks", size // TASKS * TASKS) for size in sizes]
@@ -113,7 +113,7 @@ def seed(path: Path, case: Case) -> float:
     )
     database.close()
     with path.open("rb+") as file:
-        os.fsync(file.fileno())  # or the disk would still be busy with it when writes are timed
+        os.fsync(file.fileno())  # otherwise the disk is still busy when writes are timed
     return time.perf_counter() - started
 
 
@@ -128,7 +128,7 @@ def ordinary_users(case: Case) -> dict[str, list[int]]:
 
 
 class Grown:
-    """A taskd on a database of some size."""
+    """A taskd on a database of one case."""
 
     def __init__(self, case: Case, directory: Path, number: int) -> None:
         place = directory / str(number)
@@ -145,7 +145,7 @@ class Grown:
         self.start_s = self.idle_mb = 0.0
 
     def start(self, running: ExitStack) -> None:
-        """Start it several times for the time that this takes, and leave it running."""
+        """Start it several times, to measure the start, and leave it running."""
         times = [self._start_once() for _ in range(STARTS)]
         self.start_s = round(statistics.median(times), 3)
         self.server = self.peer.start()
@@ -165,7 +165,7 @@ class Grown:
         return {name: asked[name] for name in READS + WRITES}
 
     def check(self) -> None:
-        """See that it answers with the tasks that were put there."""
+        """Check that it answers with the tasks of the database."""
         for user, ids in self.peer.ids.items():
             listed = self.peer.tasks(self.peer.list(user).send(self.peer.port))
             require(
@@ -177,7 +177,7 @@ class Grown:
         return self._load(name, self.requests()[name], 1)
 
     def long_load(self) -> Load:
-        """Return a load of everything in turn, as much of each."""
+        """Return a load of all operations in turn, each as often."""
         choose = random.Random(1)
         mixed = [
             request
@@ -208,7 +208,7 @@ class Grown:
 
 
 def list_giant(grown: Grown) -> str:
-    """Return in a sentence what a list without limit costs when it is very long."""
+    """Return a sentence about the cost of a very long list without a limit."""
     started = time.perf_counter()
     answer = grown.peer.list(GIANT).send(grown.peer.port)
     seconds = time.perf_counter() - started
@@ -221,7 +221,7 @@ def list_giant(grown: Grown) -> str:
 
 
 def pages(grown: Grown) -> dict[str, str]:
-    """Return queries for pages of the giant's list, by what they ask."""
+    """Return queries for pages of the long list, by their name."""
     with sqlite3.connect(grown.path) as database:
         [key] = database.execute("SELECT cursor_key FROM about").fetchone()
         middle = "SELECT id FROM task WHERE user_id = ? ORDER BY id LIMIT 1 OFFSET ?"
@@ -263,7 +263,7 @@ def compare(cases: list[dict[str, Any]], runs: dict[tuple[str, str], list[Run]])
 
 
 def reach(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the targets of this part, and what was reached."""
+    """Return the targets of this part, and the results."""
     most = max(cases, key=lambda case: int(case["tasks"]))
     compared = f"p50, {most['title']} to {cases[0]['title']}"
     slower = [

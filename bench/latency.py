@@ -49,7 +49,7 @@ def verification(runs: Runs, connections: int, measure: str) -> float:
 
 
 def reach(runs: Runs, counts: list[int]) -> list[dict[str, Any]]:
-    """Return the targets of this part, and what was reached."""
+    """Return the targets of this part, and the results."""
     slowest = {
         (name, count): max(run.max_ms for run in runs[name, count])
         for name in REFUSALS

@@ -18,7 +18,7 @@ import jwt
 from common import BENCH, HOST, ROOT, Answer, Request, Server, environment, free_port, require
 
 SECRET = secrets.token_urlsafe(32)
-TASKS = 20  # of each user who reads
+TASKS = 20  # of each reader
 READERS = [f"reader-{number}" for number in range(16)]
 # Only their lists grow; those of the readers stay as they are.
 WRITERS = [f"writer-{number}" for number in range(16)]
@@ -68,11 +68,11 @@ class Peer:
 
     @property
     def ports(self) -> list[int]:
-        """Where requests go; each connection stays with one of them."""
+        """The ports for requests; each connection stays with one of them."""
         return [self.port]
 
     def prepare(self, running: ExitStack) -> None:
-        """Start what the server needs besides; `running` stops it."""
+        """Start the other servers that this one needs; `running` stops them."""
 
     def start(self) -> Server:
         return Server(self.command(), self.directory, self.port, **self.variables())
@@ -120,7 +120,7 @@ class Peer:
         return Request("POST", f"/api/{user}/tasks", self.tokens[user], {"title": name})
 
     def toggle(self, user: str, task: Any, completed: bool) -> Request:
-        """Turn the task, which is the other way round now."""
+        """Return the request that changes `completed` to the opposite of this."""
         return Request("PATCH", f"/api/{user}/tasks/{task}/complete", self.tokens[user])
 
     def refused(self, user: str, token: str) -> Request:
@@ -133,7 +133,7 @@ class Peer:
 
 
 class Bare(Peer):
-    """No job at all: two bytes, whatever is asked."""
+    """No work: two bytes for every request."""
 
     name = "bare"
     title = "bare waitress"
@@ -195,7 +195,7 @@ class Gunicorn(Peer):
 
 
 class Postgres(Taskd):
-    """taskd on a PostgreSQL server of its own, with that server's defaults.
+    """taskd on its own PostgreSQL server, with that server's defaults.
 
     Each taskd has one processor: on several, its threads, which wait for PostgreSQL, slow each
     other down.
@@ -215,7 +215,7 @@ class Postgres(Taskd):
         return ["taskset", "-c", str(processors[processor % len(processors)]), *super().command()]
 
     def prepare(self, running: ExitStack) -> None:
-        # PostgreSQL does not run as root, and whoever it runs as must get to its directory.
+        # PostgreSQL does not run as root, and its user needs access to its directory.
         as_user = (
             ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
             if os.geteuid() == 0
@@ -245,7 +245,7 @@ class Postgres(Taskd):
 
 
 class PostgresPair(Postgres):
-    """Two taskd processes beside each other, each with half of the connections."""
+    """Two taskd processes, each with half of the connections."""
 
     name = "postgresql-2"
     title = "two taskd, PostgreSQL"
@@ -432,7 +432,7 @@ if postgresql("initdb"):
 
 
 def start(peer: Peer, running: ExitStack) -> Server:
-    """Start the peer, fill it and see that it does the job; `running` stops it."""
+    """Start the peer, fill it and check its answers; `running` stops it."""
     peer.prepare(running)
     server = peer.start()
     running.callback(server.stop)
@@ -462,7 +462,7 @@ def operations(peer: Peer, readers: list[str], writers: list[str]) -> dict[str, 
 
 
 def check(peer: Peer) -> None:
-    """See that the peer does the job, with the right answers, before anybody asks how fast."""
+    """Check the peer's answers before its speed is measured."""
     if isinstance(peer, Bare):
         return require(peer.send(peer.list(READERS[0])) == (200, b"ok"), "bare: two bytes")
     user, other, writer = READERS[3], READERS[5], WRITERS[0]

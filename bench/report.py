@@ -38,7 +38,7 @@ def publish(name: str, section: Section, output: Path | None) -> None:
 
 
 def table(head: list[str], rows: Iterable[Iterable[object]], numbers_from: int = 1) -> str:
-    """Return a Markdown table; the columns from `numbers_from` on are flush right."""
+    """Return a Markdown table; the columns from `numbers_from` on are aligned right."""
     rules = ["---" if column < numbers_from else "---:" for column in range(len(head))]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, rules, *rows]) + "\n"
 
@@ -173,7 +173,7 @@ SECTIONS = {"speed": speed, "growth": growth, "latency": latency}
 
 # --- The chart ------------------------------------------------------------------------------------
 
-INK = "#7d8590"  # reads on white and on black
+INK = "#7d8590"  # readable on white and on black
 COLORS = {
     "bare": "#8b949e",
     "taskd": "#2f81f7",
@@ -197,7 +197,7 @@ LABELS, PANEL, NUMBERS, GAP = 150, 270, 60, 30
 BAR, HEADING, TOP = 17, 30, 34  # heights: of a bar with its gap, above a group of bars, above all
 
 
-Rates = dict[tuple[int, str, str], float]  # of a number of connections, an operation, a peer
+Rates = dict[tuple[int, str, str], float]  # by number of connections, operation, peer
 
 
 def chart(section: Section) -> str:

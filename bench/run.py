@@ -92,7 +92,7 @@ def ratio(runs: Runs, one: str, other: str, operation: str, connections: int) ->
 
 
 def reach(runs: Runs) -> list[dict[str, Any]]:
-    """Return the targets of this part, and what was reached."""
+    """Return the targets of this part, and the results."""
     targets = [
         target(
             f"{operation}, {one} to {other}, {plural(count)}", reached, least=least, unit=" times"
@@ -169,7 +169,7 @@ def main() -> None:
         peers = [kind(directory) for kind in PEERS if kind.name in arguments.peers]
         report.publish("speed", measure(peers, arguments, directory, running), arguments.output)
         for peer in peers:
-            check(peer)  # again: whoever was fast must not have lost anything over it
+            check(peer)  # again: a fast server must not have lost anything
 
 
 if __name__ == "__main__":

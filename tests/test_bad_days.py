@@ -365,14 +365,14 @@ PRIVATE = (
 @pytest.mark.parametrize("name", PRIVATE)
 def test_git_add_takes_no_tasks_or_secrets(name: str) -> None:
     if not shutil.which("git") or not (ROOT / ".git").exists():
-        pytest.skip("this is no checkout")
+        pytest.skip("this is not a checkout")
     checked = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT, check=False)
     assert checked.returncode == 0
 
 
 def test_git_ignores_nothing_that_is_part_of_the_project() -> None:
     if not shutil.which("git") or not (ROOT / ".git").exists():
-        pytest.skip("this is no checkout")
+        pytest.skip("this is not a checkout")
     command = ["git", "ls-files", "-i", "-c", "--exclude-standard"]
     assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout == b""
 

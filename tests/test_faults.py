@@ -302,7 +302,7 @@ def test_a_lock_held_elsewhere_delays_writes_alone(
     kept = {key: task["title"] for key, task in stored(tmp_path / "taskd.db").items()}
     assert kept == made | {1: "Buy milk 0"}
     if seconds < 4:
-        assert len(made) >= 8, "so short a lock is no reason to give up"
+        assert len(made) >= 8, "a write waits for a lock as short as this"
     answer, took = write(server, 99)
     assert (answer.status_code, took < 1) == (201, True)
 
