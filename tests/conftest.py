@@ -209,7 +209,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         server.kill()
 
 
-BY_ITSELF = pytest.mark.sqlite("the thread of the sockets leaves PostgreSQL to the workers")
+BY_ITSELF = pytest.mark.sqlite("the event loop leaves PostgreSQL to the worker threads")
 
 
 @pytest.fixture(

@@ -9,7 +9,6 @@ from tokens import OTHER_SECRET, SECRET, base64url, bearer, sign, token
 from waiting import DEADLINE, until
 from wire import Answer, Wire, WireAnswer, ask, assert_problem, at_once, written
 
-Nursery = ForkServer
 __all__ = [
     "COLD",
     "DEADLINE",
@@ -22,7 +21,6 @@ __all__ = [
     "Answer",
     "Child",
     "ForkServer",
-    "Nursery",
     "Process",
     "Wire",
     "WireAnswer",

@@ -606,7 +606,7 @@ def test_a_store_can_be_closed_twice_and_used_again(app, alice):
     assert SECRET not in repr(app.store)
 
 
-# --- The thread that serves the sockets -----------------------------------------------------------
+# --- The event loop -------------------------------------------------------------------------------
 
 
 @pytest.fixture
