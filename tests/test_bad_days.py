@@ -11,7 +11,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -45,16 +46,18 @@ TASKS = "/api/alice/tasks"
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Path:
-    """A directory in which a group may write, for a database and its backups."""
+def shared() -> Iterator[Path]:
+    """A directory in which a group may write, for a database and its backups.
+
+    It is not in tmp_path, because every run of pytest closes the directories above that to others.
+    """
     if os.geteuid():
         pytest.skip("only root can be several users")
-    for parent in tmp_path.parents:
-        if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o011)
-    tmp_path.chmod(0o775)
-    shutil.chown(tmp_path, "daemon", "daemon")
-    return tmp_path
+    with tempfile.TemporaryDirectory(prefix="taskd-shared-") as name:
+        directory = Path(name)
+        directory.chmod(0o775)
+        shutil.chown(directory, "daemon", "daemon")
+        yield directory
 
 
 def as_user(user: str) -> list[str]:
@@ -65,7 +68,7 @@ def as_user(user: str) -> list[str]:
 def test_a_backup_and_a_check_by_a_reader_leave_nothing_that_stops_a_write(
     shared: Path, start: Start, running: bool
 ) -> None:
-    server = start(command=as_user("daemon"))
+    server = start(command=as_user("daemon"), directory=shared)
     add(server)
     if not running:
         assert server.terminate() == 0
@@ -79,7 +82,7 @@ def test_a_backup_and_a_check_by_a_reader_leave_nothing_that_stops_a_write(
         assert number < 2 or printed.startswith(b"SQLite format 3\0")  # type: ignore[arg-type]
     assert {path.name: path.stat().st_uid for path in shared.glob("taskd.db*")} == before
     if not running:
-        server = start(command=as_user("daemon"))
+        server = start(command=as_user("daemon"), directory=shared)
     assert server.request("POST", TASKS, {"title": "x"}, bearer()).status_code == 201
     assert len(sql(shared / "copy.db", "SELECT id FROM task")) == 1
 
