@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -188,35 +189,34 @@ def test_a_connect_timeout_of_the_url_is_honoured(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def pooled(cluster: Cluster, empty: str, tmp_path: Path) -> Iterator[str]:
+def pooled(cluster: Cluster, empty: str) -> Iterator[str]:
     """The address of an empty database behind a PgBouncer in session mode, with its defaults."""
     if not shutil.which("pgbouncer"):
         pytest.skip("PgBouncer is not installed here")
-    port, directory = free_port(), tmp_path / "pgbouncer"
-    directory.mkdir()
-    (directory / "users").write_text('"taskd" ""\n')
-    (directory / "pgbouncer.ini").write_text(
-        f"[databases]\n* = host=127.0.0.1 port={cluster.port}\n[pgbouncer]\n"
-        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\n"
-        f"auth_file = {directory}/users\npool_mode = session\ndefault_pool_size = 8\n"
-    )
-    command = ["setpriv", "--pdeathsig=KILL", "pgbouncer", str(directory / "pgbouncer.ini")]
-    if os.geteuid() == 0:
-        user = next(name for name in ("postgres", "nobody") if _exists(name))
-        command[1:1] = [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-        for place in (directory, *directory.iterdir()):
-            place.chmod(0o755 if place.is_dir() else 0o644)
-        for place in directory.parents:
-            if place.owner() == "root" and not place.stat().st_mode & 0o001:
-                place.chmod(place.stat().st_mode | 0o011)
-    with (directory / "log").open("wb") as log:
-        pooler = subprocess.Popen(command, stdout=log, stderr=log)
-    url = empty.replace(f":{cluster.port}/", f":{port}/")
-    until(lambda: pooler.poll() is not None or _connects(url), "PgBouncer listens")
-    assert pooler.poll() is None, (directory / "log").read_text()
-    yield url
-    pooler.kill()
-    pooler.wait()
+    port = free_port()
+    # Not in tmp_path, because every run of pytest closes the directories above that to others.
+    with tempfile.TemporaryDirectory(prefix="taskd-pgbouncer-") as name:
+        directory = Path(name)
+        (directory / "users").write_text('"taskd" ""\n')
+        (directory / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host=127.0.0.1 port={cluster.port}\n[pgbouncer]\n"
+            f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\n"
+            f"auth_file = {directory}/users\npool_mode = session\ndefault_pool_size = 8\n"
+        )
+        command = ["setpriv", "--pdeathsig=KILL", "pgbouncer", str(directory / "pgbouncer.ini")]
+        if os.geteuid() == 0:
+            user = next(name for name in ("postgres", "nobody") if _exists(name))
+            command[1:1] = [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+            for place in (directory, *directory.iterdir()):
+                place.chmod(0o755 if place.is_dir() else 0o644)
+        with (directory / "log").open("wb") as log:
+            pooler = subprocess.Popen(command, stdout=log, stderr=log)
+        url = empty.replace(f":{cluster.port}/", f":{port}/")
+        until(lambda: pooler.poll() is not None or _connects(url), "PgBouncer listens")
+        assert pooler.poll() is None, (directory / "log").read_text()
+        yield url
+        pooler.kill()
+        pooler.wait()
 
 
 def test_behind_pgbouncer_in_session_mode_it_serves(
