@@ -299,6 +299,30 @@ def test_the_page_fits_a_phone_and_asks_no_other_host(visitor: Visitor) -> None:
     assert origins == {visitor.site.origin, f"http://127.0.0.1:{visitor.site.taskd_port}"}
 
 
+def test_a_list_that_comes_after_signing_out_is_not_shown(visitor: Visitor) -> None:
+    visitor.sign_up("late")
+    visitor.add("Only for late")
+    visitor.lists("Only for late")
+    visitor.run(
+        """const now = fetch;
+        window.fetch = async (url, options) => {
+          const answer = await now(url, options);
+          if (`${url}`.includes("/tasks?")) {
+            window.isAsked = true;
+            await new Promise((done) => { window.release = done; });
+            setTimeout(() => { window.isDone = true; }, 100);
+          }
+          return answer;
+        };
+        document.querySelector("#filters").oninput();"""
+    )
+    until(lambda: visitor.run("return window.isAsked"), "the list is asked for")
+    visitor.sign_out()
+    visitor.run("release()")
+    until(lambda: visitor.run("return window.isDone"), "the list has come")
+    assert visitor.titles() == []
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_axe_finds_nothing_wrong_in_the_example(visitor: Visitor, width: int) -> None:
     for name, value in itertools.product(["welcome", "board", "editor"], ["light", "dark"]):

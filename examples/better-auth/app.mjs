@@ -91,6 +91,7 @@ function welcome(isNew) {
 async function start() {
   const session = await auth("get-session");
   login = session && { user: session.user };
+  latest += 1; // a list that was asked for before, perhaps by somebody else, is dropped
   for (const form of [signForm, addForm, filters]) form.reset();
   $("#tasks").replaceChildren();
   $("#account span").textContent = session?.user.name;
