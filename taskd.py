@@ -2368,6 +2368,15 @@ def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
         if copy and _is_whole(database, path, version):
             copy.unlink()
         raise
+    _empty_log(database, path)
+
+
+def _empty_log(database: peewee.SqliteDatabase, path: str) -> None:
+    """Move a migration from SQLite's log into the database, or warn that it needs the log."""
+    try:
+        database.execute_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    except peewee.OperationalError as ex:
+        log.warning("%s is not whole without the file %s-wal: %s", path, path, str(ex))
 
 
 def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:

@@ -224,12 +224,8 @@ def resize(disk: Path, kib: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
 
 
-@pytest.mark.sqlite("the disk is the server's")
-@pytest.mark.parametrize("journal", ["WAL", "DELETE"])
-def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
-    disk: Path, journal: str
-) -> None:
-    path = disk / "taskd.db"
+def version_1(path: Path, journal: str) -> None:
+    """Make a database of version 1 with FILLED tasks more."""
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.executescript((TESTS / "version-1.sql").read_text())
         when = "2026-11-04T00:00:00.000Z"
@@ -240,6 +236,15 @@ def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
                 ((f"u{n % 9}", f"Task {n}", "X" * 150, when, when) for n in range(FILLED)),
             )
         database.execute(f"PRAGMA journal_mode = {journal}")
+
+
+@pytest.mark.sqlite("the disk is the server's")
+@pytest.mark.parametrize("journal", ["WAL", "DELETE"])
+def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
+    disk: Path, journal: str
+) -> None:
+    path = disk / "taskd.db"
+    version_1(path, journal)
     before, size = tasks(path), path.stat().st_size // 1024
     messages: list[str] = []
     for room in (20, *range(size // 2, 6 * size, size // 2)):
@@ -263,6 +268,29 @@ def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
     assert sql(path, "SELECT version FROM about") == [(taskd.VERSION,)]
     [copy] = disk.glob("taskd.db.v1-*")
     assert tasks(copy) == before
+
+
+@pytest.mark.sqlite("the disk is the server's")
+def test_a_migration_that_cannot_leave_the_log_for_want_of_room_says_so_and_is_whole_with_it(
+    disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved, path, warned = disk / "saved", disk / "taskd.db", []
+    version_1(saved, "WAL")
+    before, size = tasks(saved), saved.stat().st_size // 1024
+    for room in range(2 * size, 8 * size, size // 5):
+        resize(disk, 32 * 1024)
+        shutil.copy(saved, path)
+        resize(disk, 2 * size + room)
+        caplog.clear()
+        with contextlib.suppress(taskd.DatabaseError):
+            taskd.prepare_database(str(path))
+            warned.append(f"{path} is not whole without the file {path}-wal: " in caplog.text)
+            assert Path(f"{path}-wal").exists() == warned[-1]
+        resize(disk, 32 * 1024)
+        assert tasks(path) == before
+        for file in disk.glob("taskd.db*"):
+            file.unlink()
+    assert set(warned) == {True, False}
 
 
 @pytest.mark.sqlite("it is SQLite's")
