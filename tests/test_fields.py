@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 import support
 import taskd
 from conftest import Person
-from support import assert_problem
+from support import assert_problem, sql
 from test_listing import listed, next_query, walk
 
 DUE_DATES = [  # as sent, as kept
@@ -79,6 +80,18 @@ def test_a_time_is_kept_in_utc_with_milliseconds(alice: Person, sent: str, kept:
 
 
 @pytest.mark.sqlite("it is not about the database")
+def test_a_time_is_kept_in_utc_wherever_the_server_stands(
+    alice: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Kathmandu")
+        time.tzset()
+        due = [alice.add(due_date=sent)["due_date"] for sent, _ in DUE_DATES]
+    time.tzset()
+    assert due == [kept for _, kept in DUE_DATES]
+
+
+@pytest.mark.sqlite("it is not about the database")
 def test_what_is_not_a_day_or_a_time_is_422_in_bodies_and_parameters(alice: Person) -> None:
     task = alice.add()
     for text in NO_DUE_DATES:
@@ -125,6 +138,12 @@ UNKNOWN = {
     "complete=true": "completed=true",
     "Completed=true": "send completed",
     "compleated=true": "send completed",
+    "Search=milk": "send q",
+    "SortOrder=desc": "send sort",
+    "page-size=20": "send limit",
+    "perPage=20": "send limit",
+    "-due-=2026-12-01": "send due_before or due_after",
+    "due__=2026-12-01": "send due_before or due_after",
     "xyzzy=1": "one of completed",
     "completed%5B%5D=true": "send completed",
     f"{'x' * 5000}=1": "one of completed",
@@ -179,6 +198,12 @@ def test_a_tag_is_found_exactly_and_no_other(alice: Person) -> None:
         assert [task["title"] for task in found] or tag in ("home", "x", "Home")
     both = alice.call("GET", query_string=urlencode([("tag", "b"), ("tag", "A")])).json
     assert [task["tags"] for task in both] == [["b", "A"]]
+
+
+def test_tags_are_kept_as_databases_have_them_already(alice: Person, tmp_path: Path) -> None:
+    alice.add(tags=['a"b,c', "\\", "é\n"])
+    kept = r'["a\u0022b\u002cc","\\","é\n"]', 'a"b,cA\\Aé\n'
+    assert sql(tmp_path / "taskd.db", "SELECT tags, tags_folded FROM task") == [kept]
 
 
 def test_tags_are_searched_as_texts_each_by_itself(alice: Person) -> None:

@@ -6,6 +6,7 @@ TASKD_TEST_ROUNDS=100 makes the random test go on for longer.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -373,6 +374,31 @@ def test_a_key_means_nothing_where_nothing_is_created(alice: Person, path: Path)
     assert keys(path) == []
 
 
+DIGESTS = {  # as version 0.2.0 kept them, whose tasks had three fields
+    '{"title":"Buy milk","description":null,"completed":false}': {"title": "Buy milk"},
+    '{"title":"\u00e9 \\"","description":"","completed":true}': {
+        "title": 'é "',
+        "description": "",
+        "completed": True,
+    },
+    '{"title":"x","description":null,"completed":false,"priority":"low","tags":["b","a"]}': {
+        "title": "x",
+        "priority": "low",
+        "due_date": None,
+        "tags": ["b", "a"],
+    },
+}
+
+
+def test_a_digest_is_of_the_first_three_fields_and_of_those_that_were_given(
+    alice: Person, path: Path
+) -> None:
+    for number, (asked, task) in enumerate(DIGESTS.items()):
+        create(alice, f"k{number}", task)
+        kept = sql(path, "SELECT body FROM idempotency_key WHERE name = ?", f"k{number}")
+        assert kept == [(hashlib.sha256(asked.encode()).hexdigest(),)], asked
+
+
 # --- 24 hours -------------------------------------------------------------------------------------
 
 
@@ -423,6 +449,18 @@ def plant(path: Path, count: int, age: timedelta, user: str = "carol") -> None:
         f"{user}-{age}-",
         when,
     )
+
+
+def test_all_expired_keys_are_deleted_in_batches_and_no_other(
+    app: taskd.App, alice: Person, path: Path
+) -> None:
+    plant(path, 1001, DAY + timedelta(hours=1))
+    plant(path, 20, DAY - timedelta(hours=1), user="dave")
+    app.store.expire_keys()
+    assert {user for user, _ in keys(path)} == {"dave"}
+    assert len(keys(path)) == 20
+    app.store.expire_keys()
+    assert len(keys(path)) == 20
 
 
 def test_creates_with_a_key_remove_the_expired_keys_of_anybody_a_few_at_a_time(

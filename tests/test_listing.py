@@ -405,6 +405,25 @@ def test_a_cursor_of_another_user_order_or_database_is_422_with_the_same_words(
     assert len(refusals) == 1
 
 
+@pytest.mark.sqlite("it is not about the database")
+def test_a_cursor_reads_as_the_position_that_it_was_written_for() -> None:
+    cursors = taskd.Cursors("key")
+    for number in range(500):  # so that cursors end with each letter
+        for position in ((number, number), ("x" * number, number), ("é\0", number)):
+            assert cursors.read(cursors.write(position, "alice", "id"), "alice", "id") == position
+
+
+@pytest.mark.parametrize("sort", ["id", "-title"])
+def test_a_page_ends_after_about_1_mib_and_its_link_leads_on(alice: Person, sort: str) -> None:
+    for number in range(60):
+        alice.add(title=f"{number:02}", description="🌧" * 10_000)
+    size = len(json.dumps(alice.call("GET", "/1").json, ensure_ascii=False).encode())
+    pages = list(walk(alice, sort=sort, limit=1000))
+    assert [len(page) for page in pages[:-1]] == [-(-(1024 * 1024) // size)] * (len(pages) - 1)
+    assert len(pages) == 3
+    assert [task for page in pages for task in page] == listed(alice, sort=sort)
+
+
 def test_a_cursor_survives_a_restart(start: Start) -> None:
     server = start()
     for _ in range(3):
