@@ -1858,6 +1858,8 @@ WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
 QUEUE_PLACE_TIMEOUT = 0.25  # seconds without progress after which a full queue rejects writes
+ALONE = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
+IN_BATCH = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
 SLOW_WRITE = 0.005  # seconds; if writes take longer, they run in worker threads
 
 
@@ -1916,6 +1918,33 @@ class WriteQueue:
                 self._changed.notify()
 
 
+class Turn:
+    """A lock that knows whether another thread waits for it."""
+
+    def __init__(self) -> None:
+        self._lock, self._counter_lock, self._waiting = threading.Lock(), threading.Lock(), 0
+
+    def acquire(self, timeout: float) -> bool:
+        """Acquire it within `timeout` seconds, or return False."""
+        with self._counter_lock:
+            self._waiting += 1
+        acquired = self._lock.acquire(timeout=timeout)
+        with self._counter_lock:  # `pass_on` may have relied on this thread after the time-out
+            self._waiting -= 1
+            return acquired or self._lock.acquire(blocking=False)
+
+    def pass_on(self) -> bool:
+        """Release it if a thread waits, which then acquires it; return whether one does."""
+        with self._counter_lock:
+            if self._waiting:
+                self._lock.release()
+            return self._waiting > 0
+
+    def release(self) -> None:
+        """Release it."""
+        self._lock.release()
+
+
 class _LastWrite:
     """Remembers for /readyz that the last write failed: reads work on a full or read-only disk."""
 
@@ -1942,20 +1971,29 @@ class _LastWrite:
 
 
 class Sqlite(_LastWrite):
-    """SQLite: a connection in each thread, and one write at a time."""
+    """SQLite: a connection in each thread, and one write at a time.
+
+    On a slow disk all writes run in worker threads. These share `_writer` and its transaction, the
+    batch: each thread that waits for its turn adds a write, the last one commits, and all of them
+    continue when the batch is on disk. So they wait for one flush instead of one each.
+    """
 
     def __init__(self, path: str, waiting: int) -> None:
         """Open the database; at most `waiting` writes wait at once. Raises DatabaseError."""
         prepare_database(path)
         self._event_loop_connection = connect(path, timeout=0, cache=16)
         self._worker_connection = connect(path, timeout=LOCK_TIMEOUT)
+        self._writer = connect(path, timeout=LOCK_TIMEOUT, thread_safe=False)
         try:  # One connection stays open; the first one creates SQLite's log, which can fail later.
             self._worker_connection.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._worker_connection  # for taskctl's own queries
         self._path, self._opened = Path(path), Path(path).stat()
-        self._queue, self._turn = WriteQueue(waiting), threading.Lock()
+        self._queue, self._turn = WriteQueue(waiting), Turn()
+        self._writing: int | None = None  # the worker thread that uses `_writer`
+        self._batch: Future[None] | None = None  # the transaction of `_writer` that is open
+        self._renew_writer = False  # a statement of the batch failed
         self._write_time, self.is_slow = 0.0, False
 
     def compile(self, query: peewee.Query) -> str:
@@ -1985,7 +2023,11 @@ class Sqlite(_LastWrite):
     def _fail(self, ex: peewee.DatabaseError) -> NoReturn:
         if thread_state.in_event_loop and "locked" in str(ex):
             raise WouldBlock from None
-        self._drop()  # its state is not known; the next request opens a new one
+        database = self._here()  # its state is not known; the next request opens a new one
+        if database is self._writer and _is_in_transaction(database):
+            self._renew_writer = True  # after the other writes of the batch
+        else:
+            self._drop()
         if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
             raise ex
         raise Unavailable("the database", str(ex)) from ex
@@ -2017,21 +2059,24 @@ class Sqlite(_LastWrite):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements exclusively; all of them are on disk when this ends, or none."""
+        begin, commit, roll_back = ALONE if thread_state.in_event_loop else IN_BATCH
         with self._remembered(), self._alone():
-            self.run("BEGIN IMMEDIATE")
+            self.run(begin)
             try:
                 yield
-                self.run("COMMIT")
+                self.run(commit)
             except BaseException:
-                self._drop()
+                if _is_in_transaction(self._here()):
+                    self.run(roll_back)
                 raise
 
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which this thread alone writes; its end waits for the disk."""
+        return self._in_event_loop() if thread_state.in_event_loop else self._in_batch()
+
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait for this thread's turn to write; SQLite's own busy handler is unfair to waiters."""
-        if not thread_state.in_event_loop:
-            self._queue_up()
-        elif self.is_slow or not self._turn.acquire(blocking=False):
+    def _in_event_loop(self) -> Iterator[None]:
+        if self.is_slow or not self._turn.acquire(0):
             raise WouldBlock
         started = time.monotonic()
         try:
@@ -2039,6 +2084,42 @@ class Sqlite(_LastWrite):
             self._note_time(time.monotonic() - started)
         finally:
             self._turn.release()
+
+    @contextlib.contextmanager
+    def _in_batch(self) -> Iterator[None]:
+        with self._queue.place():  # SQLite's own busy handler is unfair to threads that wait
+            if not self._turn.acquire(WRITE_TURN_TIMEOUT):
+                raise Unavailable("the database", "the writes before this one took too long")
+        self._writing = threading.get_ident()
+        try:
+            if not self._batch:
+                self.run("BEGIN IMMEDIATE")
+                self._batch = Future()
+            batch = self._batch
+            yield
+        finally:
+            self._writing = None
+            if not self._turn.pass_on():
+                self._commit()
+                self._turn.release()
+        batch.result()
+
+    def _commit(self) -> None:
+        """Commit the batch, if one is open, and tell its threads."""
+        batch, self._batch, started = self._batch, None, time.monotonic()
+        if not batch:
+            return
+        try:
+            self._writer.execute_sql("COMMIT")
+        except peewee.DatabaseError as ex:
+            self._renew_writer = True  # closing it rolls back
+            batch.set_exception(Unavailable("the database", str(ex)))
+        else:
+            self._note_time(time.monotonic() - started)
+            batch.set_result(None)
+        if self._renew_writer:
+            self._renew_writer = False
+            self._writer.close()
 
     def _note_time(self, seconds: float) -> None:
         """Decide by a moving average, with hysteresis, whether worker threads do all writes."""
@@ -2051,16 +2132,16 @@ class Sqlite(_LastWrite):
             with contextlib.suppress(sqlite3.Error):
                 database.connection().rollback()
             database.close()
+        if database is self._writer and self._batch:
+            why = "a write in the same transaction failed"
+            self._batch.set_exception(Unavailable("the database", why))
+            self._batch = None
 
     def _here(self) -> peewee.SqliteDatabase:
-        return (
-            self._event_loop_connection if thread_state.in_event_loop else self._worker_connection
-        )
-
-    def _queue_up(self) -> None:
-        with self._queue.place():
-            if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
-                raise Unavailable("the database", "the writes before this one took too long")
+        """Return the database whose connection this thread uses now."""
+        if thread_state.in_event_loop:
+            return self._event_loop_connection
+        return self._writer if self._writing == threading.get_ident() else self._worker_connection
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers, fits schema.sql and is still at its path.
@@ -2084,6 +2165,10 @@ class Sqlite(_LastWrite):
         """Close this thread's connections; the last one to close checkpoints SQLite's log."""
         self._event_loop_connection.close()
         self._worker_connection.close()
+        if self._turn.acquire(0):
+            if not self._batch:  # otherwise the next thread commits it
+                self._writer.close()
+            self._turn.release()
 
 
 class PostgresSession(peewee.PostgresqlDatabase):
@@ -2284,15 +2369,22 @@ def _first_line(ex: Exception) -> str:
 Database = Sqlite | Postgres
 
 
-def connect(path: str, timeout: float, cache: int = 2) -> peewee.SqliteDatabase:
-    """Return a database that opens a connection in each thread that uses it.
+def _is_in_transaction(database: peewee.SqliteDatabase) -> bool:
+    return not database.is_closed() and bool(database.connection().in_transaction)
+
+
+def connect(
+    path: str, timeout: float, cache: int = 2, thread_safe: bool = True
+) -> peewee.SqliteDatabase:
+    """Return a database that opens a connection in each thread, or one for all if not thread_safe.
 
     A connection waits `timeout` seconds for another's lock, and keeps up to `cache` MB of pages.
     """
     # Reads never wait, and a commit is on disk.
     pragmas = {"journal_mode": "wal", "synchronous": "full", "cache_size": str(-1000 * cache)}
     existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # never creates an empty file
-    return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout)
+    threads: dict[str, Any] = {"thread_safe": thread_safe, "check_same_thread": thread_safe}
+    return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout, **threads)
 
 
 def prepare_database(path: str) -> None:

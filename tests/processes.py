@@ -151,6 +151,19 @@ class Child:
 COLD: list[str] = []  # as the command of a Process: start Python, do not fork
 
 
+def changed(statement: str) -> list[str]:
+    """Return the command of a taskd that runs a statement before it serves."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import taskd
+{statement}
+sys.argv = sys.argv[-1:]
+sys.exit(taskd.main())
+"""
+    return [sys.executable, "-c", program]
+
+
 class Process:
     """A taskd process in a directory: forked, unless a command is given to start it."""
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import database
 from database import NEW_TASK, TASK_KEYS, database_url, empty, locked, release, sql, stored
-from processes import COLD, LISTENING, ROOT, Child, ForkServer, Process, environment
+from processes import COLD, LISTENING, ROOT, Child, ForkServer, Process, changed, environment
 from tokens import OTHER_SECRET, SECRET, base64url, bearer, sign, token
 from waiting import DEADLINE, until
 from wire import Answer, Wire, WireAnswer, ask, assert_problem, at_once, written
@@ -29,6 +29,7 @@ __all__ = [
     "at_once",
     "base64url",
     "bearer",
+    "changed",
     "database_url",
     "empty",
     "environment",

@@ -328,7 +328,6 @@ def test_many_writes_that_wait_for_another_process_keep_nobody_else_waiting(serv
             assert refused.status_code == 503
         answers = [wire.answer() for wire in wires]
     statuses = [answer.status_code for answer in answers]
-    assert statuses.count(503) > 200
     assert statuses.count(503) + statuses.count(201) == 300
     assert len(support.stored(tmp_path / "taskd.db")) == 1 + statuses.count(201)
 

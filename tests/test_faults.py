@@ -33,6 +33,7 @@ from support import (
     Wire,
     assert_problem,
     bearer,
+    changed,
     locked,
     sign,
     stored,
@@ -158,14 +159,19 @@ class Writer:
 
 
 @pytest.mark.slow
-def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("disk", ["fast", "slow"])
+def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path, disk: str) -> None:
+    slow = {
+        "command": changed("taskd.SLOW_WRITE = 1e-9")
+    }  # writes of several clients share a flush
+    options = slow if disk == "slow" else {}
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)
     writers = [Writer(f"user-{number}", random.Random(seed + number)) for number in range(WRITERS)]
     for _ in range(ROUNDS):
         before = time.monotonic()
-        server = start()
+        server = start(**options)
         for writer in writers:
             writer.check(server)
         assert time.monotonic() - before < RESTART
@@ -181,7 +187,7 @@ def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path) -> 
         for work in working:
             work.result()
         sound(tmp_path / "taskd.db")
-    server = start()
+    server = start(**options)
     for writer in writers:
         writer.check(server)
     assert server.terminate() == 0

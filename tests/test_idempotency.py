@@ -526,7 +526,7 @@ def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(
             steps += 1
 
         app: Any = alice.client.app
-        connection = app.store._database._worker_connection.connection()
+        connection = app.store._database._writer.connection()
         connection.set_progress_handler(step, 10)
         for _ in range(2):
             assert create(alice, f"k{len(keys(path))}").status_code == 201
@@ -660,7 +660,7 @@ def test_the_event_loop_leaves_a_keyed_create_to_a_worker_while_a_write_is_under
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     assert isinstance(app.store._database, taskd.Sqlite)
-    with app.store._database._turn, pytest.raises(taskd.WouldBlock):
+    with app.store._database._turn._lock, pytest.raises(taskd.WouldBlock):
         create(alice, "k")
     assert keys(path) == []
 
@@ -700,7 +700,8 @@ def test_on_a_full_database_a_create_is_503_and_leaves_no_key(
     alice: Person, app: taskd.App, path: Path
 ) -> None:
     assert isinstance(app.store._database, taskd.Sqlite)
-    database = app.store._database._here()
+    sqlite = app.store._database
+    database = sqlite._here() if taskd.thread_state.in_event_loop else sqlite._writer
     [[pages]] = database.execute_sql("PRAGMA page_count").fetchall()
     database.execute_sql(f"PRAGMA max_page_count = {pages + 2}")
     task = {"title": "Dig", "description": "x" * 10_000}

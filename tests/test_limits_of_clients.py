@@ -7,7 +7,6 @@ import dataclasses
 import os
 import signal
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,12 +18,12 @@ import pytest
 import taskd
 from support import (
     DEADLINE,
-    ROOT,
     Answer,
     Process,
     Wire,
     assert_problem,
     bearer,
+    changed,
     stored,
     token,
     until,
@@ -426,19 +425,6 @@ def test_urgent_data_closes_the_connection_with_one_line_in_the_log(shared: Proc
 
 
 # --- Time -----------------------------------------------------------------------------------------
-
-
-def changed(statement: str) -> list[str]:
-    """Return the command of a taskd that runs a statement before it serves."""
-    program = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import taskd
-{statement}
-sys.argv = sys.argv[-1:]
-sys.exit(taskd.main())
-"""
-    return [sys.executable, "-c", program]
 
 
 SHORT = "taskd.DEADLINES.update(request=0.9, head=0.3, body=0.6, reader=0.8, end=0.3)"

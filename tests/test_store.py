@@ -633,7 +633,7 @@ def test_the_event_loop_writes_while_no_other_write_is_under_way(app, monkeypatc
 @pytest.mark.usefixtures("in_event_loop")
 def test_the_event_loop_leaves_a_write_to_a_worker_while_one_is_under_way(app, monkeypatch):
     monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
-    with app.store._database._turn, pytest.raises(taskd.WouldBlock):
+    with app.store._database._turn._lock, pytest.raises(taskd.WouldBlock):
         app.store.add("alice", new_task())
     assert titles(app.store) == []
     assert app.store.add("alice", new_task()).task.id == 1
@@ -675,7 +675,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
 def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):
     monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", 0.05)
     for _ in range(3):  # each gives its place in the queue back
-        with app.store._database._turn, pytest.raises(taskd.Unavailable) as caught:
+        with app.store._database._turn._lock, pytest.raises(taskd.Unavailable) as caught:
             app.store.add("alice", new_task())
         assert caught.value.args == ("the database", "the writes before this one took too long")
     assert app.store.add("alice", new_task()).task.id == 1
@@ -687,7 +687,7 @@ def test_only_so_many_writes_wait(path, monkeypatch):
     database = taskd.Sqlite(str(path), waiting=1)
     store = taskd.TaskStore(database)
     with ThreadPoolExecutor(1) as another:
-        database._turn.acquire()
+        database._turn.acquire(0)
         waiting = another.submit(lambda: (store.add("alice", new_task()), store.close()))
         deadline = time.monotonic() + DEADLINE
         while database._queue._free and time.monotonic() < deadline:
