@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import operator
 import os
 import re
 import shutil
@@ -224,6 +225,19 @@ def test_the_chapters_that_are_named_are_those_of_the_code(clone: Path) -> None:
     [listed] = re.findall(r"the service, in chapters: (.+?)\.", contributing)
     assert listed.split(", ") == chapters
     assert re.findall(r"^\| (\w+) +\|", code, re.MULTILINE) == ["chapter", *chapters]
+
+
+def test_the_functions_that_are_named_exist() -> None:
+    named = re.findall(r"`([A-Za-z_.]+)\(\)`", LAYOUT)
+    assert {"Server.run", "KeySet.fetch", "start_expiry", "owned_by_user"} <= set(named)
+    for name in named:
+        assert callable(operator.attrgetter(name)(taskd)), name
+
+
+def test_the_threads_are_as_many_as_the_table_says() -> None:
+    threads = {row[0]: row[1] for row in table("The server's threads", "thread", LAYOUT)}
+    assert threads["search threads"] == str(taskd.SEARCHES)
+    assert threads["worker threads"] == "`TASKD_THREADS`"
 
 
 def test_the_make_targets_that_are_named_exist(clone: Path) -> None:
