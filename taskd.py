@@ -1847,7 +1847,7 @@ UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.
 INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
 SESSION = """
     SET statement_timeout = {:.0f}; SET lock_timeout = {:.0f};
-    SET default_transaction_isolation = 'read committed';
+    SET default_transaction_isolation = 'read committed'; SET quote_all_identifiers = off;
     SELECT set_config('synchronous_commit', 'on', FALSE)
         WHERE current_setting('synchronous_commit') = 'off'
 """  # in milliseconds; a commit is on disk before it is answered

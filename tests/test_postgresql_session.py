@@ -109,6 +109,7 @@ ROLE = (  # defaults that a role or a database may have
     "standard_conforming_strings = off",
     "default_transaction_deferrable = on",
     "DateStyle = 'German'",
+    "quote_all_identifiers = on",
 )
 
 
