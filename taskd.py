@@ -1301,20 +1301,15 @@ def read_conditions(req: falcon.Request) -> Conditions:
     """Return what If-Match and If-None-Match ask for, or raise 400.
 
     A weak tag never fits If-Match, which compares strongly; If-None-Match compares weakly
-    (RFC 9110, section 8.8.3.2). A tag that taskd did not make fits neither, and is left out:
-    SQLite's LIKE, which compares the rest, ignores case.
+    (RFC 9110, section 8.8.3.2). A tag that taskd did not make fits neither.
     """
     match, none_match = _entity_tags(req, "If-Match"), _entity_tags(req, "If-None-Match")
     if match is none_match is None:
         return UNCONDITIONAL
     return Conditions(
-        "*" if match is None else _own_tags(match),
-        _own_tags([tag.removeprefix("W/") for tag in none_match or ()]),
+        "*" if match is None else " ".join(tag for tag in match if not tag.startswith("W/")),
+        " ".join(tag.removeprefix("W/") for tag in none_match or ()),
     )
-
-
-def _own_tags(tags: list[str]) -> str:
-    return " ".join(tag for tag in tags if re.fullmatch(TAG + r"|\*", tag))
 
 
 def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
@@ -1327,7 +1322,7 @@ def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
         raise falcon.HTTPBadRequest(
             description=f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
         )
-    return re.findall(ENTITY_TAG, value)
+    return re.findall(rf"(?:W/)?{TAG}", value)  # SQLite's LIKE would ignore the case of others
 
 
 def read_key(req: falcon.Request) -> str | None:
@@ -1343,7 +1338,8 @@ def read_key(req: falcon.Request) -> str | None:
 # --- Store ----------------------------------------------------------------------------------------
 
 CHUNK = 100  # tasks of a list that are read and sent at once
-SORTED_CHUNK = 5000  # the same where reading a chunk sorts all tasks of the user
+SORTED_CHUNK = 20_000  # the same where reading a chunk sorts all tasks of the user
+MAX_CHUNK = 4 * 1024 * 1024  # bytes of JSON, after which such a chunk ends
 MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
 LIMIT_MARGIN = 1000  # tasks; more creates than can be under way at once
 RECOUNT = 500  # new tasks after which a user is counted again
@@ -1673,7 +1669,7 @@ class TaskStore:
             after = (found[size - 1][-1], tasks[-1].id) if len(found) > size else None
         else:
             with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
-                tasks, after = _fill_page(rows, size)
+                tasks, after = _fill_page(rows, size, MAX_PAGE if listing.limit else MAX_CHUNK)
         return tasks, after and msgspec.structs.replace(listing, after=after)
 
     def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
@@ -1787,10 +1783,9 @@ def _view(row: Row) -> View:
     return TaskView(*values)
 
 
-def _fill_page(rows: Iterable[Row], limit: int) -> tuple[list[View], POSITION | None]:
-    """Return the first tasks, until there are `limit` or MAX_PAGE bytes, and where more follow."""
-    tasks: list[View] = []
-    room, position = MAX_PAGE, 0  # as the last column of a row says it
+def _fill_page(rows: Iterable[Row], limit: int, room: int) -> tuple[list[View], POSITION | None]:
+    """Return the first tasks, `limit` or `room` bytes of JSON, and where more follow."""
+    tasks, position = list[View](), 0  # the last column of the row before
     for row in rows:
         if len(tasks) == limit or room <= 0:
             return tasks, (position, tasks[-1].id)

@@ -413,15 +413,13 @@ def test_a_cursor_reads_as_the_position_that_it_was_written_for() -> None:
             assert cursors.read(cursors.write(position, "alice", "id"), "alice", "id") == position
 
 
-@pytest.mark.parametrize("sort", ["id", "-title"])
-def test_a_page_ends_after_about_1_mib_and_its_link_leads_on(alice: Person, sort: str) -> None:
-    for number in range(60):
+def test_a_sorted_page_ends_after_about_1_mib_and_its_link_leads_on(alice: Person) -> None:
+    for number in range(30):
         alice.add(title=f"{number:02}", description="🌧" * 10_000)
     size = len(json.dumps(alice.call("GET", "/1").json, ensure_ascii=False).encode())
-    pages = list(walk(alice, sort=sort, limit=1000))
-    assert [len(page) for page in pages[:-1]] == [-(-(1024 * 1024) // size)] * (len(pages) - 1)
-    assert len(pages) == 3
-    assert [task for page in pages for task in page] == listed(alice, sort=sort)
+    pages = list(walk(alice, sort="-title", limit=1000))
+    assert [len(page) for page in pages] == [(full := -(-(1024 * 1024) // size)), 30 - full]
+    assert [task for page in pages for task in page] == listed(alice, sort="-title")
 
 
 def test_a_cursor_survives_a_restart(start: Start) -> None:
@@ -538,6 +536,24 @@ def test_a_list_around_the_size_of_a_piece_is_whole(
     assert titles(alice) == [f"Task {number}" for number in range(count)]
     assert len(listed(alice, q="TASK", sort="-title")) == count
     assert alice.call("HEAD").text == ""
+
+
+@pytest.mark.parametrize(("tasks", "size"), [(7, 2**20), (1000, 1000)])
+@pytest.mark.parametrize("sort", ["-title", "priority", "-due_date"])
+def test_a_sorted_list_that_is_read_in_several_chunks_is_whole(
+    alice: Person, monkeypatch: pytest.MonkeyPatch, tasks: int, size: int, sort: str
+) -> None:
+    for number in range(30):
+        alice.add(
+            title=f"{number % 4}",
+            priority=[None, "low", "high"][number % 3],
+            due_date=[None, "2026-12-01"][number % 2],
+        )
+    expected = listed(alice, sort=sort)
+    monkeypatch.setattr(taskd, "SORTED_CHUNK", tasks)
+    monkeypatch.setattr(taskd, "MAX_CHUNK", size)
+    assert listed(alice, sort=sort) == expected
+    assert len(expected) == 30
 
 
 @pytest.mark.parametrize(
