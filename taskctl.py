@@ -63,8 +63,9 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import urlsplit
@@ -449,89 +450,64 @@ def instant(seconds: float) -> str:
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
-COMPLETED = Task._meta.fields["completed"]
+BATCH = 1000  # rows in a statement
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
-Execute = Callable[..., Any]  # runs a statement with its values, and returns a cursor
+HIDDEN = ("user_id", "description", "created_at")  # columns that a terminal has no room for
+VERBS = {
+    "Buy": "milk|bread and butter|a birthday present for Nora|coffee beans|light bulbs|stamps",
+    "Call": "the dentist|grandmother|the landlord about the heating|the bank|Jonas back",
+    "Write": "the minutes of Monday's meeting|the release notes|a letter of thanks"
+    "|the travel report",
+    "Repair": "the bicycle's rear light|the dripping tap|the kitchen shelf|the build on main",
+    "Book": "the train to Vienna|a table for six|the vaccination|the meeting room for Thursday",
+    "Read": "the lease|chapter four|the review of the new API|the manual before asking",
+}
+NOTES = (
+    "before the weekend|ask Mira first|2 litres|see the e-mail of Tuesday|not urgent"
+    "|twice, if need be"
+)
+TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
+RANDOM_SEED = 1
 
 
-class SqliteIds:
-    """The last id that SQLite gave to a row of a table, also if that row was deleted since."""
-
-    @staticmethod
-    def last(execute: Execute, table: str) -> int:
-        """Return it, or 0."""
-        query = "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = ?"
-        return int(execute(query, (table,)).fetchone()[0])
-
-    @classmethod
-    def count_on(cls, execute: Execute, table: str, last: int) -> None:
-        """Give new rows ids after this one, and after those that there were."""
-        if last := max(last, cls.last(execute, table)):
-            execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
-            execute("INSERT INTO sqlite_sequence VALUES (?, ?)", (table, last))
+def count_where(condition: Any) -> peewee.Function:
+    """Return the number of rows of which something is true; PostgreSQL cannot add booleans."""
+    return fn.COUNT(peewee.Case(None, [(condition, 1)]))
 
 
-class PostgresIds:
-    """The last id that PostgreSQL gave to a row of a table, also if that row was deleted since."""
-
-    @staticmethod
-    def last(execute: Execute, table: str) -> int:
-        """Return it, or 0."""
-        sequence = "pg_get_serial_sequence(%s, 'id')::regclass"
-        query = f"SELECT COALESCE(pg_sequence_last_value({sequence}), 0)"
-        return int(execute(query, (table,)).fetchone()[0])
-
-    @classmethod
-    def count_on(cls, execute: Execute, table: str, last: int) -> None:
-        """Give new rows ids after this one, and after those that there were."""
-        if last := max(last, cls.last(execute, table)):
-            execute("SELECT setval(pg_get_serial_sequence(%s, 'id'), %s)", (table, last))
+TASKS, DONE = fn.COUNT(Task.id), count_where(Task._meta.fields["completed"])
+OLDEST, LAST_CHANGE = fn.MIN(Task.created_at), fn.MAX(Task.updated_at)
 
 
-def ids_of(database: peewee.Database) -> type[SqliteIds | PostgresIds]:
-    """Return how this engine numbers rows."""
-    return SqliteIds if isinstance(database, peewee.SqliteDatabase) else PostgresIds
+def require_database(settings: Settings) -> None:
+    """Raise Refused if the database is a file that does not exist."""
+    if not is_postgresql(settings) and not Path(settings.database).exists():
+        made = "make it with: python taskctl.py init"
+        raise Refused(f"there is no database {settings.database}; {made}")
 
 
-def database(create: bool = False) -> taskd.Database:
-    """Return the database of the settings, with `Task` ready to be asked about it."""
-    settings = Settings.load()
+def database(settings: Settings | None = None, create: bool = False) -> taskd.Database:
+    """Return the database of the settings, which `Task` then queries."""
+    settings = settings or Settings.load()
     if not create:
-        existing(settings)
+        require_database(settings)
     opened = taskd.open_database(settings, statement_timeout=0)
     Task.bind(opened.peewee)
     return opened
 
 
-def file_of(settings: Settings) -> Path:
-    """Return the path of the database, which must be a file."""
-    if is_postgresql(settings):
-        raise Refused(
-            f"{settings.database} is not a file; keep it safe with its server's own tools, such as pg_dump"
-        )
-    return linked(settings.database)
-
-
-def linked(path: str) -> Path:
-    """Return where a symbolic link leads, or the path: SQLite's log lies beside the file itself."""
-    return Path(path).resolve() if Path(path).is_symlink() else Path(path)
-
-
-def existing(settings: Settings) -> Path:
-    """Return the path of the database, which must be there if it is a file."""
-    if not is_postgresql(settings) and not Path(settings.database).exists():
-        raise Refused(
-            f"there is no database {settings.database}; make it with: python taskctl.py init"
-        )
-    return linked(settings.database)
-
-
-def row(task: dict[str, Any]) -> dict[str, Any]:
-    """Return what the database keeps of a task with these members: the one place where taskctl makes a row."""
+def columns(task: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a new row: a task with these members."""
     return {**task, **taskd.search_columns(task), "version": 1}
 
 
-def rows(query: Any, *names: str) -> list[dict[str, Any]]:
+def query_for(columns: dict[str, Any]) -> Any:
+    """Return a query for these columns of tasks."""
+    return Task.select(*(column.alias(name) for name, column in columns.items()))
+
+
+def rows(query: Any, names: Iterable[str]) -> list[Row]:
     """Return what a query finds, with its columns in this order."""
     return [{name: row[name] for name in names} for row in query.dicts()]
 
@@ -548,33 +524,26 @@ def users(
     wide: Wide = False,
 ) -> None:
     """List the users who have tasks."""
+    shown = {"user_id": Task.user_id, "tasks": TASKS, "done": DONE, "last_change": LAST_CHANGE}
     database()
-    counts: dict[str, Any] = {
-        "tasks": fn.COUNT(Task.id),
-        "done": count_where(COMPLETED),
-        "last_change": fn.MAX(Task.updated_at),
-    }
-    if not (key := ({"user_id": Task.user_id} | counts).get(sort.removeprefix("-"))):
+    if not (key := shown.get(sort.removeprefix("-"))):
         raise BadParameter("--sort takes user_id, tasks, done or last_change")
-    query = Task.select(Task.user_id, *(count.alias(name) for name, count in counts.items()))
-    order = [key.desc() if sort.startswith("-") else key, Task.user_id]
-    found = rows(query.group_by(Task.user_id).order_by(*order).limit(limit), "user_id", *counts)
+    order = key.desc() if sort.startswith("-") else key
+    query = query_for(shown).group_by(Task.user_id).order_by(order, Task.user_id).limit(limit)
+    found = rows(query, shown)
     show_all(found, as_json, nl, as_csv, wide, total=counted(len(found), "user"))
 
 
-def count_where(condition: Any) -> peewee.Function:
-    """Return the number of rows of which something is true; not every database adds truths up."""
-    return fn.COUNT(peewee.Case(None, [(condition, 1)]))
-
-
-def fits(
-    context: CallbackParam, value: str | int | list[str] | None
-) -> str | int | list[str] | None:
-    """Return the value of an option that the service knows as a parameter, or refuse what the service would."""
+def check_filter(context: CallbackParam, value: Any) -> Any:
+    """Return the value of a filter, or reject what taskd would reject as a parameter of lists."""
     values = value if isinstance(value, list) else [str(value)]
     if value and (wrong := taskd.wrong_parameter(context.name or "", values)):
         raise BadParameter(wrong)
     return value
+
+
+Filter = partial(Option, callback=check_filter)
+ORDERS = f"{', '.join(taskd.ORDERS)}; with - before it descending."
 
 
 @app.command()
@@ -582,23 +551,12 @@ def tasks(
     user: UserId,
     only_open: Annotated[bool, Option("--open", help="Only those that are not completed.")] = False,
     only_done: Annotated[bool, Option("--done", help="Only those that are completed.")] = False,
-    q: Annotated[
-        str, Option("--search", "-q", help="Only those with this text in them.", callback=fits)
-    ] = "",
-    sort: Annotated[
-        str, Option(help=f"{', '.join(taskd.ORDERS)}; with - before it descending.", callback=fits)
-    ] = "id",
-    priority: Annotated[
-        str | None, Option(help="Only those of this priority.", callback=fits)
-    ] = None,
-    tag: Annotated[
-        list[str] | None,
-        Option(help="Only those with this tag; several times: with all.", callback=fits),
-    ] = None,
-    due_before: Annotated[
-        str | None, Option(help="Only those due before a day or a time.", callback=fits)
-    ] = None,
-    limit: Annotated[int | None, Option(help="At most so many.", callback=fits)] = None,
+    q: Annotated[str, Filter("--search", "-q", help="Only those with this text in them.")] = "",
+    sort: Annotated[str, Filter(help=ORDERS)] = "id",
+    priority: Annotated[str | None, Filter(help="Only those of this priority.")] = None,
+    tag: Annotated[list[str] | None, Filter(help="Only those with this tag, or these.")] = None,
+    due_before: Annotated[str | None, Filter(help="Only those due before a day or a time.")] = None,
+    limit: Annotated[int | None, Filter(help="At most so many.")] = None,
     as_json: AsJson = False,
     nl: AsLines = False,
     as_csv: AsCsv = False,
@@ -607,8 +565,7 @@ def tasks(
     """List a user's tasks, oldest first."""
     if only_open and only_done:
         raise BadParameter("--open and --done exclude each other")
-    store = taskd.TaskStore(database())
-    rest: taskd.Listing | None = taskd.Listing(
+    listing = taskd.Listing(
         completed=only_done if only_open or only_done else None,
         q=q,
         priority=priority,
@@ -617,69 +574,47 @@ def tasks(
         sort=sort,
         limit=limit,
     )
+    found = [msgspec.structs.asdict(task) for task in read_list(user, listing)]
+    noun = "task" if listing == taskd.Listing(sort=sort) else "such task"
+    total = f"{printable(user)} has {counted(len(found), noun)}"
+    show_all(found, as_json, nl, as_csv, wide, HIDDEN, total)
+
+
+def read_list(user: str, listing: taskd.Listing) -> list[taskd.View]:
+    """Return all pages of a list, up to its limit."""
+    store = taskd.TaskStore(database())
     found: list[taskd.View] = []
-    while rest and (not limit or len(found) < limit):
+    rest: taskd.Listing | None = listing
+    while rest and (not listing.limit or len(found) < listing.limit):
         page, rest = store.page(user, rest)
         found += page
     store.close()
-    found = found[:limit]
-    filters = only_open, only_done, q, limit, priority, tag, due_before
-    total = counted(len(found), "such task" if any(filters) else "task")
-    show_all(
-        list(map(msgspec.structs.asdict, found)),
-        as_json,
-        nl,
-        as_csv,
-        wide,
-        hidden=("user_id", "description", "created_at"),
-        total=f"{printable(user)} has {total}",
-    )
+    return found[: listing.limit]
 
 
 @app.command()
 def stats(as_json: AsJson = False) -> None:
     """Count users and tasks."""
     settings = Settings.load()
-    database()
-    counts = {
-        "users": fn.COUNT(Task.user_id.distinct()),
-        "tasks": fn.COUNT(Task.id),
-        "done": count_where(COMPLETED),
-        "oldest": fn.MIN(Task.created_at),
-        "last_change": fn.MAX(Task.updated_at),
-    }
-    [row] = rows(Task.select(*(count.alias(name) for name, count in counts.items())), *counts)
-    show(
-        {
-            **row,
-            "bytes": None if is_postgresql(settings) else Path(settings.database).stat().st_size,
-        },
-        as_json,
-    )
+    database(settings)
+    shown = {"users": fn.COUNT(Task.user_id.distinct()), "tasks": TASKS, "done": DONE}
+    shown |= {"oldest": OLDEST, "last_change": LAST_CHANGE}
+    [row] = rows(query_for(shown), shown)
+    size = None if is_postgresql(settings) else Path(settings.database).stat().st_size
+    show({**row, "bytes": size}, as_json)
 
 
-VERBS = {
-    "Buy": "milk|bread and butter|a birthday present for Nora|coffee beans|light bulbs|stamps",
-    "Call": "the dentist|grandmother|the landlord about the heating|the bank|Jonas back",
-    "Write": "the minutes of Monday's meeting|the release notes|a letter of thanks|the travel report",
-    "Repair": "the bicycle's rear light|the dripping tap|the kitchen shelf|the build on main",
-    "Book": "the train to Vienna|a table for six|the vaccination|the meeting room for Thursday",
-    "Read": "the lease|chapter four|the review of the new API|the manual before asking",
-}
-TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
-NOTES = "before the weekend|ask Mira first|2 litres|see the e-mail of Tuesday|not urgent|twice, if need be"
-EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
-BATCH = 1000  # tasks in a statement
+UserIds = Annotated[
+    list[str] | None, Argument(help="Users to give tasks to.", callback=check_user_ids)
+]
 
 
 @app.command()
 def seed(
-    user: Annotated[
-        list[str] | None, Argument(help="Users to give tasks to.", callback=check_user_ids)
-    ] = None,
+    user: UserIds = None,
     count: Annotated[int, Option(min=1, help="Tasks for each user.")] = 20,
     users: Annotated[int, Option(min=0, help="Made-up users besides: user-1, user-2 …")] = 0,
-    random_seed: Annotated[int, Option(help="The same number makes the same tasks.")] = 1,
+    random_seed: Annotated[int, Option(help="The same number makes the same tasks.")] = RANDOM_SEED,
     as_json: AsJson = False,
 ) -> None:
     """Add believable tasks. The database is created if need be; tasks that are there stay."""
@@ -687,18 +622,23 @@ def seed(
     if not names:
         raise BadParameter("name a user, or say how many to make up: --users 3")
     database(create=True)
-    made = believable(names, count, random.Random(random_seed))  # noqa: S311  nothing secret is drawn from it
     with progress() as bar:
-        job = bar.add_task("seeding", total=len(names) * count)
-        for tasks in peewee.chunked(made, BATCH):
-            Task.insert_many(map(row, tasks)).execute()  # one statement, so all of them or none
-            bar.advance(job, len(tasks))
+        add_believable(names, count, random_seed, bar)
     show({"users": len(names), "tasks": len(names) * count}, as_json)
 
 
-def believable(names: list[str], count: int, chance: random.Random) -> Iterator[dict[str, Any]]:
+def add_believable(users: list[str], count: int, random_seed: int, bar: Progress) -> None:
+    """Add tasks for these users, the same for the same random seed."""
+    chance = random.Random(random_seed)  # noqa: S311  nothing secret is drawn from it
+    job = bar.add_task("seeding", total=len(users) * count)
+    for tasks in peewee.chunked(believable(users, count, chance), BATCH):
+        Task.insert_many(map(columns, tasks)).execute()  # one statement, so all of them or none
+        bar.advance(job, len(tasks))
+
+
+def believable(users: list[str], count: int, chance: random.Random) -> Iterator[dict[str, Any]]:
     """Yield tasks, the same for the same source of chance."""
-    for name in names:
+    for user in users:
         for second in sorted(chance.randrange(300 * 86400) for _ in range(count)):
             verb = chance.choice(list(VERBS))
             created = EPOCH + timedelta(seconds=second)
@@ -706,7 +646,7 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
             updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
             due = created + timedelta(days=chance.randrange(1, 60), hours=chance.randrange(24))
             yield {
-                "user_id": name,
+                "user_id": user,
                 "title": f"{verb} {chance.choice(VERBS[verb].split('|'))}",
                 "description": chance.choice(NOTES.split("|")) if chance.random() < 0.5 else None,
                 "completed": done,
@@ -721,46 +661,46 @@ def believable(names: list[str], count: int, chance: random.Random) -> Iterator[
 # --- Backup and restore ---------------------------------------------------------------------------
 
 PAGES = 256  # copied between two updates of the progress bar: 1 MB
-LOGS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is folded in
+LOGS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is checkpointed
 ATTEMPTS = 10  # at reading a file that changes meanwhile
 GZIP = b"\x1f\x8b"  # how a gzip file begins
 ENDING = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}  # signals that end a command
+DATABASE_ERRORS = (peewee.DatabaseError, sqlite3.DatabaseError)
 
 
 @app.command()
 def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdout.")]) -> None:
-    """Copy the database into a new file, also while taskd serves. A file that is there is never overwritten."""
+    """Copy the database into a new file, also while taskd serves. No file is ever overwritten."""
     settings = Settings.load()
-    file_of(settings)
-    database = existing(settings)
+    database = file_of(settings)
+    require_database(settings)
     if file == "-" and sys.stdout.isatty():
         raise Refused("a database is nothing for a terminal; send stdout to a file or a program")
     if file != "-" and os.path.lexists(file):
         raise Refused(f"{file} is there already, and never overwritten")
-    with unfinished(
-        Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
-    ) as copy:
+    beside = Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
+    with unfinished(beside) as copy:
         copy_database(database, copy)
-        with contextlib.closing(peewee.SqliteDatabase(str(copy))) as made:
+        with contextlib.closing(connect(copy)) as made:
             if fault := damage(made):
                 raise Refused(f"{database} cannot be backed up: {fault}")
         if file == "-":
+            sys.stdout.flush()
             with copy.open("rb") as whole:
                 shutil.copyfileobj(whole, sys.stdout.buffer)
         else:
-            publish(copy, Path(file))
-            say(f"backed up {database} to {file}, {Path(file).stat().st_size} bytes")
+            publish(copy, beside)
+            say(f"backed up {database} to {file}, {beside.stat().st_size} bytes")
 
 
 @app.command()
 def restore(
-    file: Annotated[
-        str, Argument(help="A backup, packed with gzip or not; - reads it from stdin.")
-    ],
+    file: Annotated[str, Argument(help="A backup, packed with gzip or not; - reads stdin.")],
 ) -> None:
     """Put a backup in the database's place, while no server runs.
 
-    The backup is checked first. The old database is kept beside the new one, as <name>.before-restore-<time>.
+    The backup is checked first. The old database is kept beside the new one, as
+    <name>.before-restore-<time>.
     """
     database = file_of(Settings.load())
     with unfinished(database) as copy, unpacked(file, database) as given:
@@ -769,21 +709,35 @@ def restore(
             raise Refused(f"{file} cannot be restored: {fault}")
         replaced = database.exists() and database.stat().st_size
         with (
-            contextlib.closing(sqlite3.connect(copy)) as new,
+            contextlib.closing(connect(copy)) as new,
             contextlib.closing(open_exclusively(database)) as live,
         ):
             if replaced:
                 say(f"the old database is kept as {keep_old_copy(live, database)}")
-                use_no_id_again(live, new)
-            # In one transaction: SQLite undoes half of one at the next start.
+                with contextlib.suppress(*DATABASE_ERRORS):  # a damaged one may not tell its ids
+                    continue_ids(live, new)
+            # In one transaction: SQLite rolls back half of one at the next start.
             copy_pages(new, live, "restoring")
     sync(database.parent)
     say(f"restored {database} from {file}")
 
 
+def file_of(settings: Settings) -> Path:
+    """Return the path of the database, which must be a file."""
+    if is_postgresql(settings):
+        own = "keep it safe with its server's own tools, such as pg_dump"
+        raise Refused(f"{settings.database} is not a file; {own}")
+    return followed(settings.database)
+
+
+def followed(path: str) -> Path:
+    """Return where a symbolic link leads, or the path: SQLite's log lies beside the file itself."""
+    return Path(path).resolve() if Path(path).is_symlink() else Path(path)
+
+
 @contextlib.contextmanager
 def unpacked(file: str, beside: Path) -> Iterator[Path]:
-    """Give the path of a backup; what stdin or a gzip file holds is unpacked into a temporary file."""
+    """Give the path of a backup; stdin and gzip files are unpacked into a temporary file."""
     if file == "-" and sys.stdin.isatty():
         raise Refused("a backup cannot be typed; send a file or a program to stdin")
     if file != "-" and not Path(file).is_file():
@@ -794,10 +748,9 @@ def unpacked(file: str, beside: Path) -> Iterator[Path]:
             yield Path(file)
             return
         with unfinished(beside) as whole:
-            source = gzip.GzipFile(fileobj=stream) if packed else stream
             try:
                 with whole.open("wb") as target:
-                    shutil.copyfileobj(source, target)
+                    shutil.copyfileobj(gzip.GzipFile(fileobj=stream) if packed else stream, target)
             except (EOFError, zlib.error, gzip.BadGzipFile) as ex:
                 raise Refused(f"{file} cannot be unpacked: {ex}") from None
             yield whole
@@ -805,7 +758,7 @@ def unpacked(file: str, beside: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Give an empty file to write, its owner's alone, in a directory beside `path` that goes with all that is left."""
+    """Give an empty file, mode 600, in a directory beside `path` that is removed at the end."""
     if not path.parent.is_dir():
         raise Refused(f"there is no directory {path.parent}")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until Python knows what to remove
@@ -820,13 +773,13 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 def publish(file: Path, path: Path) -> None:
-    """Give a file that is whole its name, unless something has it already, and see both to the disk."""
+    """Sync a complete file and rename it, unless something with that name exists."""
     sync(file)
     try:
         path.hardlink_to(file)
     except FileExistsError:
         raise Refused(f"{path} is there already, and never overwritten") from None
-    except OSError:  # a file system without links, as sticks have
+    except OSError:  # a file system without links, such as that of a memory stick
         file.rename(path)
     sync(path.parent)
 
@@ -840,120 +793,31 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def open_existing(path: Path, mode: str = "rw") -> sqlite3.Connection:
-    """Return a connection to an existing database, with transactions only where they are begun."""
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(uri, uri=True, timeout=taskd.LOCK_TIMEOUT, isolation_level=None)
+def connect(path: Path, mode: str = "mode=rw") -> peewee.SqliteDatabase:
+    """Return an existing database, with transactions only where they are begun."""
+    uri = f"{path.absolute().as_uri()}?{mode}"
+    return peewee.SqliteDatabase(uri, uri=True, timeout=taskd.LOCK_TIMEOUT)
 
 
-def copy_database(path: Path, copy: Path) -> None:
-    """Copy a database as it is now, with what its log holds, into one file without a log.
+def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
+    """Yield a database to read, and again if its file changed meanwhile without SQLite's locks.
 
-    Nothing is created beside the source: who may only read it would leave files that taskd cannot
-    write. A file that nobody has open is copied as it is, and again if it changed meanwhile.
+    Nothing beside it is created or changed: who may only read it would leave files that taskd
+    cannot write. SQLite would create an index for a log that no server has open; such a log is
+    read in a copy beside `scratch`.
     """
-    if not path.is_file():
-        raise Refused(f"there is no file {path}")
     for _ in range(ATTEMPTS):
-        before = fingerprint(path)
-        if in_use(path):
-            break
-        copy_files(path, copy)
-        if fingerprint(path) == before:
-            break
-    else:
-        raise Refused(f"{path} cannot be copied: another program goes on writing to it")
-    try:
-        with contextlib.closing(open_existing(copy)) as target:
-            if in_use(path):
-                with contextlib.closing(open_existing(path, "ro")) as source:
-                    copy_pages(source, target, f"reading {path}")
-            target.execute("PRAGMA journal_mode = DELETE")
-    except sqlite3.DatabaseError as ex:
-        raise Refused(f"{path} cannot be copied: {ex}") from None
-
-
-def copy_pages(source: sqlite3.Connection, target: sqlite3.Connection, what: str) -> None:
-    """Copy all pages of a database in one transaction of both sides.
-
-    Without one SQLite's backup starts again at every change of the source, and never ends on a busy server.
-    """
-    with progress() as bar:
-        job = bar.add_task(what, total=None)
-        source.execute("BEGIN")
-        source.execute("SELECT 1 FROM sqlite_master").fetchone()
-        source.backup(
-            target,
-            pages=PAGES,
-            progress=lambda _, left, total: bar.update(job, total=total, completed=total - left),
-        )
-        source.execute("COMMIT")
-
-
-def open_exclusively(path: Path) -> sqlite3.Connection:
-    """Return a connection that keeps everybody out, to a database that nobody else has open; a new one if need be.
-
-    A server keeps its database open in WAL mode, which cannot be left as long as anybody has it open.
-    """
-    if (not path.exists() or not path.stat().st_size) and Path(f"{path}-wal").exists():
-        raise Refused(f"{path}-wal lies there without its database; move it away first")
-    with contextlib.suppress(FileExistsError):
-        path.touch(mode=0o600, exist_ok=False)
-    live = open_existing(path)
-    try:
-        live.execute("PRAGMA busy_timeout = 0")
-        live.execute("PRAGMA journal_mode = DELETE")
-        live.execute("PRAGMA locking_mode = EXCLUSIVE")
-        # The lock stays until it is closed.
-        live.executescript("PRAGMA synchronous = EXTRA; BEGIN EXCLUSIVE; COMMIT")
-    except sqlite3.DatabaseError as ex:
-        live.close()
-        if ex.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-            raise Refused(f"{path} is open elsewhere: stop the server first") from None
-        raise Refused(
-            f"{path}: {ex}; stop the server, move all {path}* away, and restore again"
-        ) from None
-    return live
-
-
-def keep_old_copy(live: sqlite3.Connection, path: Path) -> Path:
-    """Copy the database as it is to a file beside it, and return its path."""
-    kept = path.with_name(f"{path.name}.before-restore-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-    with unfinished(kept) as copy:
-        with contextlib.closing(open_existing(copy)) as target:
-            copy_pages(live, target, "keeping the old one")
-        publish(copy, kept)
-    return kept
-
-
-def table_name(model: type[peewee.Model]) -> str:
-    """Return the name of a model's table."""
-    return str(model._meta.table_name)
-
-
-def use_no_id_again(live: sqlite3.Connection, new: sqlite3.Connection) -> None:
-    """Start the restored ids after the current ones, so that no id of a newer task is used again."""
-    with contextlib.suppress(sqlite3.DatabaseError), new:  # a damaged one may not tell
-        for table in map(table_name, OWNED):
-            SqliteIds.count_on(new.execute, table, SqliteIds.last(live.execute, table))
-
-
-@contextlib.contextmanager
-def open_read_only(path: Path) -> Iterator[peewee.SqliteDatabase]:
-    """Open a database to look at it: nothing beside it is created or changed.
-
-    A log that no server has open is read in a copy, because SQLite would create an index for it.
-    """
-    with contextlib.ExitStack() as stack:
-        mode = "mode=ro" if in_use(path) else "immutable=1"
-        if not in_use(path) and any(Path(f"{path}{log}").exists() for log in LOGS):
-            scratch = Path(tempfile.gettempdir(), path.name)
-            path = copy_files(path, stack.enter_context(unfinished(scratch)))
-            mode = "mode=rw"
-        uri = f"{path.absolute().as_uri()}?{mode}"
-        database = peewee.SqliteDatabase(uri, uri=True, timeout=taskd.LOCK_TIMEOUT)
-        with contextlib.closing(database):
-            yield database
+        locked, before = in_use(path), fingerprint(path)
+        mode = "mode=ro" if locked else "immutable=1"
+        with contextlib.ExitStack() as stack:
+            source = path
+            if not locked and any(Path(f"{path}{log}").exists() for log in LOGS):
+                source, mode = stack.enter_context(unfinished(scratch)), "mode=rw"
+                copy_files(path, source)
+            yield stack.enter_context(contextlib.closing(connect(source, mode)))
+        if locked or fingerprint(path) == before:
+            return
+    raise Refused(f"{path} cannot be read: another program goes on writing to it")
 
 
 def in_use(path: Path) -> bool:
@@ -969,20 +833,106 @@ def fingerprint(path: Path) -> tuple[object, ...]:
     return header, status.st_size, status.st_mtime_ns, *logs
 
 
-def copy_files(path: Path, copy: Path) -> Path:
-    """Copy a database that nobody has open, and the logs that a killed writer left; return the copy."""
+def copy_files(path: Path, copy: Path) -> None:
+    """Copy a database that nobody has open, and the logs that a killed writer left."""
     for suffix in ("", *LOGS):
-        source = Path(f"{path}{suffix}")
-        Path(f"{copy}{suffix}").unlink(missing_ok=True)
-        if source.exists():
-            target = os.open(f"{copy}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with (
-                progress() as bar,
-                os.fdopen(target, "wb") as file,
-                bar.open(source, "rb", description=f"reading {source}") as whole,
-            ):
-                shutil.copyfileobj(whole, file)
-    return copy
+        if Path(f"{path}{suffix}").exists():
+            shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+
+
+def copy_database(path: Path, copy: Path) -> None:
+    """Copy a database as it is now, with what its log holds, into one file without a log."""
+    if not path.is_file():
+        raise Refused(f"there is no file {path}")
+    try:
+        with contextlib.closing(connect(copy)) as target:
+            for source in readings(path, copy):
+                copy_pages(source, target, f"reading {path}")
+            target.execute_sql("PRAGMA journal_mode = DELETE")
+    except DATABASE_ERRORS as ex:
+        raise Refused(f"{path} cannot be copied: {ex}") from None
+
+
+def copy_pages(source: peewee.SqliteDatabase, target: peewee.SqliteDatabase, what: str) -> None:
+    """Copy all pages of a database in one transaction of both sides.
+
+    Without a transaction SQLite's backup starts again at every change of the source, and never
+    ends on a busy server.
+    """
+    reading = source.connection()
+    with progress() as bar:
+        job = bar.add_task(what, total=None)
+        reading.execute("BEGIN")
+        reading.execute("SELECT 1 FROM sqlite_master").fetchone()
+        reading.backup(
+            target.connection(),
+            pages=PAGES,
+            progress=lambda _, left, total: bar.update(job, total=total, completed=total - left),
+        )
+        reading.execute("COMMIT")
+
+
+def open_exclusively(path: Path) -> peewee.SqliteDatabase:
+    """Return a database, new if need be, that nobody else has open, with an exclusive lock.
+
+    A server keeps its database open in WAL mode, which cannot be left as long as anybody has it
+    open.
+    """
+    if (not path.exists() or not path.stat().st_size) and Path(f"{path}-wal").exists():
+        raise Refused(f"{path}-wal lies there without its database; move it away first")
+    with contextlib.suppress(FileExistsError):
+        path.touch(mode=0o600, exist_ok=False)
+    live = connect(path)
+    try:
+        live.connection().execute("PRAGMA busy_timeout = 0")
+        live.connection().execute("PRAGMA journal_mode = DELETE")
+        live.connection().execute("PRAGMA locking_mode = EXCLUSIVE")
+        # The lock is released when the connection is closed.
+        live.connection().executescript("PRAGMA synchronous = EXTRA; BEGIN EXCLUSIVE; COMMIT")
+    except sqlite3.DatabaseError as ex:
+        live.close()
+        if ex.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise Refused(f"{path} is open elsewhere: stop the server first") from None
+        by_hand = f"stop the server, move all {path}* away, and restore again"
+        raise Refused(f"{path}: {ex}; {by_hand}") from None
+    return live
+
+
+def keep_old_copy(live: peewee.SqliteDatabase, path: Path) -> Path:
+    """Copy the database as it is to a file beside it, and return its path."""
+    kept = path.with_name(f"{path.name}.before-restore-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    with unfinished(kept) as copy:
+        with contextlib.closing(connect(copy)) as target:
+            copy_pages(live, target, "keeping the old one")
+        publish(copy, kept)
+    return kept
+
+
+def last_id(database: peewee.Database, model: type[peewee.Model]) -> int:
+    """Return the last id that a row of a table was given, also if it was deleted since; or 0."""
+    query = "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = ?"
+    if not isinstance(database, peewee.SqliteDatabase):
+        sequence = "pg_get_serial_sequence(%s, 'id')::regclass"
+        query = f"SELECT COALESCE(pg_sequence_last_value({sequence}), 0)"
+    return int(database.execute_sql(query, (model._meta.table_name,)).fetchone()[0])
+
+
+def raise_last_id(database: peewee.Database, model: type[peewee.Model], last: int) -> None:
+    """Give new rows ids after this one, and after those that there were."""
+    table = model._meta.table_name
+    if not (last := max(last, last_id(database, model))):
+        return
+    if isinstance(database, peewee.SqliteDatabase):
+        database.execute_sql("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+        database.execute_sql("INSERT INTO sqlite_sequence VALUES (?, ?)", (table, last))
+    else:
+        database.execute_sql("SELECT setval(pg_get_serial_sequence(%s, 'id'), %s)", (table, last))
+
+
+def continue_ids(source: peewee.Database, target: peewee.Database) -> None:
+    """Start the ids of the target after those of the source, so that none is used again."""
+    for model in OWNED:
+        raise_last_id(target, model, last_id(source, model))
 
 
 def damage(database: peewee.SqliteDatabase) -> str | None:
@@ -990,15 +940,14 @@ def damage(database: peewee.SqliteDatabase) -> str | None:
     [[found]] = database.execute_sql("PRAGMA integrity_check(1)").fetchall()
     if found != "ok":
         return f"it is damaged: {' '.join(found.split())}"
-    return (
-        None if database.table_exists(Task) else "it has no tasks: it is not a database of taskd's"
-    )
+    foreign = "it has no tasks: it is not a database of taskd's"
+    return None if database.table_exists(Task) else foreign
 
 
 def unfit(copy: Path) -> str | None:
     """Return in words why taskd would not start with this copy of a database; None if it would."""
     try:
-        with contextlib.closing(peewee.SqliteDatabase(str(copy))) as database:
+        with contextlib.closing(connect(copy)) as database:
             fault = damage(database)
         if not fault:
             taskd.prepare_database(str(copy))
@@ -1049,19 +998,12 @@ def check_database(settings: Settings) -> Findings:
     elif not Path(settings.database).exists():
         yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
     else:
-        result, found = look_into_file(linked(settings.database))
+        path = followed(settings.database)
+        for database in readings(path, Path(tempfile.gettempdir(), path.name)):
+            result, found = look_into(database, settings.database)
+            if result != "FAIL":
+                break
         yield result, settings.database_url, found
-
-
-def look_into_file(path: Path) -> tuple[str, str]:
-    """Return how good a database is; look again where it changed meanwhile, as at a server's start."""
-    for _ in range(ATTEMPTS):
-        before = fingerprint(path)
-        with open_read_only(path) as database:
-            result, found = look_into(database, str(path))
-        if result != "FAIL" or fingerprint(path) == before:
-            break
-    return result, found
 
 
 def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
@@ -1079,7 +1021,7 @@ def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
 
 def check_modes(settings: Settings) -> Findings:
     """Yield whether only their owner can read the files with secrets and tasks."""
-    database = linked(settings.database)
+    database = followed(settings.database)
     for path in (DOTENV, *(Path(f"{database}{suffix}") for suffix in ("", "-wal", "-shm"))):
         if path.exists():
             mode = path.stat().st_mode & 0o777
@@ -1198,7 +1140,7 @@ def import_tasks(
         imported, there, updated, older = compared()
         merge()
         last = Task.select(fn.COALESCE(fn.MAX(Task.id), 0)).scalar()
-        ids_of(opened.peewee).count_on(opened.peewee.execute_sql, "task", last)
+        raise_last_id(opened.peewee, Task, last)
     left = f", {older} left as they were changed here later" if older else ""
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
 
@@ -1218,7 +1160,7 @@ def parsed(lines: BinaryIO) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 1):
         if line.strip():
             try:
-                yield {"line": number, **row(parse_task(line.decode()))}
+                yield {"line": number, **columns(parse_task(line.decode()))}
             except (taskd.Unprocessable, ValueError, ArithmeticError, RecursionError) as ex:
                 raise Refused(f"line {number}: {fault_of(ex)}; nothing was imported") from None
 
@@ -1340,7 +1282,7 @@ def copy(
     old, new = (Settings.load({**os.environ, "DATABASE_URL": url}) for url in urls)
     if old.database_url == new.database_url:
         raise BadParameter("the two are the same")
-    existing(old)
+    require_database(old)
     reading, writing = (taskd.open_database(each, statement_timeout=0) for each in (old, new))
     with reading.transaction(), writing.transaction(), progress() as bar:
         if next(batches(Task, writing.peewee), None):
@@ -1352,9 +1294,7 @@ def copy(
         about.update(
             {about.cursor_key: table_of(About, reading.peewee).select().get()["cursor_key"]}
         ).execute()
-        for table in map(table_name, OWNED):
-            last = ids_of(reading.peewee).last(reading.peewee.execute_sql, table)
-            ids_of(writing.peewee).count_on(writing.peewee.execute_sql, table, last)
+        continue_ids(reading.peewee, writing.peewee)
         copied = [digest(model, reading.peewee, bar) for model in OWNED]
         if copied != [digest(model, writing.peewee, bar) for model in OWNED]:
             raise Refused(
@@ -1574,7 +1514,7 @@ def forget_keys(settings: Settings, user: str) -> None:
     with contextlib.suppress(
         Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
     ):
-        existing(settings)
+        require_database(settings)
         with contextlib.closing(taskd.open_database(settings)) as opened:
             keys.delete().where(keys.user_id == user).execute(opened.peewee)
 
@@ -1618,7 +1558,8 @@ def serve(
         port = listener.getsockname()[1]
         application = taskd.create_app(settings)
         if seed:
-            add_believable(settings, user or [], seed)
+            with contextlib.closing(database(settings)), progress(hidden=True) as bar:
+                add_believable(user or [], seed, RANDOM_SEED, bar)
         taskd.configure_log(settings)
         if port_file:
             write_at_once(port_file, f"{port}\n")
@@ -1656,15 +1597,6 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
         values[name] = value
     values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
     return Settings.load(values, directory / ".env")
-
-
-def add_believable(settings: Settings, users: list[str], count: int) -> None:
-    """Add the same tasks for these users each time."""
-    made = believable(users, count, random.Random(1))  # noqa: S311  nothing secret is drawn from it
-    with contextlib.closing(taskd.open_database(settings)) as opened:
-        Task.bind(opened.peewee)
-        for tasks in peewee.chunked(made, BATCH):
-            Task.insert_many(map(row, tasks)).execute()
 
 
 def description(settings: Settings, port: int, users: list[str]) -> dict[str, Any]:
@@ -1745,7 +1677,7 @@ def main() -> None:
     except taskd.Unavailable as ex:
         say("{} cannot be used: {}".format(*ex.args))
         sys.exit(1)
-    except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
+    except DATABASE_ERRORS as ex:
         say(f"the database cannot be used: {ex}")
         sys.exit(1)
     except OSError as ex:
