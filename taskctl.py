@@ -16,7 +16,7 @@ each chapter uses only those above it:
 | Check              | `check`                                                                 |
 | Export and import  | `export`, `import`, `purge`                                             |
 | Copy               | `copy`, between SQLite and PostgreSQL                                   |
-| Smoke test         | `smoke`, `wait`                                                         |
+| Live server        | `smoke`, `wait`                                                         |
 | Ephemeral server   | `serve`                                                                 |
 """
 
@@ -55,18 +55,16 @@ import shutil
 import signal
 import sqlite3
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import urlsplit
 
@@ -1344,192 +1342,193 @@ def digest(model: type[peewee.Model], database: peewee.Database, bar: Progress) 
     return count, sha.hexdigest()
 
 
-# --- Smoke test -----------------------------------------------------------------------------------
+# --- Live server ----------------------------------------------------------------------------------
+
+NEW_TASK = {
+    "title": "Try every route",
+    "description": "with taskctl smoke",
+    "priority": "high",
+    "due_date": "2026-12-01",
+    "tags": ["smoke"],
+}
+CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+BAD_ANSWERS = (OSError, http.client.HTTPException, ValueError, RecursionError)
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a server that listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def connection_to(url: str, timeout: float) -> tuple[http.client.HTTPConnection, str]:
+    """Return a connection that is not yet open, and what the paths of this URL begin with."""
+    try:
+        parts = urlsplit(url)
+        connection = CONNECTIONS[parts.scheme if parts.hostname else ""]
+        prefix = parts.path.rstrip("/")
+        return connection(parts.hostname or "", parts.port, timeout=timeout), prefix
+    except (KeyError, ValueError):
+        raise BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}") from None
 
 
 class SmokeClient:
     """A throw-away user of a live server, who keeps what each call answered and how long it took."""
 
     def __init__(self, url: str, settings: Settings) -> None:
-        try:
-            parts = urlsplit(url)
-            kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[
-                parts.scheme
-            ]
-            self._connection = kind(parts.hostname or "", parts.port, timeout=10)
-        except (KeyError, ValueError):
-            raise BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}") from None
+        """Raise BadParameter if this is not a server's URL."""
+        self._connection, self._prefix = connection_to(url, timeout=10)
         self.id = f"smoke-{secrets.token_hex(8)}"
-        self.headers: dict[str, str] = {}
-        self.tag = ""  # of the task that was last shown
-        self._prefix = parts.path.rstrip("/")
+        self.results: list[Row] = []
         self._tasks = f"/api/{self.id}/tasks"
         self._token = Tokens(settings).mint(login(settings, self.id, ttl=300))
-        self.results: list[dict[str, Any]] = []
+        self._headers = {"Content-Type": "application/json"}
+        self._tag = ""  # of the task that was last shown
 
     def connect(self) -> None:
         """Connect to the server, or raise OSError."""
         self._connection.connect()
 
-    def call(
+    def try_every_route(self) -> None:
+        """Call each route as it is meant to be called, and some as they are not."""
+        call, tasks, key = self._call, self._tasks, {"Idempotency-Key": self.id}
+        call("GET", "/healthz", 200, shows={"status": "ok"})
+        call("GET", tasks, 401)
+        self._headers["Authorization"] = f"Bearer {self._token}"
+        call("GET", "/api/somebody-else/tasks", 403)
+        call("POST", tasks, 422, {"title": " "})
+        call("GET", tasks, 200)
+        if task := call("POST", tasks, 201, NEW_TASK, key, NEW_TASK | {"completed": False}):
+            call("POST", tasks, 201, NEW_TASK, key, task, "Idempotency-Replayed")
+            self._try_task(task)
+
+    def clean_up(self) -> None:
+        """Delete what is left, also by a call that went wrong."""
+        left = self._call("GET", self._tasks, 200)
+        for task in left if isinstance(left, list) else ():
+            if isinstance(task, dict) and "id" in task:
+                self._call("DELETE", f"{self._tasks}/{task['id']}", 200)
+
+    def _try_task(self, task: dict[str, Any]) -> None:
+        """Read, change, list and delete a task."""
+        call, tasks, path = self._call, self._tasks, f"{self._tasks}/{task.get('id')}"
+        changed = {"title": "Tried", "id": task.get("id")}
+        call("GET", path, 200, shows=task, carries="ETag")
+        known = {"If-Match": self._tag}
+        call("GET", path, 304, headers={"If-None-Match": self._tag}, carries="ETag")
+        call("PUT", path, 200, {"title": "Tried"}, known, changed, carries="ETag")
+        call("PATCH", path, 200, {"priority": None}, shows={"priority": None}, carries="ETag")
+        call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
+        call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
+        call("POST", tasks, 201, NEW_TASK)
+        call("GET", f"{tasks}?limit=1&sort=-due_date&tag=smoke", 200, carries="Link")
+        call("GET", f"{tasks}?status=open", 422)
+        call("DELETE", path, 200, shows={"title": "Tried", "completed": True})
+        call("GET", path, 404)
+
+    def _call(
         self,
         method: str,
         path: str,
         expected: int,
-        *,
-        body: object = None,
+        body: Any = None,
         headers: dict[str, str] | None = None,
         shows: dict[str, Any] | None = None,
         carries: str = "X-Request-ID",
     ) -> Any:
         """Make a call, note whether it answered as expected, and return the answer's JSON.
 
-        `shows` holds members that the answer must have, and `carries` names a header.
+        `shows` holds members that the answer must have, and `carries` names a header. Returns None
+        if the answer is another one.
         """
         content = None if body is None else json.dumps(body)
-        started = time.perf_counter()
-        self._connection.request(
-            method, self._prefix + path, content, self.headers | (headers or {})
-        )
+        headers, started = self._headers | (headers or {}), time.perf_counter()
+        self._connection.request(method, self._prefix + path, content, headers)
         answer = self._connection.getresponse()
         shown = json.loads(answer.read() or "null")
         milliseconds = round((time.perf_counter() - started) * 1000, 1)
+        self._tag = answer.headers.get("ETag", self._tag)
         members = shown if isinstance(shown, dict) else {}
-        fits = answer.status == expected and all(
-            members.get(name) == value for name, value in (shows or {}).items()
-        )
-        fits = fits and carries in answer.headers
-        self.tag = answer.headers.get("ETag", self.tag)
+        fits = answer.status == expected and carries in answer.headers
+        fits = fits and (shows or {}).items() <= members.items()
         route = re.sub("(?<=/)[0-9]+(?=/|$)", "{id}", path.replace(self.id, "{user_id}"))
-        row = {
-            "result": "ok" if fits else "FAIL",
-            "method": method,
-            "route": route,
-            "status": answer.status,
-        }
-        self.results.append({**row, "expected": expected, "ms": milliseconds})
+        row: Row = {"result": "ok" if fits else "FAIL", "method": method, "route": route}
+        row |= {"status": answer.status, "expected": expected, "ms": milliseconds}
+        self.results.append(row)
         return shown if fits else None
-
-    def try_every_route(self) -> None:
-        """Call each route as it is meant to be called, and some as they are not."""
-        self.headers = {"Content-Type": "application/json"}
-        self.call("GET", "/healthz", 200, shows={"status": "ok"})
-        self.call("GET", self._tasks, 401)
-        self.headers["Authorization"] = f"Bearer {self._token}"
-        self.call("GET", "/api/somebody-else/tasks", 403)
-        self.call("POST", self._tasks, 422, body={"title": " "})
-        self.call("GET", self._tasks, 200)
-        new = {
-            "title": "Try every route",
-            "description": "with taskctl smoke",
-            "priority": "high",
-            "due_date": "2026-12-01",
-            "tags": ["smoke"],
-        }
-        key = {"Idempotency-Key": self.id}
-        if task := self.call(
-            "POST", self._tasks, 201, body=new, headers=key, shows={**new, "completed": False}
-        ):
-            path = f"{self._tasks}/{task.get('id')}"
-            self.call(
-                "POST",
-                self._tasks,
-                201,
-                body=new,
-                headers=key,
-                shows=task,
-                carries="Idempotency-Replayed",
-            )
-            self.call("GET", path, 200, shows=task, carries="ETag")
-            self.call("GET", path, 304, headers={"If-None-Match": self.tag}, carries="ETag")
-            known = {"If-Match": self.tag}
-            tried = {"title": "Tried", "id": task["id"]}
-            self.call(
-                "PUT",
-                path,
-                200,
-                body={"title": "Tried"},
-                headers=known,
-                shows=tried,
-                carries="ETag",
-            )
-            self.call(
-                "PATCH",
-                path,
-                200,
-                body={"priority": None},
-                shows={"priority": None},
-                carries="ETag",
-            )
-            self.call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
-            self.call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
-            self.call("POST", self._tasks, 201, body=new)
-            self.call("GET", f"{self._tasks}?limit=1&sort=-due_date&tag=smoke", 200, carries="Link")
-            self.call("GET", f"{self._tasks}?status=open", 422)
-            self.call("DELETE", path, 200, shows={"title": "Tried", "completed": True})
-            self.call("GET", path, 404)
-
-    def clean_up(self) -> None:
-        """Delete what is left, also by a call that went wrong."""
-        left = self.call("GET", self._tasks, 200)
-        for task in left if isinstance(left, list) else ():
-            if isinstance(task, dict) and "id" in task:
-                self.call("DELETE", f"{self._tasks}/{task['id']}", 200)
 
 
 @app.command()
 def smoke(
     url: Annotated[
-        str | None, Argument(help="The server; by default the one that the settings describe.")
+        str | None, Argument(help="The server; by default that of the settings.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Call every route of a live server, and leave nothing behind."""
     settings = Settings.load()
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    visitor = SmokeClient(url := url or f"http://{host}:{settings.port}", settings)
+    client = SmokeClient(url := url or url_of(settings.host, settings.port), settings)
     try:
-        visitor.connect()
+        client.connect()
         try:
-            visitor.try_every_route()
+            client.try_every_route()
         finally:
-            visitor.clean_up()
+            client.clean_up()
     except ConnectionRefusedError:
         raise Refused(f"nothing listens at {url}; start taskd, or name its URL") from None
-    except (OSError, http.client.HTTPException, ValueError, RecursionError) as ex:
-        raise Refused(
-            f"{url} does not answer as taskd does: {printable(str(ex).strip())}"
-        ) from None
+    except BAD_ANSWERS as ex:
+        why = printable(str(ex).strip())
+        raise Refused(f"{url} does not answer as taskd does: {why}") from None
     finally:
-        show_all(visitor.results, as_json)
-        forget_keys(settings, visitor.id)
-    statuses = {row["status"] for row in visitor.results if row["expected"] != 401}
+        show_all(client.results, as_json)
+        forget_keys(settings, client.id)
+    statuses = {row["status"] for row in client.results if row["expected"] != 401}
     secret = "; the server has another secret than these settings" if statuses == {200, 401} else ""
-    conclude(visitor.results, "call", as_json, secret)
+    conclude(client.results, "call", as_json, secret)
 
 
 def forget_keys(settings: Settings, user: str) -> None:
     """Delete a user's idempotency keys if the server's database is the one of these settings."""
     keys = taskd.IdempotencyKey
-    with contextlib.suppress(
-        Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
-    ):
-        require_database(settings)
-        with contextlib.closing(taskd.open_database(settings)) as opened:
-            keys.delete().where(keys.user_id == user).execute(opened.peewee)
+    failures = Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
+    with contextlib.suppress(*failures), contextlib.closing(database(settings)) as opened:
+        keys.delete().where(keys.user_id == user).execute(opened.peewee)
 
 
-# --- A server for tests ---------------------------------------------------------------------------
+@app.command()
+def wait(
+    url: Annotated[str, Argument(help="The server, such as http://127.0.0.1:8000.")],
+    timeout: Annotated[str, Option(help="How long to wait: 30s, 2m.")] = "30s",
+) -> None:
+    """Wait until /readyz of a server answers 200. Exit status 1 if it does not in time."""
+    deadline = time.monotonic() + seconds(timeout)
+    while fault := not_ready(url, max(deadline - time.monotonic(), 0.1)):
+        if time.monotonic() >= deadline:
+            raise Refused(f"{url} is not ready after {timeout}: {printable(fault)}")
+        time.sleep(0.05)
+
+
+def not_ready(url: str, timeout: float) -> str:
+    """Return why a server is not ready, or nothing if it is."""
+    connection, prefix = connection_to(url, timeout)
+    try:
+        with contextlib.closing(connection):
+            connection.request("GET", f"{prefix}/readyz")
+            answer = connection.getresponse()
+            said = answer.read(1000).decode(errors="replace")
+    except BAD_ANSWERS as ex:
+        return getattr(ex, "strerror", None) or str(ex) or type(ex).__name__
+    return "" if answer.status == 200 else f"/readyz answers {answer.status}: {said}"
+
+
+# --- Ephemeral server -----------------------------------------------------------------------------
 
 REMOVE = 'read -r _; rm -rf -- "$1"; rm -f -- "$2"'  # run by sh; read ends with its stdin
-TOKEN_TTL = 24 * 3600  # seconds that the tokens of a server for tests are valid
+TOKEN_TTL = 24 * 3600  # seconds
 
 
 @app.command()
 def serve(
-    ephemeral: Annotated[
-        bool, Option("--ephemeral", help="Required: the database is temporary.")
-    ] = False,
+    ephemeral: Annotated[bool, Option("--ephemeral", help="Required: all is temporary.")] = False,
     user: Annotated[
         list[str] | None, Option(help="A user to print a token for.", callback=check_user_ids)
     ] = None,
@@ -1555,15 +1554,12 @@ def serve(
     with removed_at_exit(Path(tempfile.mkdtemp(prefix="taskd-")), port_file) as directory:
         settings = ephemeral_settings(directory, given or [])
         listener = taskd.listen(settings.host, settings.port)
-        port = listener.getsockname()[1]
         application = taskd.create_app(settings)
         if seed:
             with contextlib.closing(database(settings)), progress(hidden=True) as bar:
                 add_believable(user or [], seed, RANDOM_SEED, bar)
         taskd.configure_log(settings)
-        if port_file:
-            write_at_once(port_file, f"{port}\n")
-        print(json.dumps(description(settings, port, user or [])), flush=True)
+        announce(settings, listener.getsockname()[1], user or [], port_file)
         end_with_stdin()
         taskd.serve(application, listener, settings)
         application.store.close()
@@ -1572,25 +1568,17 @@ def serve(
 @contextlib.contextmanager
 def removed_at_exit(directory: Path, file: Path | None) -> Iterator[Path]:
     """Have a shell remove both when this process ends, even if it is killed."""
-    null = subprocess.DEVNULL
-    with subprocess.Popen(  # noqa: S603  a command of ours
-        ["/bin/sh", "-c", REMOVE, "sh", str(directory), str(file or "")],
-        stdin=subprocess.PIPE,
-        stdout=null,
-        stderr=null,
-        start_new_session=True,
-    ):
+    command = ["/bin/sh", "-c", REMOVE, "sh", str(directory), str(file or "")]
+    shell = partial(Popen, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
+    with shell(command, stdin=PIPE):
         yield directory
 
 
 def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
     """Return settings with these VARIABLE=VALUE, a database in this directory and a new secret."""
     known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
-    values = {
-        "BETTER_AUTH_SECRET": secrets.token_urlsafe(32),
-        "TASKD_PORT": "0",
-        "TASKD_LOG": "warning",
-    }
+    values = {"BETTER_AUTH_SECRET": secrets.token_urlsafe(32), "TASKD_PORT": "0"}
+    values["TASKD_LOG"] = "warning"
     for name, _, value in (text.partition("=") for text in given):
         if name not in known - {"DATABASE_URL"}:
             raise BadParameter(f"--set takes a setting but DATABASE_URL, not {name!r}")
@@ -1599,23 +1587,20 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
     return Settings.load(values, directory / ".env")
 
 
-def description(settings: Settings, port: int, users: list[str]) -> dict[str, Any]:
-    """Return what a test needs to know about a server."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+def announce(settings: Settings, port: int, users: list[str], port_file: Path | None) -> None:
+    """Print what a test needs to know about the server, and write its port to the file."""
     tokens = Tokens(settings)
-    return {
-        "url": f"http://{host}:{port}",
-        "secret": settings.secrets[0] if settings.secrets else settings.secret,
+    shown = {
+        "url": url_of(settings.host, port),
+        "secret": signing_secrets(settings)[0],
         "pid": os.getpid(),
         "tokens": {user: tokens.mint(login(settings, user, TOKEN_TTL)) for user in users},
     }
-
-
-def write_at_once(path: Path, text: str) -> None:
-    """Write a file so that nobody who waits for it reads it half written."""
-    unfinished = Path(f"{path}.new")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    if port_file:  # whoever waits for it must not read it half written
+        written = Path(f"{port_file}.new")
+        written.write_text(f"{port}\n")
+        written.replace(port_file)
+    print(json.dumps(shown), flush=True)
 
 
 def end_with_stdin() -> None:
@@ -1633,56 +1618,28 @@ def terminate_after_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@app.command()
-def wait(
-    url: Annotated[str, Argument(help="The server, such as http://127.0.0.1:8000.")],
-    timeout: Annotated[str, Option(help="How long to wait: 30s, 2m.")] = "30s",
-) -> None:
-    """Wait until /readyz of a server answers 200. Exit status 1 if it does not in time."""
-    if not re.match("https?://[^/]", url):
-        raise BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}")
-    deadline = time.monotonic() + seconds(timeout)
-    while fault := not_ready(url, max(deadline - time.monotonic(), 0.1)):
-        if time.monotonic() >= deadline:
-            raise Refused(f"{url} is not ready after {timeout}: {printable(fault)}")
-        time.sleep(0.05)
-
-
-def not_ready(url: str, timeout: float) -> str:
-    """Return why a server is not ready, or nothing if it is."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{url.rstrip('/')}/readyz", timeout=timeout) as answer:
-            return "" if answer.status == 200 else f"/readyz answers {answer.status}"
-    except urllib.error.HTTPError as ex:
-        with ex:
-            return f"/readyz answers {ex.code}: {ex.read(1000).decode(errors='replace')}"
-    except (OSError, ValueError, http.client.HTTPException) as ex:
-        reason = getattr(ex, "reason", ex)
-        return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+# --- Main -----------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Run a command; what it cannot do is one line on stderr."""
+    """Run a command; if it fails, print the reason as one line on stderr."""
     taskd.repair_streams()
     for number in ENDING - {signal.SIGINT}:  # unfinished files are removed
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, lambda received, _: sys.exit(128 + received))
-    taskd.log.addHandler(logging.NullHandler())  # a command tells what went wrong itself
+    taskd.log.addHandler(logging.NullHandler())  # a command says itself what failed
     try:
         app(prog_name="taskctl")
     except (Refused, taskd.SettingsError, taskd.DatabaseError) as ex:
-        say(str(ex))
-        sys.exit(1 if isinstance(ex, Refused) else 2)
+        status, reason = 1 if isinstance(ex, Refused) else 2, str(ex)
     except taskd.Unavailable as ex:
-        say("{} cannot be used: {}".format(*ex.args))
-        sys.exit(1)
+        status, reason = 1, "{} cannot be used: {}".format(*ex.args)
     except DATABASE_ERRORS as ex:
-        say(f"the database cannot be used: {ex}")
-        sys.exit(1)
+        status, reason = 1, f"the database cannot be used: {ex}"
     except OSError as ex:
-        say(f"{ex.filename or 'the output'}: {ex.strerror}")
-        sys.exit(1)
+        status, reason = 1, f"{ex.filename or 'the output'}: {ex.strerror}"
+    say(reason)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
