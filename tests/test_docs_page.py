@@ -583,8 +583,9 @@ def test_a_closed_part_names_what_is_in_it(page):
     ]
     empty = page.run(
         "return [...document.querySelectorAll('.contents h2, .group h2')]"
-        ".filter((one) => !(one.nextElementSibling ?? one.parentElement.nextElementSibling)?.textContent)"
-        ".map((one) => one.textContent)"
+        ".map((one) => [one, one.nextElementSibling ?? one.parentElement.nextElementSibling])"
+        ".filter(([, next]) => !next?.textContent)"
+        ".map(([one]) => one.textContent)"
     )
     assert empty == []
     missing = page.run(
