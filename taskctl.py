@@ -1047,21 +1047,22 @@ def check_key_set(settings: Settings) -> Findings:
         yield "ok" if value else "warning", f"TASKD_{variable}", found
 
 
-# --- Export, import, purge ------------------------------------------------------------------------
+# --- Export and import ----------------------------------------------------------------------------
 
 MAX_LINE = 1024 * 1024  # bytes; the largest possible task has 130,000, all escaped
 MAX_ID = 2**53 - 1  # which JavaScript still reads exactly, and leaves room for new tasks
+TIME_RULE = "must be a time with its offset from UTC, such as 2026-11-20T21:00:00.000Z"
 OWNED_RULES = {
     "id": f"must be a whole number from 1 to {MAX_ID}",
     "user_id": "must be a string that is not empty",
-    "created_at": "must be a time with its offset from UTC, such as 2026-11-20T21:00:00.000Z",
-    "updated_at": "must be a time with its offset from UTC, such as 2026-11-20T21:00:00.000Z",
+    "created_at": TIME_RULE,
+    "updated_at": TIME_RULE,
 }
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class Owned(msgspec.Struct):
-    """What a line of an import says beside what the API takes (`taskd.NewTask`): the members that the server owns."""
+    """The members of an exported task that the server owns; the others are `taskd.NewTask`'s."""
 
     id: Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)]
     user_id: Annotated[str, msgspec.Meta(min_length=1)]
@@ -1070,13 +1071,13 @@ class Owned(msgspec.Struct):
 
 
 class Incoming(Task):
-    """The tasks of an import, in a table of this connection's own until all are known to be good."""
+    """The tasks of an import, in a table of this connection until all of them are checked."""
 
     line = peewee.AutoField()
     id = peewee.BigIntegerField()
 
     class Meta:
-        """SQLite keeps a temporary table out of the database, and waits for no lock to write it."""
+        """SQLite keeps a temporary table in another file, and writes it without a lock."""
 
         table_name = "incoming"
         temporary = True
@@ -1090,33 +1091,38 @@ def export(
     ] = None,
 ) -> None:
     """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
-    opened = database()
-    query = Task.select(*taskd.SHOWN).order_by(Task.id)
+    opened = database().peewee
+    query = Task.select(*taskd.SHOWN)
     query = query.where(Task.user_id == user) if user else query
-    with one_snapshot(opened.peewee), progress(hidden=sys.stdout.isatty()) as bar:
+    with one_snapshot(opened), progress(hidden=sys.stdout.isatty()) as bar:
         total = query.count()
         if user and not total:
             raise Refused(f"{printable(user)} has no tasks")
-        for task in bar.track(in_batches(query), total=total, description="exporting"):
-            sys.stdout.buffer.write(taskd.to_json(taskd.TaskView(*task)) + b"\n")
-        sys.stdout.flush()  # a reader that went away is noticed here, where the bar is taken down
+        tasks = (task for batch in batches(query, opened) for task in batch)
+        for task in bar.track(tasks, total=total, description="exporting"):
+            sys.stdout.buffer.write(taskd.to_json(taskd.TaskView(**task)) + b"\n")
+        sys.stdout.flush()  # if the reader has gone, fail here, where the bar is removed
 
 
 @contextlib.contextmanager
 def one_snapshot(database: peewee.Database) -> Iterator[None]:
-    """Let several queries see the database as it is at one moment."""
+    """Let several queries see one snapshot of the database."""
     with database.atomic():
         if not isinstance(database, peewee.SqliteDatabase):
             database.execute_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         yield
 
 
-def in_batches(query: Any) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a query that is sorted by id, its first column; psycopg keeps all of a result."""
-    last = 0
-    while rows := list(query.where(Task.id > last).limit(BATCH).tuples()):
-        yield from rows
-        last = rows[-1][0]
+def batches(query: Any, database: peewee.Database) -> Iterator[list[Row]]:
+    """Yield the rows of a query in the order of their ids, BATCH at a time.
+
+    Psycopg would keep all of a large result in memory.
+    """
+    key, last = query.model.id, 0
+    page = query.order_by(key).limit(BATCH).dicts()
+    while batch := list(page.where(key > last).execute(database)):
+        yield batch
+        last = batch[-1]["id"]
 
 
 @app.command("import")
@@ -1125,8 +1131,9 @@ def import_tasks(
 ) -> None:
     """Add tasks from JSON lines: all of them, or none if one is wrong. Ids are kept.
 
-    Run again, it adds nothing twice: a line with the id, user_id and created_at of a task that is there is that task.
-    Of the two the one with the newer updated_at stays. An id that another task has is refused.
+    An import can be repeated: a line with the id, user_id and created_at of an existing task is
+    that task, and of the two the one with the newer updated_at stays. A line with the id of
+    another task is rejected.
     """
     opened = database()
     Incoming.bind(opened.peewee)
@@ -1134,7 +1141,8 @@ def import_tasks(
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as lines:
         stage_lines(lines)
     with opened.transaction():
-        refuse_mixed_up()
+        refuse_repeated_ids()
+        refuse_taken_ids()
         imported, there, updated, older = compared()
         merge()
         last = Task.select(fn.COALESCE(fn.MAX(Task.id), 0)).scalar()
@@ -1144,7 +1152,7 @@ def import_tasks(
 
 
 def stage_lines(lines: BinaryIO) -> None:
-    """Read the lines of an import into the table beside the database."""
+    """Read the lines of an import into the temporary table."""
     size = os.fstat(lines.fileno()).st_size if lines.seekable() else None
     with progress() as bar:
         job = bar.add_task("reading", total=size)
@@ -1153,8 +1161,8 @@ def stage_lines(lines: BinaryIO) -> None:
             bar.update(job, completed=lines.tell() if lines.seekable() else None)
 
 
-def parsed(lines: BinaryIO) -> Iterator[dict[str, Any]]:
-    """Yield a row for each line that is not empty, or refuse the first that is no task."""
+def parsed(lines: BinaryIO) -> Iterator[Row]:
+    """Yield a row for each line that is not empty; raise Refused for the first that is no task."""
     for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 1):
         if line.strip():
             try:
@@ -1166,11 +1174,10 @@ def parsed(lines: BinaryIO) -> Iterator[dict[str, Any]]:
 def parse_task(text: str) -> dict[str, Any]:
     """Return the members of a task, checked by the rules of the API."""
     fields, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
-    times = {
-        name: taskd.timestamp(getattr(owned, name).astimezone(UTC))
-        for name in ("created_at", "updated_at")
-    }
-    return {"id": owned.id, "user_id": owned.user_id, **fields, **times}
+    times = owned.created_at.astimezone(UTC), owned.updated_at.astimezone(UTC)
+    created, updated = map(taskd.timestamp, times)
+    owns = {"id": owned.id, "user_id": owned.user_id}
+    return {**owns, **fields, "created_at": created, "updated_at": updated}
 
 
 def fault_of(ex: Exception) -> str:
@@ -1178,78 +1185,67 @@ def fault_of(ex: Exception) -> str:
     if isinstance(ex, taskd.Unprocessable):
         return str(ex.description)
     if isinstance(ex, ArithmeticError):
-        return f"created_at or updated_at {OWNED_RULES['created_at']}"
+        return f"created_at or updated_at {TIME_RULE}"
     field = re.search(r"`(?:\$\.)?(\w+)`$", str(ex))  # the way in which msgspec names it
     return f"{field[1]} {OWNED_RULES[field[1]]}" if field else f"it must be JSON in UTF-8: {ex}"
 
 
-def refuse_mixed_up() -> None:
-    """Refuse an import in which an id stands twice, or is that of another task in the database."""
+def refuse_repeated_ids() -> None:
+    """Raise Refused if an id is on two lines of an import."""
     first, again = fn.MIN(Incoming.line), fn.MAX(Incoming.line)
-    twice: Any = (
-        Incoming.select(Incoming.id, first, again)
-        .group_by(Incoming.id)
-        .having(first < again)
-        .order_by(again)
-    )
-    for key, line, other in twice.tuples().limit(1):
+    query: Any = Incoming.select(Incoming.id, first, again).group_by(Incoming.id)
+    if found := query.having(first < again).order_by(again).tuples().first():
+        key, line, other = found
         raise Refused(f"line {other}: id {key} is on line {line} already; nothing was imported")
-    another = (Task.user_id != Incoming.user_id) | (Task.created_at != Incoming.created_at)
-    taken: Any = (
-        Incoming.select(Incoming.line, Incoming.id)
-        .join(Task, on=Task.id == Incoming.id)
-        .where(another)
-    )
-    for line, key in taken.order_by(Incoming.line).tuples().limit(1):
+
+
+def refuse_taken_ids() -> None:
+    """Raise Refused if a line of an import has the id of another task in the database."""
+    other = (Task.user_id != Incoming.user_id) | (Task.created_at != Incoming.created_at)
+    query: Any = Incoming.select(Incoming.line, Incoming.id).join(Task, on=Task.id == Incoming.id)
+    if found := query.where(other).order_by(Incoming.line).tuples().first():
+        line, key = found
         raise Refused(f"line {line}: id {key} is that of another task here; nothing was imported")
 
 
 def compared() -> tuple[int, int, int, int]:
     """Return how many lines are new, like the task that is there, newer than it, and older."""
-    sums: tuple[Any, ...] = (
-        Task.id.is_null(),
-        Incoming.updated_at > Task.updated_at,
-        Incoming.updated_at < Task.updated_at,
-    )
-    query: Any = Incoming.select(fn.COUNT(Incoming.line), *map(count_where, sums))
-    [(lines, new, newer, older)] = query.join(
-        Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id
-    ).tuples()
-    return new, lines - new - newer - older, newer, older
+    newer, older = Incoming.updated_at > Task.updated_at, Incoming.updated_at < Task.updated_at
+    counts = map(count_where, (Task.id.is_null(), newer, older))
+    query: Any = Incoming.select(fn.COUNT(Incoming.line), *counts)
+    joined = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id)
+    [(lines, new, updated, left)] = joined.tuples()
+    return new, lines - new - updated - left, updated, left
 
 
 def merge() -> None:
     """Write what is new, and what is newer than the task that is there."""
-    columns = Task._meta.sorted_fields
-    lines = Incoming.select(*(getattr(Incoming, column.name) for column in columns)).where(
-        peewee.SQL("TRUE")
-    )
-    Task.insert_from(lines, columns).on_conflict(
+    fields = Task._meta.sorted_fields
+    lines = Incoming.select(*(getattr(Incoming, field.name) for field in fields))
+    update = {field: getattr(peewee.EXCLUDED, field.name) for field in fields}
+    Task.insert_from(lines.where(peewee.SQL("TRUE")), fields).on_conflict(
         conflict_target=[Task.id],
-        update={column: getattr(peewee.EXCLUDED, column.name) for column in columns}
-        | {Task.version: Task.version + 1},
+        update=update | {Task.version: Task.version + 1},
         where=peewee.EXCLUDED.updated_at > Task.updated_at,
     ).execute()
 
 
 @app.command()
 def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False) -> None:
-    """Delete all of a user's tasks, and whatever else is kept of this user. It asks before it does."""
-    opened = database()
+    """Delete all of a user's tasks, and whatever else is kept of this user. It asks first."""
+    opened, name = database(), printable(user)
     owned = [(model, model._meta.fields["user_id"] == user) for model in OWNED]
     found = [model.select().where(theirs).count(opened.peewee) for model, theirs in owned]
     if not any(found):
-        raise Refused(f"{printable(user)} has no tasks")
+        raise Refused(f"{name} has no tasks")
     what = owned_rows(*found)
     if not yes and not sys.stdin.isatty():
-        raise Refused(
-            f"{printable(user)} has {what}; without a terminal to ask on, --yes must say so"
-        )
-    if not yes and not confirmed(f"Delete all {what} of {printable(user)}?"):
+        raise Refused(f"{name} has {what}; without a terminal to ask on, --yes must say so")
+    if not yes and not confirmed(f"Delete all {what} of {name}?"):
         raise Refused("nothing was deleted")
     with opened.transaction():
         done = [model.delete().where(theirs).execute(opened.peewee) for model, theirs in owned]
-    say(f"deleted {owned_rows(*done)} of {printable(user)}")
+    say(f"deleted {owned_rows(*done)} of {name}")
 
 
 def owned_rows(tasks: int, keys: int) -> str:
@@ -1263,7 +1259,7 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-# --- Moving to another database -------------------------------------------------------------------
+# --- Copy -----------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -1283,21 +1279,13 @@ def copy(
     require_database(old)
     reading, writing = (taskd.open_database(each, statement_timeout=0) for each in (old, new))
     with reading.transaction(), writing.transaction(), progress() as bar:
-        if next(batches(Task, writing.peewee), None):
+        if Task.select().count(writing.peewee):
             raise Refused(f"{new.database} has tasks already; nothing was copied")
-        for model in OWNED:
-            for rows in bar.track(batches(model, reading.peewee), description="copying"):
-                table_of(model, writing.peewee).insert(rows).execute()
-        about = table_of(About, writing.peewee)
-        about.update(
-            {about.cursor_key: table_of(About, reading.peewee).select().get()["cursor_key"]}
-        ).execute()
-        continue_ids(reading.peewee, writing.peewee)
+        copy_rows(reading.peewee, writing.peewee, bar)
         copied = [digest(model, reading.peewee, bar) for model in OWNED]
         if copied != [digest(model, writing.peewee, bar) for model in OWNED]:
-            raise Refused(
-                "the copy is not like the original, perhaps because someone wrote to it; nothing was copied"
-            )
+            why = "the copy is not like the original, perhaps because someone wrote to it"
+            raise Refused(f"{why}; nothing was copied")
     (tasks, checksum), (keys, _) = copied
     say(f"copied {tasks} tasks and {keys} idempotency keys from {old.database} to {new.database}")
     say(f"counts and checksums agree; that of the tasks is {checksum}")
@@ -1312,33 +1300,22 @@ def given_url(text: str) -> str:
     return Path(text[1:]).read_text().strip() if text.startswith("@") else text
 
 
-def table_of(model: type[peewee.Model], database: peewee.Database) -> Any:
-    """Return a model's table in one of several databases."""
-    return peewee.Table(model._meta.table_name, model._meta.sorted_field_names).bind(database)
-
-
-def batches(model: type[peewee.Model], database: peewee.Database) -> Iterator[list[dict[str, Any]]]:
-    """Yield all rows in the order of their ids, some at a time, with the same values whatever the engine."""
-    table, fields, last = table_of(model, database), model._meta.fields, 0
-    while rows := list(
-        table.select().where(table.id > last).order_by(table.id).limit(BATCH).dicts()
-    ):
-        yield [
-            {
-                name: fields[name].db_value(fields[name].python_value(value))
-                for name, value in row.items()
-            }
-            for row in rows
-        ]
-        last = rows[-1]["id"]
+def copy_rows(source: peewee.Database, target: peewee.Database, bar: Progress) -> None:
+    """Copy all rows, the key that signs cursors, and the last ids."""
+    for model in OWNED:
+        for batch in bar.track(batches(model.select(), source), description="copying"):
+            model.insert_many(batch).execute(target)
+    cursor_key = About.select(About.cursor_key).scalar(source)
+    About.update(cursor_key=cursor_key).execute(target)
+    continue_ids(source, target)
 
 
 def digest(model: type[peewee.Model], database: peewee.Database, bar: Progress) -> tuple[int, str]:
     """Return how many rows there are, and the SHA-256 of all that is in them."""
     count, sha = 0, hashlib.sha256()
-    for rows in bar.track(batches(model, database), description="comparing"):
-        count += len(rows)
-        sha.update(json.dumps(rows).encode())
+    for batch in bar.track(batches(model.select(), database), description="comparing"):
+        count += len(batch)
+        sha.update(json.dumps(batch).encode())
     return count, sha.hexdigest()
 
 
