@@ -291,7 +291,8 @@ def settings(as_json: AsJson = False) -> None:
 def without_password(value: object) -> object:
     """Return a setting as it is written in the environment, without a password in it."""
     if isinstance(value, str):
-        return re.sub(r"(?<=password=)[^&]*", "…", re.sub(r"(//[^/:@]*):[^/]*@", r"\1:…@", value))
+        value = re.sub(r"(//[^/:@]*):[^/]*@", r"\1:…@", value)
+        return re.sub("(?<=password=)[^&]*", "…", value)
     return (",".join(value) or None) if isinstance(value, tuple) else value
 
 
@@ -315,7 +316,8 @@ def check_user_ids(given: str | list[str] | None) -> str | list[str] | None:
     return given
 
 
-UserId = Annotated[str, Argument(help="The user's id: a token's sub.", callback=check_user_ids)]
+UserArgument = partial(Argument, callback=check_user_ids)
+UserId = Annotated[str, UserArgument(help="The user's id: a token's sub.")]
 
 
 @app.command()
@@ -467,6 +469,7 @@ NOTES = (
 TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 RANDOM_SEED = 1
+USER_ORDERS = "user_id, tasks, done or last_change"
 
 
 def count_where(condition: Any) -> peewee.Function:
@@ -512,9 +515,7 @@ def rows(query: Any, names: Iterable[str]) -> list[Row]:
 
 @app.command()
 def users(
-    sort: Annotated[
-        str, Option(help="user_id, tasks, done or last_change; -tasks for most first.")
-    ] = "user_id",
+    sort: Annotated[str, Option(help=f"{USER_ORDERS}; -tasks for most first.")] = "user_id",
     limit: Annotated[int | None, Option(min=1, help="At most so many.")] = None,
     as_json: AsJson = False,
     nl: AsLines = False,
@@ -525,7 +526,7 @@ def users(
     shown = {"user_id": Task.user_id, "tasks": TASKS, "done": DONE, "last_change": LAST_CHANGE}
     database()
     if not (key := shown.get(sort.removeprefix("-"))):
-        raise BadParameter("--sort takes user_id, tasks, done or last_change")
+        raise BadParameter(f"--sort takes {USER_ORDERS}")
     order = key.desc() if sort.startswith("-") else key
     query = query_for(shown).group_by(Task.user_id).order_by(order, Task.user_id).limit(limit)
     found = rows(query, shown)
@@ -602,14 +603,9 @@ def stats(as_json: AsJson = False) -> None:
     show({**row, "bytes": size}, as_json)
 
 
-UserIds = Annotated[
-    list[str] | None, Argument(help="Users to give tasks to.", callback=check_user_ids)
-]
-
-
 @app.command()
 def seed(
-    user: UserIds = None,
+    user: Annotated[list[str] | None, UserArgument(help="Users to give tasks to.")] = None,
     count: Annotated[int, Option(min=1, help="Tasks for each user.")] = 20,
     users: Annotated[int, Option(min=0, help="Made-up users besides: user-1, user-2 …")] = 0,
     random_seed: Annotated[int, Option(help="The same number makes the same tasks.")] = RANDOM_SEED,
@@ -663,6 +659,10 @@ LOGS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is c
 ATTEMPTS = 10  # at reading a file that changes meanwhile
 GZIP = b"\x1f\x8b"  # how a gzip file begins
 ENDING = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}  # signals that end a command
+EXCLUSIVE = (  # keeps the lock until the connection is closed
+    *("PRAGMA busy_timeout = 0", "PRAGMA journal_mode = DELETE", "PRAGMA synchronous = EXTRA"),
+    *("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"),
+)
 DATABASE_ERRORS = (peewee.DatabaseError, sqlite3.DatabaseError)
 
 
@@ -824,7 +824,7 @@ def in_use(path: Path) -> bool:
 
 
 def fingerprint(path: Path) -> tuple[object, ...]:
-    """Return what differs when a database was written to: its change counter, size, time and logs."""
+    """Return what a write to a database changes: its header, size, time and logs."""
     with path.open("rb") as file:
         header, status = file.read(28), os.fstat(file.fileno())
     logs = (Path(f"{path}{suffix}").exists() for suffix in (*LOGS, "-shm"))
@@ -882,11 +882,8 @@ def open_exclusively(path: Path) -> peewee.SqliteDatabase:
         path.touch(mode=0o600, exist_ok=False)
     live = connect(path)
     try:
-        live.connection().execute("PRAGMA busy_timeout = 0")
-        live.connection().execute("PRAGMA journal_mode = DELETE")
-        live.connection().execute("PRAGMA locking_mode = EXCLUSIVE")
-        # The lock is released when the connection is closed.
-        live.connection().executescript("PRAGMA synchronous = EXTRA; BEGIN EXCLUSIVE; COMMIT")
+        for statement in EXCLUSIVE:
+            live.connection().execute(statement)
     except sqlite3.DatabaseError as ex:
         live.close()
         if ex.sqlite_errorcode == sqlite3.SQLITE_BUSY:
@@ -1086,9 +1083,7 @@ class Incoming(Task):
 
 @app.command()
 def export(
-    user: Annotated[
-        str | None, Argument(help="Only this user's tasks.", callback=check_user_ids)
-    ] = None,
+    user: Annotated[str | None, UserArgument(help="Only this user's tasks.")] = None,
 ) -> None:
     """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
     opened = database().peewee
@@ -1349,7 +1344,7 @@ def connection_to(url: str, timeout: float) -> tuple[http.client.HTTPConnection,
 
 
 class SmokeClient:
-    """A throw-away user of a live server, who keeps what each call answered and how long it took."""
+    """A throw-away user of a live server; `results` has a row for each call, with its time."""
 
     def __init__(self, url: str, settings: Settings) -> None:
         """Raise BadParameter if this is not a server's URL."""
@@ -1510,12 +1505,8 @@ def serve(
         list[str] | None, Option(help="A user to print a token for.", callback=check_user_ids)
     ] = None,
     seed: Annotated[int, Option(min=0, help="Believable tasks for each --user.")] = 0,
-    port_file: Annotated[
-        Path | None, Option(help="A file to write the port to.", dir_okay=False)
-    ] = None,
-    given: Annotated[
-        list[str] | None, Option("--set", help="A setting, such as TASKD_PORT=8123.")
-    ] = None,
+    port_file: Annotated[Path | None, Option(help="A file for the port.", dir_okay=False)] = None,
+    given: Annotated[list[str] | None, Option("--set", help="Such as TASKD_PORT=8123.")] = None,
 ) -> None:
     """Serve a temporary database for tests, and print url, secret, pid and tokens as one JSON line.
 
