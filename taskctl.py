@@ -553,7 +553,7 @@ def tasks(
     q: Annotated[str, Filter("--search", "-q", help="Only those with this text in them.")] = "",
     sort: Annotated[str, Filter(help=ORDERS)] = "id",
     priority: Annotated[str | None, Filter(help="Only those of this priority.")] = None,
-    tag: Annotated[list[str] | None, Filter(help="Only those with this tag, or these.")] = None,
+    tag: Annotated[list[str] | None, Filter(help="With this tag; several times: with all.")] = None,
     due_before: Annotated[str | None, Filter(help="Only those due before a day or a time.")] = None,
     limit: Annotated[int | None, Filter(help="At most so many.")] = None,
     as_json: AsJson = False,
@@ -1506,7 +1506,7 @@ def serve(
     ] = None,
     seed: Annotated[int, Option(min=0, help="Believable tasks for each --user.")] = 0,
     port_file: Annotated[Path | None, Option(help="A file for the port.", dir_okay=False)] = None,
-    given: Annotated[list[str] | None, Option("--set", help="Such as TASKD_PORT=8123.")] = None,
+    given: Annotated[list[str] | None, Option("--set", help="A setting: TASKD_PORT=8123.")] = None,
 ) -> None:
     """Serve a temporary database for tests, and print url, secret, pid and tokens as one JSON line.
 
