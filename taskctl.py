@@ -90,6 +90,7 @@ except ModuleNotFoundError as ex:
         "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
     )
 
+at_end = contextlib.ExitStack()  # closes the databases that a command has opened
 app = Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -494,6 +495,7 @@ def database(settings: Settings | None = None, create: bool = False) -> taskd.Da
     if not create:
         require_database(settings)
     opened = taskd.open_database(settings, statement_timeout=0)
+    at_end.callback(opened.close)
     Task.bind(opened.peewee)
     return opened
 
@@ -587,7 +589,6 @@ def read_list(user: str, listing: taskd.Listing) -> list[taskd.View]:
     while rest and (not listing.limit or len(found) < listing.limit):
         page, rest = store.page(user, rest)
         found += page
-    store.close()
     return found[: listing.limit]
 
 
@@ -1597,7 +1598,8 @@ def main() -> None:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     taskd.log.addHandler(logging.NullHandler())  # a command says itself what failed
     try:
-        app(prog_name="taskctl")
+        with at_end:
+            app(prog_name="taskctl")
     except (Refused, taskd.SettingsError, taskd.DatabaseError) as ex:
         status, reason = 1 if isinstance(ex, Refused) else 2, str(ex)
     except taskd.Unavailable as ex:

@@ -1983,7 +1983,7 @@ class Sqlite(_LastWrite):
             self._worker_connection.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
-        self.peewee = self._worker_connection  # for taskctl's own queries
+        self.peewee = self._writer  # for taskctl's own queries, also within a transaction
         self._path, self._opened = Path(path), Path(path).stat()
         self._queue, self._turn = WriteQueue(waiting), Turn()
         self._writing: int | None = None  # the worker thread that uses `_writer`
