@@ -703,7 +703,7 @@ def restore(
     """
     database = file_of(Settings.load())
     with unfinished(database) as copy, unpacked(file, database) as given:
-        copy_database(given, copy)
+        copy_database(given, copy, name=file)
         if fault := unfit(copy):
             raise Refused(f"{file} cannot be restored: {fault}")
         replaced = database.exists() and database.stat().st_size
@@ -731,7 +731,7 @@ def file_of(settings: Settings) -> Path:
 
 def followed(path: str) -> Path:
     """Return where a symbolic link leads, or the path: SQLite's log lies beside the file itself."""
-    return Path(path).resolve() if Path(path).is_symlink() else Path(path)
+    return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
 
 
 @contextlib.contextmanager
@@ -839,7 +839,7 @@ def copy_files(path: Path, copy: Path) -> None:
             shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
 
 
-def copy_database(path: Path, copy: Path) -> None:
+def copy_database(path: Path, copy: Path, name: str = "") -> None:
     """Copy a database as it is now, with what its log holds, into one file without a log."""
     if not path.is_file():
         raise Refused(f"there is no file {path}")
@@ -849,7 +849,7 @@ def copy_database(path: Path, copy: Path) -> None:
                 copy_pages(source, target, f"reading {path}")
             target.execute_sql("PRAGMA journal_mode = DELETE")
     except DATABASE_ERRORS as ex:
-        raise Refused(f"{path} cannot be copied: {ex}") from None
+        raise Refused(f"{name or path} cannot be copied: {ex}") from None
 
 
 def copy_pages(source: peewee.SqliteDatabase, target: peewee.SqliteDatabase, what: str) -> None:
@@ -1068,6 +1068,14 @@ class Owned(msgspec.Struct):
     updated_at: Time
 
 
+class OwnedOfNew(msgspec.Struct):
+    """The same of a task that is new: its id is ignored, and its times may be missing."""
+
+    user_id: Annotated[str, msgspec.Meta(min_length=1)]
+    created_at: Time | None = None
+    updated_at: Time | None = None
+
+
 class Incoming(Task):
     """The tasks of an import, in a table of this connection until all of them are checked."""
 
@@ -1124,45 +1132,53 @@ def batches(query: Any, database: peewee.Database) -> Iterator[list[Row]]:
 @app.command("import")
 def import_tasks(
     file: Annotated[str, Argument(help="JSON lines as export prints them; - reads stdin.")],
+    new: Annotated[
+        bool, Option("--new", help="Each line is a new task: it needs no id and no times.")
+    ] = False,
 ) -> None:
     """Add tasks from JSON lines: all of them, or none if one is wrong. Ids are kept.
 
     An import can be repeated: a line with the id, user_id and created_at of an existing task is
     that task, and of the two the one with the newer updated_at stays. A line with the id of
-    another task is rejected.
+    another task is rejected. With --new every line becomes another task, and a repeated import
+    adds all of them again.
     """
     opened = database()
     Incoming.bind(opened.peewee)
     Incoming.create_table()
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as lines:
-        stage_lines(lines)
+        stage_lines(lines, new)
+    if new:
+        with opened.transaction():
+            return say(f"{insert_new()} imported")
     with opened.transaction():
         refuse_repeated_ids()
         refuse_taken_ids()
         imported, there, updated, older = compared()
+        last = Incoming.select(fn.COALESCE(fn.MAX(Incoming.id), 0)).scalar()
+        raise_last_id(opened.peewee, Task, last)  # first, so that nobody creates a task with one
         merge()
-        last = Task.select(fn.COALESCE(fn.MAX(Task.id), 0)).scalar()
-        raise_last_id(opened.peewee, Task, last)
     left = f", {older} left as they were changed here later" if older else ""
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
 
 
-def stage_lines(lines: BinaryIO) -> None:
+def stage_lines(lines: BinaryIO, new: bool) -> None:
     """Read the lines of an import into the temporary table."""
     size = os.fstat(lines.fileno()).st_size if lines.seekable() else None
     with progress() as bar:
         job = bar.add_task("reading", total=size)
-        for batch in peewee.chunked(parsed(lines), BATCH):
+        for batch in peewee.chunked(parsed(lines, new), BATCH):
             Incoming.insert_many(batch).execute()
             bar.update(job, completed=lines.tell() if lines.seekable() else None)
 
 
-def parsed(lines: BinaryIO) -> Iterator[Row]:
+def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
     """Yield a row for each line that is not empty; raise Refused for the first that is no task."""
     for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 1):
         if line.strip():
             try:
-                yield {"line": number, **columns(parse_task(line.decode()))}
+                parse = parse_new_task if new else parse_task
+                yield {"line": number, "id": number, **columns(parse(line.decode()))}
             except (taskd.Unprocessable, ValueError, ArithmeticError, RecursionError) as ex:
                 raise Refused(f"line {number}: {fault_of(ex)}; nothing was imported") from None
 
@@ -1174,6 +1190,15 @@ def parse_task(text: str) -> dict[str, Any]:
     created, updated = map(taskd.timestamp, times)
     owns = {"id": owned.id, "user_id": owned.user_id}
     return {**owns, **fields, "created_at": created, "updated_at": updated}
+
+
+def parse_new_task(text: str) -> dict[str, Any]:
+    """Return the members of a task without an id; a time that is missing is now."""
+    fields, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=OwnedOfNew)
+    created = owned.created_at or datetime.now(UTC)
+    times = {"created_at": created, "updated_at": owned.updated_at or created}
+    shown = {name: taskd.timestamp(when.astimezone(UTC)) for name, when in times.items()}
+    return {"user_id": owned.user_id, **fields, **shown}
 
 
 def fault_of(ex: Exception) -> str:
@@ -1224,6 +1249,13 @@ def merge() -> None:
         update=update | {Task.version: Task.version + 1},
         where=peewee.EXCLUDED.updated_at > Task.updated_at,
     ).execute()
+
+
+def insert_new() -> int:
+    """Write the lines as new tasks, whose ids the database assigns, and return how many they are."""
+    fields = [field for field in Task._meta.sorted_fields if field is not Task.id]
+    lines = Incoming.select(*(getattr(Incoming, field.name) for field in fields))
+    return int(Task.insert_from(lines.order_by(Incoming.line), fields).as_rowcount().execute())
 
 
 @app.command()

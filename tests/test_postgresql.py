@@ -599,6 +599,19 @@ def test_taskctl_shows_and_seeds_what_taskd_serves(start: Start, tmp_path: Path)
     assert create(server, 1).json["id"] > 6
 
 
+def test_taskctl_imports_new_tasks_after_those_that_are_there(start: Start, tmp_path: Path) -> None:
+    server = start()
+    first = create(server, 1).json["id"]
+    (tmp_path / "new.jsonl").write_text('{"user_id": "alice", "title": "New"}\n' * 2)
+    for _ in range(2):
+        url = database_url(tmp_path / "taskd.db")
+        ended = run(tmp_path, "taskctl.py", "import", "--new", "new.jsonl", DATABASE_URL=url)
+        assert (ended.returncode, ended.stderr) == (0, "taskctl: 2 imported\n")
+    ids = [task["id"] for task in server.request("GET", TASKS, headers=bearer()).json]
+    assert ids == list(range(first, first + 5))
+    assert create(server, 2).json["id"] == first + 5
+
+
 @pytest.mark.parametrize("arguments", [["backup", "copy.db"], ["restore", "copy.db"]])
 def test_taskctl_says_that_pg_dump_is_the_way(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "copy.db").touch()

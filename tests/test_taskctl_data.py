@@ -16,12 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import taskctl
+import taskd
 from support import DEADLINE, NEW_TASK, SECRET, TASK_KEYS, Process, bearer, locked, stored, until
 from test_taskctl import (
     COMMAND,
@@ -1045,6 +1047,54 @@ def test_of_the_task_and_the_line_the_newer_one_stays(taskctl: Taskctl, server: 
         "taskctl: 0 imported, 2 already there, 1 updated, 1 left as they were changed here later\n"
     )
     assert listed(server, "alice") == [here[0], given[1], here[2], here[3]]
+
+
+NEW_LINES: list[dict[str, Any]] = [
+    {"user_id": "alice", "title": "Buy milk"},
+    {"user_id": "bob", "title": "Dig", "tags": ["x"], "created_at": "2020-01-01T01:00:00+01:00"},
+    {"user_id": "alice", "title": "Buy milk", "id": 1, "updated_at": "2020-01-01T00:00:00Z"},
+    {"user_id": "alice", "title": "Buy tea", "id": "another program's", "priority": "low"},
+]
+
+
+def test_new_tasks_are_imported_without_ids_and_times(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
+    first = server.request("POST", "/api/alice/tasks", {"title": "First"}, bearer()).json
+    (tmp_path / "new.jsonl").write_text(lines(*NEW_LINES))
+    before = taskd.timestamp(datetime.now(UTC))
+    for _ in range(2):
+        answer = taskctl("import", "--new", "new.jsonl")
+        assert (answer.returncode, answer.stderr) == (0, "taskctl: 4 imported\n")
+    exported = [json.loads(line) for line in taskctl("export").stdout.splitlines()]
+    assert exported[0] == first
+    ids = [task["id"] for task in exported]
+    assert ids == list(range(first["id"], first["id"] + 9))
+    titles = [task["title"] for task in exported[1:]]
+    assert titles == [line["title"] for line in NEW_LINES] * 2
+    milk, dig, _, tea = exported[1:5]
+    assert before <= milk["created_at"] == milk["updated_at"]
+    assert (dig["user_id"], dig["tags"]) == ("bob", ["x"])
+    assert dig["created_at"] == dig["updated_at"] == "2020-01-01T00:00:00.000Z"
+    assert tea["priority"] == "low"
+    created = server.request("POST", "/api/alice/tasks", {"title": "Last"}, bearer()).json
+    assert created["id"] == ids[-1] + 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"title": "x"}, "user_id must be a string that is not empty"),
+        ({"user_id": "", "title": "x"}, "user_id must be a string that is not empty"),
+        ({"user_id": "alice"}, "title is missing"),
+        ({"user_id": "alice", "title": "x", "created_at": "x"}, "created_at must be a time"),
+        ({"user_id": "alice", "title": "x", "colour": 1}, "colour"),
+    ],
+)
+def test_a_bad_line_of_new_tasks_is_named(bad: dict[str, Any], why: str) -> None:
+    text = lines({"user_id": "alice", "title": "x"}, bad).encode()
+    with pytest.raises(taskctl.Refused, match=rf"^line 2: {why}.*; nothing was imported$"):
+        list(taskctl.parsed(io.BytesIO(text), new=True))
 
 
 def test_ids_go_on_after_the_highest_that_was_imported(taskctl: Taskctl, server: Process) -> None:
