@@ -2214,9 +2214,8 @@ class Postgres(_LastWrite):
         try:
             self._prepare(settings.database)
         except (peewee.PeeweeException, ValueError) as ex:
-            raise DatabaseError(
-                f"{settings.database} cannot be opened: {_first_line(ex)}"
-            ) from None
+            why = _first_line(ex)
+            raise DatabaseError(f"{settings.database} cannot be opened: {why}") from None
         finally:
             self.close()
 
@@ -2337,10 +2336,8 @@ def _libpq_parameters(url: str) -> set[str]:
         raise SettingsError(
             "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
         ) from None
-    in_environment = {"PGCONNECT_TIMEOUT": "connect_timeout", "PGAPPNAME": "application_name"}
-    return parameters.keys() | {
-        in_environment[name] for name in in_environment if name in os.environ
-    }
+    names = {"PGCONNECT_TIMEOUT": "connect_timeout", "PGAPPNAME": "application_name"}
+    return parameters.keys() | {names[name] for name in names if name in os.environ}
 
 
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
@@ -2389,9 +2386,7 @@ def prepare_database(path: str) -> None:
     that cannot be opened or does not fit, and leaves it unchanged.
     """
     if sqlite3.sqlite_version_info < MIN_SQLITE:
-        raise DatabaseError(
-            f"SQLite {sqlite3.sqlite_version} is too old; taskd needs 3.35 or newer"
-        )
+        raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 is needed")
     database = peewee.SqliteDatabase(path, timeout=LOCK_TIMEOUT)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
