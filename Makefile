@@ -66,7 +66,8 @@ fuzz: .venv/test
 	TASKD_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/test_schemathesis.py tests/test_isolation.py
 
 mutants: .venv/test
-	$(BIN)/mutmut run $$($(BIN)/python tests/chapters.py Tokens Bodies Store Database Middleware)
+	$(BIN)/mutmut run $$($(BIN)/python tests/chapters.py \
+	    Tokens Fields Bodies Requests Store Database Middleware)
 	$(BIN)/mutmut results
 
 audit: .venv/test

@@ -1252,7 +1252,7 @@ def merge() -> None:
 
 
 def insert_new() -> int:
-    """Write the lines as new tasks, whose ids the database assigns, and return how many they are."""
+    """Write the lines as new tasks with ids of the database, and return how many they are."""
     fields = [field for field in Task._meta.sorted_fields if field is not Task.id]
     lines = Incoming.select(*(getattr(Incoming, field.name) for field in fields))
     return int(Task.insert_from(lines.order_by(Incoming.line), fields).as_rowcount().execute())

@@ -1613,7 +1613,7 @@ class TaskStore:
 
     @contextlib.contextmanager
     def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
-        """Limit how many searches, which read all tasks of a user, run and how long; raises Busy."""
+        """Limit how many searches (they read all of a user) run, and how long. Raises Busy."""
         if not self._is_search(user_id, listing):
             yield
             return
@@ -2550,6 +2550,11 @@ BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 CHANGES = {"POST": "created", "PUT": "changed", "PATCH": "changed", "DELETE": "deleted"}
 
 
+def method_of(req: falcon.Request) -> str:
+    """Return the method for the log and the metrics; all unknown methods have one name."""
+    return str(req.env.get("taskd.method", req.method))
+
+
 class Metrics:
     """Prometheus metrics, labelled by route template and kind of statement, never by user."""
 
@@ -2584,7 +2589,7 @@ class Metrics:
             log.exception("the metrics lack a request", extra={"id": req.context.id})
 
     def _count(self, req: falcon.Request, resp: falcon.Response) -> None:
-        what = req.uri_template or "-", req.method
+        what = req.uri_template or "-", method_of(req)
         self._requests.labels(*what, resp.status_code).inc()
         self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
         if (
@@ -2764,7 +2769,7 @@ class RequestContext:
             resp.set_header("Allow", f"{allow}, OPTIONS")  # as a 405 says it
             resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
         log_request(
-            method="-" if context.refusal else req.method,
+            method="-" if context.refusal else method_of(req),
             route=req.uri_template or "-",
             status=resp.status_code,
             ms=round((time.perf_counter() - context.started) * 1000, 1),
@@ -3076,15 +3081,20 @@ REFUSED: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
         description=f"you have {ex.most:,} tasks, and this server allows no more; delete one first"
     ),
     Changed: lambda ex: falcon.HTTPPreconditionFailed(
-        description="the task was changed in between; read it again, and send its new ETag",
+        description="the task's ETag does not meet If-Match or If-None-Match; read it again",
         headers={"ETag": ex.tag},
     ),
 }
 
 
+def status_line(status: int) -> str:
+    """Return a status with its phrase."""
+    return f"{status} {TITLES.get(status) or HTTPStatus(status).phrase}"
+
+
 def problem(status: int, detail: str | None, faults: list[Fault] | None = None) -> bytes:
     """Return the body of an error (RFC 9457): the one place where its shape is made."""
-    title = TITLES.get(status) or HTTPStatus(status).phrase
+    title = status_line(status)[4:]
     detail = detail or DETAILS.get(status)
     members = {"title": title, "status": status, "detail": detail, "errors": faults}
     return to_json({name: value for name, value in members.items() if value})
@@ -3092,7 +3102,7 @@ def problem(status: int, detail: str | None, faults: list[Fault] | None = None) 
 
 def serialize_error(req: falcon.Request, resp: falcon.Response, ex: falcon.HTTPError) -> None:
     """Write an error as problem+json, whatever the client accepts."""
-    resp.content_type = "application/problem+json"
+    resp.status, resp.content_type = status_line(ex.status_code), "application/problem+json"
     resp.data = problem(ex.status_code, ex.description, getattr(ex, "faults", None))
 
 
@@ -3128,9 +3138,9 @@ class App(falcon.App):  # type: ignore[type-arg]
     store: TaskStore
 
     def __call__(self, env: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Answer a request. Falcon answers 400 to unknown methods before routing, 405 to TRACE."""
+        """Answer a request. Falcon would answer 400 to unknown methods; 405 it has for TRACE."""
         if env["REQUEST_METHOD"] not in METHODS:
-            env["REQUEST_METHOD"] = "TRACE"
+            env["REQUEST_METHOD"], env["taskd.method"] = "TRACE", "unknown"
 
         def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
             named = [(header_name(name), value) for name, value in headers]
@@ -3146,7 +3156,7 @@ def header_name(name: str) -> str:
 
 
 def create_app(settings: Settings) -> App:
-    """Return the WSGI application: only here its parts meet. Raises SettingsError, DatabaseError."""
+    """Return the WSGI application, put together. Raises SettingsError or DatabaseError."""
     tokens, database = Tokens(settings), open_database(settings)
     tokens.fetch_keys()
     metrics = [Metrics()] if settings.metrics else []
@@ -3219,6 +3229,7 @@ MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chu
 MAX_CHUNKS = 20 * 1024  # not counting chunks of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"  # RFC 9110, section 5.6.2, without small letters
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
+ORIGIN_LINE = re.compile(rb"^(Origin):[ \t]*([!-~]+)\r$", re.MULTILINE | re.IGNORECASE)
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
@@ -3264,7 +3275,7 @@ class ServerRequest:
 
     def take_line(self, method: str, target: str, major: str, minor: str) -> None:
         """Store the parts of a request line (RFC 9112, section 3). Raises 400 or 505."""
-        self.command, self.version = method, "1.0" if minor == "0" else "1.1"
+        self.command, self.version = method, "1.0" if (major, minor) == ("1", "0") else "1.1"
         if major == "0":
             raise malformed("HTTP/0.9 has no headers")
         if major != "1":
@@ -3400,6 +3411,8 @@ class RequestReader:
         except httptools.HttpParserUpgrade:
             pass  # taskd supports no other protocol, and ignores the Upgrade header
         except httptools.HttpParserError as ex:
+            origin = ORIGIN_LINE.findall(piece)[:1]  # for CORS, if llhttp has not passed it yet
+            self._lines += [line for line in origin if line not in self._lines]
             raise malformed(str(ex).replace("`", "")) from None
         if len(self._lines) > MAX_HEADERS:
             raise head_too_large()
@@ -3821,8 +3834,10 @@ class Deadlines:
         found: list[ServerChannel] = []
         for kind, waiting in self._since.items():
             latest = time.monotonic() - DEADLINES[kind]
-            over = itertools.takewhile(lambda entry: entry[1] < latest, waiting.items())  # noqa: B023
-            found += [channel for channel, _ in over]
+            for channel, since in waiting.items():
+                if since >= latest:
+                    break
+                found.append(channel)
         return found
 
     def longest(self, before: float) -> ServerChannel | None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,8 @@ def test_a_search_ends_when_its_client_leaves(start, tmp_path):
         with Wire(server) as wire:
             wire.send(search)
             time.sleep(0.05)  # so that it is under way
-        support.until(lambda: server.log.count("503") == count, "the search has ended")  # noqa: B023
+        ended = partial(lambda count: server.log.count("503") == count, count)
+        support.until(ended, "the search has ended")
     assert processor_seconds(server) - before < 2
 
 

@@ -348,7 +348,7 @@ def test_a_write_that_names_another_tag_is_412_with_the_tag_and_changes_nothing(
         answer = send(alice, one, write, miss(now))
         problem = assert_problem(answer, 412)
         assert problem["title"] == "Precondition Failed", name
-        assert problem["detail"].startswith("the task was changed in between")
+        assert problem["detail"].startswith("the task's ETag does not meet")
         assert answer.headers["etag"] == now
         assert state(alice, one) == before, name
     assert send(alice, one, write, now).status_code == 200

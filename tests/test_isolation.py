@@ -314,7 +314,8 @@ COLUMNS = ", ".join(f'"{{0}}"."{name}"' for name in TASK_KEYS)
 SHOWN, RETURNED = COLUMNS.format("t1"), COLUMNS.format("task") + ', "task"."version"'
 # Besides those that name the owner: the statements that open a connection.
 HARMLESS = re.compile(
-    r"PRAGMA (journal_mode|synchronous) ?= ?\w+|BEGIN( IMMEDIATE)?|COMMIT|ROLLBACK|SELECT 1"
+    r"PRAGMA (journal_mode|synchronous) ?= ?\w+|BEGIN( IMMEDIATE)?|COMMIT|ROLLBACK"
+    r"|(SAVEPOINT|RELEASE|ROLLBACK TO) write|SELECT 1"
 )
 
 

@@ -350,6 +350,24 @@ def test_a_refusal_has_the_headers_of_every_answer(shared: Process, status: int)
 
 
 @pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("bad", ["Bad Header: y", "X: \x01", "no colon", "Content-Length: x"])
+def test_a_refusal_of_a_header_has_the_cors_headers_of_the_origin_before_it(
+    shared: Process, bad: str
+) -> None:
+    with Wire(shared) as wire:
+        answer = wire.send(get(HOST, "origin: https://a.example", bad)).answer()
+    assert_problem(answer, 400)
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_a_refusal_of_another_version_is_an_http_1_1_answer(shared: Process) -> None:
+    with Wire(shared) as wire:
+        answer = wire.send(get(HOST, version="HTTP/2.0")).answer()
+    assert answer.line == "HTTP/1.1 505 HTTP Version Not Supported"
+
+
+@pytest.mark.sqlite("it is about HTTP")
 def test_a_refusal_is_logged_with_the_clients_address_and_not_counted(start: Start) -> None:
     server = start(TASKD_TRUSTED_PROXY="127.0.0.1", TASKD_METRICS="1")
     with Wire(server) as wire:

@@ -226,7 +226,7 @@ def test_requests_are_counted_by_route_method_and_status(make_app: MakeApp) -> N
     ask("DELETE", f"{TASKS}/{made[0]}", headers=bearer())
     for path in ("/nowhere", "/nowhere/else", "/api/alice"):
         ask("GET", path)
-    for method in ("BREW", "MAKE"):
+    for method in ("BREW", "MAKE", "TRACE"):
         ask(method, TASKS, headers=bearer())
     ask("GET", TASKS)
     found = samples(client.simulate_get("/metrics"))
@@ -241,7 +241,8 @@ def test_requests_are_counted_by_route_method_and_status(make_app: MakeApp) -> N
         ("method=PATCH", f"{one}/complete", "status=200"): 1,
         ("method=DELETE", one, "status=200"): 1,
         ("method=GET", "route=-", "status=404"): 3,
-        ("method=TRACE", everything, "status=405"): 2,
+        ("method=unknown", everything, "status=405"): 2,
+        ("method=TRACE", everything, "status=405"): 1,
     }
     assert {
         key[1:]: count for key, count in found.items() if key[0] == "taskd_requests_total"

@@ -210,14 +210,6 @@ def test_the_pythons_that_are_named_are_those_that_are_tested() -> None:
     assert metadata["requires-python"] == f">={named[0]}"
 
 
-def test_the_workflow_installs_the_same_programs_for_each_job() -> None:
-    workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
-    script = re.sub("^#.*$", "", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
-    [installed] = re.findall(r"--no-install-recommends\n +(.+?)\n +- run", workflow, re.DOTALL)
-    needed = set(re.findall(r"[a-z-]+:([a-z-]+)", script)) | {"postgresql"}
-    assert set(installed.split()) == needed - {"nodejs", "npm"}  # from setup-node
-
-
 def test_the_chapters_that_are_named_are_those_of_the_code(clone: Path) -> None:
     code = (clone / "taskd.py").read_text()
     chapters = re.findall(r"^# --- (\w+) -+$", code, re.MULTILINE)

@@ -14,8 +14,7 @@ from processes import ROOT
 pytestmark = pytest.mark.sqlite("it is about files")
 
 # The most lines of code that each may have: as many as today. The aim is 1,400 and 700.
-LINES = {"taskd.py": 2929, "taskctl.py": 1159}
-WIDE = 5  # lines that may still be wider than the width, nearly all comments and texts
+LINES = {"taskd.py": 2933, "taskctl.py": 1159}
 WIDTH = 100  # columns of a line
 TEXTS = ("*.py", "*.sql", "Makefile", "bench/*.py", "migrations/*.sql", "tests/*.py")
 
@@ -60,7 +59,7 @@ def test_the_readme_of_the_tests_names_each_of_their_modules() -> None:
     assert named == {path.name for path in tests.glob("*.py")}
 
 
-def test_no_more_lines_are_wider_than_100_columns_than_there_were() -> None:
+def test_no_line_is_wider_than_100_columns() -> None:
     wide = [
         f"{path.relative_to(ROOT)}:{number}"
         for pattern in TEXTS
@@ -68,4 +67,4 @@ def test_no_more_lines_are_wider_than_100_columns_than_there_were() -> None:
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if len(line) > WIDTH
     ]
-    assert len(wide) <= WIDE, wide
+    assert wide == []

@@ -58,7 +58,7 @@ OPTIONS = {
     "check": ["--json"],
     "copy": [],
     "export": [],
-    "import": [],
+    "import": ["--new"],
     "mint": ["--claim", "--email", "--json", "--name", "--ttl"],
     "purge": ["--yes"],
     "restore": [],

@@ -29,6 +29,8 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
     assert body["status"] == status
     assert isinstance(body["title"], str)
     assert body["title"]
+    line = getattr(response, "line", "") or getattr(response, "status", "")
+    assert not line or line.endswith(f"{status} {body['title']}"), line
     assert re.search("(?i)[a-z]{2} [a-z]", body["detail"]), (
         "every refusal says in words what is wrong"
     )
