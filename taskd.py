@@ -1838,6 +1838,12 @@ VERSION = 3  # of the schema; migrations/N.sql makes version N from the one befo
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 MIN_SQLITE = (3, 35)  # the first with RETURNING
 FULL = 256 * 1024  # bytes of free space; below it SQLite cannot store every task
+UNUSABLE = (  # not their subclasses, which are errors of taskd
+    peewee.DatabaseError,
+    peewee.OperationalError,
+    sqlite3.DatabaseError,
+    sqlite3.OperationalError,
+)
 UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
 INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
 SESSION = """
@@ -1997,25 +2003,20 @@ class Sqlite(_LastWrite):
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows. Raises Unavailable, or WouldBlock."""
-        database = self._here()
         try:  # the last fetch commits, and can fail
-            with peewee.__exception_wrapper__:  # type: ignore[attr-defined]
-                return database.execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
-        except peewee.DatabaseError as ex:
+            return self._here().execute_sql(sql, values).fetchall()  # type: ignore[no-any-return]
+        except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             self._fail(ex)
 
     def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
         try:
-            with (
-                peewee.__exception_wrapper__,  # type: ignore[attr-defined]
-                contextlib.closing(self._here().execute_sql(sql, values)) as cursor,
-            ):
+            with contextlib.closing(self._here().execute_sql(sql, values)) as cursor:
                 yield from cursor
-        except peewee.DatabaseError as ex:
+        except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             self._fail(ex)
 
-    def _fail(self, ex: peewee.DatabaseError) -> NoReturn:
+    def _fail(self, ex: Exception) -> NoReturn:
         if thread_state.in_event_loop and "locked" in str(ex):
             raise WouldBlock from None
         database = self._here()  # its state is not known; the next request opens a new one
@@ -2023,7 +2024,7 @@ class Sqlite(_LastWrite):
             self._renew_writer = True  # after the other writes of the batch
         else:
             self._drop()
-        if type(ex) not in (peewee.DatabaseError, peewee.OperationalError):
+        if type(ex) not in UNUSABLE:
             raise ex
         raise Unavailable("the database", str(ex)) from ex
 
@@ -2192,6 +2193,7 @@ class Postgres(_LastWrite):
         """Open the database and prepare its tables. Raises DatabaseError or SettingsError."""
         given = _libpq_parameters(settings.database_url)
         from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+        from psycopg import Error as PsycopgError
 
         class Pool(PooledPostgresqlDatabase, PostgresSession):
             session_settings = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
@@ -2210,7 +2212,12 @@ class Postgres(_LastWrite):
             **{name: value for name, value in defaults.items() if name not in given},
         )
         self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
-        self._unusable = (peewee.DatabaseError, peewee.InterfaceError, MaxConnectionsExceeded)
+        self._unusable = (
+            peewee.DatabaseError,
+            peewee.InterfaceError,
+            PsycopgError,
+            MaxConnectionsExceeded,
+        )
         try:
             self._prepare(settings.database)
         except (peewee.PeeweeException, ValueError) as ex:
@@ -2239,7 +2246,7 @@ class Postgres(_LastWrite):
 
     def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
-        with self._connected(), peewee.__exception_wrapper__:  # type: ignore[attr-defined]
+        with self._connected():
             yield from self._pool.cursor().stream(sql, values)
 
     def lock(self, user_id: str) -> None:
@@ -2273,7 +2280,7 @@ class Postgres(_LastWrite):
                 yield
         except self._unusable as ex:
             original = getattr(ex, "orig", None) or ex.__cause__ or ex.__context__
-            code = getattr(original, "sqlstate", None)
+            code = getattr(original or ex, "sqlstate", None)
             if isinstance(ex, peewee.DataError) or code == INDEX_ROW_TOO_LONG:
                 raise Unstorable from ex
             if code not in TIMED_OUT:
@@ -3159,11 +3166,11 @@ def create_app(settings: Settings) -> App:
     """Return the WSGI application, put together. Raises SettingsError or DatabaseError."""
     tokens, database = Tokens(settings), open_database(settings)
     tokens.fetch_keys()
-    metrics = [Metrics()] if settings.metrics else []
-    store = TaskStore(metrics[0].timed(database) if metrics else database, settings.max_tasks)
-    cors = [Cors(settings.cors_origins)] if settings.cors_origins else []
+    metrics = Metrics() if settings.metrics else None
+    cors = Cors(settings.cors_origins) if settings.cors_origins else None
+    store = TaskStore(metrics.timed(database) if metrics else database, settings.max_tasks)
     context, auth = RequestContext(settings.trusted_proxies), AuthMiddleware(tokens)
-    app = App(middleware=[context, *metrics, *cors, auth])
+    app = App(middleware=list(filter(None, (context, metrics, cors, auth))))
     app.store = store
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_error)
@@ -3178,7 +3185,7 @@ def create_app(settings: Settings) -> App:
     app.add_route("/healthz", HealthResource())
     app.add_route("/readyz", ReadyResource(store))
     if metrics:
-        app.add_route("/metrics", *metrics)
+        app.add_route("/metrics", metrics)
     app.add_route("/openapi.json", FileResource("openapi.json", falcon.MEDIA_JSON))
     app.add_route("/docs", FileResource("docs/api.html", falcon.MEDIA_HTML))
     return app
