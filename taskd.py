@@ -2271,12 +2271,11 @@ class Postgres(_LastWrite):
         """Take a connection from the pool, or use that of the transaction under way."""
         if thread_state.in_event_loop:
             raise WouldBlock
+        if not self._pool.is_closed():
+            yield  # whoever took the connection handles the error
+            return
         try:
-            with (
-                self._pool.connection_context()
-                if self._pool.is_closed()
-                else contextlib.nullcontext()
-            ):
+            with self._pool.connection_context():
                 yield
         except self._unusable as ex:
             original = getattr(ex, "orig", None) or ex.__cause__ or ex.__context__
@@ -2284,15 +2283,18 @@ class Postgres(_LastWrite):
             if isinstance(ex, peewee.DataError) or code == INDEX_ROW_TOO_LONG:
                 raise Unstorable from ex
             if code not in TIMED_OUT:
-                self._pool.close_idle()  # after a restart of PostgreSQL none of them works
+                # This connection too: after a restart of PostgreSQL none of them works, and one to
+                # a server that has become a standby reads but does not write.
+                self._pool.close_idle()
             raise Unavailable("the database", _first_line(ex)) from ex
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
         with self._connected():
             _check_fit(self._pool, portable_definitions)
-            if not self._pool.execute_sql("SELECT pg_is_in_recovery()").fetchone()[0]:
-                self._check_last_write()  # a standby refuses every write, and serves reads
+            [[is_standby]] = self.run("SELECT pg_is_in_recovery()")
+        if not is_standby:  # a standby refuses every write, and serves reads
+            self._check_last_write()
 
     def close(self) -> None:
         """Close the idle connections."""

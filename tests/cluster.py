@@ -18,8 +18,9 @@ from typing import Any
 import psycopg
 
 import taskd
-from support import SECRET
+from support import SECRET, until
 
+STANDBY = "second"  # by this name a primary knows its standby
 DEADLINE = 30  # seconds for a server to start or to end
 # Safety against a power failure, which these tests do not need.
 CARELESS = ("fsync=off", "full_page_writes=off", "autovacuum=off")
@@ -43,9 +44,14 @@ def free_port() -> int:
 
 
 class Cluster:
-    """A server that can be stopped and started again. Under root it runs as another user."""
+    """A server that can be stopped and started again. Under root it runs as another user.
 
-    def __init__(self, *configuration: str, within: str | None = None) -> None:
+    A server with a primary is its standby: a copy that the primary keeps up to date.
+    """
+
+    def __init__(
+        self, *configuration: str, within: str | None = None, primary: Cluster | None = None
+    ) -> None:
         programs = binaries()
         assert programs, "PostgreSQL is not installed"
         self._programs = programs
@@ -61,11 +67,13 @@ class Cluster:
         try:
             if self._user:
                 shutil.chown(self.directory, self._user)
-            options = ["-U", "taskd", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]
-            initdb = ["initdb", "-D", str(self._data), *options]
-            subprocess.run(
-                self._as_user(*initdb), check=True, capture_output=True, cwd=self.directory
-            )
+            if primary:
+                source = f"{primary.url()}?application_name={STANDBY}"
+                options = ["-d", source, "-R", "-X", "stream", "-c", "fast", "-N"]
+                self._run("pg_basebackup", "-D", str(self._data), *options)
+            else:
+                options = ["-U", "taskd", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]
+                self._run("initdb", "-D", str(self._data), *options)
             self.start()
         except BaseException:
             self.remove()
@@ -87,6 +95,25 @@ class Cluster:
         )
         # The signal ends the program when the tests end.
         return ["setpriv", "--pdeathsig=QUIT", *user, str(self._programs / program), *arguments]
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = self._as_user(program, *arguments)
+        ended = subprocess.run(
+            command, cwd=self.directory, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+
+    def wait_for_standby(self) -> None:
+        """Answer no commit, from now on, before the standby has it on disk too."""
+        with psycopg.connect(self.url(), autocommit=True) as session:
+            session.execute(f"ALTER SYSTEM SET synchronous_standby_names = {STANDBY}".encode())
+            session.execute("SELECT pg_reload_conf()")
+            synchronous = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+            until(lambda: session.execute(synchronous).fetchall(), "the standby is synchronous")
+
+    def promote(self) -> None:
+        """Make a primary of this standby, and return when it accepts writes."""
+        self._run("pg_ctl", "promote", "-D", str(self._data))
 
     def url(self, database: str = "postgres", user: str = "taskd") -> str:
         return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"

@@ -1,0 +1,165 @@
+"""A primary and its synchronous standby: the primary fails, and the standby takes its place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cluster import Cluster
+from conftest import DIRECTORY
+from support import Answer, Process, bearer, until
+from test_postgresql import TASKS, ask, assert_unavailable, create, made
+
+pytestmark = [pytest.mark.postgresql, pytest.mark.slow]
+
+Start = Callable[..., Process]
+Pair = tuple[Cluster, Cluster]
+CLIENTS = 16
+SOON = 1.0  # seconds within which a request is answered 503 while there is no primary
+
+
+@pytest.fixture
+def servers() -> Iterator[Pair]:
+    """A primary that answers a commit only when its standby has it on disk, and that standby."""
+    primary = Cluster(within=os.environ[DIRECTORY])
+    try:
+        standby = Cluster(within=os.environ[DIRECTORY], primary=primary)
+        try:
+            primary.wait_for_standby()
+            yield primary, standby
+        finally:
+            standby.remove()
+    finally:
+        primary.remove()
+
+
+def address(servers: Pair, database: str) -> str:
+    """Return an address that names both servers and means the one that accepts writes."""
+    hosts = ",".join(f"127.0.0.1:{server.port}" for server in servers)
+    return f"postgresql://taskd@{hosts}/{database}?target_session_attrs=read-write"
+
+
+class Clients:
+    """Create tasks, each with a key and repeated until it is done, and toggle each of them."""
+
+    def __init__(self, server: Process) -> None:
+        self._server = server
+        self._enough = threading.Event()
+        self.created: dict[str, int] = {}  # the id of each title whose create was answered 201
+        self.toggled: set[int] = set()  # the ids whose toggle was answered 200
+        self.toggle_unknown: set[int] = set()  # 503: it may have been done
+        self.refused: list[float] = []  # seconds until each 503
+        self._pool = ThreadPoolExecutor(CLIENTS)
+
+    def __enter__(self) -> Clients:
+        self._working = [self._pool.submit(self._work, client) for client in range(CLIENTS)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        self._pool.shutdown()
+
+    def _work(self, client: int) -> None:
+        number = 0
+        while not self._enough.is_set():
+            name = f"{client}-{number}"
+            answer = self._answer(lambda: create(self._server, name, key=name))  # noqa: B023
+            if answer.status_code == 503:
+                self._enough.wait(0.05)
+                continue
+            task = answer.json["id"]
+            self.created[f"Task {name}"] = task
+            number += 1
+            path = f"{TASKS}/{task}/complete"
+            answer = self._answer(
+                lambda: self._server.request("PATCH", path, headers=bearer())  # noqa: B023
+            )
+            (self.toggled if answer.status_code == 200 else self.toggle_unknown).add(task)
+
+    def _answer(self, send: Callable[[], Answer]) -> Answer:
+        started = time.monotonic()
+        answer = send()
+        if answer.status_code == 503:
+            self.refused.append(time.monotonic() - started)
+            assert_unavailable(answer)
+        else:
+            assert answer.status_code in (200, 201), answer.text
+        return answer
+
+    def wait_for(self, creates: int) -> None:
+        """Wait until so many more creates are done; a client that failed fails the test."""
+        wanted = len(self.created) + creates
+
+        def done() -> bool:
+            for client in self._working:
+                if client.done():
+                    client.result()
+            return len(self.created) >= wanted
+
+        until(done, "the clients work")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGQUIT], ids=["killed", "stopped at once"])
+def test_the_standby_replaces_a_primary_without_a_restart_of_taskd_and_nothing_is_lost(
+    servers: Pair, start: Start, how: signal.Signals
+) -> None:
+    primary, standby = servers
+    url = made(primary.url())
+    server = start(DATABASE_URL=address(servers, url.rpartition("/")[2]))
+    with Clients(server) as clients:
+        clients.wait_for(100)
+        primary.stop(how)
+        until(lambda: len(clients.refused) > 3 * CLIENTS, "they are refused")
+        for method, path in (("GET", TASKS), ("GET", f"{TASKS}/1"), ("DELETE", f"{TASKS}/1")):
+            started = time.monotonic()
+            assert_unavailable(server.request(method, path, headers=bearer()))
+            assert time.monotonic() - started < SOON
+        assert_unavailable(server.request("GET", "/readyz"))
+        assert server.request("GET", "/healthz").status_code == 200
+        standby.promote()
+        clients.wait_for(100)
+    assert max(clients.refused) < SOON
+    assert server.request("GET", "/readyz").status_code == 200
+    new = standby.url(url.rpartition("/")[2])
+    rows = ask(new, "SELECT title, id, completed FROM task")
+    assert len(rows) == len({title for title, _, _ in rows}), "each key made one task"
+    tasks = {title: task for title, task, _ in rows}
+    assert clients.created.items() <= tasks.items()
+    assert len(tasks.keys() - clients.created) <= CLIENTS, "at most the last one of each client"
+    done = {task for _, task, completed in rows if completed}
+    assert clients.toggled <= done <= clients.toggled | clients.toggle_unknown
+    title, task = min(clients.created.items())  # it was made on the primary that is gone
+    again = create(server, title.removeprefix("Task "), key=title.removeprefix("Task "))
+    assert (again.status_code, again.json["id"]) == (201, task)
+    assert again.headers["idempotency-replayed"] == "true"
+    assert "Traceback" not in server.log
+
+
+def test_taskd_at_the_standby_reads_all_the_time_and_writes_when_it_is_the_primary(
+    servers: Pair, start: Start
+) -> None:
+    primary, standby = servers
+    url = made(primary.url())
+    task = create(start(DATABASE_URL=url), 1).json
+    here = standby.url(url.rpartition("/")[2])
+    until(lambda: ask(here, "SELECT id FROM task") == [(1,)], "the standby has it")
+    server = start(DATABASE_URL=here)
+    pids = "SELECT pid FROM pg_stat_activity WHERE application_name = 'taskd'"
+    assert server.request("GET", TASKS, headers=bearer()).json == [task]
+    before = ask(here, pids)
+    assert_unavailable(create(server, 2))
+    until(
+        lambda: not set(before) & set(ask(here, pids)), "a connection that cannot write is closed"
+    )
+    primary.stop(signal.SIGKILL)
+    assert server.request("GET", TASKS, headers=bearer()).json == [task]
+    assert_unavailable(create(server, 2))
+    standby.promote()
+    assert create(server, 2).json["id"] > 1
+    assert server.request("GET", "/readyz").status_code == 200
