@@ -233,6 +233,11 @@ class Process:
         ) as connection:
             return ask(connection, method, path, body, headers)
 
+    def processor_time(self) -> float:
+        """Return the seconds of processor time that the process has used, as the kernel counts."""
+        fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def terminate(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
         if self.popen.poll() is None:

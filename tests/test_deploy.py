@@ -414,6 +414,7 @@ def assert_refused(answer: Answer, status: int) -> None:
 
 
 MAX_BODY = 65_536
+TAB = "\t"
 
 
 def test_a_body_that_is_too_large_is_refused_in_the_shape_of_all_errors(proxy: Proxy) -> None:
@@ -518,6 +519,23 @@ def test_a_head_that_does_not_come_is_not_waited_for(proxy: Proxy) -> None:
         connection.sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: ")
         with contextlib.suppress(ConnectionError):
             assert b" 200 " not in connection.sock.recv(1000)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+def test_a_header_of_white_space_costs_taskd_little(
+    proxy: Proxy, certificate: tuple[Path, Path], version: str
+) -> None:
+    white = f"X: a{' ' * 11_000}b{TAB * 11_000}c"
+    url = f"https://{NAME}:{proxy.port}/healthz"
+    options = ["--cacert", str(certificate[0]), "--resolve", f"{NAME}:{proxy.port}:127.0.0.1"]
+    shown = ["-H", white, "-w", " %{http_code} %{http_version}", url]
+    before = proxy.taskd.processor_time()
+    for _ in range(5):
+        command = ["curl", "-s", version, *options, *shown]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert answer.stdout == f'{{"status": "ok"}} 200 {version[6:]}'
+    assert proxy.taskd.processor_time() - before < 5 * 0.02 + 0.01
 
 
 def test_a_long_list_comes_whole(proxy: Proxy) -> None:

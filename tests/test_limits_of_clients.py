@@ -51,12 +51,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     assert process.terminate() == 0
 
 
-def processor_time(server: Process) -> float:
-    """Return the seconds of processor time that a process has taken, as the kernel counts them."""
-    fields = Path(f"/proc/{server.popen.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def memory(server: Process) -> int:
     """Return the resident memory of a process in bytes."""
     pages = Path(f"/proc/{server.popen.pid}/statm").read_text().split()[1]
@@ -407,12 +401,12 @@ DEAR: dict[str, tuple[bytes, float]] = {
 @pytest.mark.sqlite("it is about HTTP")
 @pytest.mark.parametrize(("sent", "bound"), DEAR.values(), ids=DEAR)
 def test_no_request_costs_more_than_its_bound(shared: Process, sent: bytes, bound: float) -> None:
-    before = processor_time(shared)
+    before = shared.processor_time()
     for _ in range(10):  # the kernel counts in steps of 10 ms
         with Wire(shared) as wire:
             sent_in_vain(wire, sent)
             wire.answer()
-    assert processor_time(shared) - before < 10 * bound + 0.01
+    assert shared.processor_time() - before < 10 * bound + 0.01
 
 
 @pytest.mark.sqlite("it is about HTTP")
@@ -421,25 +415,25 @@ def test_a_request_that_comes_byte_by_byte_costs_little(shared: Process, part: s
     sent = post(b" " * 4000, "Content-Length: 4000")
     if part == "head":
         sent = get(HOST, "X: " + "y" * 4000)
-    before = processor_time(shared)
+    before = shared.processor_time()
     with Wire(shared) as wire:
         wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in sent:
             wire.send(bytes([byte]))
             time.sleep(0.0001)
         assert wire.answer().status_code == (200 if part == "head" else 400)
-    assert processor_time(shared) - before < 0.1
+    assert shared.processor_time() - before < 0.1
 
 
 @pytest.mark.sqlite("it is about HTTP")
 def test_urgent_data_closes_the_connection_with_one_line_in_the_log(shared: Process) -> None:
-    lines, before = len(shared.log.splitlines()), processor_time(shared)
+    lines, before = len(shared.log.splitlines()), shared.processor_time()
     with Wire(shared) as wire:
         wire.socket.send(b"!", socket.MSG_OOB)
         assert wire.is_closed()
     assert shared.log.splitlines()[lines:][0].endswith("urgent data came client=127.0.0.1")
     assert len(shared.log.splitlines()) == lines + 1
-    assert processor_time(shared) - before < 0.1
+    assert shared.processor_time() - before < 0.1
 
 
 # --- Time -----------------------------------------------------------------------------------------
@@ -582,11 +576,11 @@ def test_thousands_of_idle_connections_do_not_slow_requests(start: Start) -> Non
     server = start()
 
     def cost() -> float:
-        before = processor_time(server)
+        before = server.processor_time()
         with Wire(server) as wire:
             for _ in range(600):
                 assert wire.send(GOOD).answer().status_code == 200
-        return processor_time(server) - before
+        return server.processor_time() - before
 
     alone = cost()
     with connected(server, 700):
@@ -641,10 +635,10 @@ def test_a_burst_of_one_user_on_many_connections_delays_nobody_else(start: Start
         for wire in wires:
             wire.send(page)
         other.send(written("GET", "/api/bob/tasks", user="bob"))
-        before = processor_time(server)
+        before = server.processor_time()
         server.popen.send_signal(signal.SIGCONT)
         assert other.answer().text == "[]"
-        assert processor_time(server) - before < 0.25
+        assert server.processor_time() - before < 0.25
     assert server.terminate() == 0
 
 
