@@ -1050,30 +1050,17 @@ def check_key_set(settings: Settings) -> Findings:
 MAX_LINE = 1024 * 1024  # bytes; the largest possible task has 130,000, all escaped
 MAX_ID = 2**53 - 1  # which JavaScript still reads exactly, and leaves room for new tasks
 TIME_RULE = "must be a time with its offset from UTC, such as 2026-11-20T21:00:00.000Z"
-OWNED_RULES = {
-    "id": f"must be a whole number from 1 to {MAX_ID}",
-    "user_id": "must be a string that is not empty",
-    "created_at": TIME_RULE,
-    "updated_at": TIME_RULE,
-}
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
-
-
-class Owned(msgspec.Struct):
-    """The members of an exported task that the server owns; the others are `taskd.NewTask`'s."""
-
-    id: Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)]
-    user_id: Annotated[str, msgspec.Meta(min_length=1)]
-    created_at: Time
-    updated_at: Time
-
-
-class OwnedOfNew(msgspec.Struct):
-    """The same of a task that is new: its id is ignored, and its times may be missing."""
-
-    user_id: Annotated[str, msgspec.Meta(min_length=1)]
-    created_at: Time | None = None
-    updated_at: Time | None = None
+# The members of an exported task that the server owns; the others are `taskd.NewTask`'s.
+OWNED_MEMBERS: dict[str, tuple[Any, str]] = {
+    "id": (
+        Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)],
+        f"must be a whole number from 1 to {MAX_ID}",
+    ),
+    "user_id": (Annotated[str, msgspec.Meta(min_length=1)], "must be a string that is not empty"),
+    "created_at": (Time, TIME_RULE),
+    "updated_at": (Time, TIME_RULE),
+}
 
 
 class Incoming(Task):
@@ -1179,36 +1166,36 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
             try:
                 parse = parse_new_task if new else parse_task
                 yield {"line": number, "id": number, **columns(parse(line.decode()))}
-            except (taskd.Unprocessable, ValueError, ArithmeticError, RecursionError) as ex:
-                raise Refused(f"line {number}: {fault_of(ex)}; nothing was imported") from None
+            except (taskd.Unprocessable, ValueError, RecursionError) as ex:
+                fault = getattr(ex, "description", f"it must be JSON in UTF-8: {ex}")
+                raise Refused(f"line {number}: {fault}; nothing was imported") from None
 
 
 def parse_task(text: str) -> dict[str, Any]:
     """Return the members of a task, checked by the rules of the API."""
-    fields, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=Owned)
-    times = owned.created_at.astimezone(UTC), owned.updated_at.astimezone(UTC)
-    created, updated = map(taskd.timestamp, times)
-    owns = {"id": owned.id, "user_id": owned.user_id}
-    return {**owns, **fields, "created_at": created, "updated_at": updated}
+    return {**taskd.decode(text, taskd.NewTask), **owned(text, OWNED_MEMBERS)}
 
 
 def parse_new_task(text: str) -> dict[str, Any]:
     """Return the members of a task without an id; a time that is missing is now."""
-    fields, owned = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text, type=OwnedOfNew)
-    created = owned.created_at or datetime.now(UTC)
-    times = {"created_at": created, "updated_at": owned.updated_at or created}
-    shown = {name: taskd.timestamp(when.astimezone(UTC)) for name, when in times.items()}
-    return {"user_id": owned.user_id, **fields, **shown}
+    fields, members = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text)
+    given = [name for name in ("created_at", "updated_at") if members.get(name) is not None]
+    known = owned(text, ["user_id", *given])
+    created = known.get("created_at", taskd.timestamp(datetime.now(UTC)))
+    return {**fields, "created_at": created, "updated_at": created, **known}
 
 
-def fault_of(ex: Exception) -> str:
-    """Return in words what is wrong with a line, naming the field."""
-    if isinstance(ex, taskd.Unprocessable):
-        return str(ex.description)
-    if isinstance(ex, ArithmeticError):
-        return f"created_at or updated_at {TIME_RULE}"
-    field = re.search(r"`(?:\$\.)?(\w+)`$", str(ex))  # the way in which msgspec names it
-    return f"{field[1]} {OWNED_RULES[field[1]]}" if field else f"it must be JSON in UTF-8: {ex}"
+def owned(text: str, names: Iterable[str]) -> dict[str, Any]:
+    """Return members that the server owns, with times as it writes them. Raises Unprocessable."""
+    members, found = msgspec.json.decode(text), {}
+    for name in names:
+        kind, rule = OWNED_MEMBERS[name]
+        try:
+            value = msgspec.convert(members.get(name), kind)
+            found[name] = taskd.timestamp(value.astimezone(UTC)) if kind is Time else value
+        except (msgspec.ValidationError, ArithmeticError):
+            raise taskd.Unprocessable([taskd.Fault(name, rule)]) from None
+    return found
 
 
 def refuse_repeated_ids() -> None:
