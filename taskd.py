@@ -1925,6 +1925,10 @@ class Turn:
     def __init__(self) -> None:
         self._lock, self._counter_lock, self._waiting = threading.Lock(), threading.Lock(), 0
 
+    def try_acquire(self) -> bool:
+        """Acquire it if it is free, without waiting."""
+        return self._lock.acquire(blocking=False)
+
     def acquire(self, timeout: float) -> bool:
         """Acquire it within `timeout` seconds, or return False."""
         with self._counter_lock:
@@ -2062,9 +2066,16 @@ class Sqlite(_LastWrite):
                 yield
                 self.run(commit)
             except BaseException:
-                if _is_in_transaction(self._here()):
-                    self.run(roll_back)
+                self._undo(roll_back)
                 raise
+
+    def _undo(self, roll_back: str) -> None:
+        """Roll back this thread's write; if that fails, all of its transaction."""
+        try:
+            if _is_in_transaction(self._here()):
+                self.run(roll_back)
+        except Exception:
+            self._drop()
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which this thread alone writes; its end waits for the disk."""
@@ -2072,14 +2083,14 @@ class Sqlite(_LastWrite):
 
     @contextlib.contextmanager
     def _in_event_loop(self) -> Iterator[None]:
-        if self.is_slow or not self._turn.acquire(0):
+        if self.is_slow or not self._turn.try_acquire():
             raise WouldBlock
         started = time.monotonic()
         try:
             yield
             self._note_time(time.monotonic() - started)
         finally:
-            self._turn.release()
+            self._end_turn()
 
     @contextlib.contextmanager
     def _in_batch(self) -> Iterator[None]:
@@ -2095,19 +2106,23 @@ class Sqlite(_LastWrite):
             yield
         finally:
             self._writing = None
-            if not self._turn.pass_on():
-                self._commit()
-                self._turn.release()
+            self._end_turn()
         batch.result()
 
+    def _end_turn(self) -> None:
+        """Commit the batch, if one is open and no thread waits to add to it."""
+        if not self._turn.pass_on():
+            self._commit()
+            self._turn.release()
+
     def _commit(self) -> None:
-        """Commit the batch, if one is open, and tell its threads."""
+        """Commit the open batch, if there is one, and let its threads continue."""
         batch, self._batch, started = self._batch, None, time.monotonic()
         if not batch:
             return
         try:
             self._writer.execute_sql("COMMIT")
-        except peewee.DatabaseError as ex:
+        except Exception as ex:  # whatever it is, the threads of the batch wait
             self._renew_writer = True  # closing it rolls back
             batch.set_exception(Unavailable("the database", str(ex)))
         else:
@@ -2161,10 +2176,10 @@ class Sqlite(_LastWrite):
         """Close this thread's connections; the last one to close checkpoints SQLite's log."""
         self._event_loop_connection.close()
         self._worker_connection.close()
-        if self._turn.acquire(0):
-            if not self._batch:  # otherwise the next thread commits it
+        if self._turn.try_acquire():
+            if not self._batch:
                 self._writer.close()
-            self._turn.release()
+            self._end_turn()
 
 
 class PostgresSession(peewee.PostgresqlDatabase):

@@ -40,7 +40,7 @@ class Batch:
     def run(self, *writes: Write) -> list[Future[Any]]:
         """Start the writes one after another while the turn is taken, and return their results."""
         with ThreadPoolExecutor(len(writes)) as pool:
-            assert self.database._turn.acquire(0)
+            assert self.database._turn.try_acquire()
             try:
                 futures = []
                 for write in writes:
@@ -146,13 +146,29 @@ def test_a_thread_that_gave_up_its_turn_is_not_waited_for(batch: Batch, path: Pa
             return acquired
 
         with ThreadPoolExecutor(1) as pool:
-            assert batch.database._turn.acquire(0)
+            assert batch.database._turn.try_acquire()
             other = pool.submit(give_up)
             ready.wait(DEADLINE)
             passed_on = batch.database._turn.pass_on()
             if not passed_on:
                 batch.database._turn.release()
             assert other.result(DEADLINE) or not passed_on
+
+
+def test_the_event_loop_commits_a_batch_that_no_thread_continues(
+    batch: Batch, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = batch.database._turn
+    with ThreadPoolExecutor(1) as pool:
+        turn._waiting += 1  # a thread that gives up after the turn was passed on to it
+        added = pool.submit(batch.add("one"))
+        until(lambda: batch.database._batch and not turn._lock.locked(), "the batch is left open")
+        turn._waiting -= 1
+        monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+        with pytest.raises(taskd.WouldBlock):
+            batch.add("two")()
+        assert added.result(DEADLINE) == 1
+    assert len(stored(path)) == 1
 
 
 @pytest.mark.slow

@@ -687,7 +687,7 @@ def test_only_so_many_writes_wait(path, monkeypatch):
     database = taskd.Sqlite(str(path), waiting=1)
     store = taskd.TaskStore(database)
     with ThreadPoolExecutor(1) as another:
-        database._turn.acquire(0)
+        database._turn.try_acquire()
         waiting = another.submit(lambda: (store.add("alice", new_task()), store.close()))
         deadline = time.monotonic() + DEADLINE
         while database._queue._free and time.monotonic() < deadline:
