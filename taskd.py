@@ -850,7 +850,7 @@ class TagsField(peewee.TextField):
     def python_value(self, value: str) -> list[str]:
         """Return the array as a view shows it."""
         try:
-            return parse_tags(value)
+            return parse_tags(value) if value != "[]" else []
         except (ValueError, msgspec.DecodeError) as ex:
             raise Unavailable("the database", f"it is damaged: {ex}") from None
 
@@ -1663,13 +1663,16 @@ class TaskStore:
         size = listing.limit or (CHUNK if listing.is_by_id else SORTED_CHUNK)
         sql, values = self._page_statement(listing)
         values |= {"user_id": user_id, "limit": size + 1}
-        if not listing.limit and listing.is_by_id:
+        room = MAX_PAGE if listing.limit else MAX_CHUNK
+        if size <= CHUNK:
             found = self._database.run(sql, **values)
             tasks = [_view(row) for row in found[:size]]
             after = (found[size - 1][-1], tasks[-1].id) if len(found) > size else None
+            if len(to_json(tasks)) > room:  # which takes less time than to measure each task
+                tasks, after = _fill_page(found, size, room)
         else:
             with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
-                tasks, after = _fill_page(rows, size, MAX_PAGE if listing.limit else MAX_CHUNK)
+                tasks, after = _fill_page(rows, size, room)
         return tasks, after and msgspec.structs.replace(listing, after=after)
 
     def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
