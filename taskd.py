@@ -1780,7 +1780,7 @@ class TaskStore:
 
 def _view(row: Row) -> View:
     """Return a row as a task, without its last column: the version, or the position in a list."""
-    *values, _ = row
+    values = list(row[:-1])
     for place, load in LOADED:
         values[place] = load(values[place])
     return TaskView(*values)
@@ -3114,6 +3114,7 @@ REFUSED: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
 }
 
 
+@cache
 def status_line(status: int) -> str:
     """Return a status with its phrase."""
     return f"{status} {TITLES.get(status) or HTTPStatus(status).phrase}"
@@ -3831,6 +3832,10 @@ class FairQueue:
         if channels:
             self._requests[user] = channels
         return channel
+
+    def __bool__(self) -> bool:
+        """Return whether a request waits."""
+        return bool(self._requests)
 
     def __len__(self) -> int:
         """Return how many requests wait."""
