@@ -1896,8 +1896,9 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
 class WriteQueue:
     """Places for waiting writes: fewer than worker threads, so that reads always find a thread."""
 
-    def __init__(self, places: int) -> None:
-        self._free, self._places = places, places
+    def __init__(self, places: int, full: str = "", timeout: float = 0) -> None:
+        self._free, self._places, self._timeout = places, places, timeout
+        self._full = full or "too many writes are waiting"
         self._moved, self._changed = 0.0, threading.Condition()
 
     @contextlib.contextmanager
@@ -1909,9 +1910,9 @@ class WriteQueue:
             if self._free == self._places:
                 self._moved = time.monotonic()
             while not self._free:
-                patience = self._moved + QUEUE_PLACE_TIMEOUT - time.monotonic()
+                patience = self._moved + (self._timeout or QUEUE_PLACE_TIMEOUT) - time.monotonic()
                 if patience <= 0:
-                    raise Unavailable("the database", "too many writes are waiting")
+                    raise Unavailable("the database", self._full)
                 self._changed.wait(patience)
             self._free -= 1
         try:
@@ -2189,10 +2190,13 @@ class PostgresSession(peewee.PostgresqlDatabase):
     """Connections whose session settings override those of the role, the database and libpq."""
 
     session_settings: str
+    answer_timeout: float | None = None  # seconds until a server that is silent counts as lost
 
     def _connect(self) -> Any:
         for last in (False, False, False, False, True):
             connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
+            self._prefer(connection.info)
+            connection.wait = partial(connection.wait, timeout=self.answer_timeout)
             try:  # after connecting: PgBouncer refuses settings in the start-up packet
                 connection.execute(self.session_settings)
                 return connection
@@ -2200,6 +2204,15 @@ class PostgresSession(peewee.PostgresqlDatabase):
                 connection.close()
                 if last or getattr(ex, "sqlstate", None) not in TIMED_OUT:
                     raise  # otherwise a very short time-out of the role has ended it
+
+    def _prefer(self, server: Any) -> None:
+        """Try this server first from now on: the one that the URL names first may be silent."""
+        named = {name: self.connect_params.get(name, "") for name in ("host", "hostaddr", "port")}
+        lists = {name: text.split(",") for name, text in named.items() if "," in text}
+        this = tuple(str(getattr(server, name)) for name in lists)
+        servers = sorted(zip(*lists.values(), strict=True), key=lambda other: other != this)
+        for name, values in zip(lists, zip(*servers, strict=True), strict=True):
+            self.connect_params[name] = ",".join(values)
 
 
 class Postgres(_LastWrite):
@@ -2209,33 +2222,30 @@ class Postgres(_LastWrite):
 
     def __init__(self, settings: Settings, statement_timeout: float) -> None:
         """Open the database and prepare its tables. Raises DatabaseError or SettingsError."""
-        given = _libpq_parameters(settings.database_url)
+        parameters = _libpq_parameters(settings.database_url)
         from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
         from psycopg import Error as PsycopgError
 
         class Pool(PooledPostgresqlDatabase, PostgresSession):
             session_settings = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
 
-        defaults: dict[str, Any] = {
-            "connect_timeout": 3,
-            "tcp_user_timeout": 5000,
-            "application_name": "taskd",
-        }
+            def _is_closed(self, connection: Any) -> bool:
+                # A server that closes an idle connection says so; a round trip could take long.
+                poll = select.poll()
+                poll.register(connection, select.POLLIN)
+                return bool(poll.poll(0))
+
         self._pool = self.peewee = Pool(
             settings.database_url,
             max_connections=settings.threads + SEARCHES,
             timeout=WRITE_TURN_TIMEOUT,
             prefer_psycopg3=True,
             encoding="UTF8",
-            **{name: value for name, value in defaults.items() if name not in given},
+            **parameters,
         )
         self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
-        self._unusable = (
-            peewee.DatabaseError,
-            peewee.InterfaceError,
-            PsycopgError,
-            MaxConnectionsExceeded,
-        )
+        self._connecting = WriteQueue(1, "no server accepts connections", timeout=0.8)
+        self._unusable = (peewee.PeeweeException, PsycopgError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
         except (peewee.PeeweeException, ValueError) as ex:
@@ -2243,12 +2253,12 @@ class Postgres(_LastWrite):
             raise DatabaseError(f"{settings.database} cannot be opened: {why}") from None
         finally:
             self.close()
+        self._pool.answer_timeout = statement_timeout + 1 if statement_timeout else None
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
-        return re.sub(
-            r":([a-z][a-z_0-9]*)", r"%(\1)s", compiled(query, self._pool).replace("%", "%%")
-        )
+        sql = compiled(query, self._pool).replace("%", "%%")
+        return re.sub(r":([a-z][a-z_0-9]*)", r"%(\1)s", sql)
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows. Raises Unavailable, or WouldBlock."""
@@ -2293,7 +2303,9 @@ class Postgres(_LastWrite):
             yield  # whoever took the connection handles the error
             return
         try:
-            with self._pool.connection_context():
+            with self._connecting.place():  # the pool lets all threads wait for one that connects
+                self._pool.connect()
+            with contextlib.closing(self._pool):
                 yield
         except self._unusable as ex:
             original = getattr(ex, "orig", None) or ex.__cause__ or ex.__context__
@@ -2349,22 +2361,24 @@ class Postgres(_LastWrite):
             raise peewee.DatabaseError(f"{found} is not in the first schema of the search path")
 
 
-def _libpq_parameters(url: str) -> set[str]:
-    """Return the names of the connection parameters that the URL or the environment sets."""
+def _libpq_parameters(url: str) -> dict[str, Any]:
+    """Return the connection parameters of the URL, and those that taskd adds to them."""
     try:
         import psycopg  # loaded only where PostgreSQL is used
 
         parameters = psycopg.conninfo.conninfo_to_dict(url)
     except ImportError:
-        raise SettingsError(
-            "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
-        ) from None
+        why = "DATABASE_URL needs psycopg: pip install -r requirements-postgresql.txt"
+        raise SettingsError(why) from None
     except psycopg.ProgrammingError:  # its message may contain a password with a % in it
-        raise SettingsError(
-            "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
-        ) from None
-    names = {"PGCONNECT_TIMEOUT": "connect_timeout", "PGAPPNAME": "application_name"}
-    return parameters.keys() | {names[name] for name in names if name in os.environ}
+        why = "DATABASE_URL cannot be read: write it as PostgreSQL's manual says (libpq)"
+        raise SettingsError(why) from None
+    defaults = {
+        "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", "3"),
+        "tcp_user_timeout": "5000",
+        "application_name": os.environ.get("PGAPPNAME", "taskd"),
+    }
+    return defaults | parameters
 
 
 def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:

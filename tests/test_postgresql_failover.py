@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -21,6 +22,9 @@ pytestmark = [pytest.mark.postgresql, pytest.mark.slow]
 Start = Callable[..., Process]
 Pair = tuple[Cluster, Cluster]
 CLIENTS = 16
+CONNECTING = 3  # seconds of taskd's connect_timeout
+STATEMENT = 9  # seconds until taskd gives up a statement that the server does not end
+TOLERANCE = 2  # seconds, for a busy machine
 SOON = 1.0  # seconds within which a request is answered 503 while there is no primary
 
 
@@ -139,6 +143,51 @@ def test_the_standby_replaces_a_primary_without_a_restart_of_taskd_and_nothing_i
     assert (again.status_code, again.json["id"]) == (201, task)
     assert again.headers["idempotency-replayed"] == "true"
     assert "Traceback" not in server.log
+
+
+def refusal(server: Process, number: int) -> float:
+    """Return the seconds until a create is answered 503."""
+    started = time.monotonic()
+    assert_unavailable(create(server, number))
+    return time.monotonic() - started
+
+
+def test_a_primary_that_is_silent_makes_no_request_wait_for_long(
+    servers: Pair, start: Start
+) -> None:
+    """As after the loss of a machine or its disk: no connection is refused, and none is closed."""
+    primary, standby = servers
+    url = made(primary.url())
+    server = start(DATABASE_URL=address(servers, url.rpartition("/")[2]))
+    with primary.frozen():
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            seconds = sorted(pool.map(lambda number: refusal(server, number), range(CLIENTS)))
+        assert seconds[-3] < TOLERANCE, "only a request that connects itself waits longer"
+        assert seconds[-1] < 2 * CONNECTING + TOLERANCE
+        standby.promote()
+        until(lambda: create(server, 1, "key").status_code == 201, "it writes to the other one")
+        with ThreadPoolExecutor(CLIENTS) as pool:  # new connections begin with the other one
+            asked = time.monotonic()
+            answers = list(pool.map(lambda number: create(server, number), range(CLIENTS)))
+            assert {answer.status_code for answer in answers} == {201}
+            assert time.monotonic() - asked < CONNECTING
+
+
+def test_a_server_that_falls_silent_within_a_statement_is_503_after_the_statement_timeout(
+    servers: Pair, start: Start
+) -> None:
+    primary, _ = servers
+    server = start(DATABASE_URL=made(primary.url()))
+    with ThreadPoolExecutor(CLIENTS) as pool:  # so that there are idle connections
+        assert {answer.status_code for answer in pool.map(partial(create, server), range(8))} == {
+            201
+        }
+        with primary.frozen():
+            asked = time.monotonic()
+            for waiting in [pool.submit(create, server, number) for number in range(CLIENTS)]:
+                assert_unavailable(waiting.result())
+            assert time.monotonic() - asked < STATEMENT + CONNECTING + TOLERANCE
+    until(lambda: create(server, 1).status_code == 201, "it works again")
 
 
 def test_taskd_at_the_standby_reads_all_the_time_and_writes_when_it_is_the_primary(
