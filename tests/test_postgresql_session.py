@@ -202,7 +202,7 @@ def pooled(cluster: Cluster, empty: str) -> Iterator[str]:
         (directory / "pgbouncer.ini").write_text(
             f"[databases]\n* = host=127.0.0.1 port={cluster.port}\n[pgbouncer]\n"
             f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\n"
-            f"auth_file = {directory}/users\npool_mode = session\ndefault_pool_size = 8\n"
+            f"auth_file = {directory}/users\npool_mode = session\ndefault_pool_size = 40\n"
         )
         command = ["setpriv", "--pdeathsig=KILL", "pgbouncer", str(directory / "pgbouncer.ini")]
         if os.geteuid() == 0:
@@ -237,3 +237,54 @@ def test_behind_pgbouncer_in_session_mode_it_serves(
     again = start(DATABASE_URL=pooled, TASKD_THREADS="6")
     assert len(again.request("GET", TASKS, headers=bearer()).json) == 12
     assert execute(empty, "SELECT count(*) FROM task") == [(12,)]
+
+
+@pytest.fixture
+def four(pooled: str, start: Start) -> list[Process]:
+    """Four taskd behind one PgBouncer, which has a connection to PostgreSQL for each of theirs."""
+    return [start(DATABASE_URL=pooled, TASKD_THREADS="6") for _ in range(4)]
+
+
+def test_behind_pgbouncer_every_toggle_of_a_storm_across_four_processes_counts(
+    four: list[Process], empty: str
+) -> None:
+    create(four[0], 1)
+    toggle = written("PATCH", f"{TASKS}/1/complete", user="alice")
+    answers = at_once(four, [toggle] * 41)
+    assert Counter(answer.json["completed"] for answer in answers) == {True: 21, False: 20}
+    assert execute(empty, "SELECT completed, version FROM task") == [(True, 42)]
+
+
+def test_behind_pgbouncer_of_16_keyed_creates_across_four_processes_one_is_done(
+    four: list[Process], empty: str
+) -> None:
+    keyed = written("POST", TASKS, {"title": "once"}, "Idempotency-Key: k", user="alice")
+    answers = at_once(four, [keyed] * 16)
+    assert {(answer.status_code, answer.content) for answer in answers} == {
+        (201, answers[0].content)
+    }
+    assert sum("idempotency-replayed" in answer.headers for answer in answers) == 15
+    assert execute(empty, "SELECT count(*) FROM task") == [(1,)]
+
+
+def test_behind_pgbouncer_no_user_sees_or_changes_a_task_of_another_across_four_processes(
+    four: list[Process], empty: str
+) -> None:
+    users = [f"user{number}" for number in range(8)]
+    creates = [
+        written("POST", f"/api/{user}/tasks", {"title": user}, "Idempotency-Key: same", user=user)
+        for user in users
+    ]
+    ids = [answer.json["id"] for answer in at_once(four, creates)]
+    assert len(set(ids)) == len(users)
+    for server in four:
+        for user, task in zip(users, ids, strict=True):
+            own = f"/api/{user}/tasks"
+            listed = server.request("GET", own, headers=bearer(user)).json
+            assert [(shown["id"], shown["title"]) for shown in listed] == [(task, user)]
+            other = ids[ids.index(task) - 1]
+            for method in ("GET", "DELETE"):
+                answer = server.request(method, f"{own}/{other}", headers=bearer(user))
+                assert answer.status_code == 404
+            assert server.request("GET", own, headers=bearer("mallory")).status_code == 403
+    assert execute(empty, "SELECT count(*) FROM task WHERE user_id = title") == [(len(users),)]
