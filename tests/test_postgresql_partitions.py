@@ -186,8 +186,13 @@ def test_a_user_moves_to_the_other_partition_and_back_with_ids_and_times(
     path = f"/api/alice/tasks/{tasks[1]['id']}"
     partitions.request("PATCH", f"{path}/complete", user="alice")
     before = partitions.listed("alice")
+    first = partitions.request("GET", "/api/alice/tasks?limit=1", user="alice")
+    page = first.headers["link"].partition("<")[2].partition(">")[0]
+    assert partitions.request("GET", page, user="alice").json == before[1:2]
     partitions.move("alice", "one", "two")
     assert partitions.listed("alice") == before
+    after = partitions.request("GET", page, user="alice")
+    assert after.status_code == 422, "a cursor is of one partition: the client begins again"
     assert (owners(partitions, "one"), owners(partitions, "two")) == (set(), {"alice", "bob"})
     there = partitions.create("alice", "made in the second one")
     assert there["id"] >= SECOND
