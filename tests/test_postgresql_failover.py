@@ -190,6 +190,25 @@ def test_a_server_that_falls_silent_within_a_statement_is_503_after_the_statemen
     until(lambda: create(server, 1).status_code == 201, "it works again")
 
 
+def test_while_the_standby_is_silent_reads_go_on_and_no_change_is_answered_as_done(
+    servers: Pair, start: Start
+) -> None:
+    primary, standby = servers
+    server = start(DATABASE_URL=made(primary.url()))
+    task = create(server, 1).json
+    with standby.frozen(), ThreadPoolExecutor(CLIENTS) as pool:
+        asked = time.monotonic()
+        waiting = [pool.submit(create, server, 2, "key") for _ in range(CLIENTS)]
+        while not all(answer.done() for answer in waiting):
+            assert server.request("GET", TASKS, headers=bearer()).json == [task]
+        assert time.monotonic() - asked < STATEMENT + TOLERANCE
+        for answer in waiting:
+            assert_unavailable(answer.result())
+    until(lambda: create(server, 2, "key").status_code == 201, "its standby is back")
+    titles = [task["title"] for task in server.request("GET", TASKS, headers=bearer()).json]
+    assert titles == ["Task 1", "Task 2"]
+
+
 def test_taskd_at_the_standby_reads_all_the_time_and_writes_when_it_is_the_primary(
     servers: Pair, start: Start
 ) -> None:

@@ -139,7 +139,7 @@ class Partitions:
         (self.home / "moving.jsonl").write_text(self.taskctl(source, "export", user))
         [(last,)] = sql(self.files[target], "SELECT last_value FROM task_id_seq")
         self.taskctl(target, "import", "moving.jsonl")
-        sql(self.files[target], f"SELECT setval('task_id_seq', {last + 1000})")
+        sql(self.files[target], f"SELECT setval('task_id_seq', {last})")
         self.send_to(user, target)
         self.taskctl(source, "purge", user, "--yes")
 
