@@ -604,6 +604,7 @@ def test_readers_that_read_nothing_hold_no_worker(start: Start, threads: str) ->
     until(lambda: len(server.request("GET", TASKS, headers=bearer()).json) == 150, "it is served")
 
 
+@pytest.mark.sqlite("on PostgreSQL the worker threads read the pages, each into memory of its own")
 @pytest.mark.parametrize(("clients", "megabytes"), [(1, 3), (60, 45)])
 def test_pages_that_nobody_reads_keep_one_page_of_each_connection_in_memory(
     start: Start, clients: int, megabytes: int
