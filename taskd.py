@@ -3526,6 +3526,7 @@ class RequestReader:
 RECEIVE_SIZE = 4096  # bytes read from a connection at once
 READS_BEFORE_PAUSE = 64  # reads of a request before a client that sends single bytes is paused
 PAUSE = 0.05  # seconds
+CHECK_INTERVAL = 0.1  # seconds between two looks for connections whose deadline has passed
 SEND_BUDGET = 1024 * 1024  # bytes sent to one client before the others are served
 ROUND = 0.02  # seconds of answering before the event loop looks at the sockets again
 MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
@@ -3921,7 +3922,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.ready = FairQueue()
         self._calls: deque[tuple[Callable[[ServerChannel], None], ServerChannel]] = deque()
         self._paused: list[ServerChannel | Server] = []
-        self._resume_at = self._next_warning = 0.0
+        self._resume_at = self._next_warning = self._next_check = 0.0
         self._accept_pending = False
         super().__init__(app, dispatcher=self._workers, **adjustments)
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
@@ -4020,9 +4021,12 @@ class Server(waitress.server.TcpWSGIServer):
                 del unsent[slowest]
 
     def _check_deadlines(self) -> None:
-        for channel in self.deadlines.overdue():
-            channel.expire()
-        if self._paused and time.monotonic() >= self._resume_at:
+        now = time.monotonic()
+        if now >= self._next_check:
+            self._next_check = now + CHECK_INTERVAL
+            for channel in self.deadlines.overdue():
+                channel.expire()
+        if self._paused and now >= self._resume_at:
             resumed, self._paused = self._paused, []
             for paused in resumed:
                 paused.resume()
