@@ -1173,21 +1173,21 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
 
 def parse_task(text: str) -> dict[str, Any]:
     """Return the members of a task, checked by the rules of the API."""
-    return {**taskd.decode(text, taskd.NewTask), **owned(text, OWNED_MEMBERS)}
+    return {**taskd.decode(text, taskd.NewTask), **owned(msgspec.json.decode(text), OWNED_MEMBERS)}
 
 
 def parse_new_task(text: str) -> dict[str, Any]:
     """Return the members of a task without an id; a time that is missing is now."""
     fields, members = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text)
     given = [name for name in ("created_at", "updated_at") if members.get(name) is not None]
-    known = owned(text, ["user_id", *given])
+    known = owned(members, ["user_id", *given])
     created = known.get("created_at", taskd.timestamp(datetime.now(UTC)))
     return {**fields, "created_at": created, "updated_at": created, **known}
 
 
-def owned(text: str, names: Iterable[str]) -> dict[str, Any]:
+def owned(members: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return members that the server owns, with times as it writes them. Raises Unprocessable."""
-    members, found = msgspec.json.decode(text), {}
+    found = {}
     for name in names:
         kind, rule = OWNED_MEMBERS[name]
         try:

@@ -1862,6 +1862,7 @@ WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
 QUEUE_PLACE_TIMEOUT = 0.25  # seconds without progress after which a full queue rejects writes
+CONNECT_PLACE_TIMEOUT = 0.8  # the same for the one thread that connects to PostgreSQL
 ALONE = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
 IN_BATCH = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
 SLOW_WRITE = 0.005  # seconds; if writes take longer, they run in worker threads
@@ -1893,12 +1894,12 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(sql)
 
 
-class WriteQueue:
-    """Places for waiting writes: fewer than worker threads, so that reads always find a thread."""
+class Places:
+    """Places that threads take; raises Unavailable if all are taken and none was left in time."""
 
-    def __init__(self, places: int, full: str = "", timeout: float = 0) -> None:
-        self._free, self._places, self._timeout = places, places, timeout
-        self._full = full or "too many writes are waiting"
+    def __init__(self, places: int, timeout: float, why: str) -> None:
+        """At most `places` are taken; after `timeout` seconds without progress `why` is raised."""
+        self._free, self._places, self._timeout, self._why = places, places, timeout, why
         self._moved, self._changed = 0.0, threading.Condition()
 
     @contextlib.contextmanager
@@ -1910,9 +1911,9 @@ class WriteQueue:
             if self._free == self._places:
                 self._moved = time.monotonic()
             while not self._free:
-                patience = self._moved + (self._timeout or QUEUE_PLACE_TIMEOUT) - time.monotonic()
+                patience = self._moved + self._timeout - time.monotonic()
                 if patience <= 0:
-                    raise Unavailable("the database", self._full)
+                    raise Unavailable("the database", self._why)
                 self._changed.wait(patience)
             self._free -= 1
         try:
@@ -1921,6 +1922,11 @@ class WriteQueue:
             with self._changed:
                 self._free, self._moved = self._free + 1, time.monotonic()
                 self._changed.notify()
+
+
+def write_queue(places: int) -> Places:
+    """Return places for waiting writes: fewer than threads, so that reads always find a thread."""
+    return Places(places, QUEUE_PLACE_TIMEOUT, "too many writes are waiting")
 
 
 class Turn:
@@ -1999,7 +2005,7 @@ class Sqlite(_LastWrite):
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._writer  # for taskctl's own queries, also within a transaction
         self._path, self._opened = Path(path), Path(path).stat()
-        self._queue, self._turn = WriteQueue(waiting), Turn()
+        self._queue, self._turn = write_queue(waiting), Turn()
         self._writing: int | None = None  # the worker thread that uses `_writer`
         self._batch: Future[None] | None = None  # the transaction of `_writer` that is open
         self._renew_writer = False  # a statement of the batch failed
@@ -2243,8 +2249,8 @@ class Postgres(_LastWrite):
             encoding="UTF8",
             **parameters,
         )
-        self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
-        self._connecting = WriteQueue(1, "no server accepts connections", timeout=0.8)
+        self._queue = write_queue(max(1, settings.threads * 3 // 4))
+        self._connecting = Places(1, CONNECT_PLACE_TIMEOUT, "no server accepts connections")
         self._unusable = (peewee.PeeweeException, PsycopgError, MaxConnectionsExceeded)
         try:
             self._prepare(settings.database)
@@ -3129,22 +3135,22 @@ REFUSED: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
 
 
 @cache
-def status_line(status: int) -> str:
-    """Return a status with its phrase."""
-    return f"{status} {TITLES.get(status) or HTTPStatus(status).phrase}"
+def phrase(status: int) -> str:
+    """Return the phrase of a status (RFC 9110): the title of an error, and in its status line."""
+    return TITLES.get(status) or HTTPStatus(status).phrase
 
 
 def problem(status: int, detail: str | None, faults: list[Fault] | None = None) -> bytes:
     """Return the body of an error (RFC 9457): the one place where its shape is made."""
-    title = status_line(status)[4:]
     detail = detail or DETAILS.get(status)
-    members = {"title": title, "status": status, "detail": detail, "errors": faults}
+    members = {"title": phrase(status), "status": status, "detail": detail, "errors": faults}
     return to_json({name: value for name, value in members.items() if value})
 
 
 def serialize_error(req: falcon.Request, resp: falcon.Response, ex: falcon.HTTPError) -> None:
     """Write an error as problem+json, whatever the client accepts."""
-    resp.status, resp.content_type = status_line(ex.status_code), "application/problem+json"
+    resp.status = f"{ex.status_code} {phrase(ex.status_code)}"
+    resp.content_type = "application/problem+json"
     resp.data = problem(ex.status_code, ex.description, getattr(ex, "faults", None))
 
 
@@ -3916,7 +3922,7 @@ class Server(waitress.server.TcpWSGIServer):
 
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._app = app
-        self._workers, self._searches = dispatcher(adjustments["threads"]), dispatcher(SEARCHES)
+        self._searches = dispatcher(SEARCHES)
         self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self.deadlines, self.stopping = Deadlines(), False
         self.ready = FairQueue()
@@ -3924,7 +3930,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._next_warning = self._next_check = 0.0
         self._accept_pending = False
-        super().__init__(app, dispatcher=self._workers, **adjustments)
+        super().__init__(app, dispatcher=dispatcher(adjustments["threads"]), **adjustments)
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
             self.poll.register(descriptor, select.POLLIN)
 
@@ -3965,7 +3971,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.socket.close()
         self._paused = [paused for paused in self._paused if paused is not self]
         self._drain()
-        self._workers.shutdown(timeout=0.5)
+        self.task_dispatcher.shutdown(timeout=0.5)
         self._searches.shutdown(timeout=0.5)
         wasyncore.close_all(self._map)
 
@@ -4005,7 +4011,7 @@ class Server(waitress.server.TcpWSGIServer):
             if isinstance(ex, SearchWouldBlock):
                 self._searches.add_task(channel)
             elif ex.until is None:
-                self._workers.add_task(channel)
+                self.task_dispatcher.add_task(channel)
             else:
                 ex.until.add_done_callback(lambda _: self._call_soon(self.ready.append, channel))
         else:
@@ -4165,9 +4171,8 @@ def main() -> int:
         listener = listen(settings.host, settings.port)
         app = create_app(settings)
     except (SettingsError, DatabaseError) as ex:
-        print(
-            "taskd:", *str(ex).splitlines(), file=sys.stderr
-        )  # one line, whatever a path contains
+        # One line, whatever a path contains.
+        print("taskd:", *str(ex).splitlines(), file=sys.stderr)
         return 2
     warn_about(settings)
     start_expiry(app.store)

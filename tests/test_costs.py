@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +227,7 @@ def test_a_search_ends_when_its_client_leaves(start, tmp_path):
         with Wire(server) as wire:
             wire.send(search)
             time.sleep(0.05)  # so that it is under way
-        ended = partial(lambda count: server.log.count("503") == count, count)
-        support.until(ended, "the search has ended")
+        support.until(lambda n=count: server.log.count("503") == n, "the search has ended")
     assert server.processor_time() - before < 2
 
 

@@ -71,6 +71,13 @@ def another_is_served(server: Process) -> None:
     assert server.request("GET", "/readyz").status_code == 200
 
 
+def add_long_tasks(server: Process, count: int) -> None:
+    """Create tasks of alice with 10,000 characters each."""
+    for number in range(count):
+        task = {"title": f"Dig {number}", "description": "x" * 10_000}
+        assert server.request("POST", TASKS, task, bearer()).status_code == 201
+
+
 @contextlib.contextmanager
 def connected(server: Process, count: int) -> Iterator[list[Wire]]:
     """Give connections of a client that reads nothing, and close them."""
@@ -509,9 +516,7 @@ def test_a_connection_that_was_used_is_closed_when_it_is_idle(hasty: Process) ->
 
 @pytest.mark.sqlite("it is about HTTP")
 def test_an_answer_of_which_nothing_is_taken_closes_the_connection(hasty: Process) -> None:
-    for number in range(100):
-        task = {"title": f"Dig {number}", "description": "x" * 10_000}
-        assert hasty.request("POST", TASKS, task, bearer()).status_code == 201
+    add_long_tasks(hasty, 100)
     request = written("GET", TASKS, user="alice")
     with Wire(hasty, receive_buffer=4096) as idle, Wire(hasty, receive_buffer=4096) as slow:
         for wire in (idle, slow):
@@ -592,9 +597,7 @@ def test_thousands_of_idle_connections_do_not_slow_requests(start: Start) -> Non
 @pytest.mark.parametrize("threads", ["2"])
 def test_readers_that_read_nothing_hold_no_worker(start: Start, threads: str) -> None:
     server = start(TASKD_THREADS=threads)
-    for number in range(150):
-        task = {"title": f"Dig {number}", "description": "x" * 10_000}
-        assert server.request("POST", TASKS, task, bearer()).status_code == 201
+    add_long_tasks(server, 150)
     request = written("GET", TASKS, user="alice")  # over 100 tasks: a worker makes it
     wires = [Wire(server, receive_buffer=4096).send(request * 2) for _ in range(4)]
     for _ in range(3):
@@ -610,9 +613,7 @@ def test_pages_that_nobody_reads_keep_one_page_of_each_connection_in_memory(
     start: Start, clients: int, megabytes: int
 ) -> None:
     server = start()
-    for number in range(110):
-        task = {"title": f"Dig {number}", "description": "x" * 10_000}
-        assert server.request("POST", TASKS, task, bearer()).status_code == 201
+    add_long_tasks(server, 110)
     page = f"{TASKS}?limit=1000"  # 1 MiB
     for _ in range(3):
         assert server.request("GET", page, headers=bearer()).status_code == 200
@@ -628,9 +629,7 @@ def test_pages_that_nobody_reads_keep_one_page_of_each_connection_in_memory(
 @pytest.mark.sqlite("PostgreSQL does much of the work")
 def test_a_burst_of_one_user_on_many_connections_delays_nobody_else(start: Start) -> None:
     server = start()
-    for number in range(110):
-        task = {"title": f"Dig {number}", "description": "x" * 10_000}
-        assert server.request("POST", TASKS, task, bearer()).status_code == 201
+    add_long_tasks(server, 110)
     page = written("GET", f"{TASKS}?limit=1000", user="alice")  # 1 MiB
     with connected(server, 300) as wires, Wire(server) as other:
         assert other.send(GOOD).answer().status_code == 200
