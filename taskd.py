@@ -75,7 +75,7 @@ import time
 import traceback
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError, wait
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, wait
 from datetime import UTC, date, datetime, timedelta
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
@@ -427,12 +427,27 @@ class SearchWouldBlock(WouldBlock):
     """Raised in the event loop by a search; it runs in one of the few threads for searches."""
 
 
+class WriteWouldBlock(WouldBlock):
+    """Raised in the event loop by a write while another one holds SQLite's lock; it is repeated."""
+
+
+class BatchFailed(WouldBlock):
+    """Raised in the event loop by a write that failed, and with it the batch that it was part of.
+
+    The batch was rolled back. Each of its requests runs again by itself, in a worker thread.
+    """
+
+
 class Busy(Unavailable):
     """The user asks for more at once than is served; the arguments are a detail and a reason."""
 
 
 class _ThreadState(threading.local):
     in_event_loop = False  # True in the thread that serves the sockets
+    is_patient = True  # False in the event loop when a write has waited for LOCK_TIMEOUT
+    # In the event loop: what follows when the write of this request is on disk; None if it wrote
+    # nothing. In other threads a write is on disk when it returns, and this is always None.
+    uncommitted: list[Callable[[], object]] | None = None
 
     def client_has_left(self) -> bool:
         """Whether nobody waits for the answer to this thread's request; a worker thread sets it."""
@@ -440,6 +455,14 @@ class _ThreadState(threading.local):
 
 
 thread_state = _ThreadState()
+
+
+def when_on_disk(call: Callable[[], object]) -> None:
+    """Call a function when what this thread's request wrote is on disk, which may be now."""
+    if thread_state.uncommitted is None:
+        call()
+    else:
+        thread_state.uncommitted.append(call)
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -1746,10 +1769,13 @@ class TaskStore:
         """Delete the task, and return it as it was."""
         return self._write(self._sql["remove"], conditions, user_id, task_id)
 
-    @property
-    def is_slow(self) -> bool:
-        """Whether writes are so slow that they should start in a worker thread."""
-        return self._database.is_slow
+    def begin(self) -> bool:
+        """Begin the event loop's transaction; return False while another one writes."""
+        return self._database.begin()
+
+    def commit(self) -> Future[bool]:
+        """Commit the event loop's transaction; the result is False if it was undone instead."""
+        return self._database.commit()
 
     def expire_keys(self) -> None:
         """Delete all expired idempotency keys, in batches so that no write waits long."""
@@ -1865,7 +1891,7 @@ QUEUE_PLACE_TIMEOUT = 0.25  # seconds without progress after which a full queue 
 CONNECT_PLACE_TIMEOUT = 0.8  # the same for the one thread that connects to PostgreSQL
 ALONE = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
 IN_BATCH = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
-SLOW_WRITE = 0.005  # seconds; if writes take longer, they run in worker threads
+SLOW_COMMIT = 0.002  # seconds; if commits take longer, the event loop does not wait for them
 
 
 class DatabaseError(Exception):
@@ -1929,37 +1955,6 @@ def write_queue(places: int) -> Places:
     return Places(places, QUEUE_PLACE_TIMEOUT, "too many writes are waiting")
 
 
-class Turn:
-    """A lock that knows whether another thread waits for it."""
-
-    def __init__(self) -> None:
-        self._lock, self._counter_lock, self._waiting = threading.Lock(), threading.Lock(), 0
-
-    def try_acquire(self) -> bool:
-        """Acquire it if it is free, without waiting."""
-        return self._lock.acquire(blocking=False)
-
-    def acquire(self, timeout: float) -> bool:
-        """Acquire it within `timeout` seconds, or return False."""
-        with self._counter_lock:
-            self._waiting += 1
-        acquired = self._lock.acquire(timeout=timeout)
-        with self._counter_lock:  # `pass_on` may have relied on this thread after the time-out
-            self._waiting -= 1
-            return acquired or self._lock.acquire(blocking=False)
-
-    def pass_on(self) -> bool:
-        """Release it if a thread waits, which then acquires it; return whether one does."""
-        with self._counter_lock:
-            if self._waiting:
-                self._lock.release()
-            return self._waiting > 0
-
-    def release(self) -> None:
-        """Release it."""
-        self._lock.release()
-
-
 class _LastWrite:
     """Remembers for /readyz that the last write failed: reads work on a full or read-only disk."""
 
@@ -1988,28 +1983,26 @@ class _LastWrite:
 class Sqlite(_LastWrite):
     """SQLite: a connection in each thread, and one write at a time.
 
-    On a slow disk all writes run in worker threads. These share `_writer` and its transaction, the
-    batch: each thread that waits for its turn adds a write, the last one commits, and all of them
-    continue when the batch is on disk. So they wait for one flush instead of one each.
+    The event loop adds the writes of many requests to one transaction of `_writer`, the batch, and
+    commits it before it answers them: they share a flush of the disk. Its other connection, which
+    reads, does not see them earlier. In other threads each write is committed by itself.
     """
 
     def __init__(self, path: str, waiting: int) -> None:
-        """Open the database; at most `waiting` writes wait at once. Raises DatabaseError."""
+        """Open the database; at most `waiting` threads wait to write. Raises DatabaseError."""
         prepare_database(path)
         self._event_loop_connection = connect(path, timeout=0, cache=16)
+        self._writer = connect(path, timeout=0, cache=16, thread_safe=False)
         self._worker_connection = connect(path, timeout=LOCK_TIMEOUT)
-        self._writer = connect(path, timeout=LOCK_TIMEOUT, thread_safe=False)
         try:  # One connection stays open; the first one creates SQLite's log, which can fail later.
             self._worker_connection.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
-        self.peewee = self._writer  # for taskctl's own queries, also within a transaction
+        self.peewee = self._worker_connection  # for taskctl's own queries
         self._path, self._opened = Path(path), Path(path).stat()
-        self._queue, self._turn = write_queue(waiting), Turn()
-        self._writing: int | None = None  # the worker thread that uses `_writer`
-        self._batch: Future[None] | None = None  # the transaction of `_writer` that is open
-        self._renew_writer = False  # a statement of the batch failed
-        self._write_time, self.is_slow = 0.0, False
+        self._queue, self._turn = write_queue(waiting), threading.Lock()
+        self._committer, self._committing = ThreadPoolExecutor(1, "commit"), False
+        self._commit_time = 0.0  # seconds
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -2031,13 +2024,12 @@ class Sqlite(_LastWrite):
             self._fail(ex)
 
     def _fail(self, ex: Exception) -> NoReturn:
+        if thread_state.uncommitted is not None:
+            _drop(self._writer)
+            raise BatchFailed from None
         if thread_state.in_event_loop and "locked" in str(ex):
             raise WouldBlock from None
-        database = self._here()  # its state is not known; the next request opens a new one
-        if database is self._writer and _is_in_transaction(database):
-            self._renew_writer = True  # after the other writes of the batch
-        else:
-            self._drop()
+        _drop(self._here())  # its state is not known; the next request opens a new one
         if type(ex) not in UNUSABLE:
             raise ex
         raise Unavailable("the database", str(ex)) from ex
@@ -2062,107 +2054,89 @@ class Sqlite(_LastWrite):
         """Lock out other creates of the user until the transaction ends; SQLite has one writer."""
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """Run a statement that writes, exclusively; it is on disk when this returns."""
-        with self._remembered(), self._alone():
+        """Run a statement that writes, exclusively; `when_on_disk` tells when it is on disk."""
+        with self._remembered(), self._exclusively():
             return self.run(sql, **values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Run several statements exclusively; all of them are on disk when this ends, or none."""
-        begin, commit, roll_back = ALONE if thread_state.in_event_loop else IN_BATCH
-        with self._remembered(), self._alone():
+        """Run several statements exclusively; all of them are stored, or none."""
+        begin, commit, roll_back = IN_BATCH if thread_state.in_event_loop else ALONE
+        with self._remembered(), self._exclusively():
             self.run(begin)
             try:
                 yield
                 self.run(commit)
-            except BaseException:
-                self._undo(roll_back)
+            except Exception:
+                if _is_in_transaction(self._here()):
+                    self.run(roll_back)
                 raise
 
-    def _undo(self, roll_back: str) -> None:
-        """Roll back this thread's write; if that fails, all of its transaction."""
-        try:
-            if _is_in_transaction(self._here()):
-                self.run(roll_back)
-        except Exception:
-            self._drop()
-
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which this thread alone writes; its end waits for the disk."""
-        return self._in_event_loop() if thread_state.in_event_loop else self._in_batch()
-
     @contextlib.contextmanager
-    def _in_event_loop(self) -> Iterator[None]:
-        if self.is_slow or not self._turn.try_acquire():
-            raise WouldBlock
-        started = time.monotonic()
-        try:
+    def _exclusively(self) -> Iterator[None]:
+        if thread_state.in_event_loop:
+            self._join_batch()
             yield
-            self._note_time(time.monotonic() - started)
-        finally:
-            self._end_turn()
-
-    @contextlib.contextmanager
-    def _in_batch(self) -> Iterator[None]:
+            return
         with self._queue.place():  # SQLite's own busy handler is unfair to threads that wait
-            if not self._turn.acquire(WRITE_TURN_TIMEOUT):
+            if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
-        self._writing = threading.get_ident()
         try:
-            if not self._batch:
-                self.run("BEGIN IMMEDIATE")
-                self._batch = Future()
-            batch = self._batch
             yield
         finally:
-            self._writing = None
-            self._end_turn()
-        batch.result()
-
-    def _end_turn(self) -> None:
-        """Commit the batch, if one is open and no thread waits to add to it."""
-        if not self._turn.pass_on():
-            self._commit()
             self._turn.release()
 
-    def _commit(self) -> None:
-        """Commit the open batch, if there is one, and let its threads continue."""
-        batch, self._batch, started = self._batch, None, time.monotonic()
-        if not batch:
-            return
+    def _join_batch(self) -> None:
+        if not self.begin():
+            if thread_state.is_patient:
+                raise WriteWouldBlock
+            raise Unavailable("the database", "database is locked")
+        if thread_state.uncommitted is None:
+            thread_state.uncommitted = []
+
+    def begin(self) -> bool:
+        """Begin the batch, if none is open; return False while another thread or process writes."""
+        if self._committing:
+            return False
+        if not _is_in_transaction(self._writer):
+            try:
+                self._writer.execute_sql("BEGIN IMMEDIATE")
+            except peewee.DatabaseError as ex:
+                if "locked" in str(ex):
+                    return False
+                _drop(self._writer)
+                raise BatchFailed from None
+        return True
+
+    def commit(self) -> Future[bool]:
+        """Commit the batch, in another thread if the disk is slow; False if it was undone."""
+        self._committing = True
+        if self._commit_time > SLOW_COMMIT:
+            return self._committer.submit(self._commit)
+        done = Future[bool]()
+        done.set_result(self._commit())
+        return done
+
+    def _commit(self) -> bool:
+        started = time.monotonic()
         try:
             self._writer.execute_sql("COMMIT")
-        except Exception as ex:  # whatever it is, the threads of the batch wait
-            self._renew_writer = True  # closing it rolls back
-            batch.set_exception(Unavailable("the database", str(ex)))
-        else:
-            self._note_time(time.monotonic() - started)
-            batch.set_result(None)
-        if self._renew_writer:
-            self._renew_writer = False
-            self._writer.close()
-
-    def _note_time(self, seconds: float) -> None:
-        """Decide by a moving average, with hysteresis, whether worker threads do all writes."""
-        self._write_time += (min(seconds, 10 * SLOW_WRITE) - self._write_time) / 8
-        self.is_slow = self._write_time > (SLOW_WRITE / 2 if self.is_slow else SLOW_WRITE)
-
-    def _drop(self) -> None:
-        """Roll back this thread's transaction and close its connection, which releases its lock."""
-        if not (database := self._here()).is_closed():
-            with contextlib.suppress(sqlite3.Error):
-                database.connection().rollback()
-            database.close()
-        if database is self._writer and self._batch:
-            why = "a write in the same transaction failed"
-            self._batch.set_exception(Unavailable("the database", why))
-            self._batch = None
+        except peewee.DatabaseError:  # the requests run again, and one that fails says why
+            _drop(self._writer)
+            return False
+        finally:
+            self._committing = False
+        seconds = min(time.monotonic() - started, 10 * SLOW_COMMIT)
+        self._commit_time += (seconds - self._commit_time) / 8  # a moving average
+        return True
 
     def _here(self) -> peewee.SqliteDatabase:
         """Return the database whose connection this thread uses now."""
+        if thread_state.uncommitted is not None:
+            return self._writer
         if thread_state.in_event_loop:
             return self._event_loop_connection
-        return self._writer if self._writing == threading.get_ident() else self._worker_connection
+        return self._worker_connection
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers, fits schema.sql and is still at its path.
@@ -2186,10 +2160,8 @@ class Sqlite(_LastWrite):
         """Close this thread's connections; the last one to close checkpoints SQLite's log."""
         self._event_loop_connection.close()
         self._worker_connection.close()
-        if self._turn.try_acquire():
-            if not self._batch:
-                self._writer.close()
-            self._end_turn()
+        if thread_state.in_event_loop and not self._committing:
+            self._writer.close()
 
 
 class PostgresSession(peewee.PostgresqlDatabase):
@@ -2223,8 +2195,6 @@ class PostgresSession(peewee.PostgresqlDatabase):
 
 class Postgres(_LastWrite):
     """PostgreSQL: a pool of connections; several taskd processes can share the database."""
-
-    is_slow = False  # every statement runs in a worker thread anyway
 
     def __init__(self, settings: Settings, statement_timeout: float) -> None:
         """Open the database and prepare its tables. Raises DatabaseError or SettingsError."""
@@ -2271,6 +2241,14 @@ class Postgres(_LastWrite):
         with self._connected():
             cursor = self._pool.execute_sql(sql, values)
             return cursor.fetchall() if cursor.description else []
+
+    def begin(self) -> bool:
+        """Return False: there is no transaction of the event loop."""
+        return False
+
+    def commit(self) -> Future[bool]:
+        """Not called: nothing runs in the event loop."""
+        raise NotImplementedError
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that writes; it is on disk when this returns."""
@@ -2406,6 +2384,14 @@ def _first_line(ex: Exception) -> str:
 
 
 Database = Sqlite | Postgres
+
+
+def _drop(database: peewee.SqliteDatabase) -> None:
+    """Roll back this thread's transaction and close its connection, which releases its lock."""
+    if not database.is_closed():
+        with contextlib.suppress(sqlite3.Error):
+            database.connection().rollback()
+        database.close()
 
 
 def _is_in_transaction(database: peewee.SqliteDatabase) -> bool:
@@ -2628,8 +2614,10 @@ class Metrics:
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
         """Count and time a request. Errors are logged and never affect the response."""
-        if req.context.refusal:
-            return
+        if not req.context.refusal:
+            when_on_disk(partial(self._try_to_count, req, resp))
+
+    def _try_to_count(self, req: falcon.Request, resp: falcon.Response) -> None:
         try:
             self._count(req, resp)
         except Exception:
@@ -2811,10 +2799,14 @@ class RequestContext:
         self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
     ) -> None:
         """Log the request: never its token, its query or its body."""
-        context, allow = req.context, resp.get_header("Allow")
+        allow = resp.get_header("Allow")
         if req.method == "OPTIONS" and allow and "OPTIONS" not in allow:
             resp.set_header("Allow", f"{allow}, OPTIONS")  # as a 405 says it
             resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
+        when_on_disk(partial(self._log, req, resp))
+
+    def _log(self, req: falcon.Request, resp: falcon.Response) -> None:
+        context = req.context
         log_request(
             method="-" if context.refusal else method_of(req),
             route=req.uri_template or "-",
@@ -3534,6 +3526,8 @@ READS_BEFORE_PAUSE = 64  # reads of a request before a client that sends single 
 PAUSE = 0.05  # seconds
 CHECK_INTERVAL = 0.1  # seconds between two looks for connections whose deadline has passed
 SEND_BUDGET = 1024 * 1024  # bytes sent to one client before the others are served
+MAX_BATCH = 100  # writes that share a commit
+LOCK_RETRY = 0.01  # seconds until writes that wait for another process's lock are tried again
 ROUND = 0.02  # seconds of answering before the event loop looks at the sockets again
 MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
 MAX_UNSENT = 32 * 1024 * 1024  # bytes of all answers in memory that clients have not read yet
@@ -3725,7 +3719,10 @@ class ServerChannel(waitress.channel.HTTPChannel):
         return rest.partition("/")[0] or route
 
     def answer(self) -> None:
-        """Run the application. Raises WouldBlock in the event loop if it has to wait."""
+        """Run the application. Raises WouldBlock in the event loop if it has to wait.
+
+        An answer to a write in the event loop is sent by `when_on_disk`.
+        """
         task, self._send_budget = ServerTask(self, self._reader.request), SEND_BUDGET
         try:
             if self.connected:
@@ -3794,12 +3791,17 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Send what the socket accepts and buffer the rest; no thread ever waits for a client."""
         if not self.connected:
             raise waitress.channel.ClientDisconnected
+        when_on_disk(partial(self._send_or_buffer, data))
+        return len(data)
+
+    def _send_or_buffer(self, data: Any) -> None:
+        if not self.connected:  # the client has left while the disk was slow
+            return
         sent = 0
         if isinstance(data, bytes) and not self.total_outbufs_len:
             sent = self.send(data, do_close=False)
         if sent < len(data):
             super().write_soon(data[sent:] if sent else data)
-        return len(data)
 
     def _flush_outbufs_below_high_watermark(self) -> None:
         """Do not wait, as waitress would: at most one answer is buffered."""
@@ -3908,6 +3910,10 @@ def dispatcher(threads: int) -> waitress.task.ThreadedTaskDispatcher:
     return started
 
 
+# Requests whose writes share a commit, and what is called after it: to log, count and send.
+Batch = list[tuple[ServerChannel, list[Callable[[], object]]]]
+
+
 class Server(waitress.server.TcpWSGIServer):
     """waitress's server, with requests answered in the event loop itself where possible.
 
@@ -3926,7 +3932,9 @@ class Server(waitress.server.TcpWSGIServer):
         self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self.deadlines, self.stopping = Deadlines(), False
         self.ready = FairQueue()
-        self._calls: deque[tuple[Callable[[ServerChannel], None], ServerChannel]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._batch: Batch = []
+        self._blocked: deque[tuple[float, ServerChannel]] = deque()  # writes, since when
         self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._next_warning = self._next_check = 0.0
         self._accept_pending = False
@@ -3936,11 +3944,11 @@ class Server(waitress.server.TcpWSGIServer):
 
     def finish(self, channel: ServerChannel) -> None:
         """Have the event loop continue after an answer; called by worker threads."""
-        self._call_soon(self._answered, channel)
+        self._call_soon(partial(self._answered, channel))
 
-    def _call_soon(self, call: Callable[[ServerChannel], None], channel: ServerChannel) -> None:
+    def _call_soon(self, call: Callable[[], None]) -> None:
         """Call a function in the event loop; safe to call from any thread."""
-        self._calls.append((call, channel))
+        self._calls.append(call)
         self.trigger.pull_trigger()
 
     def pause(self, paused: ServerChannel | Server) -> None:
@@ -3985,7 +3993,7 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _serve_once(self, timeout: float) -> bool:
         """Run one round of the event loop; return whether a request was answered."""
-        timeout = 0 if self.ready else min(timeout, PAUSE) if self._paused else timeout
+        timeout = 0 if self.ready or self._batch else min(timeout, self._longest_poll())
         for descriptor, events in self.poll.poll(timeout * POLL_SECOND):
             if descriptor in self._map:
                 wasyncore.readwrite(self._map[descriptor], events)
@@ -3994,28 +4002,78 @@ class Server(waitress.server.TcpWSGIServer):
         self._check_deadlines()
         worked, end = bool(self._calls or self.ready), time.monotonic() + ROUND
         for _ in range(len(self._calls)):
-            call, channel = self._calls.popleft()
-            call(channel)
+            self._calls.popleft()()
+        begun, writes = bool(self._blocked) and self._retry_writes(), len(self._batch)
         while self.ready and time.monotonic() < end:
             self._answer(self.ready.popleft())
+        if begun or (self._batch and not writes < len(self._batch) < MAX_BATCH):
+            self._commit()
         return worked
+
+    def _longest_poll(self) -> float:
+        return LOCK_RETRY if self._blocked else PAUSE if self._paused else math.inf
 
     def _answer(self, channel: ServerChannel) -> None:
         try:
-            method = channel.request_method
-            if method in CHANGES and self._app.store.is_slow:
-                raise WouldBlock  # now, before the request is run for nothing
             channel.answer()
         except WouldBlock as ex:
             channel.watch(0)
             if isinstance(ex, SearchWouldBlock):
                 self._searches.add_task(channel)
+            elif isinstance(ex, WriteWouldBlock):
+                self._blocked.append((time.monotonic(), channel))
+            elif isinstance(ex, BatchFailed):
+                self._committed([*self._batch, (channel, [])], stored=False)
+                self._batch = []
             elif ex.until is None:
                 self.task_dispatcher.add_task(channel)
             else:
-                ex.until.add_done_callback(lambda _: self._call_soon(self.ready.append, channel))
+                again = partial(self.ready.append, channel)
+                ex.until.add_done_callback(lambda _: self._call_soon(again))
         else:
-            self._answered(channel)
+            if thread_state.uncommitted is None:
+                self._answered(channel)
+            else:
+                self._batch.append((channel, thread_state.uncommitted))
+        finally:
+            thread_state.uncommitted = None
+
+    def _retry_writes(self) -> bool:
+        """Run the writes that wait if a batch can begin, which is returned; else the oldest."""
+        begun = False
+        with contextlib.suppress(WouldBlock):
+            begun = self._app.store.begin()
+        while begun and self._blocked:
+            self.ready.append(self._blocked.popleft()[1])
+        thread_state.is_patient = False
+        while self._blocked and self._blocked[0][0] < time.monotonic() - LOCK_TIMEOUT:
+            self._answer(self._blocked.popleft()[1])
+        thread_state.is_patient = True
+        return begun
+
+    def _commit(self) -> None:
+        """Commit the writes of this round together, then send their answers."""
+        batch, self._batch = self._batch, []
+        done = self._app.store.commit()
+        if done.done():
+            self._committed(batch, done.result())
+            return
+        for channel, _ in batch:
+            channel.watch(0)
+        done.add_done_callback(
+            lambda _: self._call_soon(partial(self._committed, batch, done.result()))
+        )
+
+    def _committed(self, batch: Batch, stored: bool) -> None:
+        """Answer the requests of a batch, or run them again in worker threads if it failed."""
+        for channel, calls in batch:
+            if stored:
+                for call in calls:
+                    call()
+                self._answered(channel)
+            else:
+                channel.watch(0)
+                self.task_dispatcher.add_task(channel)
 
     def _answered(self, channel: ServerChannel) -> None:
         channel.answered()

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import database
 import taskd
 from database import database_url
+from event_loop import as_the_event_loop
 from processes import ForkServer, Process
 from tokens import SECRET, bearer
 
@@ -157,6 +158,9 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
     yield make
     for app in made:
         app.store.close()
+        taskd.thread_state.in_event_loop = True
+        app.store.close()
+        taskd.thread_state.in_event_loop = False
 
 
 @pytest.fixture
@@ -216,10 +220,8 @@ BY_ITSELF = pytest.mark.sqlite("the event loop leaves PostgreSQL to the worker t
     params=["in_a_worker_thread", pytest.param("in_the_thread_of_the_sockets", marks=BY_ITSELF)]
 )
 def either_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        taskd.thread_state, "in_event_loop", request.param == "in_the_thread_of_the_sockets"
-    )
-    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)  # however slow the disk, it stays in this thread
+    if request.param == "in_the_thread_of_the_sockets":
+        monkeypatch.setattr(taskd.App, "__call__", as_the_event_loop(taskd.App.__call__))
 
 
 @pytest.fixture

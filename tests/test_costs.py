@@ -323,22 +323,3 @@ def test_many_writes_that_wait_for_another_process_keep_nobody_else_waiting(serv
     statuses = [answer.status_code for answer in answers]
     assert statuses.count(503) + statuses.count(201) == 300
     assert len(support.stored(tmp_path / "taskd.db")) == 1 + statuses.count(201)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "slow"),
-    [
-        ([0.004] * 50, False),
-        ([0.006] * 20, True),
-        ([0.0049, 0.0051] * 20, False),
-        ([0.006] * 20 + [0.004] * 20, True),
-        ([0.006] * 20 + [0.002] * 20, False),
-        ([0.0001] * 50 + [4.0], True),
-        ([0.0001] * 50 + [4.0] + [0.0001] * 8, False),
-    ],
-)
-@pytest.mark.sqlite("on PostgreSQL no write runs in the event loop")
-def test_it_takes_several_writes_to_change_where_writes_run(app, seconds, slow):
-    for one in seconds:
-        app.store._database._note_time(one)
-    assert app.store.is_slow == slow

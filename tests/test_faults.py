@@ -161,9 +161,7 @@ class Writer:
 @pytest.mark.slow
 @pytest.mark.parametrize("disk", ["fast", "slow"])
 def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path, disk: str) -> None:
-    slow = {
-        "command": changed("taskd.SLOW_WRITE = 1e-9")
-    }  # writes of several clients share a flush
+    slow = {"command": changed("taskd.SLOW_COMMIT = -1")}  # another thread commits
     options = slow if disk == "slow" else {}
     seed = random.randrange(10**6)
     print(f"seed {seed}")

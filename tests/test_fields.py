@@ -432,7 +432,6 @@ def test_a_user_with_many_tasks_is_sorted_and_filtered_in_a_thread_for_searches(
     app: taskd.App, alice: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
     slow = [taskd.Listing(sort="title"), taskd.Listing(priority="low"), taskd.Listing(tags=("a",))]
     new = taskd.decode(json.dumps({"title": "x"}), taskd.NewTask)
     for count in (taskd.CHUNK, 1):

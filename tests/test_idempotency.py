@@ -529,7 +529,7 @@ def test_a_keyed_create_looks_at_no_more_of_the_keys_however_many_there_are(
             steps += 1
 
         app: Any = alice.client.app
-        connection = app.store._database._writer.connection()
+        connection = app.store._database._worker_connection.connection()
         connection.set_progress_handler(step, 10)
         for _ in range(2):
             assert create(alice, f"k{len(keys(path))}").status_code == 201
@@ -657,17 +657,6 @@ def test_the_event_loop_waits_for_no_lock_and_leaves_no_key(
     assert len(alice.call("GET").json) == 2
 
 
-@pytest.mark.sqlite("PostgreSQL has no one turn to write")
-def test_the_event_loop_leaves_a_keyed_create_to_a_worker_while_a_write_is_under_way(
-    alice: Person, app: taskd.App, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-    assert isinstance(app.store._database, taskd.Sqlite)
-    with app.store._database._turn._lock, pytest.raises(taskd.WouldBlock):
-        create(alice, "k")
-    assert keys(path) == []
-
-
 # What fails, between the first statement of the transaction and its end.
 FAILURES = {
     "the task": "CREATE TRIGGER fails AFTER INSERT ON task BEGIN SELECT RAISE(ABORT, 'no'); END",
@@ -704,9 +693,9 @@ def test_on_a_full_database_a_create_is_503_and_leaves_no_key(
 ) -> None:
     assert isinstance(app.store._database, taskd.Sqlite)
     sqlite = app.store._database
-    database = sqlite._here() if taskd.thread_state.in_event_loop else sqlite._writer
-    [[pages]] = database.execute_sql("PRAGMA page_count").fetchall()
-    database.execute_sql(f"PRAGMA max_page_count = {pages + 2}")
+    for connection in (sqlite._writer, sqlite._worker_connection):
+        [[pages]] = connection.execute_sql("PRAGMA page_count").fetchall()
+        connection.execute_sql(f"PRAGMA max_page_count = {pages + 2}")
     task = {"title": "Dig", "description": "x" * 10_000}
     assert_problem(create(alice, "k", task), 503)
     assert keys(path) == []

@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 import support
 import taskd
 from conftest import Person
+from event_loop import as_the_event_loop
 from support import (
     NEW_TASK,
     OTHER_SECRET,
@@ -496,14 +497,9 @@ ROUTES: list[tuple[str, str, dict[str, Any]]] = [
 
 def serve(person: Person, method: str, path: str, **options: Any) -> testing.Result:
     """Call as the server does: in the event loop, and again in a worker thread if it blocks."""
-    taskd.thread_state.in_event_loop = True
-    try:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(taskd.App, "__call__", as_the_event_loop(taskd.App.__call__))
         return person.call(method, path, **options)
-    except taskd.WouldBlock:
-        taskd.thread_state.in_event_loop = False
-        return person.call(method, path, **options)
-    finally:
-        taskd.thread_state.in_event_loop = False
 
 
 def everything_by(person: Person, ids: list[int], call: Callable[..., testing.Result]) -> list[int]:

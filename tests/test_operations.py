@@ -149,7 +149,8 @@ def test_the_event_loop_checks_sqlite_by_itself_however_many_writes_wait(
     app: taskd.App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-    with app.store._database._turn._lock:  # type: ignore[union-attr]
+    assert isinstance(app.store._database, taskd.Sqlite)
+    with app.store._database._turn:
         app.store.check()
 
 

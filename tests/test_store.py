@@ -7,9 +7,11 @@ import json
 import re
 import resource
 import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from typing import Any
 
 import peewee
 import pytest
@@ -17,6 +19,7 @@ from falcon import testing
 
 import taskd
 from conftest import Person
+from event_loop import commit
 from support import DEADLINE, NEW_TASK, ROOT, SECRET, assert_problem, bearer
 
 pytestmark = pytest.mark.sqlite("it is about SQLite's file, locks and pragmas")
@@ -610,9 +613,11 @@ def test_a_store_can_be_closed_twice_and_used_again(app, alice):
 
 
 @pytest.fixture
-def in_event_loop(monkeypatch):
+def in_event_loop(app, monkeypatch):
     """Let this thread be the event loop, which must not wait."""
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+    yield
+    app.store.close()
 
 
 def titles(store: taskd.TaskStore) -> list[str]:
@@ -624,49 +629,53 @@ def new_task(title: str = "Buy milk") -> dict[str, object]:
 
 
 @pytest.mark.usefixtures("in_event_loop")
-def test_the_event_loop_writes_while_no_other_write_is_under_way(app, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
+def test_what_the_event_loop_writes_is_seen_when_it_is_committed(app):
     for number in range(1, 4):
         assert app.store.add("alice", new_task()).task.id == number
+        taskd.thread_state.uncommitted = None
+    assert titles(app.store) == []
+    assert app.store.commit().result()
+    assert titles(app.store) == ["Buy milk"] * 3
 
 
 @pytest.mark.usefixtures("in_event_loop")
-def test_the_event_loop_leaves_a_write_to_a_worker_while_one_is_under_way(app, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
-    with app.store._database._turn._lock, pytest.raises(taskd.WouldBlock):
+def test_the_event_loop_adds_no_write_to_a_batch_that_is_being_committed(app, monkeypatch):
+    monkeypatch.setattr(taskd, "SLOW_COMMIT", -1)
+    app.store.add("alice", new_task())
+    taskd.thread_state.uncommitted = None
+    database, may_end = app.store._database, threading.Event()
+    execute = database._writer.execute_sql
+
+    def commit_later(*statement: Any) -> Any:
+        may_end.wait(DEADLINE)
+        return execute(*statement)
+
+    monkeypatch.setattr(database._writer, "execute_sql", commit_later)
+    committed = app.store.commit()
+    with pytest.raises(taskd.WriteWouldBlock):
         app.store.add("alice", new_task())
     assert titles(app.store) == []
-    assert app.store.add("alice", new_task()).task.id == 1
-
-
-def test_the_event_loop_leaves_writes_to_workers_while_the_disk_is_slow(app, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW_WRITE", 1e-9)
-    app.store.add("alice", new_task())
-    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
-    with pytest.raises(taskd.WouldBlock):
-        app.store.add("alice", new_task())
-    assert len(titles(app.store)) == 1
-    monkeypatch.setattr(taskd.thread_state, "in_event_loop", False)
-    app.store.add("alice", new_task())
-    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-    assert app.store.add("alice", new_task()).task.id == 3
+    may_end.set()
+    assert committed.result(DEADLINE)
+    assert titles(app.store) == ["Buy milk"]
+    monkeypatch.undo()
 
 
 @pytest.mark.usefixtures("in_event_loop")
-def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
-    monkeypatch.setattr(taskd, "SLOW_WRITE", 99)
+def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path):
     app.store.add("alice", new_task())
+    commit(app)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
-    with pytest.raises(taskd.WouldBlock):
+    with pytest.raises(taskd.WriteWouldBlock):
         app.store.add("alice", new_task())
     assert time.monotonic() - started < taskd.LOCK_TIMEOUT / 2
     assert len(titles(app.store)) == 1, "reads go on"
     other.execute("ROLLBACK")
     other.close()
     assert app.store.add("alice", new_task()).task.id == 2
+    commit(app)
 
 
 # --- Waiting --------------------------------------------------------------------------------------
@@ -675,7 +684,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path, monkeypatch):
 def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):
     monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", 0.05)
     for _ in range(3):  # each gives its place in the queue back
-        with app.store._database._turn._lock, pytest.raises(taskd.Unavailable) as caught:
+        with app.store._database._turn, pytest.raises(taskd.Unavailable) as caught:
             app.store.add("alice", new_task())
         assert caught.value.args == ("the database", "the writes before this one took too long")
     assert app.store.add("alice", new_task()).task.id == 1
@@ -687,7 +696,7 @@ def test_only_so_many_writes_wait(path, monkeypatch):
     database = taskd.Sqlite(str(path), waiting=1)
     store = taskd.TaskStore(database)
     with ThreadPoolExecutor(1) as another:
-        database._turn.try_acquire()
+        database._turn.acquire()
         waiting = another.submit(lambda: (store.add("alice", new_task()), store.close()))
         deadline = time.monotonic() + DEADLINE
         while database._queue._free and time.monotonic() < deadline:

@@ -1,0 +1,290 @@
+"""The writes of many requests share a transaction in the event loop, and its flush of the disk."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import event_loop
+import taskd
+from support import (
+    DEADLINE,
+    Process,
+    Wire,
+    assert_problem,
+    at_once,
+    bearer,
+    changed,
+    locked,
+    stored,
+    until,
+    written,
+)
+
+pytestmark = pytest.mark.sqlite("PostgreSQL itself shares its flushes")
+
+Start = Callable[..., Process]
+FAILS = """
+CREATE TRIGGER fails AFTER INSERT ON task WHEN new.title = 'bad' BEGIN SELECT RAISE({}, 'no'); END
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "taskd.db"
+
+
+# --- In one thread --------------------------------------------------------------------------------
+
+
+class Loop:
+    """The event loop's side of a database, and the statements that run there."""
+
+    def __init__(self, path: Path) -> None:
+        self.database = taskd.Sqlite(str(path), waiting=10)
+        self.store = taskd.TaskStore(self.database, max_tasks=3)
+        self.statements: list[str] = []
+        self.database._writer.connection().set_trace_callback(self.statements.append)
+
+    def add(self, title: str, key: str | None = None) -> int:
+        """Create a task, as one request of a batch."""
+        taskd.thread_state.uncommitted = None
+        made = self.store.add("alice", new_task(title), key)
+        assert made
+        return made.id
+
+
+def new_task(title: str) -> dict[str, Any]:
+    return taskd.decode(json.dumps({"title": title}), taskd.NewTask)
+
+
+@pytest.fixture
+def loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+    monkeypatch.setattr(taskd.thread_state, "uncommitted", None)
+    made = Loop(path)
+    yield made
+    made.store.close()
+
+
+def test_writes_share_a_transaction_and_its_commit(loop: Loop, path: Path) -> None:
+    assert [loop.add("one"), loop.add("two", "key")] == [1, 2]
+    assert stored(path) == {}
+    assert loop.store.commit().result()
+    assert [task["title"] for task in stored(path).values()] == ["one", "two"]
+    assert [loop.statements.count(one) for one in ("BEGIN IMMEDIATE", "COMMIT")] == [1, 1]
+
+
+def test_a_write_that_is_refused_leaves_the_others_of_its_batch(loop: Loop, path: Path) -> None:
+    for title in ("one", "two"):
+        loop.add(title, title)
+    loop.add("three")
+    for key in ("a", None):
+        with pytest.raises(taskd.TooManyTasks):
+            loop.add("too many", key)
+    assert loop.store.commit().result()
+    assert [task["title"] for task in stored(path).values()] == ["one", "two", "three"]
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT name FROM idempotency_key").fetchall() == [
+            ("one",),
+            ("two",),
+        ]
+
+
+def test_a_write_sees_the_writes_before_it_in_its_batch_and_a_read_does_not(loop: Loop) -> None:
+    number = loop.add("one")
+    first = loop.store.change("alice", number, {"title": "two"})
+    assert first
+    taskd.thread_state.uncommitted = None
+    with pytest.raises(taskd.Changed) as caught:
+        loop.store.toggle("alice", number, taskd.Conditions(match='"1-x"'))
+    assert caught.value.tag == first.tag
+    taskd.thread_state.uncommitted = None
+    assert loop.store.get("alice", number) is None
+    assert loop.store.commit().result()
+    assert loop.store.get("alice", number) == first
+
+
+@pytest.mark.parametrize("how", ["ABORT", "ROLLBACK"])
+def test_a_statement_that_fails_undoes_its_batch(loop: Loop, path: Path, how: str) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(FAILS.format(how))
+    loop.add("one")
+    with pytest.raises(taskd.BatchFailed):
+        loop.add("bad")
+    assert stored(path) == {}
+    assert loop.add("two") == 1
+    assert loop.store.commit().result()
+
+
+def test_a_commit_that_fails_undoes_its_batch(loop: Loop, path: Path) -> None:
+    loop.add("one")
+    loop.database._writer.execute_sql("ROLLBACK")  # a commit without a transaction fails
+    assert not loop.store.commit().result()
+    assert stored(path) == {}
+    assert loop.add("two") == 1
+    assert loop.store.commit().result()
+
+
+def test_what_follows_a_write_waits_for_its_commit(loop: Loop) -> None:
+    calls: list[str] = []
+    taskd.when_on_disk(lambda: calls.append("read"))
+    assert calls == ["read"]
+    loop.add("one")
+    taskd.when_on_disk(lambda: calls.append("written"))
+    assert calls == ["read"]
+    assert event_loop.commit(loop)  # type: ignore[arg-type]
+    assert calls == ["read", "written"]
+
+
+# --- Over sockets ---------------------------------------------------------------------------------
+
+
+def creates(count: int) -> list[bytes]:
+    return [
+        written("POST", "/api/alice/tasks", {"title": f"Task {number}"}, user="alice")
+        for number in range(count)
+    ]
+
+
+def test_a_request_that_fails_fails_alone_and_each_is_answered_and_logged_once(
+    server: Process, path: Path
+) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(FAILS.format("ABORT"))
+    bad = written("POST", "/api/alice/tasks", {"title": "bad"}, user="alice")
+    answers = at_once([server], [*creates(20), bad, *creates(20), bad])
+    assert Counter(answer.status_code for answer in answers) == {201: 40, 500: 2}
+    assert len(stored(path)) == 40
+    assert server.log.count("POST /api/{user_id}/tasks 201") == 40
+    assert server.log.count("POST /api/{user_id}/tasks 500") == 2
+
+
+def test_after_a_commit_that_failed_each_request_is_done_once(start: Start, path: Path) -> None:
+    failing = """
+commit, count = taskd.Sqlite._commit, 0
+def fail_every_second(self):
+    global count
+    count += 1
+    if count % 2:
+        self._writer.execute_sql("ROLLBACK")
+    return commit(self)
+taskd.Sqlite._commit = fail_every_second
+"""
+    server = start(command=changed(failing), TASKD_METRICS="1")
+    answers = at_once([server], creates(60))
+    assert [answer.status_code for answer in answers] == [201] * 60
+    assert sorted(task["title"] for task in stored(path).values()) == sorted(
+        f"Task {number}" for number in range(60)
+    )
+    assert server.log.count(" 201 ") == 60
+    assert 'taskd_tasks_written_total{change="created"} 60.0' in (
+        server.request("GET", "/metrics").text
+    )
+
+
+def test_a_write_waits_for_the_lock_of_another_process_and_nothing_else_does(
+    server: Process, path: Path
+) -> None:
+    good, bad = creates(1)[0], written("POST", "/api/alice/tasks", {"title": "x"}, user="bob")
+    with Wire(server) as blocked, Wire(server) as other:
+        with locked(path):
+            blocked.send(good)
+            for request, status in ((bad, 403), (written("GET", "/readyz"), 200)):
+                assert other.send(request).answer().status_code == status
+            assert stored(path) == {}
+        assert blocked.answer().status_code == 201
+    assert len(stored(path)) == 1
+
+
+def test_a_write_that_waited_too_long_for_a_lock_is_unavailable(start: Start, path: Path) -> None:
+    server = start(command=changed("taskd.LOCK_TIMEOUT = 0.3"))
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(50)]
+        with locked(path):
+            for wire, create in zip(wires, creates(50), strict=True):
+                wire.send(create)
+            for wire in wires:
+                answer = wire.answer()
+                assert_problem(answer, 503)
+                assert int(answer.headers["retry-after"]) > 0
+        assert wires[0].send(creates(1)[0]).answer().status_code == 201
+    assert len(stored(path)) == 1
+
+
+def test_a_lock_is_not_kept_for_a_client_that_has_left(server: Process, path: Path) -> None:
+    with Wire(server) as wire, locked(path):
+        wire.send(creates(1)[0])
+        until(lambda: server.request("GET", "/readyz").status_code == 200, "it is served")
+        wire.reset()
+    with locked(path):
+        pass
+    answer = server.request("POST", "/api/alice/tasks", {"title": "x"}, bearer("alice"))
+    assert answer.status_code == 201
+
+
+# --- A slow disk ----------------------------------------------------------------------------------
+
+
+def slow_disk(trace: Path, seconds: float) -> list[str]:
+    """Return the command of a taskd whose flushes take so many seconds more."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    delay = f"inject=fsync,fdatasync:delay_exit={1_000_000 * seconds:.0f}"
+    return ["strace", "-D", "-f", "-o", str(trace), "-e", "trace=fsync,fdatasync", "-e", delay]
+
+
+@pytest.mark.slow
+def test_a_hundred_creates_at_once_wait_for_few_flushes(start: Start, path: Path) -> None:
+    trace = path.with_name("trace")
+    server = start(command=slow_disk(trace, 0.02))
+    at_once([server], creates(10))  # and the disk has been found to be slow
+    before = len(re.findall("sync", trace.read_text()))
+    statuses = Counter(answer.status_code for answer in at_once([server], creates(100)))
+    flushes = len(re.findall("sync", trace.read_text())) - before
+    assert statuses == {201: 100}
+    assert flushes < 30
+    assert server.terminate() == 0
+    assert len(stored(path)) == 110
+
+
+@pytest.mark.slow
+def test_nothing_but_writes_waits_for_a_slow_disk(start: Start, path: Path) -> None:
+    server = start(command=slow_disk(path.with_name("trace"), 0.5))
+    with Wire(server) as writer, Wire(server) as reader:
+        assert writer.send(creates(1)[0]).answer().status_code == 201
+        served, done = 0, threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(writer.send(creates(1)[0]).answer)
+            answer.add_done_callback(lambda _: done.set())
+            while not done.is_set():
+                assert reader.send(written("GET", "/readyz")).answer().status_code == 200
+                served += 1
+        assert answer.result(DEADLINE).status_code == 201
+        assert served > 5
+
+
+@pytest.mark.slow
+def test_a_sigterm_during_a_slow_commit_answers_what_was_sent(start: Start, path: Path) -> None:
+    server = start(command=slow_disk(path.with_name("trace"), 0.5))
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(20)]
+        assert wires[0].send(creates(1)[0]).answer().status_code == 201
+        for wire, create in zip(wires, creates(20), strict=True):
+            wire.send(create)
+            time.sleep(0.01)  # so that some of them come during the commit
+        assert server.terminate() == 0
+        assert [wire.answer().status_code for wire in wires] == [201] * 20
+    assert len(stored(path)) == 21
