@@ -4006,7 +4006,8 @@ class Server(waitress.server.TcpWSGIServer):
         begun, writes = bool(self._blocked) and self._retry_writes(), len(self._batch)
         while self.ready and time.monotonic() < end:
             self._answer(self.ready.popleft())
-        if begun or (self._batch and not writes < len(self._batch) < MAX_BATCH):
+        grows = writes < len(self._batch) < MAX_BATCH
+        if (self._batch or begun) and not grows:
             self._commit()
         return worked
 
