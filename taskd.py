@@ -95,7 +95,7 @@ try:
     import waitress.channel
     import waitress.server
     import waitress.task
-    from msgspec import UNSET, Meta, Struct, UnsetType
+    from msgspec import UNSET, Meta, Struct
     from waitress import wasyncore
 except ModuleNotFoundError as ex:
     if __name__ != "__main__":
@@ -931,7 +931,7 @@ class Field(Struct, frozen=True, kw_only=True):
     about: str  # the description in openapi.json
     example: Any
     column: Callable[[], peewee.Field] = partial(peewee.TextField, null=True)
-    default: Any = UNSET  # without one, a new task must have the field
+    default: Any = ...  # of a new task, which must have the field if this is `...`
     normalise: Callable[[Any], Any] | None = None  # raises ValueError where the rule is broken
     searched: bool = False  # by q, in the column of this name with _folded behind it
     order: str | None = None  # the SQL of the text by which lists are sorted
@@ -995,7 +995,6 @@ FIELDS = {
         searched=True,
     ),
 }
-NORMALISED = {name: field.normalise for name, field in FIELDS.items() if field.normalise}
 SEARCHED = [name for name, field in FIELDS.items() if field.searched]
 
 
@@ -1007,33 +1006,14 @@ MAX_NAME = 100
 JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*"?utf-?8"?\s*)?', re.IGNORECASE)
 
 
-class Body(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The members of a body that the server owns, ignored: a task can be sent back whole."""
+# What a body may set, with its default: `...` if it must be given, UNSET if it may be left out.
+NewTask = {name: field.default for name, field in FIELDS.items()}
+TaskChanges: dict[str, Any] = dict.fromkeys(FIELDS, UNSET)
+Completion: dict[str, Any] = {"completed": UNSET}
+OWNED = ("id", "user_id", "created_at", "updated_at")  # ignored: a task can be sent back whole
 
-    id: msgspec.Raw | UnsetType = UNSET
-    user_id: msgspec.Raw | UnsetType = UNSET
-    created_at: msgspec.Raw | UnsetType = UNSET
-    updated_at: msgspec.Raw | UnsetType = UNSET
-
-
-NewTask = msgspec.defstruct(
-    "NewTask",
-    [
-        (name, field.type) if field.default is UNSET else (name, field.type, field.default)
-        for name, field in FIELDS.items()
-    ],
-    bases=(Body,),
-    kw_only=True,
-)
-TaskChanges = msgspec.defstruct(
-    "TaskChanges",
-    [(name, field.type | UnsetType, UNSET) for name, field in FIELDS.items()],
-    bases=(Body,),
-    kw_only=True,
-)
-Completion = msgspec.defstruct(
-    "Completion", [("completed", bool | UnsetType, UNSET)], bases=(Body,), kw_only=True
-)
+parse_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+PARSERS = {name: msgspec.json.Decoder(field.type).decode for name, field in FIELDS.items()}
 TaskView = msgspec.defstruct(
     "TaskView",
     [
@@ -1065,7 +1045,7 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
         self.faults = faults
 
 
-def read(req: falcon.Request, kind: type[Struct], body: bytes | None = None) -> dict[str, Any]:
+def read(req: falcon.Request, kind: dict[str, Any], body: bytes | None = None) -> dict[str, Any]:
     """Return the fields that the request's body sets, or raise 400, 413, 415 or 422."""
     body = content(req) if body is None else body
     if not body:
@@ -1094,60 +1074,45 @@ def too_large() -> falcon.HTTPError:
     return falcon.HTTPContentTooLarge(description=f"send a body of at most {MAX_BODY} bytes")
 
 
-def decode(text: str, kind: type[Struct]) -> dict[str, Any]:
+def decode(text: str, kind: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that a JSON object sets, and the defaults of this kind of body.
 
     Raises 422 with everything that is wrong, or msgspec.DecodeError if the text is not JSON.
     """
     try:
-        if r"\u0000" not in text:
-            return _normalised(msgspec.json.decode(text, type=kind))
-    except ValueError:
-        pass  # msgspec stops at the first fault; the caller wants them all
-    try:
-        members = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        members = parse_members(text)
     except msgspec.ValidationError:
         msgspec.json.decode(text, type=msgspec.Raw)  # perhaps it is not JSON at all
         raise Unprocessable([Fault("body", "must be a JSON object")]) from None
-    if faults := _faults(members, kind):
-        raise Unprocessable(faults[:MAX_FAULTS])
-    return _normalised(msgspec.json.decode(to_json(members), type=kind))
-
-
-def _normalised(body: Struct) -> dict[str, Any]:
-    given = {name: value for name in FIELDS if (value := getattr(body, name, UNSET)) is not UNSET}
-    for name, normalise in NORMALISED.items():
-        if given.get(name) is not None:
-            given[name] = normalise(given[name])
-    return given
-
-
-def _faults(members: dict[str, msgspec.Raw], kind: type[Struct]) -> list[Fault]:
-    fields = {field.name: field for field in msgspec.structs.fields(kind)}
-    faults = [
-        Fault(name, "is missing")
-        for name, field in fields.items()
-        if field.required and name not in members
-    ]
+    given, faults = dict(kind), []
     for name, value in members.items():
-        if name not in fields:
-            faults.append(Fault(name[:MAX_NAME], "is not a field that can be set here"))
-        elif name in FIELDS and (reason := _reason(FIELDS[name], value)):
-            faults.append(Fault(name, reason))
-    return faults
+        try:
+            if name in kind:
+                given[name] = parse_value(name, value)
+            elif name not in OWNED:
+                raise ValueError("is not a field that can be set here")
+        except ValueError as ex:
+            faults.append(Fault(name[:MAX_NAME], str(ex)))
+    missing = [name for name in given if given[name] is ... and name not in members]
+    faults = [Fault(name, "is missing") for name in missing] + faults
+    if faults:
+        raise Unprocessable(faults[:MAX_FAULTS])
+    return {name: value for name, value in given.items() if value is not UNSET}
 
 
-def _reason(field: Field, value: msgspec.Raw) -> str | None:
+def parse_value(name: str, value: msgspec.Raw) -> Any:
+    """Return the value of a field. Raises ValueError, which says what is wrong."""
+    field = FIELDS[name]
     try:
-        given = msgspec.json.decode(value, type=field.type)
-        if field.normalise and given is not None:
-            field.normalise(given)
+        given = PARSERS[name](value)
+        normalised = field.normalise(given) if field.normalise and given is not None else given
     except ValueError:
-        is_text = bytes(value).startswith(b'"')
-        blank = is_text and not msgspec.json.decode(value, type=str).strip()
-        return "must not be blank" if blank and field.type is Title else field.rule
-    texts = given if isinstance(given, str | list) else ()
-    return "must not contain U+0000" if "\0" in "".join(texts) else None
+        blank = field.type is Title and not str(msgspec.json.decode(value)).strip()
+        raise ValueError("must not be blank" if blank else field.rule) from None
+    texts = given if isinstance(given, list) else [given]
+    if any("\0" in text for text in texts if isinstance(text, str)):
+        raise ValueError("must not contain U+0000")
+    return normalised
 
 
 # --- Requests -------------------------------------------------------------------------------------

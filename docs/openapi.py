@@ -97,7 +97,7 @@ def schemas() -> dict[str, Any]:
     """Return the schemas of a task and of the bodies."""
     names = taskd.TaskView.__struct_fields__
     properties = OWNED | fields(*taskd.FIELDS)
-    required = [name for name, field in taskd.FIELDS.items() if field.default is msgspec.UNSET]
+    required = [name for name, field in taskd.FIELDS.items() if field.default is ...]
     return {
         "Task": {
             "type": "object",

@@ -549,24 +549,20 @@ def schema_of(body_type: type) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", BODY_TYPES)
 def test_a_body_has_the_members_of_its_type_and_no_other(name):
-    fields = {field.name: field for field in msgspec.structs.fields(BODY_TYPES[name])}
-    assert set(SCHEMAS[name]["properties"]) == set(fields)
-    assert set(SCHEMAS[name].get("required", [])) == {
-        field.name for field in fields.values() if field.required
-    }
+    defaults = BODY_TYPES[name]
+    assert set(SCHEMAS[name]["properties"]) == OWNED | set(defaults)
+    required = {member for member, default in defaults.items() if default is ...}
+    assert set(SCHEMAS[name].get("required", [])) == required
     assert SCHEMAS[name]["additionalProperties"] is False
-    assert schema_of(BODY_TYPES[name])["additionalProperties"] is False
 
 
 @pytest.mark.parametrize("name", BODY_TYPES)
 def test_a_body_has_the_types_limits_and_defaults_of_its_type(name):
-    ours, theirs = SCHEMAS[name]["properties"], schema_of(BODY_TYPES[name])["properties"]
-    for field in msgspec.structs.fields(BODY_TYPES[name]):
-        if field.name in OWNED:
-            continue
-        mine, other = ours[field.name], theirs[field.name]
-        assert types(mine) == types(other), field.name
-        assert limits(mine) == string_limits(other), field.name
+    ours, theirs = SCHEMAS[name]["properties"], schema_of(taskd.TaskView)["properties"]
+    for member in BODY_TYPES[name]:
+        mine, other = ours[member], theirs[member]
+        assert types(mine) == types(other), member
+        assert limits(mine) == string_limits(other), member
         assert "default" not in mine, "openapi-typescript makes such a member required"
 
 
