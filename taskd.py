@@ -2825,7 +2825,7 @@ DOCS_POLICY = (
 
 
 class TaskResource:
-    """A user's tasks, and one of them."""
+    """A user's tasks, one of them, and whether it is completed."""
 
     def __init__(self, store: TaskStore) -> None:
         self._store, self._cursors = store, Cursors(store.cursor_key)
@@ -2880,6 +2880,16 @@ class TaskResource:
         task, conditions = parse_task_id(task_id), read_conditions(req)
         respond_with_task(resp, found(self._store.remove(req.context.user.id, task, conditions)))
 
+    def on_patch_complete(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
+        """Toggle completion, or set it to what the body says."""
+        task, conditions, body = parse_task_id(task_id), read_conditions(req), content(req)
+        user_id, given = req.context.user.id, read(req, Completion, body) if body else {}
+        if given:
+            stored = self._store.change(user_id, task, given, conditions)
+        else:
+            stored = self._store.toggle(user_id, task, conditions)
+        respond_with_task(resp, found(stored))
+
     on_head_collection = on_get_collection
     on_head = on_get
     on_patch = on_put
@@ -2915,23 +2925,6 @@ class TaskResource:
             resp.stream = file
 
 
-class TaskCompleteResource:
-    """Whether a task is completed."""
-
-    def __init__(self, store: TaskStore) -> None:
-        self._store = store
-
-    def on_patch(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
-        """Toggle completion, or set it to what the body says."""
-        task, conditions, body = parse_task_id(task_id), read_conditions(req), content(req)
-        user_id, given = req.context.user.id, read(req, Completion, body) if body else {}
-        if given:
-            stored = self._store.change(user_id, task, given, conditions)
-        else:
-            stored = self._store.toggle(user_id, task, conditions)
-        respond_with_task(resp, found(stored))
-
-
 class ListFile(io.FileIO):
     """A list that is too long for memory, in a temporary file that is deleted when closed.
 
@@ -2940,18 +2933,16 @@ class ListFile(io.FileIO):
     """
 
     _lock = threading.Lock()
-    _owners: ClassVar[list[str]] = []
-    _bytes: ClassVar[int] = 0
-    _owner: str | None = None
+    _open: ClassVar[set[ListFile]] = set()
 
     def __init__(self, user_id: str, pieces: Iterable[bytes]) -> None:
         """Write all pieces into the file, which is then read from its beginning."""
+        self._user_id, self.size = user_id, 0
         with self._lock:
-            full = len(self._owners) >= MAX_LISTS
-            if full or self._owners.count(user_id) >= MAX_LISTS_OF_USER:
+            of_user = [one for one in self._open if one._user_id == user_id]
+            if len(self._open) >= MAX_LISTS or len(of_user) >= MAX_LISTS_OF_USER:
                 raise Unavailable("a list this long", "too many of them are being read")
-            self._owners.append(user_id)
-        self._owner, self.size = user_id, 0
+            self._open.add(self)
         try:
             with tempfile.TemporaryFile() as file:
                 super().__init__(os.dup(file.fileno()), "r+")
@@ -2966,45 +2957,30 @@ class ListFile(io.FileIO):
         self.seek(0)
 
     def _append(self, piece: bytes) -> None:
+        self.size += len(piece)
         with self._lock:
-            if ListFile._bytes + len(piece) > MAX_LIST_BYTES:
+            if sum(one.size for one in self._open) > MAX_LIST_BYTES:
                 raise Unavailable("a list this long", "those being read take too much of the disk")
-            ListFile._bytes += len(piece)
-            self.size += len(piece)
         while piece:
             piece = piece[self.write(piece) :]
 
     def close(self) -> None:
         """Delete the file, and release its place."""
         with self._lock:
-            if self._owner is not None:
-                self._owners.remove(self._owner)
-                ListFile._bytes -= self.size
-                self._owner = None
+            self._open.discard(self)
         super().close()
 
 
 class HealthResource:
-    """Liveness: the process answers."""
+    """Liveness: the process answers. Or readiness: a check does not raise Unavailable."""
 
     public = True
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.data = b'{"status": "ok"}'
-
-    on_head = on_get
-
-
-class ReadyResource:
-    """Readiness: the database answers and fits schema.sql, else 503."""
-
-    public = True
-
-    def __init__(self, store: TaskStore) -> None:
-        self._store = store
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        self._store.check()
+        self._check()
         resp.data = b'{"status": "ok"}'
 
     on_head = on_get
@@ -3178,10 +3154,10 @@ def create_app(settings: Settings) -> App:
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
-    app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
+    app.add_route("/api/{user_id}/tasks/{task_id}/complete", tasks, suffix="complete")
     app.add_route("/", RootResource())
     app.add_route("/healthz", HealthResource())
-    app.add_route("/readyz", ReadyResource(store))
+    app.add_route("/readyz", HealthResource(store.check))
     if metrics:
         app.add_route("/metrics", metrics)
     app.add_route("/openapi.json", FileResource("openapi.json", falcon.MEDIA_JSON))
