@@ -3110,7 +3110,6 @@ def handle_unexpected(
 
 METHODS = frozenset(falcon.HTTP_METHODS)
 EXPIRY_INTERVAL = 3600  # seconds between two deletions of old idempotency keys
-HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
 class App(falcon.App):  # type: ignore[type-arg]
@@ -3122,18 +3121,7 @@ class App(falcon.App):  # type: ignore[type-arg]
         """Answer a request. Falcon would answer 400 to unknown methods; 405 it has for TRACE."""
         if env["REQUEST_METHOD"] not in METHODS:
             env["REQUEST_METHOD"], env["taskd.method"] = "TRACE", "unknown"
-
-        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
-            named = [(header_name(name), value) for name, value in headers]
-            return start_response(status, named, *more)
-
-        return super().__call__(env, start)
-
-
-@cache
-def header_name(name: str) -> str:
-    """Return a header's name as it is documented; Falcon has it in lower case."""
-    return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.split("-"))
+        return super().__call__(env, start_response)
 
 
 def create_app(settings: Settings) -> App:
