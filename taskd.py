@@ -533,7 +533,7 @@ class KeySet:
         self._failure = ""
         self._logged: set[str] = set()
         self._lock, self._thread = threading.Lock(), threading.Thread()
-        self._fetch: Future[None] | None = None  # the one under way
+        self._fetch: Future[None] = Future()  # the last one, which the thread makes
 
     def find(self, kid: str | None, alg: str) -> jwt.PyJWK | None:
         """Return a key, or None if the set has no such key.
@@ -564,40 +564,35 @@ class KeySet:
     def fetch(self) -> Future[None] | None:
         """Return the fetch under way, or begin one, or return None if the last was just now."""
         with self._lock:
-            if self._fetch and not self._thread.is_alive():
-                self._fetch = None  # this process was forked during a fetch
-            if self._fetch is None and time.monotonic() >= self._ended + KEYS_PAUSE:
-                fetch: Future[None] = Future()
-                self._thread = threading.Thread(target=self._run, args=[fetch], daemon=True)
-                try:
-                    self._thread.start()
-                    self._fetch = fetch
-                except RuntimeError as ex:  # the system allows no further thread
-                    self._fail(ex)
-                    self._ended = time.monotonic()
+            if self._thread.is_alive() and not self._fetch.done():  # no thread survives a fork
+                return self._fetch
+            if time.monotonic() < self._ended + KEYS_PAUSE:
+                return None
+            self._fetch = Future()
+            self._thread = threading.Thread(target=self._run, args=[self._fetch], daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError as ex:  # the system allows no further thread
+                self._fail(ex)
+                return None
             return self._fetch
 
     def _run(self, fetch: Future[None]) -> None:
         try:
-            self._replace_keys()
-        finally:
-            with self._lock:
-                self._fetch, self._ended = None, time.monotonic()
-            fetch.set_result(None)
-
-    def _replace_keys(self) -> None:
-        try:
             keys, oddities = parse_key_set(download(self._url))
         except Exception as ex:  # the answer may be anything
-            return self._fail(ex)
-        if self._failure:
-            log.info("the key set is fetched again")
-        self._keys, self._failure, self._answered = keys, "", time.monotonic()
-        self._logged &= set(oddities)
-        self._warn(oddities)
+            self._fail(ex)
+        else:
+            if self._failure:
+                log.info("the key set is fetched again")
+            self._keys, self._failure = keys, ""
+            self._answered = self._ended = time.monotonic()
+            self._logged &= set(oddities)
+            self._warn(oddities)
+        fetch.set_result(None)
 
     def _fail(self, ex: Exception) -> None:
-        self._failure = f"{type(ex).__name__}: {ex}"[:200]
+        self._failure, self._ended = f"{type(ex).__name__}: {ex}"[:200], time.monotonic()
         ended = bool(self._keys) and time.monotonic() - self._answered >= KEYS_END
         self._warn(
             [f"it cannot be fetched: {self._failure}"]
@@ -892,16 +887,15 @@ def parse_due_date(text: str) -> str:
     found = DUE_DATE.fullmatch(text)
     if not found:
         raise ValueError("neither a day nor a time of RFC 3339")
-    day, minute, second, fraction, offset = found.groups(default="")
-    if not minute:
-        return date.fromisoformat(day).isoformat()
-    milliseconds = 0 if second == "60" else int(f"{fraction:0<3}"[:3])
+    if not found[2]:
+        return date.fromisoformat(text).isoformat()
+    leap = found[3] == "60"
     try:
-        when = datetime.fromisoformat(f"{day}T{minute}:00{offset.upper()}").astimezone(UTC)
-        parsed = when + timedelta(seconds=int(second), milliseconds=milliseconds)
+        when = datetime.fromisoformat(text.upper().replace(":60", ":59")).astimezone(UTC)
+        parsed = when.replace(microsecond=0) + timedelta(seconds=1) if leap else when
     except OverflowError:
         raise ValueError("not in the years 0001 to 9999") from None
-    if second == "60" and f"{when:%H:%M}" != "23:59":
+    if leap and f"{when:%H:%M}" != "23:59":
         raise ValueError("no leap second is at this time")
     return timestamp(parsed)
 
