@@ -1138,6 +1138,12 @@ PARAMETERS = {
         'must come from the link rel="next" of a page of your tasks in the same order',
     ),
 }
+PARSED: dict[str, Callable[[str], Any]] = {  # the others are taken as they are
+    "completed": lambda text: text == "true",
+    "due_before": due_moment,
+    "due_after": due_moment,
+    "limit": int,
+}
 REPEATABLE = "tag"
 MAX_TAGS = 20  # no task has more
 INSTEAD = {  # what to send in place of common names of parameters
@@ -1186,28 +1192,15 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
         for name, values in itertools.islice(given.items(), MAX_FAULTS)
         if (reason := wrong_parameter(name, values))
     ]
-    single = {name: values[0] for name, values in given.items() if name != REPEATABLE}
-    sort, after = single.get("sort", "id"), None
-    if "after" in single and not {"after", "sort"}.intersection(fault.field for fault in faults):
-        after = cursors.read(single["after"], req.context.user.id, sort)
+    tags, cursor = given.pop(REPEATABLE, []), given.pop("after", None)
+    asked, after = {name: values[0] for name, values in given.items()}, None
+    if cursor and not {"after", "sort"}.intersection(fault.field for fault in faults):
+        after = cursors.read(cursor[0], req.context.user.id, asked.get("sort", "id"))
         faults += [] if after else [Fault("after", PARAMETERS["after"][1])]
     if faults:
         raise Unprocessable(faults[:MAX_FAULTS])
-    return _listing(single, tuple(given.get(REPEATABLE, ())), after)
-
-
-def _listing(single: dict[str, str], tags: tuple[str, ...], after: POSITION | None) -> Listing:
-    return Listing(
-        completed={"true": True, "false": False}.get(single.get("completed", "")),
-        q=single.get("q", ""),
-        priority=single.get("priority"),
-        tags=tags,
-        due_before=due_moment(single["due_before"]) if "due_before" in single else None,
-        due_after=due_moment(single["due_after"]) if "due_after" in single else None,
-        sort=single.get("sort", "id"),
-        limit=int(single.get("limit", 0)) or None,
-        after=after,
-    )
+    parsed = {name: PARSED.get(name, str)(text) for name, text in asked.items()}
+    return Listing(**parsed, tags=tuple(tags), after=after)
 
 
 def wrong_parameter(name: str, values: list[str]) -> str | None:
