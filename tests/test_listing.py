@@ -725,6 +725,32 @@ def test_a_disk_without_room_for_a_long_list_is_503(
     assert taskd.ListFile._open == set()
 
 
+@pytest.mark.sqlite("it is not about the database")
+def test_the_files_of_long_lists_are_bounded_in_number_and_together_in_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(taskd, "MAX_LISTS", 3)
+    monkeypatch.setattr(taskd, "MAX_LISTS_OF_USER", 2)
+    monkeypatch.setattr(taskd, "MAX_LIST_BYTES", 10)
+    many = ("a list this long", "too many of them are being read")
+    large = ("a list this long", "those being read take too much of the disk")
+
+    def refusal(user: str, *pieces: bytes) -> tuple[object, ...]:
+        with pytest.raises(taskd.Unavailable) as caught:
+            taskd.ListFile(user, pieces)
+        return caught.value.args
+
+    with taskd.ListFile("alice", [b"12", b"34"]) as first, taskd.ListFile("alice", []) as second:
+        assert (first.size, first.read(), second.size, second.read()) == (4, b"1234", 0, b"")
+        assert refusal("alice") == many
+        assert refusal("bob", b"123", b"4567") == large
+        with taskd.ListFile("bob", [b"123", b"456"]):
+            assert refusal("carol") == many
+    with taskd.ListFile("alice", [b"1234567890"]) as whole:
+        assert whole.size == 10
+    assert taskd.ListFile._open == set()
+
+
 def test_more_simultaneous_long_lists_than_allowed_are_503(start: Start, tmp_path: Path) -> None:
     server = start()
     keep(tmp_path / "taskd.db", 60_000)
