@@ -15,6 +15,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,15 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
             "/opt/taskd", str(ROOT)
         )
         (tmp_path / unit).write_text(text)
-    answer = run("systemd-analyze", "verify", "--man=no", *(tmp_path / unit for unit in UNITS))
+    assert_verified(tmp_path)
+    each_minute = tmp_path / "taskd-backup.timer.d" / "each-minute.conf"
+    each_minute.parent.mkdir()
+    shutil.copy(DEPLOY / "taskd-backup-each-minute.conf", each_minute)
+    assert_verified(tmp_path)
+
+
+def assert_verified(directory: Path) -> None:
+    answer = run("systemd-analyze", "verify", "--man=no", *(directory / unit for unit in UNITS))
     assert [line for line in answer.stderr.splitlines() if "taskd" in line] == []
     assert answer.returncode == 0
 
@@ -172,6 +181,10 @@ def back_up(directory: Path, backups: Path) -> subprocess.CompletedProcess[str]:
     return run(DEPLOY / "backup.sh", backups, cwd=directory, env=variables)
 
 
+def backup_of(moment: datetime.datetime) -> str:
+    return f"taskd-{moment:%Y-%m-%dT%H%M%SZ}.db"
+
+
 def test_a_backup_is_made_while_taskd_serves_and_the_last_14_stay(
     server: Process, tmp_path: Path
 ) -> None:
@@ -188,6 +201,39 @@ def test_a_backup_is_made_while_taskd_serves_and_the_last_14_stay(
     assert sorted(backups.iterdir()) == sorted([backups / "before-the-wedding.db", *old[2:], new])
     assert new.stat().st_mode & 0o777 == 0o600
     assert stored(new)[created["id"]]["title"] == "Buy milk"
+
+
+def test_backups_of_each_minute_are_kept_for_an_hour_then_one_an_hour_then_one_a_day(
+    server: Process, tmp_path: Path
+) -> None:
+    backups = tmp_path / "backups"
+    backups.mkdir()
+    began = datetime.datetime.now(datetime.UTC)
+    ages = {*range(1, 150), *range(150, 2000, 20), *range(2000, 20 * 24 * 60, 360)}  # minutes
+    every = [backup_of(began - datetime.timedelta(minutes=age)) for age in sorted(ages)]
+    for name in every:
+        (backups / name).touch()
+    assert back_up(tmp_path, backups).returncode == 0
+    new, *old = sorted((path.name for path in backups.iterdir()), reverse=True)
+    made = datetime.datetime.strptime(new, "taskd-%Y-%m-%dT%H%M%SZ.db")
+    hour, day = (backup_of(made - datetime.timedelta(hours=number)) for number in (1, 24))
+    of_each_hour = {name[:19]: name for name in reversed([new, *every])}.values()
+    of_each_day = {name[:16]: name for name in reversed([new, *every])}.values()
+    expected = {name for name in every if name >= hour}
+    expected |= {name for name in of_each_hour if name > day} | set(sorted(of_each_day)[-14:])
+    assert {new, *old} == expected | {new}
+
+
+def test_a_backup_deletes_what_a_killed_one_left_an_hour_ago(
+    server: Process, tmp_path: Path
+) -> None:
+    names = [f".{backup_of(datetime.datetime.now())}.{end}" for end in ("old", "of_now")]
+    for name in names:
+        (tmp_path / "backups" / name).mkdir(parents=True)
+        (tmp_path / "backups" / name / "taskd.db").touch()
+    os.utime(tmp_path / "backups" / names[0], (time.time() - 4000,) * 2)
+    assert back_up(tmp_path, tmp_path / "backups").returncode == 0
+    assert [path.name for path in tmp_path.glob("backups/.*")] == names[1:]
 
 
 def test_a_backup_that_fails_uses_up_no_older_one(tmp_path: Path) -> None:
@@ -926,7 +972,7 @@ def test_the_guide_s_upgrade_brings_a_database_of_the_first_version_up_to_date_a
 
 
 def backup_of_this_second(backups: Path) -> Path:
-    return backups / f"taskd-{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H%M%SZ}.db"
+    return backups / backup_of(datetime.datetime.now(datetime.UTC))
 
 
 @needs_shell
