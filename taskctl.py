@@ -300,6 +300,7 @@ def without_password(value: object) -> object:
 # --- Tokens ---------------------------------------------------------------------------------------
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+SET_BY = {"sub": "USER", "email": "--email", "name": "--name", "exp": "--ttl"}
 MISTAKES: dict[str, Callable[[str], str]] = {  # what two services often make of one secret
     "followed by a line break": "{}\n".format,
     "in double quotes": '"{}"'.format,
@@ -318,6 +319,7 @@ def check_user_ids(given: str | list[str] | None) -> str | list[str] | None:
 
 
 UserArgument = partial(Argument, callback=check_user_ids)
+UserOption = partial(Option, callback=check_user_ids)
 UserId = Annotated[str, UserArgument(help="The user's id: a token's sub.")]
 
 
@@ -326,14 +328,17 @@ def mint(
     user: UserId,
     email: Annotated[str | None, Option(help="The email claim.")] = None,
     name: Annotated[str | None, Option(help="The name claim.")] = None,
-    ttl: Annotated[str, Option(help="Valid for 90s, 15m, 1h, 7d …; -1h has expired.")] = "1h",
+    ttl: Annotated[str | None, Option(help="90s, 15m, 1h (default), 7d; -1h has expired.")] = None,
     claim: Annotated[list[str] | None, Option(help="A claim, k=v; v may be JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a token signed with the first secret, as a login would hand it out."""
-    settings = Settings.load()
-    claims = login(settings, user, seconds(ttl), email=email, name=name)
-    claims |= map(parse_claim, claim or ())
+    settings, more = Settings.load(), dict(map(parse_claim, claim or ()))
+    given = {"sub": user, "email": email, "name": name, "exp": ttl}
+    for twice in (claim for claim in more if given.get(claim) is not None):
+        raise BadParameter(f"--claim {twice}=… and {SET_BY[twice]} exclude each other")
+    lifetime = seconds("1h" if ttl is None else ttl)
+    claims = login(settings, user, lifetime, email=email, name=name) | more
     try:
         token = Tokens(settings).mint(claims)
     except (TypeError, ValueError, RecursionError) as ex:
@@ -359,8 +364,6 @@ def seconds(text: str) -> int:
 def parse_claim(text: str) -> tuple[str, Any]:
     """Return the name and value of `k=v`; a value that is not JSON is a string."""
     name, equals, value = text.partition("=")
-    if name == "sub":
-        raise BadParameter("--claim cannot set sub: it is the USER that is named")
     if not name or not equals:
         raise BadParameter(f"--claim must look like role=admin, not {text!r}")
     try:
@@ -695,11 +698,13 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
 @app.command()
 def restore(
     file: Annotated[str, Argument(help="A backup, packed with gzip or not; - reads stdin.")],
+    skip_ids: Annotated[int, Option(min=0, max=10**9, help="For ids of lost tasks.")] = 0,
 ) -> None:
     """Put a backup in the database's place, while no server runs.
 
     The backup is checked first. The old database is kept beside the new one, as
-    <name>.before-restore-<time>.
+    <name>.before-restore-<time>, and no id that it has used is used again. If it is lost, skip
+    more ids than tasks can have been created since the backup.
     """
     database = file_of(Settings.load())
     with unfinished(database) as copy, unpacked(file, database) as given:
@@ -711,6 +716,7 @@ def restore(
             contextlib.closing(connect(copy)) as new,
             contextlib.closing(open_exclusively(database)) as live,
         ):
+            raise_last_id(new, Task, last_id(new, Task) + skip_ids)
             if replaced:
                 say(f"the old database is kept as {keep_old_copy(live, database)}")
                 with contextlib.suppress(*DATABASE_ERRORS):  # a damaged one may not tell its ids
@@ -1022,10 +1028,8 @@ def check_modes(settings: Settings) -> Findings:
         if path.exists():
             mode = path.stat().st_mode & 0o777
             result = "FAIL" if mode & 0o007 else "warning" if mode & 0o070 else "ok"
-            whose = (
-                f"others can: chmod 600 {path}" if mode & 0o077 else "only its owner can read it"
-            )
-            yield result, str(path), f"mode {mode:o}: {whose}"
+            advice = f"others can: chmod 600 {path}" if result != "ok" else ""
+            yield result, str(path), f"mode {mode:o}: {advice or 'only its owner can read it'}"
 
 
 def check_key_set(settings: Settings) -> Findings:
@@ -1119,9 +1123,7 @@ def batches(query: Any, database: peewee.Database) -> Iterator[list[Row]]:
 @app.command("import")
 def import_tasks(
     file: Annotated[str, Argument(help="JSON lines as export prints them; - reads stdin.")],
-    new: Annotated[
-        bool, Option("--new", help="Each line is a new task: it needs no id and no times.")
-    ] = False,
+    new: Annotated[bool, Option("--new", help="Each line is a new task, without an id.")] = False,
 ) -> None:
     """Add tasks from JSON lines: all of them, or none if one is wrong. Ids are kept.
 
@@ -1451,9 +1453,7 @@ class SmokeClient:
 
 @app.command()
 def smoke(
-    url: Annotated[
-        str | None, Argument(help="The server; by default that of the settings.")
-    ] = None,
+    url: Annotated[str | None, Argument(help="The server; else that of the settings.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Call every route of a live server, and leave nothing behind."""
@@ -1521,9 +1521,7 @@ TOKEN_TTL = 24 * 3600  # seconds
 @app.command()
 def serve(
     ephemeral: Annotated[bool, Option("--ephemeral", help="Required: all is temporary.")] = False,
-    user: Annotated[
-        list[str] | None, Option(help="A user to print a token for.", callback=check_user_ids)
-    ] = None,
+    user: Annotated[list[str] | None, UserOption(help="A user to print a token for.")] = None,
     seed: Annotated[int, Option(min=0, help="Believable tasks for each --user.")] = 0,
     port_file: Annotated[Path | None, Option(help="A file for the port.", dir_okay=False)] = None,
     given: Annotated[list[str] | None, Option("--set", help="A setting: TASKD_PORT=8123.")] = None,

@@ -61,7 +61,7 @@ OPTIONS = {
     "import": ["--new"],
     "mint": ["--claim", "--email", "--json", "--name", "--ttl"],
     "purge": ["--yes"],
-    "restore": [],
+    "restore": ["--skip-ids"],
     "seed": ["--count", "--json", "--random-seed", "--users"],
     "serve": ["--ephemeral", "--port-file", "--seed", "--set", "--user"],
     "settings": ["--json"],
@@ -260,6 +260,10 @@ USAGE_ERRORS = {
     "mint: a time with a fraction": ["mint", "alice", "--ttl", "1.5h"],
     "mint: a claim without a value": ["mint", "alice", "--claim", "role"],
     "mint: a claim without a name": ["mint", "alice", "--claim", "=admin"],
+    "mint: another user": ["mint", "alice", "--claim", "sub=bob"],
+    "mint: two ends": ["mint", "alice", "--ttl", "1h", "--claim", "exp=2000000000"],
+    "mint: two e-mails": ["mint", "alice", "--email", "a@b.example", "--claim", "email=null"],
+    "mint: two names": ["mint", "alice", "--name", "", "--claim", "name=Bob"],
     "mint: an issuer that is no string": ["mint", "alice", "--claim", "iss=5"],
     "tasks: no user": ["tasks"],
     "tasks: both open and done": ["tasks", "alice", "--open", "--done"],
@@ -483,6 +487,14 @@ def test_the_time_to_live_has_units_and_may_have_passed(
 ) -> None:
     claims = data(taskctl("mint", "alice", "--ttl", ttl, "--json"))["claims"]
     assert claims["exp"] - claims["iat"] == seconds
+
+
+def test_a_claim_sets_the_times_of_a_token_that_no_option_sets(taskctl: Taskctl) -> None:
+    odd = ["--claim", "exp=2000000000", "--claim", "iat=never", "--claim", "email=7"]
+    claims = data(taskctl("mint", "alice", "--json", *odd))["claims"]
+    assert claims == {"sub": "alice", "iat": "never", "exp": 2_000_000_000, "email": 7}
+    answer = taskctl("mint", "alice", "--ttl", "1h", "--claim", "exp=2000000000")
+    assert "--claim exp=… and --ttl exclude each other" in answer.stderr
 
 
 def test_a_minted_token_is_accepted_by_a_real_server_and_only_for_its_user(

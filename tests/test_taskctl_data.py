@@ -667,6 +667,25 @@ def test_a_restore_makes_a_database_that_is_not_there(taskctl: Taskctl, tmp_path
     assert dump(tmp_path / "taskd.db") == dump(tmp_path / "copy.db")
 
 
+def test_a_restore_leaves_out_the_ids_that_lost_tasks_may_have_had(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
+    server = start()
+    add(server)
+    said(taskctl("backup", "copy.db"))
+    lost = [add(server)["id"] for _ in range(3)]
+    server.kill()
+    (tmp_path / "lost").mkdir()
+    for path in tmp_path.glob("taskd.db*"):
+        path.rename(tmp_path / "lost" / path.name)
+    said(taskctl("restore", "copy.db", "--skip-ids", "1000"))
+    restored = start()
+    assert (lost, add(restored)["id"]) == ([2, 3, 4], 1002)
+    restored.terminate()
+    said(taskctl("restore", "copy.db", "--skip-ids", "500"))
+    assert add(start())["id"] == 1003, "those that the old database used are left out too"
+
+
 def test_a_damaged_database_is_replaced_and_kept_as_it_is(
     taskctl: Taskctl, large: Path, tmp_path: Path
 ) -> None:
