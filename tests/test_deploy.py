@@ -15,6 +15,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -834,7 +835,7 @@ class Machine:
     def __init__(self, home: Path) -> None:
         self.state, self.backups, self._bin = home / "taskd", home / "taskd-backups", home / "bin"
         for path in (self.state, self.backups, self._bin):
-            path.mkdir()
+            path.mkdir(parents=True)
         [self._port] = free_ports(1)
         self.server: Process | None = None
         [script] = re.findall(r"<<'END'\n(.*?)END\n", "".join(guide("2. The code")), re.DOTALL)
@@ -946,6 +947,59 @@ def test_the_guide_s_backup_upgrade_and_restore_keep_every_task(machine: Machine
     [before] = machine.state.glob("taskd.db.before-restore-*")
     assert [task["title"] for task in stored(before).values()] == ["Buy milk", "Too late"]
     assert first.exists()
+
+
+@needs_shell
+def test_the_guide_brings_the_service_back_on_another_machine(
+    machine: Machine, tmp_path: Path
+) -> None:
+    [secret] = machine.secrets()
+    tasks = "/api/alice/tasks"
+    machine.type("taskctl seed alice --count 1000")
+    page = machine.call("GET", f"{tasks}?limit=10&sort=-title", secret)
+    following = re.findall("<(.*)>", page.headers["link"])[0]
+    second_page = machine.call("GET", following, secret).json
+    sent, key = {"title": "Once"}, {"Idempotency-Key": "once"} | bearer(secret=secret)
+    assert machine.server
+    once = machine.server.request("POST", tasks, sent, key)
+    answered: list[tuple[float, int]] = []
+
+    def write() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                task = machine.call("POST", tasks, secret, {"title": "Buy milk"}).json
+                answered.append((time.monotonic(), task["id"]))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(2):
+        until(
+            lambda: not backup_of_this_second(machine.backups).exists(),
+            "a backup of another second",
+        )
+        began = time.monotonic()
+        machine.systemctl("start", "taskd-backup")
+    machine.server.kill()
+    writer.join()
+    other = Machine(tmp_path / "other")
+    machine.backups.rename(other.backups)
+    (machine.state / ".env").rename(other.state / ".env")
+    shutil.rmtree(machine.state)
+    machine.server = None
+
+    other.follow("When the machine is gone")
+    kept = {task["id"] for task in other.call("GET", tasks, secret).json}
+    assert {number for moment, number in answered if moment < began} <= kept
+    created = other.call("POST", tasks, secret, {"title": "Later"})
+    assert created.json["id"] > max(number for _, number in answered)
+    assert other.call("GET", following, secret).json == second_page
+    assert other.server
+    again = other.server.request("POST", tasks, sent, key)
+    assert (again.json, again.headers["idempotency-replayed"]) == (once.json, "true")
+    known = {"If-None-Match": once.headers["etag"]} | bearer(secret=secret)
+    path = f"{tasks}/{once.json['id']}"
+    assert other.server.request("GET", path, None, known).status_code == 304
+    other.stop()
 
 
 def rows_of_version_1(database: Path) -> list[Any]:
