@@ -124,9 +124,7 @@ def show(row: Row, as_json: bool) -> None:
     if as_json:
         print(json.dumps(row))
     else:
-        width = max(map(len, row), default=0)
-        for name, value in row.items():
-            print(f"{name:{width}}  {printable(value)}")
+        print_aligned([[name, printable(value)] for name, value in row.items()])
 
 
 def show_all(
@@ -147,8 +145,10 @@ def show_all(
         show_csv(rows)
     else:
         on_terminal = sys.stdout.isatty()
-        if rows:
-            show_wide_table(rows) if wide or not on_terminal else show_table(rows, hidden)
+        if rows and on_terminal and not wide:
+            show_table(rows, hidden)
+        elif rows:
+            print_aligned([[*rows[0]], *(list(map(printable, row.values())) for row in rows)])
         if total and (on_terminal or not rows):
             say(total)
 
@@ -180,13 +180,12 @@ def cell(name: str, row: Row) -> Text:
     return Text(text, STYLES.get(text, "") if name == "result" else "", overflow="fold")
 
 
-def show_wide_table(rows: list[Row]) -> None:
-    """Print a table with every column; a value is aligned with its column unless it is long."""
-    lines = [[*rows[0]], *(list(map(printable, row.values())) for row in rows)]
-    columns = zip(*lines, strict=True)
+def print_aligned(lines: list[list[str]]) -> None:
+    """Print values below each other in columns, except for those that are long."""
+    columns = [*zip(*lines, strict=True)][:-1]
     widths = [max(len(text) for text in column if len(text) <= ALIGNED) for column in columns]
     for line in lines:
-        print("  ".join(map(str.ljust, line, widths)))
+        print(*map(str.ljust, line, widths), line[-1], sep="  ")
 
 
 def counted(number: int, noun: str) -> str:
@@ -382,14 +381,17 @@ def verify(
     Its header and claims are shown in both cases; those of a refused token are unverified.
     """
     settings, text = Settings.load(), read_token(token)
+    found = contents(text) if as_json else readable(contents(text))
     try:
         user = Tokens(settings).verify(text)
     except taskd.TokenError as ex:
-        show_refused(text, str(ex), as_json)
+        refused = {"accepted": False, "reason": str(ex)} | ({"unverified": found} if found else {})
+        unverified = {f"{name} (unverified)": value for name, value in found.items()}
+        show(refused if as_json else unverified, as_json)
         raise Refused(f"taskd refuses this token: {ex}{hint(settings, text)}") from None
     accepted = {"accepted": True, "user_id": user.id, "email": user.email, "name": user.name}
     accepted["until"] = instant(user.expires)
-    show(accepted | (contents(text) if as_json else readable(contents(text))), as_json)
+    show(accepted | found, as_json)
 
 
 def read_token(given: str) -> str:
@@ -399,17 +401,6 @@ def read_token(given: str) -> str:
             say("paste a token, then press Enter and Ctrl-D")
         given = sys.stdin.buffer.read().decode(errors="replace")
     return re.sub("^bearer +", "", given.strip(), flags=re.IGNORECASE)
-
-
-def show_refused(token: str, reason: str, as_json: bool) -> None:
-    """Print the header and claims of a token that was refused, marked as unverified."""
-    unverified = contents(token)
-    if as_json:
-        found = {"unverified": unverified} if unverified else {}
-        show({"accepted": False, "reason": reason} | found, as_json)
-    else:
-        rows = readable(unverified).items()
-        show({f"{name} (unverified)": value for name, value in rows}, as_json)
 
 
 def contents(token: str) -> dict[str, Any]:
@@ -1338,13 +1329,8 @@ def digest(model: type[peewee.Model], database: peewee.Database, bar: Progress) 
 
 # --- Live server ----------------------------------------------------------------------------------
 
-NEW_TASK = {
-    "title": "Try every route",
-    "description": "with taskctl smoke",
-    "priority": "high",
-    "due_date": "2026-12-01",
-    "tags": ["smoke"],
-}
+NEW_TASK: Row = {"title": "Try every route", "description": "with taskctl smoke"}
+NEW_TASK |= {"priority": "high", "due_date": "2026-12-01", "tags": ["smoke"]}
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 BAD_ANSWERS = (OSError, http.client.HTTPException, ValueError, RecursionError)
 
@@ -1378,11 +1364,15 @@ class SmokeClient:
         self._headers = {"Content-Type": "application/json"}
         self._tag = ""  # of the task that was last shown
 
-    def connect(self) -> None:
-        """Connect to the server, or raise OSError."""
+    def run(self) -> None:
+        """Try every route, and delete what is left. Raises one of BAD_ANSWERS."""
         self._connection.connect()
+        try:
+            self._try_every_route()
+        finally:
+            self._clean_up()
 
-    def try_every_route(self) -> None:
+    def _try_every_route(self) -> None:
         """Call each route as it is meant to be called, and some as they are not."""
         call, tasks, key = self._call, self._tasks, {"Idempotency-Key": self.id}
         call("GET", "/healthz", 200, shows={"status": "ok"})
@@ -1395,7 +1385,7 @@ class SmokeClient:
             call("POST", tasks, 201, NEW_TASK, key, task, "Idempotency-Replayed")
             self._try_task(task)
 
-    def clean_up(self) -> None:
+    def _clean_up(self) -> None:
         """Delete what is left, also by a call that went wrong."""
         left = self._call("GET", self._tasks, 200)
         for task in left if isinstance(left, list) else ():
@@ -1460,11 +1450,7 @@ def smoke(
     settings = Settings.load()
     client = SmokeClient(url := url or url_of(settings.host, settings.port), settings)
     try:
-        client.connect()
-        try:
-            client.try_every_route()
-        finally:
-            client.clean_up()
+        client.run()
     except ConnectionRefusedError:
         raise Refused(f"nothing listens at {url}; start taskd, or name its URL") from None
     except BAD_ANSWERS as ex:
