@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from support import (
     assert_problem,
     at_once,
     bearer,
+    changed,
     database_url,
     environment,
     locked,
@@ -496,6 +498,74 @@ def test_a_sigterm_with_requests_waiting_in_the_threads_answers_them_all(
     assert statuses.count(201) >= 20
     assert two[0].popen.wait(DEADLINE) == 0
     assert len(two[1].request("GET", TASKS, headers=bearer()).json) == statuses.count(201)
+
+
+# --- Processors -----------------------------------------------------------------------------------
+
+PROCESSORS = sorted(os.sched_getaffinity(0))
+several = pytest.mark.skipif(len(PROCESSORS) < 2, reason="there is only one processor here")
+
+
+def masks(server: Process) -> set[frozenset[int]]:
+    """Return the processors that the threads of a process may use."""
+    found = set()
+    for thread in Path(f"/proc/{server.popen.pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            found.add(frozenset(os.sched_getaffinity(int(thread.name))))
+    return found
+
+
+def on(processor: int) -> set[frozenset[int]]:
+    return {frozenset([processor])}
+
+
+@several
+def test_all_threads_use_the_same_processor_and_move_together_from_a_busy_one(start: Start) -> None:
+    busy, other = PROCESSORS[:2]
+    clock = f"taskd.busy_times = lambda: {{{busy}: taskd.time.monotonic(), {other}: 0}}"
+    server = start(command=changed(f"{clock}; taskd.BALANCE_INTERVAL = 0.5"))
+    at_once([server], [written("POST", TASKS, {"title": "x"}, user="alice")] * 16)
+    until(lambda: masks(server) == on(other), "all of them are where nothing else runs")
+    with pytest.raises(AssertionError, match="it moves"):
+        until(lambda: masks(server) != on(other), "it moves", seconds=2)
+    assert create(server, 1).status_code == 201
+
+
+@several
+@pytest.mark.slow
+def test_a_loop_on_the_processor_of_taskd_makes_it_move(start: Start) -> None:
+    server = start()
+    create(server, 1)
+    until(lambda: masks(server) in map(on, PROCESSORS), "all threads are on one processor")
+    [[here]] = masks(server)
+    before, started = taskd.busy_times(), time.monotonic()
+    command = ["taskset", "-c", str(here), sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(command) as loop:
+        try:
+            until(lambda: on(here) != masks(server) in map(on, PROCESSORS), "it moves")
+        except AssertionError:
+            seconds = {one: busy - before[one] for one, busy in taskd.busy_times().items()}
+            least = min(seconds[one] for one in PROCESSORS if one != here)
+            if least > 0.6 * (time.monotonic() - started):
+                pytest.skip("the other processors are busy too")
+            raise
+        finally:
+            loop.kill()
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_taskd_uses_only_the_processors_that_it_was_started_with(start: Start, most: int) -> None:
+    allowed = PROCESSORS[-most:]
+    listed = ",".join(map(str, allowed))
+    server = start(command=["taskset", "-c", listed])
+    at_once([server], [written("POST", TASKS, {"title": "x"}, user="alice")] * 16)
+    until(lambda: masks(server) in map(on, allowed), "all threads are on one of them")
+
+
+def test_on_sqlite_taskd_uses_all_processors(start: Start, tmp_path: Path) -> None:
+    server = start(DATABASE_URL=f"sqlite:///{tmp_path}/own.db")
+    assert {create(server, number).status_code for number in range(3)} == {201}
+    assert masks(server) == {frozenset(PROCESSORS)}
 
 
 # --- What is kept ---------------------------------------------------------------------------------
