@@ -1835,7 +1835,7 @@ WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
 QUEUE_PLACE_TIMEOUT = 0.25  # seconds without progress after which a full queue rejects writes
-CONNECT_PLACE_TIMEOUT = 0.8  # the same for the one thread that connects to PostgreSQL
+CONNECT_PATIENCE = 0.8  # seconds that requests wait for each new connection to PostgreSQL
 ALONE = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
 IN_BATCH = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
 SLOW_COMMIT = 0.002  # seconds; if commits take longer, the event loop does not wait for them
@@ -2111,13 +2111,71 @@ class Sqlite(_LastWrite):
             self._writer.close()
 
 
-class PostgresSession(peewee.PostgresqlDatabase):
-    """Connections whose session settings override those of the role, the database and libpq."""
+class PostgresPool(peewee.PostgresqlDatabase):
+    """Connections that are kept after use, and new ones, which a thread makes one by one.
+
+    A server that is silent lets that thread wait for seconds, and whoever needs a connection for
+    `patience`. The session settings override those of the role, the database and libpq.
+    """
 
     session_settings: str
     answer_timeout: float | None = None  # seconds until a server that is silent counts as lost
+    patience = threading.TIMEOUT_MAX  # seconds from its start to wait for each new connection
+
+    def __init__(self, url: str, **parameters: Any) -> None:
+        super().__init__(url, prefer_psycopg3=True, encoding="UTF8", **parameters)
+        self._idle: list[Any] = []
+        self._new: Future[None] | None = None
+        self._new_lock, self._deadline = threading.Lock(), 0.0
+
+    def connect(self, reuse_if_open: bool = False) -> bool:
+        """Take an idle connection, or a new one."""
+        while True:
+            with contextlib.suppress(IndexError):  # none is idle
+                return bool(super().connect(reuse_if_open))
+            try:
+                new = self._make_connection()
+                new.result(max(0, self._deadline - time.monotonic()))
+            except (TimeoutError, RuntimeError):  # or the system allows no further thread
+                raise peewee.OperationalError("no server accepts connections") from None
+
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     def _connect(self) -> Any:
+        while True:
+            connection, poll = self._idle.pop(), select.poll()
+            # A server that closes an idle connection says so; a round trip could take long.
+            poll.register(connection, select.POLLIN)
+            if not poll.poll(0):
+                return connection
+            connection.close()
+
+    def _close(self, connection: Any) -> None:
+        if connection.info.transaction_status:  # not 0, idle: a time-out has ended its statement
+            connection.close()
+        else:
+            self._idle.append(connection)
+
+    def _make_connection(self) -> Future[None]:
+        with self._new_lock:
+            if self._new is None or self._new.done():
+                new: Future[None] = Future()
+                threading.Thread(target=self._finish, args=(new,), daemon=True).start()
+                self._new, self._deadline = new, time.monotonic() + self.patience
+            return self._new
+
+    def _finish(self, new: Future[None]) -> None:
+        try:
+            self._idle.append(self._new_connection())
+            new.set_result(None)
+        except Exception as ex:
+            new.set_exception(ex)
+
+    def _new_connection(self) -> Any:
         for last in (False, False, False, False, True):
             connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
             self._prefer(connection.info)
@@ -2146,37 +2204,22 @@ class Postgres(_LastWrite):
     def __init__(self, settings: Settings, statement_timeout: float) -> None:
         """Open the database and prepare its tables. Raises DatabaseError or SettingsError."""
         parameters = _libpq_parameters(settings.database_url)
-        from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
         from psycopg import Error as PsycopgError
 
-        class Pool(PooledPostgresqlDatabase, PostgresSession):
-            session_settings = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
-
-            def _is_closed(self, connection: Any) -> bool:
-                # A server that closes an idle connection says so; a round trip could take long.
-                poll = select.poll()
-                poll.register(connection, select.POLLIN)
-                return bool(poll.poll(0))
-
-        self._pool = self.peewee = Pool(
-            settings.database_url,
-            max_connections=settings.threads + SEARCHES,
-            timeout=WRITE_TURN_TIMEOUT,
-            prefer_psycopg3=True,
-            encoding="UTF8",
-            **parameters,
-        )
+        self._pool = self.peewee = PostgresPool(settings.database_url, **parameters)
+        session = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
+        self._pool.session_settings = session
         self._queue = write_queue(max(1, settings.threads * 3 // 4))
-        self._connecting = Places(1, CONNECT_PLACE_TIMEOUT, "no server accepts connections")
-        self._unusable = (peewee.PeeweeException, PsycopgError, MaxConnectionsExceeded)
+        self._unusable = (peewee.PeeweeException, PsycopgError)
         try:
             self._prepare(settings.database)
-        except (peewee.PeeweeException, ValueError) as ex:
+        except (*self._unusable, ValueError) as ex:
             why = _first_line(ex)
             raise DatabaseError(f"{settings.database} cannot be opened: {why}") from None
         finally:
             self.close()
-        self._pool.answer_timeout = statement_timeout + 1 if statement_timeout else None
+        if statement_timeout:
+            self._pool.answer_timeout, self._pool.patience = statement_timeout + 1, CONNECT_PATIENCE
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -2234,8 +2277,7 @@ class Postgres(_LastWrite):
             yield  # whoever took the connection handles the error
             return
         try:
-            with self._connecting.place():  # the pool lets all threads wait for one that connects
-                self._pool.connect()
+            self._pool.connect()
             with contextlib.closing(self._pool):
                 yield
         except self._unusable as ex:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.postgresql, pytest.mark.slow]
 Start = Callable[..., Process]
 Pair = tuple[Cluster, Cluster]
 CLIENTS = 16
-CONNECTING = 3  # seconds of taskd's connect_timeout
+CONNECTING = 6  # seconds of connect_timeout where a server is silent; 3 is taskd's default
 STATEMENT = 9  # seconds until taskd gives up a statement that the server does not end
 TOLERANCE = 2  # seconds, for a busy machine
 SOON = 1.0  # seconds within which a request is answered 503 while there is no primary
@@ -158,19 +158,19 @@ def test_a_primary_that_is_silent_makes_no_request_wait_for_long(
     """As after the loss of a machine or its disk: no connection is refused, and none is closed."""
     primary, standby = servers
     url = made(primary.url())
-    server = start(DATABASE_URL=address(servers, url.rpartition("/")[2]))
+    both = f"{address(servers, url.rpartition('/')[2])}&connect_timeout={CONNECTING}"
+    server = start(DATABASE_URL=both)
     with primary.frozen():
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            seconds = sorted(pool.map(lambda number: refusal(server, number), range(CLIENTS)))
-        assert seconds[-3] < TOLERANCE, "only a request that connects itself waits longer"
-        assert seconds[-1] < 2 * CONNECTING + TOLERANCE
+        many = 5 * CLIENTS  # more than worker threads
+        with ThreadPoolExecutor(many) as pool:
+            for _ in range(2):  # no request waits for the connection that is being made
+                seconds = list(pool.map(lambda number: refusal(server, number), range(many)))
+                assert max(seconds) < SOON + TOLERANCE < CONNECTING
         standby.promote()
         until(lambda: create(server, 1, "key").status_code == 201, "it writes to the other one")
         with ThreadPoolExecutor(CLIENTS) as pool:  # new connections begin with the other one
-            asked = time.monotonic()
             answers = list(pool.map(lambda number: create(server, number), range(CLIENTS)))
             assert {answer.status_code for answer in answers} == {201}
-            assert time.monotonic() - asked < CONNECTING
 
 
 def test_a_server_that_falls_silent_within_a_statement_is_503_after_the_statement_timeout(
@@ -186,7 +186,7 @@ def test_a_server_that_falls_silent_within_a_statement_is_503_after_the_statemen
             asked = time.monotonic()
             for waiting in [pool.submit(create, server, number) for number in range(CLIENTS)]:
                 assert_unavailable(waiting.result())
-            assert time.monotonic() - asked < STATEMENT + CONNECTING + TOLERANCE
+            assert time.monotonic() - asked < STATEMENT + 2 * TOLERANCE
     until(lambda: create(server, 1).status_code == 201, "it works again")
 
 
