@@ -1135,11 +1135,24 @@ def import_tasks(
         refuse_repeated_ids()
         refuse_taken_ids()
         imported, there, updated, older = compared()
-        last = Incoming.select(fn.COALESCE(fn.MAX(Incoming.id), 0)).scalar()
+        own = Incoming.id.between(*own_ids(opened.peewee))
+        last = Incoming.select(fn.COALESCE(fn.MAX(Incoming.id), 0)).where(own).scalar()
         raise_last_id(opened.peewee, Task, last)  # first, so that nobody creates a task with one
         merge()
     left = f", {older} left as they were changed here later" if older else ""
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
+
+
+def own_ids(database: peewee.Database) -> tuple[int, int]:
+    """Return the smallest and the largest id that a new task can get: a partition has a range."""
+    if isinstance(database, peewee.SqliteDatabase):
+        return 1, MAX_ID
+    query = (
+        "SELECT seqmin, seqmax FROM pg_sequence"
+        " WHERE seqrelid = pg_get_serial_sequence('task', 'id')::regclass"
+    )
+    smallest, largest = database.execute_sql(query).fetchone()
+    return smallest, largest
 
 
 def stage_lines(lines: BinaryIO, new: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import taskd
 from cluster import free_port
 from support import DEADLINE, Answer, Process, assert_problem, bearer, database_url, sql, until
 from support import ask as send
@@ -27,6 +28,7 @@ pytestmark = [
 
 Start = Callable[..., Process]
 SECOND = 1_000_000_000_000_000  # ids of the second partition begin here
+RANGES = {"one": (1, SECOND - 1), "two": (SECOND, 2 * SECOND - 1)}
 # As in docs/scaling.md. "$uri" is decoded, so that /api/%61lice is Alice's partition too.
 CONFIGURATION = """
 {user} daemon off; pid {home}/pid; error_log stderr; events {{}}
@@ -68,7 +70,9 @@ class Partitions:
         self.taskd = {
             name: start(DATABASE_URL=database_url(file)) for name, file in self.files.items()
         }
-        sql(self.files["two"], f"ALTER SEQUENCE task_id_seq RESTART WITH {SECOND}")
+        for name, (first, last) in RANGES.items():
+            alter = "ALTER SEQUENCE task_id_seq MINVALUE {0} MAXVALUE {1} START {0} RESTART"
+            sql(self.files[name], alter.format(first, last))
         self._write()
         command = ["nginx", "-p", str(directory), "-e", "stderr", "-c", str(directory / "conf")]
         with (directory / "proxy.log").open("wb") as log:
@@ -137,9 +141,7 @@ class Partitions:
         assert_problem(answer, 503)
         assert answer.headers["retry-after"] == "2"
         (self.home / "moving.jsonl").write_text(self.taskctl(source, "export", user))
-        [(last,)] = sql(self.files[target], "SELECT last_value FROM task_id_seq")
         self.taskctl(target, "import", "moving.jsonl")
-        sql(self.files[target], f"SELECT setval('task_id_seq', {last})")
         self.send_to(user, target)
         self.taskctl(source, "purge", user, "--yes")
 
@@ -199,6 +201,20 @@ def test_a_user_moves_to_the_other_partition_and_back_with_ids_and_times(
     partitions.move("alice", "two", "one")
     assert partitions.listed("alice") == [*before, there]
     here = partitions.create("alice", "made in the first one again")
-    assert tasks[-1]["id"] < here["id"] < SECOND, "its sequence is back in its own range"
+    assert tasks[-1]["id"] < here["id"] < SECOND, "its sequence has kept to its own range"
     assert partitions.create("bob", "again")["id"] > there["id"]
     assert partitions.request("PATCH", f"{path}/complete", user="alice").json["completed"] is False
+
+
+def test_an_import_raises_the_sequence_only_by_ids_of_its_own_range(partitions: Partitions) -> None:
+    task = partitions.create("alice", "x") | {"user_id": "carol"}
+    moved = [{**task, "id": key} for key in (40, SECOND - 1, SECOND + 40, 3 * SECOND)]
+    lines = b"".join(taskd.to_json(each) + b"\n" for each in moved)
+    (partitions.home / "moved.jsonl").write_bytes(lines)
+    partitions.moved["carol"] = "two"
+    partitions.taskctl("two", "import", "moved.jsonl")
+    partitions.send_to("carol", "two")
+    assert partitions.listed("carol") == moved
+    assert partitions.create("carol", "new")["id"] == SECOND + 41
+    partitions.taskctl("two", "import", "moved.jsonl")
+    assert partitions.create("carol", "newer")["id"] == SECOND + 42
