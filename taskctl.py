@@ -569,20 +569,20 @@ def tasks(
         sort=sort,
         limit=limit,
     )
-    found = [msgspec.structs.asdict(task) for task in read_list(user, listing)]
+    found = read_list(user, listing)
     noun = "task" if listing == taskd.Listing(sort=sort) else "such task"
     total = f"{printable(user)} has {counted(len(found), noun)}"
     show_all(found, as_json, nl, as_csv, wide, HIDDEN, total)
 
 
-def read_list(user: str, listing: taskd.Listing) -> list[taskd.View]:
+def read_list(user: str, listing: taskd.Listing) -> list[dict[str, Any]]:
     """Return all pages of a list, up to its limit."""
     store = taskd.TaskStore(database())
-    found: list[taskd.View] = []
+    found: list[dict[str, Any]] = []
     rest: taskd.Listing | None = listing
     while rest and (not listing.limit or len(found) < listing.limit):
         page, rest = store.page(user, rest)
-        found += page
+        found += json.loads(page)
     return found[: listing.limit]
 
 
