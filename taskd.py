@@ -1097,8 +1097,10 @@ def parse_value(name: str, value: msgspec.Raw) -> Any:
         given = PARSERS[name](value)
         normalised = field.normalise(given) if field.normalise and given is not None else given
     except ValueError:
-        blank = field.type is Title and not str(msgspec.json.decode(value)).strip()
-        raise ValueError("must not be blank" if blank else field.rule) from None
+        is_text = bytes(value).startswith(b'"')
+        blank = is_text and not msgspec.json.decode(value, type=str).strip()
+        reason = "must not be blank" if blank and field.type is Title else field.rule
+        raise ValueError(reason) from None
     texts = given if isinstance(given, list) else [given]
     if any("\0" in text for text in texts if isinstance(text, str)):
         raise ValueError("must not contain U+0000")

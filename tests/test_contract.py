@@ -1372,6 +1372,13 @@ def test_each_fault_is_told_in_these_words(alice, body, faults):
     assert problem["detail"] == "; ".join(f"{field} {message}" for field, message in faults)
 
 
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "9" * 5000, "[]", "{}", "null", "true"])
+def test_a_title_that_is_not_a_string_is_told_so_whatever_it_is(alice, value):
+    refused = send(alice, "POST", "", f'{{"title": {value}}}'.encode())
+    rule = "must be a string of 1 to 200 characters"
+    assert assert_problem(refused, 422)["errors"] == [{"field": "title", "message": rule}]
+
+
 @pytest.mark.parametrize("method", ["WEBSOCKET", "BREW", "PROPFIND", "TRACE", "CONNECT"])
 def test_a_method_that_nobody_knows_is_401_404_or_405_and_nothing_else(client, alice, method):
     assert_problem(client.simulate_request(method, "/api/alice/tasks"), 401)
