@@ -1835,6 +1835,7 @@ SESSION = """
     SELECT set_config('synchronous_commit', 'on', FALSE)
         WHERE current_setting('synchronous_commit') = 'off'
 """  # in milliseconds; a commit is on disk before it is answered
+BACKEND = "SELECT pg_backend_pid(), pg_postmaster_start_time()::text"  # what serves a session
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = 4.0  # seconds that a write waits for a lock of another process
@@ -2177,12 +2178,13 @@ class PostgresPool(peewee.PostgresqlDatabase):
 
     def _finish(self, new: Future[None]) -> None:
         try:
-            self._idle.append(self._new_connection())
+            self._idle.append(self.new_connection())
             new.set_result(None)
         except Exception as ex:
             new.set_exception(ex)
 
-    def _new_connection(self) -> Any:
+    def new_connection(self) -> Any:
+        """Return a connection that is not one of the pool's."""
         for last in (False, False, False, False, True):
             connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
             self._prefer(connection.info)
@@ -2313,6 +2315,7 @@ class Postgres(_LastWrite):
     def _prepare(self, name: str) -> None:
         with self._pool.connection_context():
             self._check_connection(name)
+            self._check_sessions(name)
             with self._pool.atomic():
                 for setting in ("statement_timeout", "lock_timeout"):  # a migration may take long
                     self._pool.execute_sql(f"SET LOCAL {setting} = 0")
@@ -2333,6 +2336,17 @@ class Postgres(_LastWrite):
         away = address and not ipaddress.ip_address(address).is_loopback
         if away and not connection.pgconn.ssl_in_use:
             log.warning("%s is not encrypted on its way: add ?sslmode=verify-full", name)
+
+    def _check_sessions(self, name: str) -> None:
+        """Reject a pooler that gives a session another connection for each transaction."""
+        ours = self._pool.connection()
+        if ours.execute(BACKEND).fetchone()[0] == ours.info.backend_pid:
+            return  # there is no pooler: it tells its clients another number
+        with contextlib.closing(self._pool.new_connection()) as other:
+            served = [one.execute(BACKEND, prepare=False).fetchone() for one in [ours, other] * 20]
+        pairs = set(zip(served[::2], served[1::2], strict=True))
+        if len(pairs) > 1 or len(set(*pairs)) == 1:
+            raise DatabaseError(f"{name} is behind a pooler that is not in session mode")
 
     def _check_search_path(self, version: int) -> None:
         """Reject a first schema without tables if the search path finds them in another one."""

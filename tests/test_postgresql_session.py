@@ -7,10 +7,12 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +191,9 @@ def test_a_connect_timeout_of_the_url_is_honoured(tmp_path: Path) -> None:
 # --- PgBouncer ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pooled(cluster: Cluster, empty: str) -> Iterator[str]:
-    """The address of an empty database behind a PgBouncer in session mode, with its defaults."""
+@contextmanager
+def pgbouncer(cluster: Cluster, database: str, mode: str) -> Iterator[str]:
+    """Run a PgBouncer with its defaults, and give the address of a database behind it."""
     if not shutil.which("pgbouncer"):
         pytest.skip("PgBouncer is not installed here")
     port = free_port()
@@ -202,7 +204,7 @@ def pooled(cluster: Cluster, empty: str) -> Iterator[str]:
         (directory / "pgbouncer.ini").write_text(
             f"[databases]\n* = host=127.0.0.1 port={cluster.port}\n[pgbouncer]\n"
             f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\n"
-            f"auth_file = {directory}/users\npool_mode = session\ndefault_pool_size = 40\n"
+            f"auth_file = {directory}/users\npool_mode = {mode}\ndefault_pool_size = 40\n"
         )
         command = ["setpriv", "--pdeathsig=KILL", "pgbouncer", str(directory / "pgbouncer.ini")]
         if os.geteuid() == 0:
@@ -212,12 +214,53 @@ def pooled(cluster: Cluster, empty: str) -> Iterator[str]:
                 place.chmod(0o755 if place.is_dir() else 0o644)
         with (directory / "log").open("wb") as log:
             pooler = subprocess.Popen(command, stdout=log, stderr=log)
-        url = empty.replace(f":{cluster.port}/", f":{port}/")
+        url = database.replace(f":{cluster.port}/", f":{port}/")
         until(lambda: pooler.poll() is not None or _connects(url), "PgBouncer listens")
         assert pooler.poll() is None, (directory / "log").read_text()
+        try:
+            yield url
+        finally:
+            pooler.kill()
+            pooler.wait()
+
+
+@pytest.fixture
+def pooled(cluster: Cluster, empty: str) -> Iterator[str]:
+    """The address of an empty database behind a PgBouncer in session mode."""
+    with pgbouncer(cluster, empty, "session") as url:
         yield url
-        pooler.kill()
-        pooler.wait()
+
+
+def test_behind_pgbouncer_in_transaction_mode_it_does_not_start_however_busy_that_is(
+    cluster: Cluster, empty: str, tmp_path: Path
+) -> None:
+    with pgbouncer(cluster, empty, "transaction") as url, ExitStack() as others:
+        for busy in range(3):
+            ended = run(tmp_path, "taskd.py", DATABASE_URL=url)
+            assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+            assert "is behind a pooler that is not in session mode" in ended.stderr, busy
+            others.enter_context(running("SELECT pg_sleep(0.001)", url))
+            others.enter_context(running("SELECT 1", url))
+    assert execute(empty, TABLES) == []
+
+
+@contextmanager
+def running(statement: str, url: str) -> Iterator[None]:
+    """Run a statement again and again."""
+    enough = threading.Event()
+
+    def run_it() -> None:
+        with psycopg.connect(url, autocommit=True, prepare_threshold=None) as session:
+            while not enough.is_set():
+                session.execute(statement.encode())
+
+    with ThreadPoolExecutor(1) as pool:
+        repeated = pool.submit(run_it)
+        try:
+            yield
+        finally:
+            enough.set()
+    repeated.result()
 
 
 def test_behind_pgbouncer_in_session_mode_it_serves(
