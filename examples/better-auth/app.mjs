@@ -165,7 +165,7 @@ function due({ due_date: text, completed }) {
   const year = date.getFullYear() === new Date().getFullYear() ? undefined : "numeric";
   const day = near ?? date.toLocaleDateString(undefined, { day: "numeric", month: "short", year });
   const time = isDay ? "" : `, ${date.toLocaleTimeString(undefined, { timeStyle: "short" })}`;
-  const className = completed ? "due" : days < 0 ? "due late" : days === 0 ? "due today" : "due";
+  const className = completed || days > 0 ? "" : days < 0 ? "late" : "today";
   return make("time", { className, dateTime: text }, day + time);
 }
 
@@ -225,12 +225,6 @@ filters.onsubmit = (event) => event.preventDefault();
 $("#any-tag").onclick = attempt(() => filterBy(""));
 $("#more").onclick = attempt(() => { shown += 50; return refresh(); });
 $("#cancel").onclick = () => $("#editor").close();
-document.onkeydown = (event) => {
-  const field = { "/": filters.elements.q, n: addForm.elements.title }[event.key];
-  if (!login || !field || event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey) return;
-  event.preventDefault();
-  field.focus();
-};
 for (const select of document.querySelectorAll("select[name=priority]")) {
   for (const [value, text] of Object.entries(LEVELS)) select.append(new Option(text, value));
 }
