@@ -17,9 +17,11 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+WRITE = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY
+STREAMS = {"stdin": os.O_RDONLY | os.O_NOCTTY, "stdout": WRITE, "stderr": WRITE}
 
 
 def serve(program: ModuleType, directory: str) -> None:
@@ -31,13 +33,18 @@ def serve(program: ModuleType, directory: str) -> None:
             child, status = os.waitpid(order["ended"], os.WNOHANG)
             running.discard(child)
             print(json.dumps(os.waitstatus_to_exitcode(status) if child else None), flush=True)
-        elif child := os.fork():
+            continue
+        # They are open before the answer: the tests may then close their end of a pipe.
+        streams = [order[name] and os.open(order[name], flags) for name, flags in STREAMS.items()]
+        if child := os.fork():
             running.add(child)
             print(child, flush=True)
-        else:
-            become(order)
-            sys.argv = [f"{directory}/{program.__name__}.py", *order["arguments"]]
-            sys.exit(program.main())  # end as any process does: open files and databases are closed
+            for stream in filter(None, streams):
+                os.close(stream)
+            continue
+        become(order, streams)
+        sys.argv = [f"{directory}/{program.__name__}.py", *order["arguments"]]
+        sys.exit(program.main())  # end as any process does: open files and databases are closed
     for child in running:  # the tests were interrupted
         os.kill(child, signal.SIGKILL)
 
@@ -57,17 +64,24 @@ def leave_modules(program: ModuleType) -> None:
     atexit.register(lambda: [sys.modules.pop(name, None) for name in shared])
 
 
-def become(order: dict[str, Any]) -> None:
+def become(order: dict[str, Any], streams: list[int | None]) -> None:
     """Set the working directory, environment and standard streams of an order."""
     os.chdir(order["directory"])
     os.environ.clear()
     os.environ.update(order["environment"])
     time.tzset()
-    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "a"), ("stderr", "a")]):
-        with Path(order[name]).open(mode + "b") as file:
-            os.dup2(file.fileno(), number)
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    for number, (name, stream) in enumerate(zip(STREAMS, streams, strict=True)):
+        if stream is None:
+            os.close(number)
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
+            continue
+        os.dup2(stream, number)
+        os.close(stream)
+        mode = "r" if name == "stdin" else "a"
         errors, buffering = ("backslashreplace", 1) if name == "stderr" else ("strict", -1)
-        setattr(sys, name, os.fdopen(number, mode, buffering, "utf-8", errors, closefd=False))
+        setattr(sys, name, os.fdopen(number, mode, buffering, encoding, errors, closefd=False))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -79,15 +80,33 @@ class ForkServer:
             return answer
 
     def fork(
-        self, *arguments: str, directory: Path, variables: dict[str, str], **streams: Path | str
+        self,
+        *arguments: str,
+        directory: Path,
+        variables: dict[str, str],
+        **streams: Path | str | None,
     ) -> Child:
-        """Fork a process in a directory; its output is appended to these files."""
-        files = {name: str(path) for name, path in streams.items()}
+        """Fork a process in a directory; its output is appended to these files.
+
+        A stream that is None is closed.
+        """
+        files = {name: path and str(path) for name, path in streams.items()}
         pid = self.order(
             arguments=arguments, directory=str(directory), environment=variables, **files
         )
         assert pid
         return Child(pid, self.order)
+
+    def launch(
+        self, *arguments: str, text: bool = True, stdin: int | None = subprocess.DEVNULL,
+        stdout: int | None = subprocess.PIPE, stderr: int | None = subprocess.PIPE, **options: Any,
+    ) -> Launched:  # fmt: skip
+        """Fork a process whose streams are given as to subprocess.Popen; None closes a stream."""
+        return Launched(
+            lambda **streams: self.fork(*arguments, **options, **streams),
+            {"stdin": stdin, "stdout": stdout, "stderr": stderr},
+            text,
+        )
 
     def run(
         self, *arguments: str, directory: Path, variables: dict[str, str], stdin: bytes = b""
@@ -146,6 +165,69 @@ class Child:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+class Launched:
+    """A forked process with pipes: those methods and attributes of subprocess.Popen in use."""
+
+    def __init__(
+        self, fork: Callable[..., Child], streams: dict[str, int | None], text: bool
+    ) -> None:
+        self.stdin: Any = None
+        self.stdout: Any = None
+        self.stderr: Any = None
+        theirs: dict[str, str | None] = {}
+        ends: list[int] = []
+        for name, stream in streams.items():
+            if stream == subprocess.PIPE:
+                pipe = os.pipe()
+                ours, stream = pipe if name != "stdin" else reversed(pipe)
+                mode = "w" if name == "stdin" else "r"
+                setattr(
+                    self,
+                    name,
+                    os.fdopen(
+                        ours, mode if text else f"{mode}b", encoding="utf-8" if text else None
+                    ),
+                )
+                ends.append(stream)
+            if stream == subprocess.DEVNULL:
+                theirs[name] = os.devnull
+            else:  # the fork server opens the other end of a pipe, or a terminal, by its name
+                theirs[name] = None if stream is None else f"/proc/{os.getpid()}/fd/{stream}"
+        self._child = fork(**theirs)
+        for end in ends:
+            os.close(end)
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream:
+                stream.close()
+        self._child.wait(DEADLINE)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._child, name)
+
+    def communicate(self, timeout: float) -> tuple[Any, Any]:
+        """Close stdin, read both other streams to their end, wait, and return what was read."""
+        if self.stdin and not self.stdin.closed:
+            self.stdin.close()
+        with ThreadPoolExecutor(2) as reading:
+            seen = [
+                reading.submit(stream.read) if stream else None
+                for stream in (self.stdout, self.stderr)
+            ]
+            try:
+                self._child.wait(timeout)
+            finally:
+                self._child.kill()
+        written, messages = (future and future.result() for future in seen)
+        for stream in filter(None, (self.stdout, self.stderr)):
+            stream.close()
+        return written, messages
 
 
 COLD: list[str] = []  # as the command of a Process: start Python, do not fork

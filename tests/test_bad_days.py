@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from support import (
     DEADLINE,
     ROOT,
     SECRET,
+    ForkServer,
     Process,
     assert_problem,
     bearer,
@@ -32,8 +34,8 @@ from support import (
     sql,
     until,
 )
-from test_taskctl import COMMAND, one_line
-from test_taskctl_data import add, launched, names, said
+from test_taskctl import COMMAND, launched, one_line
+from test_taskctl_data import add, names, said
 
 pytestmark = pytest.mark.sqlite("these are about a file")
 
@@ -64,6 +66,7 @@ def as_user(user: str) -> list[str]:
     return ["setpriv", f"--reuid={user}", "--regid=daemon", "--clear-groups"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running", [True, False])
 def test_a_backup_and_a_check_by_a_reader_leave_nothing_that_stops_a_write(
     shared: Path, start: Start, running: bool
@@ -79,7 +82,7 @@ def test_a_backup_and_a_check_by_a_reader_leave_nothing_that_stops_a_write(
         command = launched(shared, *arguments, before=as_user("nobody"), text=False)
         printed, messages = command.communicate(timeout=DEADLINE)
         assert command.returncode == 0 or arguments == ["check"], messages
-        assert number < 2 or printed.startswith(b"SQLite format 3\0")  # type: ignore[arg-type]
+        assert number < 2 or printed.startswith(b"SQLite format 3\0")
     assert {path.name: path.stat().st_uid for path in shared.glob("taskd.db*")} == before
     if not running:
         server = start(command=as_user("daemon"), directory=shared)
@@ -228,8 +231,7 @@ def test_a_hang_up_during_a_backup_or_restore_leaves_no_hidden_copy(
     taskctl("seed", "alice", "--count", "2000")
     before = names(tmp_path)
     restore = launched(tmp_path, "restore", "-", stdin=subprocess.PIPE, text=False)
-    assert restore.stdin
-    restore.stdin.write((tmp_path / "taskd.db").read_bytes()[:8192])  # type: ignore[arg-type]
+    restore.stdin.write((tmp_path / "taskd.db").read_bytes()[:8192])
     restore.stdin.flush()
     until(lambda: names(tmp_path) != before, "it has begun to copy")
     restore.send_signal(number)
@@ -295,32 +297,46 @@ def test_a_working_directory_that_cannot_be_entered_is_one_line(tmp_path: Path, 
     assert finished.stderr.count("\n") == 1, finished.stderr
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_disturb_no_command(tmp_path: Path, closed: str) -> None:
-    variables = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0")
+CLOSED = [("stdin",), ("stdout",), ("stderr",), ("stdin", "stdout", "stderr")]
 
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
-            cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=DEADLINE,
-            check=False,
+
+@pytest.mark.parametrize("closed", CLOSED, ids=" ".join)
+def test_closed_streams_disturb_no_command(tmp_path: Path, closed: tuple[str, ...]) -> None:
+    streams: Any = dict.fromkeys(closed)
+    for arguments in (["seed", "alice"], ["tasks", "alice"], ["export"], ["check"]):
+        finished = launched(tmp_path, *arguments, **streams)
+        messages = finished.communicate(timeout=DEADLINE)[1]
+        assert finished.returncode == 0, messages
+        assert "Traceback" not in (messages or "")
+    variables = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0")
+    server = ForkServer.of("taskd", "", environment()).launch(
+        directory=tmp_path, variables=variables, **streams
+    )
+    no_stream_is_taken(server, tmp_path)
+
+
+def test_streams_that_are_closed_at_the_start_disturb_no_program(tmp_path: Path) -> None:
+    def closed(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *PROGRAMS[name]], cwd=tmp_path,
+            env=environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    for arguments in (["seed", "alice"], ["tasks", "alice"], ["export"], ["check"]):
-        finished = run(*COMMAND, *arguments)
-        assert finished.returncode == 0, finished
-        assert "Traceback" not in finished.stderr
-    server = subprocess.Popen(
-        ["sh", "-c", f'exec "$@" {closed}', "sh", *PROGRAMS["taskd"]],
-        cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    until(lambda: (tmp_path / "taskd.db-wal").exists(), "it has opened its database")
+    no_stream_is_taken(closed("taskd"), tmp_path)
+    with closed("taskctl") as process:
+        assert process.wait(DEADLINE) == 0
+
+
+def no_stream_is_taken(server: Any, directory: Path) -> None:
+    """Check that no socket or database of a taskd has the place of a standard stream; end it."""
+    until(lambda: (directory / "taskd.db-wal").exists(), "it has opened its database")
     with contextlib.suppress(FileNotFoundError):
         links = [str(Path(f"/proc/{server.pid}/fd/{number}").readlink()) for number in range(3)]
         assert not any("socket" in link or "taskd.db" in link for link in links), links
     server.terminate()
-    _, messages = server.communicate(timeout=DEADLINE)
-    assert "Traceback" not in messages
+    messages = server.communicate(timeout=DEADLINE)[1]
+    assert "Traceback" not in (messages or "")
 
 
 def test_a_latin_1_locale_shows_an_emoji_as_an_escape(tmp_path: Path, taskctl: Taskctl) -> None:
@@ -328,18 +344,20 @@ def test_a_latin_1_locale_shows_an_emoji_as_an_escape(tmp_path: Path, taskctl: T
     line["updated_at"] = line["created_at"]
     taskctl("init")
     taskctl("import", "-", stdin=json.dumps(line))
-    for arguments in (["tasks", "alice"], ["purge", "🌧"], ["tasks", "alice", "--csv"], ["export"]):
-        finished = subprocess.run(
-            [*COMMAND, *arguments],
-            cwd=tmp_path,
-            env=environment(BETTER_AUTH_SECRET=SECRET, PYTHONIOENCODING="latin-1", LC_ALL="C"),
-            capture_output=True,
-            timeout=DEADLINE,
-            check=False,
-        )
+    latin_1 = {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
+    cold = ["env", *(f"{name}={value}" for name, value in latin_1.items())]
+    for arguments, before in [
+        (["tasks", "alice"], cold),
+        (["tasks", "alice"], None),
+        (["purge", "🌧"], None),
+        (["tasks", "alice", "--csv"], None),
+        (["export"], None),
+    ]:
+        finished = launched(tmp_path, *arguments, before=before, variables=latin_1, text=False)
+        shown = b"".join(finished.communicate(timeout=DEADLINE))
         assert finished.returncode in (0, 1)
-        assert b"Traceback" not in finished.stderr, finished.stderr
-        assert b"U0001f327" in finished.stdout + finished.stderr or arguments == ["export"]
+        assert b"Traceback" not in shown, shown
+        assert b"U0001f327" in shown or arguments == ["export"]
 
 
 def test_a_piped_table_is_about_as_large_as_what_is_in_it(taskctl: Taskctl, tmp_path: Path) -> None:

@@ -153,6 +153,28 @@ def run(
     return done
 
 
+def launched(
+    directory: Path, *arguments: str, before: list[str] | None = None, **options: Any
+) -> Any:
+    """Start taskctl without waiting for it: forked, unless a command must start it.
+
+    It is not measured for coverage, because its output is counted and cut off.
+    """
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    variables = {
+        name: value
+        for name, value in environment(BETTER_AUTH_SECRET=SECRET).items()
+        if not name.startswith("COVERAGE_PROCESS_")
+    } | options.pop("variables", {})
+    if before:
+        return subprocess.Popen(
+            [*before, *COMMAND, *arguments], cwd=directory, env=variables,
+            **streams | {"text": True} | options,
+        )  # fmt: skip
+    server = ForkServer.of("taskctl", PREPARE, variables)
+    return server.launch(*arguments, directory=directory, variables=variables, **options)
+
+
 def data(answer: Answer) -> Any:
     """Return the JSON of a command that succeeded; it is on stdout, and stderr is empty."""
     assert (answer.returncode, answer.stderr) == (0, ""), answer
@@ -1137,20 +1159,8 @@ def on_a_terminal(
 ) -> tuple[bytes, str]:
     """Run taskctl with stdout or stderr on a terminal; return the other stream and the screen."""
     shown, terminal = pty.openpty()
-    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: terminal}
-    variables = {
-        "BETTER_AUTH_SECRET": SECRET,
-        "TERM": "xterm",
-        "PYTHONIOENCODING": "utf-8",
-        "COLUMNS": "300",
-    }
-    with subprocess.Popen(
-        [*COMMAND, *arguments],
-        cwd=directory,
-        env=environment(**variables),
-        stdin=subprocess.DEVNULL,
-        **streams,
-    ) as process:
+    options: Any = {stream: terminal, "variables": {"COLUMNS": "300"}, "text": False}
+    with launched(directory, *arguments, **options) as process:
         os.close(terminal)
         seen = b""
         # Linux raises OSError when no process has the terminal open any more.
@@ -1158,9 +1168,7 @@ def on_a_terminal(
             while chunk := os.read(shown, 65536):
                 seen += chunk
         os.close(shown)
-        other = process.stderr if stream == "stdout" else process.stdout
-        assert other
-        written = other.read()
+        written = (process.stderr if stream == "stdout" else process.stdout).read()
         assert process.wait(DEADLINE) == status
     return written, seen.decode()
 

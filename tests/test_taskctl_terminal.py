@@ -9,8 +9,6 @@ import json
 import os
 import pty
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import pytest
 
 import taskd
-from support import DEADLINE, OTHER_SECRET, ROOT, SECRET, TASK_KEYS, Process, environment, token
+from support import DEADLINE, OTHER_SECRET, TASK_KEYS, Process, token
+from test_taskctl import launched
 
 pytestmark = pytest.mark.sqlite("it is about a terminal")
 
@@ -30,11 +29,8 @@ ODD = 'Buy "milk", =bread\nand butter'
 def on_a_terminal(directory: Path, *arguments: str, typed: str = "", status: int = 0) -> str:
     """Return what a run of taskctl shows on a terminal of 80 columns."""
     ours, terminal = pty.openpty()
-    variables = {"BETTER_AUTH_SECRET": SECRET, "TERM": "xterm", "COLUMNS": "80"}
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "taskctl.py"), *arguments], cwd=directory,
-        env=environment(**variables), stdin=terminal, stdout=terminal, stderr=terminal,
-    ) as process:  # fmt: skip
+    streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    with launched(directory, *arguments, variables={"COLUMNS": "80"}, **streams) as process:
         os.close(terminal)
         seen = b""
         with contextlib.suppress(OSError):  # Linux says so when the last writer has gone
