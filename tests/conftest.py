@@ -29,6 +29,8 @@ SERVER, DIRECTORY = "TASKD_TEST_POSTGRESQL", "TASKD_TEST_DIRECTORY"
 ENGINES = ("sqlite", "postgresql", "both_engines")
 SLOW = {"browser", "installed", "machine", "proxy", "schemathesis"}  # fixtures; see tests/README.md
 cluster = None
+MEMORY = Path("/dev/shm")  # Linux keeps its files in memory
+ROOM = 4 << 30  # bytes that must be free there; a run takes less than a tenth of it at a time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start a PostgreSQL server if the tests are to run on one, or end if it is not installed."""
     global cluster
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    if MEMORY.is_dir() and not {"TMPDIR", "PYTEST_DEBUG_TEMPROOT"} & set(os.environ):
+        memory = os.statvfs(MEMORY)
+        if memory.f_bavail * memory.f_frsize > ROOM and not memory.f_flag & os.ST_NOEXEC:
+            os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)  # where pytest makes tmp_path
     if not config.getoption("postgresql"):
         return
     from cluster import CARELESS, Cluster, Databases, binaries
