@@ -2614,7 +2614,7 @@ class Metrics:
         self._requests = count("taskd_requests", "Requests.", (*what, "status"))
         self._seconds = seconds("taskd_request_seconds", "Time to answer.", what)
         self._written = count("taskd_tasks_written", "Tasks.", ("change",))
-        waited = "Time of a statement, or a transaction, with the wait for its turn."
+        waited = "Time of a statement, transaction or shared commit, with the wait for its turn."
         self._database_seconds = seconds("taskd_database_seconds", waited, ("statement",))
         build = prometheus.Info("taskd_build", "What runs.", registry=registry)
         build.info({"version": __version__})
@@ -2680,9 +2680,16 @@ class TimedDatabase:
         with self._timed(sql.partition(" ")[0].lower()):
             yield from self._database.rows(sql, **values)
 
+    def commit(self) -> Future[bool]:
+        """Commit the writes of the event loop, and measure it with the flush of the disk."""
+        started, done = time.perf_counter(), self._database.commit()
+        seconds = self._seconds.labels("commit")
+        done.add_done_callback(lambda _: seconds.observe(time.perf_counter() - started))
+        return done
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Run several statements together, and measure all of them with their commit."""
+        """Run several statements together, and measure all of them."""
         with self._timed("transaction"), self._database.transaction():
             yield
 
