@@ -157,6 +157,20 @@ class Taskd(Peer):
         return [sys.executable, str(ROOT / "taskd.py")]
 
 
+class SlowDisk(Taskd):
+    """taskd on a disk whose flush takes 5 ms longer: strace delays it."""
+
+    name = "slow-disk"
+    title = "taskd, slow disk"
+    runs_as = "strace -f -e inject=fsync,fdatasync:delay_exit=5000 python taskd.py"
+    durability = "every commit (SQLite in WAL, synchronous=FULL), 5 ms later"
+
+    def command(self) -> list[str]:
+        strace, *options = self.runs_as.split()[:-2]
+        options += ["--seccomp-bpf", "-e", "trace=fsync,fdatasync", "-D", "-o", os.devnull]
+        return [strace, *options, *super().command()]
+
+
 class Granian(Peer):
     name = "granian"
     title = "taskd, Granian"
@@ -195,24 +209,16 @@ class Gunicorn(Peer):
 
 
 class Postgres(Taskd):
-    """taskd on its own PostgreSQL server, with that server's defaults.
-
-    Each taskd has one processor: on several, its threads, which wait for PostgreSQL, slow each
-    other down.
-    """
+    """taskd on its own PostgreSQL server, with that server's defaults."""
 
     name = "postgresql"
     title = "taskd, PostgreSQL"
-    runs_as = "taskset -c 0 python taskd.py, with DATABASE_URL=postgresql://…"
+    runs_as = "python taskd.py, with DATABASE_URL=postgresql://…"
     durability = "every commit (PostgreSQL, synchronous_commit=on, its default)"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.database_port = free_port()
-
-    def command(self, processor: int = 0) -> list[str]:
-        processors = sorted(os.sched_getaffinity(0))
-        return ["taskset", "-c", str(processors[processor % len(processors)]), *super().command()]
 
     def prepare(self, running: ExitStack) -> None:
         # PostgreSQL does not run as root, and its user needs access to its directory.
@@ -244,12 +250,23 @@ class Postgres(Taskd):
         return super().variables() | {"DATABASE_URL": url, "PYTHONPATH": path}
 
 
+class PostgresPinned(Postgres):
+    """The same, which may use only one processor."""
+
+    name = "postgresql-pinned"
+    title = "taskd, PostgreSQL, pinned"
+    runs_as = "the same with taskset -c 0"
+
+    def command(self) -> list[str]:
+        return ["taskset", "-c", str(min(os.sched_getaffinity(0))), *super().command()]
+
+
 class PostgresPair(Postgres):
     """Two taskd processes, each with half of the connections."""
 
     name = "postgresql-2"
     title = "two taskd, PostgreSQL"
-    runs_as = "the same, and another with taskset -c 1"
+    runs_as = "the same, and another"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -262,7 +279,7 @@ class PostgresPair(Postgres):
     def prepare(self, running: ExitStack) -> None:
         super().prepare(running)
         variables = self.variables() | {"TASKD_PORT": str(self.second_port)}
-        second = Server(self.command(processor=1), self.directory, self.second_port, **variables)
+        second = Server(self.command(), self.directory, self.second_port, **variables)
         running.callback(second.stop)
         second.wait(self.health)
 
@@ -427,8 +444,10 @@ class PocketBase(Peer):
 
 
 PEERS: list[type[Peer]] = [Bare, Taskd, Granian, Gunicorn, FastAPI, PocketBase]
+if shutil.which("strace"):
+    PEERS += [SlowDisk]
 if postgresql("initdb"):
-    PEERS += [Postgres, PostgresPair, PostgresGranian]
+    PEERS += [Postgres, PostgresPinned, PostgresPair, PostgresGranian]
 
 
 def start(peer: Peer, running: ExitStack) -> Server:

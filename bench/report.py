@@ -191,6 +191,7 @@ NOTES = [
     "requests in the event loop,",
     "one after another, and so can be faster than the server that it is built on",
 ]
+NOT_CHARTED = ("slow-disk", "postgresql-pinned")  # they are taskd again
 CHARTED = ["list", "get", "create", "toggle", "401"]
 # Widths: of the names, of the bars, of the numbers after them, of the gap.
 LABELS, PANEL, NUMBERS, GAP = 150, 270, 60, 30
@@ -207,7 +208,9 @@ def chart(section: Section) -> str:
         for each in section["measures"]
         if each["connections"] in (1, 16) and each["operation"] in CHARTED
     }
-    peers = {name: peer["title"] for name, peer in section["peers"].items()}
+    peers = {
+        name: peer["title"] for name, peer in section["peers"].items() if name not in NOT_CHARTED
+    }
     names = [name for name in CHARTED if any(operation == name for _, operation, _ in rates)]
     counts = sorted({count for count, _, _ in rates})
     group = HEADING + BAR * len(peers)
