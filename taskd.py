@@ -2053,14 +2053,17 @@ class Sqlite(_LastWrite):
         """Begin the batch, if none is open; return False while another thread or process writes."""
         if self._committing:
             return False
-        if not _is_in_transaction(self._writer):
-            try:
-                self._writer.execute_sql("BEGIN IMMEDIATE")
-            except peewee.DatabaseError as ex:
-                if "locked" in str(ex):
-                    return False
-                _drop(self._writer)
-                raise BatchFailed from None
+        if _is_in_transaction(self._writer):
+            return True
+        if self._turn.locked():  # SQLite would give the lock to whoever asks at the right moment
+            return False
+        try:
+            self._writer.execute_sql("BEGIN IMMEDIATE")
+        except peewee.DatabaseError as ex:
+            if "locked" in str(ex):
+                return False
+            _drop(self._writer)
+            raise BatchFailed from None
         return True
 
     def commit(self) -> Future[bool]:

@@ -662,6 +662,17 @@ def test_the_event_loop_adds_no_write_to_a_batch_that_is_being_committed(app, mo
 
 
 @pytest.mark.usefixtures("in_event_loop")
+def test_the_event_loop_lets_a_thread_that_writes_go_first(app):
+    with app.store._database._turn, pytest.raises(taskd.WriteWouldBlock):
+        app.store.add("alice", new_task())
+    app.store.add("alice", new_task())
+    with app.store._database._turn:
+        app.store.add("alice", new_task())
+    commit(app)
+    assert titles(app.store) == ["Buy milk"] * 2
+
+
+@pytest.mark.usefixtures("in_event_loop")
 def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path):
     app.store.add("alice", new_task())
     commit(app)
