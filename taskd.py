@@ -337,11 +337,16 @@ def log_request(**fields: Any) -> None:
 
 
 class TextLines(logging.Formatter):
-    """Log lines for people, in UTC. A traceback is indented, so that it cannot forge a line."""
+    """Log lines for people. A traceback is indented, so that it cannot forge a line."""
 
-    converter = staticmethod(time.gmtime)
-    default_time_format = "%Y-%m-%dT%H:%M:%S"
-    default_msec_format = "%s.%03dZ"
+    _second, _clock = 0, ""
+
+    def formatTime(self, record: Any, datefmt: str | None = None) -> str:  # noqa: N802
+        """Return the time in UTC; what precedes the milliseconds is formatted once a second."""
+        if self._second != int(record.created):
+            self._second = int(record.created)
+            self._clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
+        return f"{self._clock}.{int(record.msecs):03}Z"
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line, and the traceback below it if there is one."""
