@@ -2992,17 +2992,17 @@ class ListFile(io.FileIO):
     too large together, or if the disk is full.
     """
 
-    _lock = threading.Lock()
-    _open: ClassVar[set[ListFile]] = set()
+    _lock = threading.RLock()  # the garbage collector may close a file in a thread that has it
+    _sizes: ClassVar[dict[tuple[str, int], int]] = {}  # of the open files
 
     def __init__(self, user_id: str, pieces: Iterable[bytes]) -> None:
         """Write all pieces into the file, which is then read from its beginning."""
-        self._user_id, self.size = user_id, 0
+        self._place, self.size = (user_id, id(self)), 0
         with self._lock:
-            of_user = [one for one in self._open if one._user_id == user_id]
-            if len(self._open) >= MAX_LISTS or len(of_user) >= MAX_LISTS_OF_USER:
+            of_user = [user for user, _ in self._sizes if user == user_id]
+            if len(self._sizes) >= MAX_LISTS or len(of_user) >= MAX_LISTS_OF_USER:
                 raise Unavailable("a list this long", "too many of them are being read")
-            self._open.add(self)
+            self._sizes[self._place] = 0
         try:
             with tempfile.TemporaryFile() as file:
                 super().__init__(os.dup(file.fileno()), "r+")
@@ -3019,7 +3019,8 @@ class ListFile(io.FileIO):
     def _append(self, piece: bytes) -> None:
         self.size += len(piece)
         with self._lock:
-            if sum(one.size for one in self._open) > MAX_LIST_BYTES:
+            self._sizes[self._place] = self.size
+            if sum(self._sizes.values()) > MAX_LIST_BYTES:
                 raise Unavailable("a list this long", "those being read take too much of the disk")
         while piece:
             piece = piece[self.write(piece) :]
@@ -3027,7 +3028,7 @@ class ListFile(io.FileIO):
     def close(self) -> None:
         """Delete the file, and release its place."""
         with self._lock:
-            self._open.discard(self)
+            self._sizes.pop(self._place, None)
         super().close()
 
 

@@ -713,7 +713,7 @@ def test_a_database_that_fails_in_the_middle_of_a_list_is_503(
     app.add_route("/api/{user_id}/failing", resource, suffix="collection")
     answer = testing.TestClient(app).simulate_get("/api/alice/failing", headers=bearer())
     assert_problem(answer, 503)
-    assert taskd.ListFile._open == set()
+    assert taskd.ListFile._sizes == {}
 
 
 def test_a_disk_without_room_for_a_long_list_is_503(
@@ -722,7 +722,7 @@ def test_a_disk_without_room_for_a_long_list_is_503(
     keep(tmp_path / "taskd.db", 20_000)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     assert_problem(alice.call("GET"), 503)
-    assert taskd.ListFile._open == set()
+    assert taskd.ListFile._sizes == {}
 
 
 @pytest.mark.sqlite("it is not about the database")
@@ -748,7 +748,9 @@ def test_the_files_of_long_lists_are_bounded_in_number_and_together_in_size(
             assert refusal("carol") == many
     with taskd.ListFile("alice", [b"1234567890"]) as whole:
         assert whole.size == 10
-    assert taskd.ListFile._open == set()
+    with pytest.warns(ResourceWarning):
+        taskd.ListFile("alice", [b"1"])  # nobody has it: it is closed
+    assert taskd.ListFile._sizes == {}
 
 
 def test_more_simultaneous_long_lists_than_allowed_are_503(start: Start, tmp_path: Path) -> None:
