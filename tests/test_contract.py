@@ -41,6 +41,9 @@ SPACES = (
     "\u2028\u2029\u202f\u205f\u3000"
 )  # all that Unicode or str.isspace() call white space
 MAX_ID = 2**63 - 1
+SAME_ON_ALL = pytest.mark.sqlite(
+    "what is tested is done before or after the database, which does not differ in it"
+)
 
 COLLECTION, ITEM, COMPLETE = "/api/alice/tasks", "/api/alice/tasks/1", "/api/alice/tasks/1/complete"
 ALLOWED = {
@@ -253,6 +256,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_VALUES)
+@SAME_ON_ALL
 def test_a_bad_value_is_422_and_names_the_field(settled, name, value):
     tasks = settled.call("GET").json
     bodies = [("POST", "", {"title": "x", name: value}), ("PUT", "/1", {name: value})]
@@ -265,6 +269,7 @@ def test_a_bad_value_is_422_and_names_the_field(settled, name, value):
 
 
 @pytest.mark.parametrize("title", ["", *SPACES, SPACES, " " * 200])
+@SAME_ON_ALL
 def test_a_blank_title_is_422_and_called_blank(settled, title):
     for method, path in [("POST", ""), ("PUT", "/1")]:
         for escaped in (False, True):
@@ -277,6 +282,7 @@ def test_a_blank_title_is_422_and_called_blank(settled, title):
             }
 
 
+@SAME_ON_ALL
 def test_a_title_that_is_missing_is_422(settled):
     for body in ({}, {"description": "x"}, {"id": 1, "user_id": "alice"}):
         assert fields(settled.call("POST", json=body)) == ["title"]
@@ -445,6 +451,7 @@ def test_what_the_server_owns_is_accepted_and_ignored_whatever_its_value(alice, 
         ("PATCH", "/1/complete", {"completed": True, "done": True}, ["done"]),
     ],
 )
+@SAME_ON_ALL
 def test_an_unknown_member_is_422_and_named(settled, method, path, body, unknown):
     tasks = settled.call("GET").json
     assert sorted(fields(settled.call(method, path, json=body))) == sorted(unknown)
@@ -475,12 +482,14 @@ def test_an_unknown_member_is_422_and_named(settled, method, path, body, unknown
         ("PATCH", "/1", {"title": None, "tags": None, "due": 1}, ["title", "tags", "due"]),
     ],
 )  # fmt: skip
+@SAME_ON_ALL
 def test_all_faults_of_a_body_are_reported_at_once(settled, method, path, body, faulty):
     tasks = settled.call("GET").json
     assert sorted(fields(settled.call(method, path, json=body))) == sorted(faulty)
     assert settled.call("GET").json == tasks
 
 
+@SAME_ON_ALL
 def test_a_422_in_full(settled):
     response = settled.call(
         "POST", json={"title": " ", "description": 5, "completed": "yes", "titel": "x"}
@@ -619,6 +628,7 @@ BAD_IDS = [
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
+@SAME_ON_ALL
 def test_an_id_that_is_not_a_number_from_1_to_2_to_the_63_minus_1_is_404_but_401_without_a_token(
     settled, bad
 ):
@@ -704,6 +714,7 @@ def test_head_is_get_without_the_body(client, alice, path, token_for):
 
 
 @pytest.mark.parametrize("path", ALLOWED)
+@SAME_ON_ALL
 def test_options_answers_allow_without_a_token(settled, path):
     for headers in ({}, {"Authorization": "Bearer x"}, bearer("bob")):
         response = settled.client.simulate_options(path, headers=headers)
@@ -715,6 +726,7 @@ def test_options_answers_allow_without_a_token(settled, path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@SAME_ON_ALL
 def test_any_other_method_is_405_with_allow(settled, method):
     tasks = settled.call("GET").json
     for path in [path for path, methods in ALLOWED.items() if method not in methods]:
@@ -730,6 +742,7 @@ def test_any_other_method_is_405_with_allow(settled, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@SAME_ON_ALL
 def test_without_a_token_every_method_is_401_before_it_is_405(settled, method):
     for path in (COLLECTION, ITEM, COMPLETE):
         response = settled.client.simulate_request(method, path)
@@ -748,6 +761,7 @@ def test_without_a_token_every_method_is_401_before_it_is_405(settled, method):
         "/" + "x" * 5000,
     ],
 )  # fmt: skip
+@SAME_ON_ALL
 def test_unknown_paths_are_404(settled, path):
     for headers in ({}, bearer("alice")):
         for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "BREW"):
@@ -757,6 +771,7 @@ def test_unknown_paths_are_404(settled, path):
         assert (response.status_code, response.content) == (404, b"")
 
 
+@SAME_ON_ALL
 def test_healthz_needs_no_token(settled):
     for headers in ({}, {"Authorization": "Bearer x"}, bearer("bob")):
         response = settled.client.simulate_get("/healthz", headers=headers)
@@ -873,6 +888,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
+@SAME_ON_ALL
 def test_a_body_that_is_not_json_is_400(settled, name):
     tasks = settled.call("GET").json
     for method, path in WITH_A_BODY:
@@ -884,6 +900,7 @@ def test_a_body_that_is_not_json_is_400(settled, name):
 
 @pytest.mark.parametrize(("method", "path"), [("POST", ""), ("PUT", "/1")])
 @pytest.mark.parametrize("headers", [{}, JSON])
+@SAME_ON_ALL
 def test_an_empty_body_where_one_is_needed_is_400(settled, method, path, headers):
     tasks = settled.call("GET").json
     assert_problem(send(settled, method, path, b"", headers), 400)
@@ -905,6 +922,7 @@ WRONG_SHAPE = [
 
 
 @pytest.mark.parametrize("body", WRONG_SHAPE)
+@SAME_ON_ALL
 def test_json_that_is_not_an_object_is_422(settled, body):
     tasks = settled.call("GET").json
     for method, path in WITH_A_BODY:
@@ -973,6 +991,7 @@ WRONG_TYPES = [
 
 
 @pytest.mark.parametrize("content_type", WRONG_TYPES)
+@SAME_ON_ALL
 def test_another_or_no_content_type_is_415(settled, content_type):
     tasks = settled.call("GET").json
     headers = {"Content-Type": content_type} if content_type else {}
@@ -986,6 +1005,7 @@ def test_another_or_no_content_type_is_415(settled, content_type):
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "x-gzip", "gzip, gzip"])
+@SAME_ON_ALL
 def test_a_compressed_body_is_415(settled, coding):
     tasks = settled.call("GET").json
     headers = JSON | {"Content-Encoding": coding}
@@ -1015,6 +1035,7 @@ def test_a_body_of_64_kib_is_read_and_one_byte_more_is_413(alice, method, path):
     [b"[" * 100_000, b"x" * 1_000_000, b" " * 70_000, b'{"title":"' + b"x" * 70_000 + b'"}'],
     ids=["brackets", "text", "spaces", "title"],
 )
+@SAME_ON_ALL
 def test_a_body_that_is_too_large_is_413_whatever_is_in_it(settled, body):
     tasks = settled.call("GET").json
     for headers in (JSON, {"Content-Type": "text/plain"}, {}):
@@ -1135,6 +1156,7 @@ def test_every_answer_has_the_headers_of_section_7(answer, name):
     "accept", ["application/json", "text/html", "application/xml", "*/*;q=0", ""]
 )
 @pytest.mark.parametrize("name", [name for name, row in ANSWERS.items() if row[3] >= 400])
+@SAME_ON_ALL
 def test_every_error_is_problem_json_whatever_the_client_accepts(answer, name, accept):
     status = ANSWERS[name][3]
     problem = assert_problem(answer(name, {"Accept": accept}), status)
@@ -1147,6 +1169,7 @@ def test_every_error_is_problem_json_whatever_the_client_accepts(answer, name, a
     "accept", ["application/json", "text/html", "application/xml", "*/*;q=0", ""]
 )
 @pytest.mark.parametrize("name", ["list", "read", "create"])
+@SAME_ON_ALL
 def test_every_success_is_json_whatever_the_client_accepts(answer, name, accept):
     assert answer(name, {"Accept": accept}).headers["content-type"] == "application/json"
 
@@ -1154,6 +1177,7 @@ def test_every_success_is_json_whatever_the_client_accepts(answer, name, accept)
 @pytest.mark.parametrize(
     ("name", "given"), list(zip(ANSWERS, ["x", "A-Z.a_z-09", "7" * 64] * 8, strict=False))
 )
+@SAME_ON_ALL
 def test_a_request_id_is_given_back(answer, lines, name, given):
     assert answer(name, {"X-Request-ID": given}).headers["x-request-id"] == given
     assert any(given in line for line in lines)
@@ -1166,6 +1190,7 @@ def test_a_request_id_is_given_back(answer, lines, name, given):
         "x;y", "x\\",
     ],
 )  # fmt: skip
+@SAME_ON_ALL
 def test_a_request_id_that_cannot_stand_in_a_log_is_replaced(settled, lines, given):
     ids = {
         settled.client.simulate_get(path, headers={"X-Request-ID": given} | headers).headers[
@@ -1255,6 +1280,7 @@ def varies_by_origin(response):
 
 
 @pytest.mark.parametrize(("name", "origin"), list(zip(ANSWERS, ORIGINS * 11, strict=True)))
+@SAME_ON_ALL
 def test_every_answer_can_be_read_by_a_page_of_a_configured_origin(answer, name, origin):
     response = answer(name, {"Origin": origin}, cors_origins=ORIGINS)
     assert response.headers["access-control-allow-origin"] == origin
@@ -1271,12 +1297,14 @@ def test_every_answer_can_be_read_by_a_page_of_a_configured_origin(answer, name,
 
 @pytest.mark.parametrize("origin", FOREIGN)
 @pytest.mark.parametrize("name", ["list", "no token"])
+@SAME_ON_ALL
 def test_no_answer_can_be_read_by_a_page_of_another_origin(answer, name, origin):
     response = answer(name, {"Origin": origin}, cors_origins=ORIGINS)
     assert not [header for header in response.headers if header.startswith("access-control-")]
     assert varies_by_origin(response)
 
 
+@SAME_ON_ALL
 def test_an_answer_without_an_origin_varies_by_origin_too(answer):
     response = answer("list", cors_origins=ORIGINS)
     assert not [header for header in response.headers if header.startswith("access-control-")]
@@ -1284,6 +1312,7 @@ def test_an_answer_without_an_origin_varies_by_origin_too(answer):
 
 
 @pytest.mark.parametrize("name", ANSWERS)
+@SAME_ON_ALL
 def test_without_cors_origins_no_answer_has_cors_headers(answer, name):
     response = answer(name, {"Origin": ORIGINS[0], "Access-Control-Request-Method": "GET"})
     assert not [header for header in response.headers if header.startswith("access-control-")]
@@ -1299,6 +1328,7 @@ def preflight(client, path, method, origin=ORIGINS[0]):
 
 
 @pytest.mark.parametrize("path", ALLOWED)
+@SAME_ON_ALL
 def test_a_preflight_needs_no_token_and_says_what_is_allowed(make_app, path):
     client = testing.TestClient(make_app(cors_origins=ORIGINS))
     for method in ALLOWED[path]:
@@ -1324,6 +1354,7 @@ def test_a_preflight_needs_no_token_and_says_what_is_allowed(make_app, path):
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
+@SAME_ON_ALL
 def test_a_preflight_of_another_origin_is_allowed_nothing(make_app, origin):
     client = testing.TestClient(make_app(cors_origins=ORIGINS))
     response = preflight(client, COLLECTION, "POST", origin)
@@ -1331,6 +1362,7 @@ def test_a_preflight_of_another_origin_is_allowed_nothing(make_app, origin):
     assert response.content == b""
 
 
+@SAME_ON_ALL
 def test_a_preflight_without_cors_origins_is_allowed_nothing(client):
     response = preflight(client, COLLECTION, "POST")
     assert response.status_code in (200, 204)
@@ -1366,6 +1398,7 @@ def test_a_preflight_does_nothing(make_app):
         ([], [("body", "must be a JSON object")]),
     ],
 )
+@SAME_ON_ALL
 def test_each_fault_is_told_in_these_words(alice, body, faults):
     problem = assert_problem(alice.call("POST", json=body), 422)
     assert problem["errors"] == [{"field": field, "message": message} for field, message in faults]
@@ -1380,6 +1413,7 @@ def test_a_title_that_is_not_a_string_is_told_so_whatever_it_is(alice, value):
 
 
 @pytest.mark.parametrize("method", ["WEBSOCKET", "BREW", "PROPFIND", "TRACE", "CONNECT"])
+@SAME_ON_ALL
 def test_a_method_that_nobody_knows_is_401_404_or_405_and_nothing_else(client, alice, method):
     assert_problem(client.simulate_request(method, "/api/alice/tasks"), 401)
     refused = alice.call(method)
@@ -1413,6 +1447,7 @@ def test_a_method_that_nobody_knows_is_401_404_or_405_and_nothing_else(client, a
         ),
     ],
 )
+@SAME_ON_ALL
 def test_a_body_that_is_refused_says_what_to_send(alice, body, headers, status, detail):
     for method, path in (("POST", ""), ("PUT", "/1")):
         assert (

@@ -31,6 +31,7 @@ MILK = b'{"title": "Buy milk"}'
 JSON = "Content-Type: application/json"
 SOON = 5  # seconds for what takes milliseconds unless it hangs
 SLOWEST = 1  # second until an ordinary request is answered, whatever the others do
+SAME_ON_ALL = pytest.mark.sqlite("a request is parsed before the database is asked")
 NEVER_SHOWN = (
     "Traceback",
     "sqlite",
@@ -217,6 +218,7 @@ WRONG = [
 @pytest.mark.parametrize(
     ("sent", "status"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG]
 )
+@SAME_ON_ALL
 def test_a_request_that_is_wrong_harms_nobody(
     server: Process, sent: bytes, status: int | tuple[int, ...] | None
 ) -> None:

@@ -47,6 +47,7 @@ ROUNDS = int(os.environ.get("TASKD_TEST_ROUNDS", "6"))
 CLIENTS = 8  # clients that create tasks when taskd is killed
 TASKS = "/api/alice/tasks"
 DAY = timedelta(hours=24)
+SAME_ON_ALL = pytest.mark.sqlite("the header is parsed before the database is asked")
 
 Start = Callable[..., Process]
 
@@ -313,6 +314,7 @@ def test_a_key_may_be_any_visible_ascii(alice: Person, path: Path, key: str) -> 
 @pytest.mark.parametrize(
     "values", [*([key] for key in BAD_KEYS), ["a", "b"], ["a", "a"], ["a", ""], ["", ""]]
 )
+@SAME_ON_ALL
 def test_a_malformed_key_is_400_and_the_create_is_not_done(
     bad_server: Process, values: list[str]
 ) -> None:
@@ -326,6 +328,7 @@ def test_a_malformed_key_is_400_and_the_create_is_not_done(
 
 
 @pytest.mark.parametrize("key", CONTROLS)
+@SAME_ON_ALL
 def test_a_key_with_a_control_character_is_400_in_every_layer(
     bad_server: Process, key: str
 ) -> None:

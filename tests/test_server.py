@@ -49,6 +49,7 @@ SOON = 5  # seconds for what takes milliseconds unless it hangs
 WITHOUT = ["env", "-u", "BETTER_AUTH_SECRET", "-u", "TASKD_PORT"]
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"
 TASKS = "/api/alice/tasks"
+SAME_ON_ALL = pytest.mark.sqlite("a request is parsed, and logged, without the database")
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +339,7 @@ server.serve_forever()
 """
 
 
+@SAME_ON_ALL
 def test_another_wsgi_server_can_run_it(start: Start) -> None:
     server = start(command=[sys.executable, "-c", EMBED, str(ROOT)])
     created = server.request("POST", TASKS, milk(), bearer())
@@ -496,6 +498,7 @@ def test_each_request_has_one_line_in_the_log(start: Start) -> None:
     ]
 
 
+@SAME_ON_ALL
 def test_the_log_tells_the_time_in_utc(start: Start) -> None:
     server = start(TZ="Asia/Tokyo")
     before = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
@@ -546,6 +549,7 @@ FORGED = "2026-11-20T21:00:00.000Z INFO DELETE - 200 1.0ms id=forged user='mallo
 @pytest.mark.parametrize(
     "line_break", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"]
 )
+@SAME_ON_ALL
 def test_a_user_id_with_line_breaks_cannot_forge_a_log_line(
     server: Process, line_break: str
 ) -> None:
@@ -560,6 +564,7 @@ def test_a_user_id_with_line_breaks_cannot_forge_a_log_line(
 
 
 @pytest.mark.parametrize("given", [f"a\u0085{FORGED}", f"a {FORGED}", "a" * 65, "ä", ""])
+@SAME_ON_ALL
 def test_a_request_id_that_cannot_stand_in_a_log_is_replaced(server: Process, given: str) -> None:
     with Wire(server) as wire:
         answer = wire.send(written("GET", "/healthz", None, f"X-Request-ID: {given}")).answer()
@@ -618,6 +623,7 @@ def test_a_reader_of_the_log_that_goes_away_does_not_stop_the_service(tmp_path: 
 # --- HTTP -----------------------------------------------------------------------------------------
 
 
+@SAME_ON_ALL
 def test_no_answer_names_the_server(server: Process) -> None:
     with Wire(server) as wire:
         assert "server" not in wire.send(written("GET", "/healthz")).answer().headers
@@ -732,6 +738,7 @@ def test_a_chunked_body_may_set_completion_and_an_empty_one_toggles(server: Proc
         assert states == [True, True, False, True]
 
 
+@SAME_ON_ALL
 def test_expect_100_continue_is_answered_before_the_body(server: Process) -> None:
     content = json.dumps(milk()).encode()
     with Wire(server) as wire:
@@ -758,6 +765,7 @@ EXPECTATIONS = [
 
 
 @pytest.mark.parametrize(("method", "path", "lines", "status"), EXPECTATIONS)
+@SAME_ON_ALL
 def test_expect_100_continue_without_a_body_to_wait_for_gets_its_answer_at_once(
     server: Process, method: str, path: str, lines: tuple[str, ...], status: int
 ) -> None:
@@ -798,6 +806,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("sent", "status"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
 )
+@SAME_ON_ALL
 def test_what_the_server_refuses_by_its_own_hand_has_the_shape_of_all_errors(
     server: Process, sent: bytes, status: int
 ) -> None:
@@ -810,6 +819,7 @@ def test_what_the_server_refuses_by_its_own_hand_has_the_shape_of_all_errors(
 
 @pytest.mark.parametrize("size", [64 * 1024 + 1, 600_000, 1_048_500])
 @pytest.mark.parametrize("framed", ["as a whole", "in chunks of 1,000", "in one chunk"])
+@SAME_ON_ALL
 def test_a_body_over_64_kib_is_413_and_its_client_may_send_it_all(
     server: Process, size: int, framed: str
 ) -> None:
@@ -839,6 +849,7 @@ def test_a_body_of_64_kib_is_taken(server: Process) -> None:
             assert wire.answer().status_code == 201
 
 
+@SAME_ON_ALL
 def test_a_client_that_sends_2_mb_before_it_reads_gets_the_reason_of_the_rejection(
     server: Process,
 ) -> None:
