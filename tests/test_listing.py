@@ -721,7 +721,10 @@ def test_a_disk_without_room_for_a_long_list_is_503(
 ) -> None:
     keep(tmp_path / "taskd.db", 20_000)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    assert_problem(alice.call("GET"), 503)
+    detail = assert_problem(alice.call("GET"), 503)["detail"]
+    assert detail == "the disk for temporary files cannot be used right now; try again"
+    with pytest.raises(taskd.Unavailable, match="No such file or directory"):
+        taskd.ListFile("alice", [])
     assert taskd.ListFile._sizes == {}
 
 
@@ -748,6 +751,7 @@ def test_the_files_of_long_lists_are_bounded_in_number_and_together_in_size(
             assert refusal("carol") == many
     with taskd.ListFile("alice", [b"1234567890"]) as whole:
         assert whole.size == 10
+    whole.close()  # again
     with pytest.warns(ResourceWarning):
         taskd.ListFile("alice", [b"1"])  # nobody has it: it is closed
     assert taskd.ListFile._sizes == {}
