@@ -2940,16 +2940,6 @@ class TaskResource:
         task, conditions = parse_task_id(task_id), read_conditions(req)
         respond_with_task(resp, found(self._store.remove(req.context.user.id, task, conditions)))
 
-    def on_patch_complete(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
-        """Toggle completion, or set it to what the body says."""
-        task, conditions, body = parse_task_id(task_id), read_conditions(req), content(req)
-        user_id, given = req.context.user.id, read(req, Completion, body) if body else {}
-        if given:
-            stored = self._store.change(user_id, task, given, conditions)
-        else:
-            stored = self._store.toggle(user_id, task, conditions)
-        respond_with_task(resp, found(stored))
-
     on_head_collection = on_get_collection
     on_head = on_get
     on_patch = on_put
@@ -2983,6 +2973,23 @@ class TaskResource:
             file.close()
         else:
             resp.stream = file
+
+
+class TaskCompleteResource:
+    """Whether a task is completed."""
+
+    def __init__(self, store: TaskStore) -> None:
+        self._store = store
+
+    def on_patch(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
+        """Toggle completion, or set it to what the body says."""
+        task, conditions, body = parse_task_id(task_id), read_conditions(req), content(req)
+        user_id, given = req.context.user.id, read(req, Completion, body) if body else {}
+        if given:
+            stored = self._store.change(user_id, task, given, conditions)
+        else:
+            stored = self._store.toggle(user_id, task, conditions)
+        respond_with_task(resp, found(stored))
 
 
 class ListFile(io.FileIO):
@@ -3171,6 +3178,7 @@ def handle_unexpected(
 
 METHODS = frozenset(falcon.HTTP_METHODS)
 EXPIRY_INTERVAL = 3600  # seconds between two deletions of old idempotency keys
+HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
 class App(falcon.App):  # type: ignore[type-arg]
@@ -3182,7 +3190,18 @@ class App(falcon.App):  # type: ignore[type-arg]
         """Answer a request. Falcon would answer 400 to unknown methods; 405 it has for TRACE."""
         if env["REQUEST_METHOD"] not in METHODS:
             env["REQUEST_METHOD"], env["taskd.method"] = "TRACE", "unknown"
-        return super().__call__(env, start_response)
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            named = [(header_name(name), value) for name, value in headers]
+            return start_response(status, named, *more)
+
+        return super().__call__(env, start)
+
+
+@cache
+def header_name(name: str) -> str:
+    """Return a header's name as it is documented; Falcon has it in lower case."""
+    return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.split("-"))
 
 
 def create_app(settings: Settings) -> App:
@@ -3203,7 +3222,7 @@ def create_app(settings: Settings) -> App:
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
-    app.add_route("/api/{user_id}/tasks/{task_id}/complete", tasks, suffix="complete")
+    app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
     app.add_route("/", RootResource())
     app.add_route("/healthz", HealthResource())
     app.add_route("/readyz", HealthResource(store.check))
@@ -3529,7 +3548,6 @@ BACKLOG = 1024  # connections that the kernel accepts before taskd does
 DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are answered
 IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
-HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
 DEADLINES = {  # what a connection waits for from its client: seconds
     "request": 120.0,  # its first byte
@@ -3546,12 +3564,6 @@ EVENTS = {  # what the connection is polled for in each of these states
     "end": select.POLLIN,
     None: 0,  # its request is being answered
 }
-
-
-@cache
-def header_name(name: str) -> str:
-    """Return a header's name as it is documented; Falcon has it in lower case."""
-    return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.lower().split("-"))
 
 
 @lru_cache(1)
@@ -3582,8 +3594,8 @@ class ServerTask(waitress.task.WSGITask):
         if self.request.headers["CONNECTION"] == "close":
             self.set_close_on_finish()
         elif self.version == "1.0":
-            self.response_headers.append(("connection", "keep-alive"))
-        lines = [f"{header_name(name)}: {value}" for name, value in self.response_headers]
+            self.response_headers.append(("Connection", "keep-alive"))
+        lines = [f"{name}: {value}" for name, value in self.response_headers]
         first = f"HTTP/{self.version} {self.status}\r\nDate: {http_date(int(self.start_time))}"
         return "\r\n".join([first, *lines, "\r\n"]).encode("latin-1")
 

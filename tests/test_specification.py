@@ -6,6 +6,7 @@ import re
 import statistics
 import time
 
+import falcon.inspect
 import pytest
 
 import taskd
@@ -370,6 +371,15 @@ def test_fr_009_a_user_toggles_their_own_tasks_but_not_anothers(alice, bob):
     assert_problem(bob.call("PATCH", f"/api/alice/tasks/{task['id']}/complete"), 403)
     assert alice.call("GET", f"/{task['id']}").json == task
     assert alice.call("PATCH", f"/{task['id']}/complete").json["completed"] is True
+
+
+def test_the_task_routes_are_served_by_the_two_resources_that_were_asked_for(app):
+    served = {route.path: route.class_name for route in falcon.inspect.inspect_routes(app)}
+    assert {path: name for path, name in served.items() if path.startswith("/api/")} == {
+        "/api/{user_id}/tasks": "TaskResource",
+        "/api/{user_id}/tasks/{task_id}": "TaskResource",
+        "/api/{user_id}/tasks/{task_id}/complete": "TaskCompleteResource",
+    }
 
 
 def test_fr_010_the_middleware_leaves_the_user_in_the_request_context(app, client):
