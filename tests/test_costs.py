@@ -194,6 +194,7 @@ def greedy(server: Process, count: int, answers: list[Any]) -> Iterator[None]:
         future.result()
 
 
+@pytest.mark.slow
 def test_searches_and_pages_of_one_user_keep_nobody_else_waiting(start, tmp_path):
     server = start()
     for number in range(20):

@@ -1009,6 +1009,7 @@ def rows_of_version_1(database: Path) -> list[Any]:
 
 
 @needs_shell
+@pytest.mark.slow
 def test_the_guide_s_upgrade_brings_a_database_of_the_first_version_up_to_date_and_keeps_a_copy(
     tmp_path: Path,
 ) -> None:

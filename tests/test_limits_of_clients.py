@@ -515,6 +515,7 @@ def test_a_connection_that_was_used_is_closed_when_it_is_idle(hasty: Process) ->
 
 
 @pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.slow
 def test_an_answer_of_which_nothing_is_taken_closes_the_connection(hasty: Process) -> None:
     add_long_tasks(hasty, 100)
     request = written("GET", TASKS, user="alice")
@@ -532,6 +533,7 @@ def test_an_answer_of_which_nothing_is_taken_closes_the_connection(hasty: Proces
 
 
 @pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.slow
 def test_a_head_that_is_not_whole_is_closed_after_10_seconds(shared: Process) -> None:
     with Wire(shared) as wire:
         started = time.monotonic()

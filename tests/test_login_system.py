@@ -561,6 +561,7 @@ def test_forty_callers_at_a_cold_start_wait_for_one_fetch_and_hold_nobody_up(
     assert auth_server.asked == 1
 
 
+@pytest.mark.slow
 def test_forty_callers_after_a_rotation_wait_for_one_fetch(
     start: Callable[..., Process], auth_server: AuthServer
 ) -> None:

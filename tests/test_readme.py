@@ -446,6 +446,7 @@ def test_lists_and_retries_work_as_they_are_shown(fresh: Path, port: int) -> Non
     assert unchanged[1]["etag"] != changed[1]["etag"] == refused[1]["etag"]
 
 
+@pytest.mark.slow
 def test_a_backup_is_made_and_restored_as_it_is_shown(fresh: Path, port: int) -> None:
     [serve, *_] = blocks(section("Try it in a minute"), "sh")
     backup, restore = blocks(section("Backup and restore", OPERATIONS), "sh")

@@ -17,7 +17,8 @@ import pytest
 from falcon import testing
 
 import taskd
-from support import DEADLINE, ROOT, assert_problem, environment
+from support import DEADLINE, ROOT, ForkServer, assert_problem, environment
+from test_taskctl import fork_server
 
 pytestmark = pytest.mark.sqlite("it is about how the programs are started")
 
@@ -45,18 +46,20 @@ def requirements(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("option", ["--help", "-h"])
-def test_a_program_explains_itself_without_settings(
-    program: str, option: str, tmp_path: Path
-) -> None:
-    answer = run(sys.executable, ROOT / f"{program}.py", option, cwd=tmp_path)
+def test_a_program_explains_itself_without_settings(program: str, tmp_path: Path) -> None:
+    answer = run(sys.executable, ROOT / f"{program}.py", "--help", cwd=tmp_path)
     assert f"usage: {program}" in answer.stdout.lower()
     assert answer.stderr == ""
+    server = fork_server() if program == "taskctl" else ForkServer.of("taskd", "", environment())
+    short = server.run("-h", directory=tmp_path, variables=environment())
+    assert (short.returncode, short.stdout, short.stderr) == (0, answer.stdout, "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_help_of_taskd_lists_the_settings(tmp_path: Path) -> None:
-    shown = run(sys.executable, ROOT / "taskd.py", "--help", cwd=tmp_path).stdout
+def test_the_help_of_taskd_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        taskd.parse_arguments(["--help"])
+    shown = capsys.readouterr().out
     variables = [field.metadata["variable"] for field in dataclasses.fields(taskd.Settings)]
     assert re.findall("^  ([A-Z_]+) ", shown, re.MULTILINE) == variables
 

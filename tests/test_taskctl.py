@@ -131,6 +131,10 @@ def environment(**variables: str) -> dict[str, str]:
     return {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | kept | variables
 
 
+def fork_server() -> ForkServer:
+    return ForkServer.of("taskctl", PREPARE, environment(BETTER_AUTH_SECRET=SECRET))
+
+
 def run(
     directory: Path,
     *arguments: str,
@@ -141,7 +145,7 @@ def run(
     """Run taskctl in a directory, and check that it prints no traceback and no secret."""
     if secret:
         variables = {"BETTER_AUTH_SECRET": secret} | variables
-    done = ForkServer.of("taskctl", PREPARE, environment(BETTER_AUTH_SECRET=SECRET)).run(
+    done = fork_server().run(
         *arguments,
         directory=directory,
         variables=environment(**variables),

@@ -208,6 +208,7 @@ for number in itertools.count():
 """
 
 
+@pytest.mark.slow
 def test_a_backup_ends_though_another_process_writes_without_a_pause(
     taskctl: Taskctl, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from cluster import free_port
 from processes import ROOT, Process, environment
-from test_taskctl import Taskctl, run
+from test_taskctl import Taskctl, fork_server, run
 from tokens import OTHER_SECRET, bearer
 from waiting import DEADLINE, until
 from wire import assert_problem
@@ -30,27 +30,38 @@ COMMAND = [sys.executable, str(ROOT / "taskctl.py"), "serve", "--ephemeral"]
 
 
 class Ephemeral(Process):
-    """A server for tests, and the settings that it printed."""
+    """A server for tests, and the settings that it printed; forked unless a command starts it."""
 
-    def __init__(self, directory: Path, *options: str, stdin: Any = subprocess.PIPE) -> None:
+    popen: Any
+
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        stdin: Any = subprocess.PIPE,
+        command: list[str] | None = None,
+    ) -> None:
         self.temporary = directory / "tmp"
         self.temporary.mkdir(exist_ok=True)
         self.log_path = directory / "stderr.log"
+        variables = environment(
+            TMPDIR=str(self.temporary),
+            BETTER_AUTH_SECRET="far too short",
+            DATABASE_URL="sqlite:///not-this-one.db",
+            TASKD_PORT="no port",
+        )
         with self.log_path.open("wb") as log:
-            self.popen: subprocess.Popen[bytes] = subprocess.Popen(
-                [*COMMAND, *options],
-                cwd=directory,
-                env=environment(
-                    TMPDIR=str(self.temporary),
-                    BETTER_AUTH_SECRET="far too short",
-                    DATABASE_URL="sqlite:///not-this-one.db",
-                    TASKD_PORT="no port",
-                ),
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
-        assert self.popen.stdout
+            self.popen = (
+                subprocess.Popen(
+                    [*command, *options], cwd=directory, env=variables, stdin=stdin,
+                    stdout=subprocess.PIPE, stderr=log,
+                )
+                if command
+                else fork_server().launch(
+                    "serve", "--ephemeral", *options, directory=directory, variables=variables,
+                    stdin=stdin, stderr=log.fileno(), text=False,
+                )
+            )  # fmt: skip
         line = self.popen.stdout.readline()
         assert line, self.log
         self.told: dict[str, Any] = json.loads(line)
@@ -60,7 +71,6 @@ class Ephemeral(Process):
         return list(self.temporary.iterdir())
 
     def close_stdin(self) -> None:
-        assert self.popen.stdin
         self.popen.stdin.close()
 
 
@@ -112,7 +122,6 @@ def test_it_prints_one_line_and_each_user_has_a_token_and_the_tasks_that_were_as
     )
     server.close_stdin()
     assert server.popen.wait(DEADLINE) == 0
-    assert server.popen.stdout
     assert server.popen.stdout.read() == b""
     assert server.files() == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [".env", "stderr.log", "tmp"]
@@ -131,14 +140,8 @@ def test_without_a_pipe_as_stdin_it_serves_until_a_signal(serve: Serve, number: 
 def test_with_stdin_closed_at_the_start_it_serves_and_a_kill_leaves_nothing_behind(
     serve: Serve, tmp_path: Path
 ) -> None:
-    closed = [
-        sys.executable,
-        "-c",
-        "import os, sys; os.close(0); os.execv(sys.argv[1], sys.argv[1:])",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "COMMAND", [*closed, *COMMAND])
-        server = serve("--port-file", "port")
+    close = "import os, sys; os.close(0); os.execv(sys.argv[1], sys.argv[1:])"
+    server = serve("--port-file", "port", command=[sys.executable, "-c", close, *COMMAND])
     headers = bearer("alice", secret=server.told["secret"])
     created = server.request("POST", "/api/alice/tasks", {"title": "Buy milk"}, headers)
     assert created.status_code == 201
@@ -154,7 +157,7 @@ def test_it_ends_with_a_socket_as_stdin_and_when_that_was_at_its_end_from_the_st
     with ours, theirs:
         theirs_at_its_end = os.dup(theirs.fileno())
         ours.shutdown(socket.SHUT_WR)
-        server = serve(stdin=theirs_at_its_end)
+        server = serve(stdin=theirs_at_its_end, command=COMMAND)
         os.close(theirs_at_its_end)
     assert server.popen.wait(DEADLINE) == 0
     assert server.files() == []

@@ -271,6 +271,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
 
 
 @pytest.mark.sqlite("the disk is the server's")
+@pytest.mark.slow
 def test_a_migration_that_cannot_leave_the_log_for_want_of_room_says_so_and_is_whole_with_it(
     disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
