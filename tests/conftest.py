@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import re
@@ -93,6 +94,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if _engine(item) != other]
     if seed := config.getoption("shuffle"):
         _shuffle(items, seed)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector of garbage from the tests themselves, which are many."""
+    gc.collect()
+    gc.freeze()
 
 
 def _shuffle(items: list[pytest.Item], seed: str) -> None:
