@@ -24,6 +24,7 @@ from support import (
     assert_problem,
     bearer,
     database_url,
+    empty,
     sql,
     token,
 )
@@ -1093,13 +1094,37 @@ TITLES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def emptied(tmp_path_factory):
+    """Applications for all tests, one for each kind of settings, without tasks."""
+    made = {}
+
+    def emptied(**settings):
+        key = str(settings)
+        if key not in made:
+            path = tmp_path_factory.mktemp("emptied") / "taskd.db"
+            url = database_url(path)
+            made[key] = (
+                taskd.create_app(taskd.Settings(secret=SECRET, database_url=url, **settings)),
+                path,
+            )
+        app, path = made[key]
+        empty(path)
+        return app
+
+    yield emptied
+    for app, _ in made.values():
+        app.store.close()
+
+
 @pytest.fixture
-def answer(make_app, tmp_path, monkeypatch):
+def answer(make_app, emptied, tmp_path, monkeypatch):
     """Provoke one of ANSWERS and return it."""
 
     def answer(name, headers=None, **settings):
         method, path, options, status = ANSWERS[name]
-        app = make_app(**settings)
+        own = name == "unavailable" or support.postgresql  # whose tests give their database back
+        app = make_app(**settings) if own else emptied(**settings)
         alice = Person(testing.TestClient(app), "alice")
         alice.add()
         if name == "broken":
