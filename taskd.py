@@ -76,7 +76,7 @@ import time
 import traceback
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from datetime import UTC, date, datetime, timedelta
 from email.utils import formatdate
 from functools import cache, lru_cache, partial
@@ -1961,8 +1961,7 @@ class Sqlite(_LastWrite):
         self.peewee = self._worker_connection  # for taskctl's own queries
         self._path, self._opened = Path(path), Path(path).stat()
         self._queue, self._turn = write_queue(waiting), threading.Lock()
-        self._committer, self._committing = ThreadPoolExecutor(1, "commit"), False
-        self._commit_time = 0.0  # seconds
+        self._committing, self._commit_time = False, 0.0  # seconds
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -2073,11 +2072,16 @@ class Sqlite(_LastWrite):
 
     def commit(self) -> Future[bool]:
         """Commit the batch, in another thread if the disk is slow; False if it was undone."""
-        self._committing = True
+        self._committing, done = True, Future[bool]()
+
+        def commit() -> None:
+            done.set_result(self._commit())
+
         if self._commit_time > SLOW_COMMIT:
-            return self._committer.submit(self._commit)
-        done = Future[bool]()
-        done.set_result(self._commit())
+            with contextlib.suppress(RuntimeError):  # the system allows no further thread
+                threading.Thread(target=commit, daemon=True).start()
+                return done
+        commit()
         return done
 
     def _commit(self) -> bool:
