@@ -413,11 +413,11 @@ class WouldBlock(BaseException):
 
     One thread, the event loop, reads all requests and runs the application for each of them,
     because switching between Python threads costs more than a request. It must never wait. Code
-    that would wait there raises this instead: the database for a lock or a slow disk, the key set
-    for a fetch. Nothing has been changed yet, so the server runs the request again from the start:
-    in a worker thread, where `thread_state.in_event_loop` is False and this is never raised, or,
-    if there is an `until`, in the event loop when that is done. Everything before the first write
-    to the database must therefore be safe to run twice.
+    that would wait there raises this instead: the database for a lock or another server, the key
+    set for a fetch. Nothing has been changed yet, so the server runs the request again from the
+    start: in a worker thread, where `thread_state.in_event_loop` is False and this is never raised,
+    or, if there is an `until`, in the event loop when that is done. Everything before the first
+    write to the database must therefore be safe to run twice.
     """
 
     def __init__(self, until: Future[None] | None = None) -> None:
@@ -429,7 +429,7 @@ class SearchWouldBlock(WouldBlock):
 
 
 class WriteWouldBlock(WouldBlock):
-    """Raised in the event loop by a write while another one holds SQLite's lock; it is repeated."""
+    """Raised by a write while another one holds SQLite's lock; it runs again in the event loop."""
 
 
 class BatchFailed(WouldBlock):
@@ -1880,12 +1880,11 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(sql)
 
 
-class Places:
-    """Places that threads take; raises Unavailable if all are taken and none was left in time."""
+class WriteQueue:
+    """Places for threads that wait to write: fewer than threads, so that reads always find one."""
 
-    def __init__(self, places: int, timeout: float, why: str) -> None:
-        """At most `places` are taken; after `timeout` seconds without progress `why` is raised."""
-        self._free, self._places, self._timeout, self._why = places, places, timeout, why
+    def __init__(self, places: int) -> None:
+        self._free, self._places = places, places
         self._moved, self._changed = 0.0, threading.Condition()
 
     @contextlib.contextmanager
@@ -1897,9 +1896,9 @@ class Places:
             if self._free == self._places:
                 self._moved = time.monotonic()
             while not self._free:
-                patience = self._moved + self._timeout - time.monotonic()
+                patience = self._moved + QUEUE_PLACE_TIMEOUT - time.monotonic()
                 if patience <= 0:
-                    raise Unavailable("the database", self._why)
+                    raise Unavailable("the database", "too many writes are waiting")
                 self._changed.wait(patience)
             self._free -= 1
         try:
@@ -1908,11 +1907,6 @@ class Places:
             with self._changed:
                 self._free, self._moved = self._free + 1, time.monotonic()
                 self._changed.notify()
-
-
-def write_queue(places: int) -> Places:
-    """Return places for waiting writes: fewer than threads, so that reads always find a thread."""
-    return Places(places, QUEUE_PLACE_TIMEOUT, "too many writes are waiting")
 
 
 class _LastWrite:
@@ -1960,7 +1954,7 @@ class Sqlite(_LastWrite):
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._worker_connection  # for taskctl's own queries
         self._path, self._opened = Path(path), Path(path).stat()
-        self._queue, self._turn = write_queue(waiting), threading.Lock()
+        self._queue, self._turn = WriteQueue(waiting), threading.Lock()
         self._committing, self._commit_time = False, 0.0  # seconds
 
     def compile(self, query: peewee.Query) -> str:
@@ -2230,7 +2224,7 @@ class Postgres(_LastWrite):
         self._pool = self.peewee = PostgresPool(settings.database_url, **parameters)
         session = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
         self._pool.session_settings = session
-        self._queue = write_queue(max(1, settings.threads * 3 // 4))
+        self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
         self._unusable = (peewee.PeeweeException, PsycopgError)
         try:
             self._prepare(settings.database)
@@ -2889,7 +2883,7 @@ DOCS_POLICY = (
 
 
 class TaskResource:
-    """A user's tasks, one of them, and whether it is completed."""
+    """A user's tasks, and one of them."""
 
     def __init__(self, store: TaskStore) -> None:
         self._store, self._cursors = store, Cursors(store.cursor_key)

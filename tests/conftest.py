@@ -171,7 +171,7 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
     yield make
     for app in made:
         app.store.close()
-        taskd.thread_state.in_event_loop = True
+        taskd.thread_state.in_event_loop = True  # only the event loop closes its writer
         app.store.close()
         taskd.thread_state.in_event_loop = False
 

@@ -11,10 +11,10 @@ import taskd
 Application = Callable[[taskd.App, dict[str, Any], Any], Iterable[bytes]]
 
 
-def commit(app: taskd.App) -> bool:
+def commit(store: taskd.TaskStore) -> bool:
     """Commit what the event loop has written; return False if it was undone."""
     calls, taskd.thread_state.uncommitted = taskd.thread_state.uncommitted, None
-    stored = calls is None or app.store.commit().result()
+    stored = calls is None or store.commit().result()
     for call in calls if calls and stored else ():
         call()
     return stored
@@ -30,7 +30,7 @@ def as_the_event_loop(application: Application) -> Application:
         taskd.thread_state.in_event_loop = True
         try:
             answer = application(self, dict(env), start_response)
-            if commit(self):
+            if commit(self.store):
                 return answer
         except taskd.WouldBlock:
             taskd.thread_state.uncommitted = None

@@ -161,7 +161,7 @@ def test_what_follows_a_write_waits_for_its_commit(loop: Loop) -> None:
     loop.add("one")
     taskd.when_on_disk(lambda: calls.append("written"))
     assert calls == ["read"]
-    assert event_loop.commit(loop)  # type: ignore[arg-type]
+    assert event_loop.commit(loop.store)
     assert calls == ["read", "written"]
 
 

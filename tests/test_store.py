@@ -668,14 +668,14 @@ def test_the_event_loop_lets_a_thread_that_writes_go_first(app):
     app.store.add("alice", new_task())
     with app.store._database._turn:
         app.store.add("alice", new_task())
-    commit(app)
+    commit(app.store)
     assert titles(app.store) == ["Buy milk"] * 2
 
 
 @pytest.mark.usefixtures("in_event_loop")
 def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path):
     app.store.add("alice", new_task())
-    commit(app)
+    commit(app.store)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
@@ -686,7 +686,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path):
     other.execute("ROLLBACK")
     other.close()
     assert app.store.add("alice", new_task()).task.id == 2
-    commit(app)
+    commit(app.store)
 
 
 # --- Waiting --------------------------------------------------------------------------------------
