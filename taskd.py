@@ -3273,7 +3273,7 @@ def wsgi() -> App:
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
 MAX_HEADERS = 4096  # header lines
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
-MAX_CHUNKS = 20 * 1024  # not counting chunks of one byte
+MAX_CHUNKS = 20 * 1024  # not counting runs of chunks of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"  # RFC 9110, section 5.6.2, without small letters
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 ORIGIN_LINE = re.compile(rb"^(Origin):[ \t]*([!-~]+)\r$", re.MULTILINE | re.IGNORECASE)
@@ -3485,39 +3485,30 @@ class RequestReader:
 
     def _read_chunks(self) -> bool:
         """Read all complete chunks in the buffer (RFC 9112, section 7.1)."""
-        at = end = 0
-        while self._step == self._read_chunks and (end := self._read_chunk(at)) > at:
-            at = end
-        if len(self.request.body) > MAX_BODY or self._chunks > MAX_CHUNKS:
-            raise too_large()
-        self._take(at)
-        return self._step != self._read_chunks
-
-    def _read_chunk(self, at: int) -> int:
-        """Read a chunk, or several of one byte; return its end, or `at` if it is incomplete."""
-        data, body = self._buffer, self.request.body
-        self._chunks += 1
-        if several := ONE_BYTE_CHUNKS.match(data, at):
-            body += several[0][3::6]
-            return several.end()
-        found = CHUNK_SIZE.match(data, at, at + MAX_CHUNK_LINE)
-        if not found:
+        data, body, at = self._buffer, self.request.body, 0
+        while found := CHUNK_SIZE.match(data, at, at + MAX_CHUNK_LINE):
+            start, size = found.end(), int(found[1] or b"0", 16)
+            end = start + size
+            if len(body) + size > MAX_BODY or self._chunks > MAX_CHUNKS:
+                raise too_large()
+            if size == 0:
+                self._begin_fields(self._read_trailers)
+                at = start
+                break
+            if len(data) < end + 2:
+                break
+            if data[end : end + 2] != b"\r\n":
+                raise malformed("a chunk must be as long as its size says")
+            body += data[start:end]
+            at, self._chunks = end + 2, self._chunks + 1
+            if size == 1 and (several := ONE_BYTE_CHUNKS.match(data, at)):
+                body += several[0][3::6]
+                at = several.end()
+        else:
             if b"\n" in data[at:] or len(data) - at > MAX_CHUNK_LINE:
                 raise malformed("a chunk must begin with its size in hexadecimal digits")
-            return at
-        start, size = found.end(), int(found[1] or b"0", 16)
-        if size == 0:
-            self._begin_fields(self._read_trailers)
-            return start
-        if len(body) + size > MAX_BODY:
-            raise too_large()
-        end = start + size
-        if len(data) < end + 2:
-            return at
-        if data[end : end + 2] != b"\r\n":
-            raise malformed("a chunk must be as long as its size says")
-        body += data[start:end]
-        return end + 2
+        self._take(at)
+        return self._step != self._read_chunks
 
     def _read_trailers(self) -> bool:
         """Read and ignore the trailers."""
