@@ -218,6 +218,7 @@ def test_searches_and_pages_of_one_user_keep_nobody_else_waiting(start, tmp_path
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite("PostgreSQL spends its own processor time, at most 2 s for a search")
 def test_a_search_ends_when_its_client_leaves(start, tmp_path):
     server = start()
@@ -309,6 +310,7 @@ def test_a_user_who_is_far_from_the_limit_is_not_counted_again(make_app, tmp_pat
 # Writes that wait for another process
 
 
+@pytest.mark.slow
 def test_many_writes_that_wait_for_another_process_keep_nobody_else_waiting(server, tmp_path):
     assert (
         server.request("POST", "/api/bob/tasks", {"title": "x"}, bearer("bob")).status_code == 201

@@ -215,6 +215,7 @@ def test_a_kill_during_the_very_first_start_does_no_harm(start: Start, tmp_path:
         assert again.terminate() == 0
 
 
+@pytest.mark.slow
 def test_a_write_is_on_disk_before_it_is_answered(start: Start, tmp_path: Path) -> None:
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
@@ -548,6 +549,7 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("filling", "kept"), [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE]
 )

@@ -628,6 +628,7 @@ def test_pages_that_nobody_reads_keep_one_page_of_each_connection_in_memory(
         assert memory(server) - before < megabytes * 1024 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite("PostgreSQL does much of the work")
 def test_a_burst_of_one_user_on_many_connections_delays_nobody_else(start: Start) -> None:
     server = start()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import falcon.inspect
+import falcon
 import jsonschema_rs
 import msgspec
 import pytest
@@ -16,6 +16,7 @@ from schemathesis.specs.openapi.definitions import (
 )  # the official schema of OpenAPI documents
 
 import taskd
+from routes import routes
 from support import ROOT, TASK_KEYS, Wire, bearer
 
 pytestmark = pytest.mark.sqlite("it is about a document")
@@ -177,7 +178,7 @@ def app(make_app):
 def routed(app: taskd.App) -> set[tuple[str, str]]:
     return {
         (route.path, method.method.lower())
-        for route in falcon.inspect.inspect_routes(app)
+        for route in routes(app)
         for method in route.methods
         if method.method in falcon.HTTP_METHODS and method.function_name != "method_not_allowed"
         if route.path != "/"  # only redirects a browser to /docs
