@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,15 +85,20 @@ class ForkServer:
         *arguments: str,
         directory: Path,
         variables: dict[str, str],
+        before: str = "",
         **streams: Path | str | None,
     ) -> Child:
-        """Fork a process in a directory; its output is appended to these files.
+        """Fork a process in a directory, which runs a statement before the program.
 
-        A stream that is None is closed.
+        Its output is appended to these files; a stream that is None is closed.
         """
         files = {name: path and str(path) for name, path in streams.items()}
         pid = self.order(
-            arguments=arguments, directory=str(directory), environment=variables, **files
+            arguments=arguments,
+            directory=str(directory),
+            environment=variables,
+            before=before,
+            **files,
         )
         assert pid
         return Child(pid, self.order)
@@ -115,7 +121,9 @@ class ForkServer:
         with tempfile.TemporaryDirectory() as name:
             files = {stream: Path(name, stream) for stream in ("stdin", "stdout", "stderr")}
             files["stdin"].write_bytes(stdin)
-            child = self.fork(*arguments, directory=directory, variables=variables, **files)
+            child = self.fork(
+                *arguments, directory=directory, variables=variables, before="", **files
+            )
             try:
                 status = child.wait(DEADLINE)
             finally:
@@ -233,21 +241,31 @@ class Launched:
 COLD: list[str] = []  # as the command of a Process: start Python, do not fork
 
 
-def changed(statement: str) -> list[str]:
-    """Return the command of a taskd that runs a statement before it serves."""
-    program = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import taskd
-{statement}
-sys.argv = sys.argv[-1:]
-sys.exit(taskd.main())
+def limited(descriptors: int) -> str:
+    """Return a statement that limits how many descriptors its process may have."""
+    return f"resource.setrlimit(resource.RLIMIT_NOFILE, ({descriptors}, {descriptors}))"
+
+
+def traced(*options: str) -> str:
+    """Return a statement after which strace traces its process."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    return rf"""
+import ctypes, subprocess
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: any process may
+subprocess.Popen(["strace", "-f", "-q", *{options!r}, "-p", str(os.getpid())])
+until = time.monotonic() + {DEADLINE}
+while not re.search(r"TracerPid:\s[1-9]", Path("/proc/self/status").read_text()):
+    assert time.monotonic() < until, "strace does not attach"
+    time.sleep(0.005)
 """
-    return [sys.executable, "-c", program]
 
 
 class Process:
-    """A taskd process in a directory: forked, unless a command is given to start it."""
+    """A taskd process in a directory: forked, unless a command is given to start it.
+
+    A forked one can run a statement before it serves: with the names in taskd, and taskd itself.
+    """
 
     def __init__(
         self,
@@ -255,6 +273,7 @@ class Process:
         *,
         wait: bool = True,
         command: list[str] | None = None,
+        before: str = "",
         **variables: str,
     ) -> None:
         if "MUTANT_UNDER_TEST" in os.environ:
@@ -264,16 +283,18 @@ class Process:
             defaults["DATABASE_URL"] = database.database_url(directory / "taskd.db")
         self.log_path = directory / f"stderr-{time.monotonic_ns()}.log"
         self.log_path.touch()
-        self.popen = self._start(command, directory, environment(**(defaults | variables)))
+        variables = environment(**(defaults | variables))
+        self.popen = self._start(command, directory, variables, before)
         self.port = self._wait_for_port() if wait else 0
 
     def _start(
-        self, command: list[str] | None, directory: Path, variables: dict[str, str]
+        self, command: list[str] | None, directory: Path, variables: dict[str, str], before: str
     ) -> Child | subprocess.Popen[bytes]:
         if command is None:
             return ForkServer.of("taskd", "", environment()).fork(
                 directory=directory,
                 variables=variables,
+                before=before,
                 stdin=os.devnull,
                 stdout=self.log_path,
                 stderr=self.log_path,

@@ -4,7 +4,17 @@ from typing import Any
 
 import database
 from database import NEW_TASK, TASK_KEYS, database_url, empty, locked, release, sql, stored
-from processes import COLD, LISTENING, ROOT, Child, ForkServer, Process, changed, environment
+from processes import (
+    COLD,
+    LISTENING,
+    ROOT,
+    Child,
+    ForkServer,
+    Process,
+    environment,
+    limited,
+    traced,
+)
 from tokens import OTHER_SECRET, SECRET, base64url, bearer, sign, token
 from waiting import DEADLINE, until
 from wire import Answer, Wire, WireAnswer, ask, assert_problem, at_once, written
@@ -29,16 +39,17 @@ __all__ = [
     "at_once",
     "base64url",
     "bearer",
-    "changed",
     "database_url",
     "empty",
     "environment",
+    "limited",
     "locked",
     "release",
     "sign",
     "sql",
     "stored",
     "token",
+    "traced",
     "until",
     "written",
 ]

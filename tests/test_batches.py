@@ -26,7 +26,6 @@ from support import (
     assert_problem,
     at_once,
     bearer,
-    changed,
     locked,
     stored,
     until,
@@ -199,7 +198,7 @@ def fail_every_second(self):
     return commit(self)
 taskd.Sqlite._commit = fail_every_second
 """
-    server = start(command=changed(failing), TASKD_METRICS="1")
+    server = start(before=failing, TASKD_METRICS="1")
     answers = at_once([server], creates(60))
     assert [answer.status_code for answer in answers] == [201] * 60
     assert sorted(task["title"] for task in stored(path).values()) == sorted(
@@ -226,7 +225,7 @@ def test_a_write_waits_for_the_lock_of_another_process_and_nothing_else_does(
 
 
 def test_a_write_that_waited_too_long_for_a_lock_is_unavailable(start: Start, path: Path) -> None:
-    server = start(command=changed("taskd.LOCK_TIMEOUT = 0.3"))
+    server = start(before="taskd.LOCK_TIMEOUT = 0.3")
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in range(50)]
         with locked(path):

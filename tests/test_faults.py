@@ -33,11 +33,11 @@ from support import (
     Wire,
     assert_problem,
     bearer,
-    changed,
     locked,
     sign,
     stored,
     token,
+    traced,
     until,
     written,
 )
@@ -161,7 +161,7 @@ class Writer:
 @pytest.mark.slow
 @pytest.mark.parametrize("disk", ["fast", "slow"])
 def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path, disk: str) -> None:
-    slow = {"command": changed("taskd.SLOW_COMMIT = -1")}  # another thread commits
+    slow = {"before": "taskd.SLOW_COMMIT = -1"}  # another thread commits
     options = slow if disk == "slow" else {}
     seed = random.randrange(10**6)
     print(f"seed {seed}")
@@ -215,13 +215,10 @@ def test_a_kill_during_the_very_first_start_does_no_harm(start: Start, tmp_path:
         assert again.terminate() == 0
 
 
-@pytest.mark.slow
 def test_a_write_is_on_disk_before_it_is_answered(start: Start, tmp_path: Path) -> None:
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
     trace = tmp_path / "trace"
     calls = "trace=fsync,fdatasync,sendto,sendmsg,write,writev"
-    server = start(command=["strace", "-D", "-f", "-y", "-s", "16", "-o", str(trace), "-e", calls])
+    server = start(before=traced("-y", "-s", "16", "-o", str(trace), "-e", calls))
     with Wire(server) as wire:
         for key in (1, 2, 3):
             for method, path, body in (

@@ -20,6 +20,7 @@ from support import (
     assert_problem,
     bearer,
     database_url,
+    limited,
     stored,
     token,
     until,
@@ -443,7 +444,7 @@ def test_one_client_that_pipelines_does_not_delay_the_others(server: Process) ->
 def test_more_connections_than_descriptors_close_those_that_are_idle_longest(
     start: Callable[..., Process],
 ) -> None:
-    server = start(command=["sh", "-c", 'ulimit -n 100; exec "$@"', "sh"])
+    server = start(before=limited(100))
     with Wire(server) as old:
         assert (
             old.send(written("POST", TASKS, {"title": "Buy milk"}, user="alice"))

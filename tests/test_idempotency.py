@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from support import (
     locked,
     sql,
     stored,
+    traced,
     until,
     written,
 )
@@ -806,8 +806,6 @@ def test_after_kill_9_at_any_moment_a_client_that_repeats_has_exactly_one_task_f
     assert server.terminate() == 0
 
 
-needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-
 # The system call of a create, on the log or to the client, at which the process dies; and whether
 # the task was made.
 MOMENTS = {
@@ -820,7 +818,6 @@ MOMENTS = {
 
 
 @pytest.mark.sqlite("it is about SQLite's file")
-@needs_strace
 @pytest.mark.parametrize(("call", "number", "done"), MOMENTS.values(), ids=MOMENTS)
 def test_whatever_a_create_was_doing_when_it_died_repeating_it_makes_one_task(
     start: Start, make_app: Callable[..., taskd.App], path: Path, call: str, number: int, done: bool
@@ -828,7 +825,7 @@ def test_whatever_a_create_was_doing_when_it_died_repeating_it_makes_one_task(
     make_app().store.close()  # the writes of the start are done
     only = [] if call == "sendto" else ["-P", f"{path}-wal"]
     inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
-    server = start(command=["strace", "-D", "-f", "-qq", "-o", f"{path}.trace", *only, *inject])
+    server = start(before=traced("-o", f"{path}.trace", *only, *inject))
     with Wire(server) as wire:
         assert wire.send(keyed("k")).is_closed()
     assert server.popen.wait(DEADLINE) == -9
@@ -840,13 +837,12 @@ def test_whatever_a_create_was_doing_when_it_died_repeating_it_makes_one_task(
 
 
 @pytest.mark.sqlite("it is about SQLite's file")
-@needs_strace
 def test_a_create_and_its_key_reach_the_disk_together_before_the_answer(
     start: Start, path: Path, tmp_path: Path
 ) -> None:
     trace = tmp_path / "trace"
     calls = "trace=fsync,fdatasync,sendto,sendmsg,write,writev"
-    server = start(command=["strace", "-D", "-f", "-y", "-s", "16", "-o", str(trace), "-e", calls])
+    server = start(before=traced("-y", "-s", "16", "-o", str(trace), "-e", calls))
     with Wire(server) as wire:
         assert wire.send(
             written("POST", TASKS, {"title": "the first writes the log's head"}, user="alice")

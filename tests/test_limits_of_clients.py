@@ -23,7 +23,7 @@ from support import (
     Wire,
     assert_problem,
     bearer,
-    changed,
+    limited,
     stored,
     token,
     until,
@@ -454,7 +454,7 @@ SHORT = "taskd.DEADLINES.update(request=0.9, head=0.3, body=0.6, reader=0.8, end
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Give a server whose deadlines are short."""
-    process = Process(tmp_path_factory.mktemp("hasty"), command=changed(SHORT))
+    process = Process(tmp_path_factory.mktemp("hasty"), before=SHORT)
     yield process
     assert process.terminate() == 0
 
@@ -490,7 +490,7 @@ def test_a_client_that_keeps_taskd_waiting_is_closed(
 
 @pytest.mark.sqlite("on PostgreSQL no write runs in the event loop")
 def test_a_client_that_resets_a_write_while_the_disk_is_slow_stops_nobody(tmp_path: Path) -> None:
-    process = Process(tmp_path, command=changed("taskd.SLOW_COMMIT = -1"))
+    process = Process(tmp_path, before="taskd.SLOW_COMMIT = -1")
     another_is_served(process)  # and taskd has measured that the disk is slow
     with Wire(process) as wire:
         assert wire.send(GOOD).answer().status_code == 200
@@ -557,12 +557,11 @@ PARTS = {
     "half a body": post(b"x" * 40_000, "Content-Length: 60000"),
     "requests, without reading": GOOD * 20,
 }
-LIMITED = ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh"]
 
 
 @pytest.mark.parametrize("sent", PARTS.values(), ids=PARTS)
 def test_more_connections_than_descriptors_lock_no_client_out(start: Start, sent: bytes) -> None:
-    server = start(command=LIMITED, TASKD_THREADS="4")
+    server = start(before=limited(256), TASKD_THREADS="4")
     another_is_served(server)
     before = memory(server)
     with connected(server, 300) as wires:

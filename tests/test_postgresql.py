@@ -31,7 +31,6 @@ from support import (
     assert_problem,
     at_once,
     bearer,
-    changed,
     database_url,
     environment,
     locked,
@@ -523,7 +522,7 @@ def on(processor: int) -> set[frozenset[int]]:
 def test_all_threads_use_the_same_processor_and_move_together_from_a_busy_one(start: Start) -> None:
     busy, other = PROCESSORS[:2]
     clock = f"taskd.busy_times = lambda: {{{busy}: taskd.time.monotonic(), {other}: 0}}"
-    server = start(command=changed(f"{clock}; taskd.BALANCE_INTERVAL = 0.5"))
+    server = start(before=f"{clock}; taskd.BALANCE_INTERVAL = 0.5")
     at_once([server], [written("POST", TASKS, {"title": "x"}, user="alice")] * 16)
     until(lambda: masks(server) == on(other), "all of them are where nothing else runs")
     with pytest.raises(AssertionError, match="it moves"):
@@ -556,8 +555,7 @@ def test_a_loop_on_the_processor_of_taskd_makes_it_move(start: Start) -> None:
 @pytest.mark.parametrize("most", [1, 2])
 def test_taskd_uses_only_the_processors_that_it_was_started_with(start: Start, most: int) -> None:
     allowed = PROCESSORS[-most:]
-    listed = ",".join(map(str, allowed))
-    server = start(command=["taskset", "-c", listed])
+    server = start(before=f"os.sched_setaffinity(0, {allowed})")
     at_once([server], [written("POST", TASKS, {"title": "x"}, user="alice")] * 16)
     until(lambda: masks(server) in map(on, allowed), "all threads are on one of them")
 

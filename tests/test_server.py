@@ -46,7 +46,7 @@ Start = Callable[..., Process]
 EXIT = 10  # seconds that the contract gives taskd after SIGTERM
 SOON = 5  # seconds for what takes milliseconds unless it hangs
 # Run the command after it without these variables.
-WITHOUT = ["env", "-u", "BETTER_AUTH_SECRET", "-u", "TASKD_PORT"]
+WITHOUT = "for name in ('BETTER_AUTH_SECRET', 'TASKD_PORT'): os.environ.pop(name)"
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"
 TASKS = "/api/alice/tasks"
 SAME_ON_ALL = pytest.mark.sqlite("a request is parsed, and logged, without the database")
@@ -122,7 +122,7 @@ def test_the_dotenv_file_of_the_working_directory_is_read(start: Start, tmp_path
         f"# ours\nBETTER_AUTH_SECRET='{OTHER_SECRET}'\nTASKD_PORT=0\n"
         "DATABASE_URL=sqlite:///from-dotenv.db\n"
     )
-    server = start(command=WITHOUT)
+    server = start(before=WITHOUT)
     assert server.request("GET", TASKS, headers=bearer(secret=OTHER_SECRET)).status_code == 200
     assert server.request("GET", TASKS, headers=bearer()).status_code == 401
     assert (tmp_path / "from-dotenv.db").exists()
@@ -145,7 +145,7 @@ def test_the_environment_wins_over_the_dotenv_file(start: Start, tmp_path: Path)
 def test_the_database_is_readable_by_its_owner_alone_whatever_the_umask(
     start: Start, tmp_path: Path
 ) -> None:
-    server = start(command=["sh", "-c", 'umask 0; exec "$@"', "sh"])
+    server = start(before="os.umask(0)")
     assert server.request("POST", TASKS, milk(), bearer()).status_code == 201
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("taskd.db*")}
     assert modes == {"taskd.db": 0o600, "taskd.db-wal": 0o600, "taskd.db-shm": 0o600}
