@@ -48,7 +48,6 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy --config-file tests/mypy.ini tests
 
 openapi: .venv/run
 	$(BIN)/python docs/openapi.py
