@@ -84,7 +84,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests of the other engine, and mark those with a slow fixture as slow."""
+    """Deselect the tests of the other engine, and run the slow ones first: none is left alone."""
     for item in items:
         if SLOW & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
@@ -92,6 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if _engine(item) == other]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if _engine(item) != other]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if seed := config.getoption("shuffle"):
         _shuffle(items, seed)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sqlite3
 import threading
 import time
@@ -28,6 +27,7 @@ from support import (
     bearer,
     locked,
     stored,
+    traced,
     until,
     written,
 )
@@ -35,6 +35,7 @@ from support import (
 pytestmark = pytest.mark.sqlite("PostgreSQL itself shares its flushes")
 
 Start = Callable[..., Process]
+SlowDisk = Callable[[float], Process]
 FAILS = """
 CREATE TRIGGER fails AFTER INSERT ON task WHEN new.title = 'bad' BEGIN SELECT RAISE({}, 'no'); END
 """
@@ -258,29 +259,22 @@ def test_a_lock_is_not_kept_for_a_client_that_has_left(server: Process, path: Pa
 # --- A slow disk ----------------------------------------------------------------------------------
 
 
-def slow_disk(trace: Path, seconds: float) -> list[str]:
-    """Return the command of a taskd whose flushes take so many seconds more."""
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
-    delay = f"inject=fsync,fdatasync:delay_exit={1_000_000 * seconds:.0f}"
-    return [
-        "strace",
-        "-D",
-        "-f",
-        "--seccomp-bpf",
-        "-o",
-        str(trace),
-        "-e",
-        "trace=fsync,fdatasync",
-        "-e",
-        delay,
-    ]
+@pytest.fixture
+def slow_disk(make_app: Callable[..., taskd.App], start: Start, path: Path) -> SlowDisk:
+    """Start a taskd whose flushes, listed in the file trace, take so many seconds more."""
+    make_app().store.close()  # the flushes of the first start are done
+
+    def start_slow(seconds: float) -> Process:
+        delay = f"inject=fsync,fdatasync:delay_exit={1_000_000 * seconds:.0f}"
+        calls = "-e", "trace=fsync,fdatasync", "-e", delay
+        return start(before=traced("-o", str(path.with_name("trace")), *calls))
+
+    return start_slow
 
 
 @pytest.mark.slow
-def test_a_hundred_creates_at_once_wait_for_few_flushes(start: Start, path: Path) -> None:
-    trace = path.with_name("trace")
-    server = start(command=slow_disk(trace, 0.02))
+def test_a_hundred_creates_at_once_wait_for_few_flushes(slow_disk: SlowDisk, path: Path) -> None:
+    trace, server = path.with_name("trace"), slow_disk(0.02)
     at_once([server], creates(10))  # and the disk has been found to be slow
     before = len(re.findall("sync", trace.read_text()))
     statuses = Counter(answer.status_code for answer in at_once([server], creates(100)))
@@ -292,8 +286,8 @@ def test_a_hundred_creates_at_once_wait_for_few_flushes(start: Start, path: Path
 
 
 @pytest.mark.slow
-def test_nothing_but_writes_waits_for_a_slow_disk(start: Start, path: Path) -> None:
-    server = start(command=slow_disk(path.with_name("trace"), 0.5))
+def test_nothing_but_writes_waits_for_a_slow_disk(slow_disk: SlowDisk) -> None:
+    server = slow_disk(0.5)
     with Wire(server) as writer, Wire(server) as reader:
         assert writer.send(creates(1)[0]).answer().status_code == 201
         served, done = 0, threading.Event()
@@ -308,10 +302,8 @@ def test_nothing_but_writes_waits_for_a_slow_disk(start: Start, path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_client_that_sends_on_during_a_slow_commit_costs_nothing(
-    start: Start, path: Path
-) -> None:
-    server = start(command=slow_disk(path.with_name("trace"), 0.5))
+def test_a_client_that_sends_on_during_a_slow_commit_costs_nothing(slow_disk: SlowDisk) -> None:
+    server = slow_disk(0.5)
     with Wire(server) as wire:
         assert wire.send(creates(1)[0]).answer().status_code == 201
         before = server.processor_time()
@@ -323,8 +315,10 @@ def test_a_client_that_sends_on_during_a_slow_commit_costs_nothing(
 
 
 @pytest.mark.slow
-def test_a_sigterm_during_a_slow_commit_answers_what_was_sent(start: Start, path: Path) -> None:
-    server = start(command=slow_disk(path.with_name("trace"), 0.5))
+def test_a_sigterm_during_a_slow_commit_answers_what_was_sent(
+    slow_disk: SlowDisk, path: Path
+) -> None:
+    server = slow_disk(0.5)
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in range(20)]
         assert wires[0].send(creates(1)[0]).answer().status_code == 201

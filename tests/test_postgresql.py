@@ -541,7 +541,7 @@ def test_a_loop_on_the_processor_of_taskd_makes_it_move(start: Start) -> None:
     command = ["taskset", "-c", str(here), sys.executable, "-c", "while True: pass"]
     with subprocess.Popen(command) as loop:
         try:
-            until(lambda: on(here) != masks(server) in map(on, PROCESSORS), "it moves")
+            until(lambda: on(here) != masks(server) in map(on, PROCESSORS), "it moves", seconds=8)
         except AssertionError:
             seconds = {one: busy - before[one] for one, busy in taskd.busy_times().items()}
             least = min(seconds[one] for one in PROCESSORS if one != here)

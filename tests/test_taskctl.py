@@ -158,9 +158,15 @@ def run(
 
 
 def launched(
-    directory: Path, *arguments: str, before: list[str] | None = None, **options: Any
+    directory: Path,
+    *arguments: str,
+    before: list[str] | None = None,
+    statement: str = "",
+    **options: Any,
 ) -> Any:
     """Start taskctl without waiting for it: forked, unless a command must start it.
+
+    A forked one can run a statement before.
 
     It is not measured for coverage, because its output is counted and cut off.
     """
@@ -176,7 +182,8 @@ def launched(
             **streams | {"text": True} | options,
         )  # fmt: skip
     server = ForkServer.of("taskctl", PREPARE, variables)
-    return server.launch(*arguments, directory=directory, variables=variables, **options)
+    options |= {"directory": directory, "variables": variables, "before": statement}
+    return server.launch(*arguments, **options)
 
 
 def data(answer: Answer) -> Any:

@@ -24,7 +24,7 @@ import pytest
 
 import taskctl
 import taskd
-from support import DEADLINE, NEW_TASK, TASK_KEYS, Process, bearer, locked, stored, until
+from support import DEADLINE, NEW_TASK, TASK_KEYS, Process, bearer, locked, stored, traced, until
 from test_taskctl import (
     NO_KEY_SET,
     Answer,
@@ -39,7 +39,6 @@ from test_taskctl import (
 
 pytestmark = pytest.mark.sqlite("it is about SQLite's files")
 
-TRACED = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 PEOPLE = ["alice", "bob", "zoë/ünïcode"]
 MILK = {
     "id": 7, "user_id": "alice", "title": "Buy milk", **NEW_TASK, "description": "2 litres",
@@ -162,6 +161,12 @@ def test_a_server_on_the_backup_answers_as_the_first_did_though_it_was_made_amid
     )
 
 
+def slowed(seconds: float) -> str:
+    """Return a statement after which each write to a file takes so many seconds more."""
+    delay = f"inject=pwrite64:delay_enter={1_000_000 * seconds:.0f}"
+    return traced("-o", os.devnull, "-e", "trace=pwrite64", "-e", delay)
+
+
 @pytest.mark.slow
 def test_a_backup_holds_up_no_write_and_is_of_the_moment_at_which_it_began(
     taskctl: Taskctl, large: Path, start: Start, tmp_path: Path
@@ -169,28 +174,15 @@ def test_a_backup_holds_up_no_write_and_is_of_the_moment_at_which_it_began(
     shutil.copy(large, tmp_path / "taskd.db")
     server = start()
     before = add(server)["id"]
-    slowed = [
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        os.devnull,
-        "-e",
-        "trace=pwrite64",
-        "-e",
-        "inject=pwrite64:delay_enter=2000",
-    ]
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
-    backup = launched(tmp_path, "backup", "copy.db", before=slowed)
+    backup = launched(tmp_path, "backup", "copy.db", statement=slowed(0.002))
     until(
         lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
         "it has begun",
     )
     during = [add(server)["id"] for _ in range(20)]
     assert not (tmp_path / "copy.db").exists(), "too late to tell"
-    assert backup.wait(DEADLINE) == 0, backup.communicate()
-    backup.communicate()
+    _, messages = backup.communicate(timeout=DEADLINE)
+    assert backup.returncode == 0, messages
     kept = stored(tmp_path / "copy.db")
     assert before in kept
     assert set(during).isdisjoint(kept)
@@ -291,23 +283,11 @@ def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str)
 
 
 @pytest.mark.slow
-@TRACED
 def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
     large: Path, tmp_path: Path
 ) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
-    slowed = [
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        os.devnull,
-        "-e",
-        "trace=pwrite64",
-        "-e",
-        "inject=pwrite64:delay_enter=2000",
-    ]
-    backup = launched(tmp_path, "backup", "copy.db", before=slowed)
+    backup = launched(tmp_path, "backup", "copy.db", statement=slowed(0.002))
     until(
         lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
         "it has begun",
@@ -323,28 +303,23 @@ def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
 
 
 @pytest.mark.slow
-@TRACED
 def test_a_file_system_without_links_is_good_enough_for_a_backup(
     taskctl: Taskctl, tmp_path: Path
 ) -> None:
     taskctl("seed", "alice")
-    fault = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "inject=link,linkat:error=EPERM"]
-    backup = launched(tmp_path, "backup", "copy.db", before=fault)
+    fault = traced("-o", os.devnull, "-e", "inject=link,linkat:error=EPERM")
+    backup = launched(tmp_path, "backup", "copy.db", statement=fault)
     assert backup.communicate(timeout=DEADLINE)[1].startswith("taskctl: backed up")
     assert dump(tmp_path / "copy.db") == dump(tmp_path / "taskd.db")
 
 
 @pytest.mark.slow
-@TRACED
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_backup_that_is_stopped_leaves_nothing(
     large: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
-    slowed = ["strace", "-D", "-f", "-qq", "-o", os.devnull, "-e", "trace=pwrite64"]
-    backup = launched(
-        tmp_path, "backup", "copy.db", before=[*slowed, "-e", "inject=pwrite64:delay_enter=5000"]
-    )
+    backup = launched(tmp_path, "backup", "copy.db", statement=slowed(0.005))
     until(
         lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
         "it has begun",
@@ -715,7 +690,6 @@ def test_a_log_that_lost_its_database_is_not_mixed_into_the_restored_one(
 
 
 @pytest.mark.slow
-@TRACED
 def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
     taskctl: Taskctl, large: Path, tmp_path: Path
 ) -> None:
@@ -725,10 +699,7 @@ def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
     before, after = dump(tmp_path / "old.db"), dump(large)
     trace = tmp_path / "trace"
     counted = launched(
-        tmp_path,
-        "restore",
-        "copy.db",
-        before=["strace", "-f", "-e", "pwrite64,fsync", "-o", str(trace)],
+        tmp_path, "restore", "copy.db", statement=traced("-e", "pwrite64,fsync", "-o", str(trace))
     )
     assert counted.communicate(timeout=DEADLINE)[1].endswith("restored taskd.db from copy.db\n")
     writes, syncs = (trace.read_text().count(f"{call}(") for call in ("pwrite64", "fsync"))
@@ -738,16 +709,10 @@ def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
         for left in tmp_path.glob("*taskd.db*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         shutil.copy(tmp_path / "old.db", tmp_path / "taskd.db")
-        fault = [
-            "strace",
-            "-f",
-            "-qq",
-            "-o",
-            os.devnull,
-            "-e",
-            f"inject={call}:signal=KILL:when={when}",
-        ]
-        killed = launched(tmp_path, "restore", "copy.db", before=fault)
+        fault = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={when}"]
+        killed = launched(
+            tmp_path, "restore", "copy.db", statement=traced("-o", os.devnull, *fault)
+        )
         killed.communicate(timeout=DEADLINE)
         assert killed.returncode != 0
         with contextlib.closing(sqlite3.connect(tmp_path / "taskd.db")) as connection:
