@@ -21,7 +21,9 @@ check: .venv/test
 demo: examples/better-auth/node_modules/.installed .venv/run
 	@PYTHON=$(CURDIR)/$(BIN)/python exec node examples/better-auth/demo.mjs
 
-test: lint test-sqlite test-postgresql
+# All at once: many tests wait, and leave the processors to the others.
+test: .venv/test
+	@$(MAKE) --no-print-directory --jobs 3 lint test-sqlite test-postgresql
 
 test-quick: .venv/test
 	$(BIN)/pytest -n 3 --dist worksteal -m "not slow"
@@ -30,7 +32,7 @@ test-sqlite: .venv/test
 	$(BIN)/pytest -n 4 --dist worksteal
 
 test-postgresql: .venv/test
-	$(BIN)/pytest -n 4 --dist worksteal --postgresql
+	$(BIN)/pytest -n 3 --dist worksteal --postgresql
 
 # On both engines, in all processes that the tests start, except for a test of processor time.
 coverage: .venv/test
