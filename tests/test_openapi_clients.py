@@ -53,9 +53,10 @@ def tools() -> Path:
 @pytest.fixture(scope="module")
 def python() -> Path:
     """A Python with the generator of clients, which needs another version of typer."""
-    pip = [".venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    venv = [sys.executable, "-m", "venv", ".venv"]
-    directory = install(HERE / ".venv", "requirements.txt", venv, [*pip, "-r", "requirements.txt"])
+    uv = str(Path(sys.executable).with_name("uv"))
+    venv = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, ".venv"]
+    pip = [uv, "pip", "install", "--quiet", "--python", ".venv", "--requirement"]
+    directory = install(HERE / ".venv", "requirements.txt", venv, [*pip, "requirements.txt"])
     return directory / "bin" / "python"
 
 
