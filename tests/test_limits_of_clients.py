@@ -105,6 +105,11 @@ def put_chunks(body: bytes) -> bytes:
     return written("PUT", f"{TASKS}/1", body, JSON, CHUNKED, user="alice")
 
 
+def many_chunks(size: bytes, count: int) -> bytes:
+    """Return a body of chunks with this size line, all of them a space, and then the chunk {}."""
+    return (size + b"\r\n \r\n") * count + b"2\r\n{}\r\n0\r\n\r\n"
+
+
 HOST = "Host: x"
 EMPTY = b'{"title": "Stay"}'
 # The cases of llhttp's and h11's test suites and of the published lists of request smuggling,
@@ -239,6 +244,12 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "a bare line feed after a size": (put_chunks(b"2\n{}\r\n0\r\n\r\n"), 400),
     "a bare line feed after an extension": (put_chunks(b"2;a\n{}\r\n0\r\n\r\n"), 400),
     "a bare line feed after a chunk": (put_chunks(b"2\r\n{}\n0\r\n\r\n"), 400),
+    "a carriage return alone after a chunk": (put_chunks(b"2\r\n{}\rx0\r\n\r\n"), 400),
+    "a size line of 4,000 bytes": (put_chunks(b"2;%b\r\n{}\r\n0\r\n\r\n" % (b"a" * 4_000)), 200),
+    "a size line of 4,200 bytes": (put_chunks(b"2;%b\r\n{}\r\n0\r\n\r\n" % (b"a" * 4_200)), 400),
+    "60,000 chunks of a byte": (put_chunks(many_chunks(b"1", 60_000)), 200),
+    "20,000 chunks of a byte after a zero": (put_chunks(many_chunks(b"01", 20_000)), 200),
+    "30,000 chunks of a byte after a zero": (put_chunks(many_chunks(b"01", 30_000)), 413),
     "an empty line before a size": (put_chunks(b"\r\n2\r\n{}\r\n0\r\n\r\n"), 400),
     "a space before a size": (put_chunks(b" 2\r\n{}\r\n0\r\n\r\n"), 400),
     "a space after a size": (put_chunks(b"2 \r\n{}\r\n0\r\n\r\n"), 400),
