@@ -24,9 +24,9 @@ from cluster import Cluster, free_port
 from conftest import DIRECTORY, Person
 from support import (
     DEADLINE,
-    ROOT,
     SECRET,
     Answer,
+    ForkServer,
     Process,
     assert_problem,
     at_once,
@@ -269,16 +269,8 @@ def run(
     directory: Path, program: str, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     settings = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0", **variables)
-    command = [sys.executable, str(ROOT / program), *arguments]
-    return subprocess.run(
-        command,
-        cwd=directory,
-        env=settings,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
+    forks = ForkServer.of(program, "", environment())
+    return forks.run(*arguments, directory=directory, variables=settings)
 
 
 def test_with_the_right_password_it_serves_and_nothing_shows_it(
@@ -289,7 +281,7 @@ def test_with_the_right_password_it_serves_and_nothing_shows_it(
     assert server.terminate() == 0
     assert PASSWORD not in server.log
     for url in (guarded, f"postgresql://h/d?user=u&password={PASSWORD}&sslmode=require"):
-        shown = run(tmp_path, "taskctl.py", "settings", DATABASE_URL=url)
+        shown = run(tmp_path, "taskctl", "settings", DATABASE_URL=url)
         assert shown.returncode == 0
         assert "postgresql://" in shown.stdout
         assert PASSWORD not in shown.stdout + shown.stderr
@@ -333,9 +325,9 @@ def test_a_server_that_cannot_be_used_stops_the_start_with_one_line_without_the_
     cluster: Cluster, guarded: str, tmp_path: Path, url: str, named: str
 ) -> None:
     url = url.format(port=cluster.port, free=free_port(), password=PASSWORD)
-    programs: list[tuple[str, list[str]]] = [("taskd.py", [])]
+    programs: list[tuple[str, list[str]]] = [("taskd", [])]
     if named == "password":
-        programs.append(("taskctl.py", ["users"]))
+        programs.append(("taskctl", ["users"]))
     for program, arguments in programs:
         ended = run(tmp_path, program, *arguments, DATABASE_URL=url)
         assert (ended.returncode, ended.stdout) == (2, "")
@@ -369,7 +361,7 @@ def test_a_schema_that_does_not_fit_stops_the_start_naming_the_difference(
 ) -> None:
     assert start().terminate() == 0
     sql(tmp_path / "taskd.db", change)
-    ended = run(tmp_path, "taskd.py", DATABASE_URL=database_url(tmp_path / "taskd.db"))
+    ended = run(tmp_path, "taskd", DATABASE_URL=database_url(tmp_path / "taskd.db"))
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert named in ended.stderr
 
@@ -647,7 +639,7 @@ def test_taskctl_shows_and_seeds_what_taskd_serves(start: Start, tmp_path: Path)
     def taskctl(*arguments: str) -> Any:
         ended = run(
             tmp_path,
-            "taskctl.py",
+            "taskctl",
             *arguments,
             "--json",
             DATABASE_URL=database_url(tmp_path / "taskd.db"),
@@ -673,7 +665,7 @@ def test_taskctl_imports_new_tasks_after_those_that_are_there(start: Start, tmp_
     (tmp_path / "new.jsonl").write_text('{"user_id": "alice", "title": "New"}\n' * 2)
     for _ in range(2):
         url = database_url(tmp_path / "taskd.db")
-        ended = run(tmp_path, "taskctl.py", "import", "--new", "new.jsonl", DATABASE_URL=url)
+        ended = run(tmp_path, "taskctl", "import", "--new", "new.jsonl", DATABASE_URL=url)
         assert (ended.returncode, ended.stderr) == (0, "taskctl: 2 imported\n")
     ids = [task["id"] for task in server.request("GET", TASKS, headers=bearer()).json]
     assert ids == list(range(first, first + 5))
@@ -683,9 +675,7 @@ def test_taskctl_imports_new_tasks_after_those_that_are_there(start: Start, tmp_
 @pytest.mark.parametrize("arguments", [["backup", "copy.db"], ["restore", "copy.db"]])
 def test_taskctl_says_that_pg_dump_is_the_way(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "copy.db").touch()
-    ended = run(
-        tmp_path, "taskctl.py", *arguments, DATABASE_URL=database_url(tmp_path / "taskd.db")
-    )
+    ended = run(tmp_path, "taskctl", *arguments, DATABASE_URL=database_url(tmp_path / "taskd.db"))
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "pg_dump" in ended.stderr
     assert ended.stderr.count("\n") == 1

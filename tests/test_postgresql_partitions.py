@@ -128,9 +128,7 @@ class Partitions:
         return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
     def taskctl(self, place: str, *arguments: str) -> str:
-        ended = run(
-            self.home, "taskctl.py", *arguments, DATABASE_URL=database_url(self.files[place])
-        )
+        ended = run(self.home, "taskctl", *arguments, DATABASE_URL=database_url(self.files[place]))
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 

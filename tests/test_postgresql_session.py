@@ -73,7 +73,7 @@ def test_options_are_honoured_and_the_tables_land_in_that_schema(
     assert create(server, 1, "key").headers["idempotency-replayed"] == "true"
     assert server.request("GET", "/readyz").status_code == 200
     assert set(execute(empty, TABLES)) == {("own",)}
-    ended = run(tmp_path, "taskctl.py", "stats", DATABASE_URL=empty + query, **variables)
+    ended = run(tmp_path, "taskctl", "stats", DATABASE_URL=empty + query, **variables)
     assert (ended.returncode, ended.stderr) == (0, "")
     again = start(DATABASE_URL=empty + query, **variables)
     assert len(again.request("GET", TASKS, headers=bearer()).json) == 1
@@ -91,14 +91,14 @@ def test_a_schema_that_came_in_front_of_the_tables_is_refused_and_stays_empty(
 ) -> None:
     assert create(start(DATABASE_URL=empty), 1).status_code == 201
     execute(empty, "CREATE SCHEMA taskd")  # named as the user, it is the first that is searched
-    ended = run(tmp_path, "taskd.py", DATABASE_URL=empty)
+    ended = run(tmp_path, "taskd", DATABASE_URL=empty)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "search path" in ended.stderr
     assert set(execute(empty, TABLES)) == {("public",)}
 
 
 def test_a_search_path_without_a_schema_is_refused_in_one_line(empty: str, tmp_path: Path) -> None:
-    ended = run(tmp_path, "taskd.py", DATABASE_URL=f"{empty}?options=-csearch_path%3Dnowhere")
+    ended = run(tmp_path, "taskd", DATABASE_URL=f"{empty}?options=-csearch_path%3Dnowhere")
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "schema" in ended.stderr
 
@@ -140,7 +140,7 @@ def test_a_database_of_another_encoding_is_refused_in_one_line(
     cluster: Cluster, tmp_path: Path, encoding: str
 ) -> None:
     url = made(cluster.url(), f"ENCODING {encoding} TEMPLATE template0")
-    for program, arguments in (("taskd.py", []), ("taskctl.py", ["stats"])):
+    for program, arguments in (("taskd", []), ("taskctl", ["stats"])):
         ended = run(tmp_path, program, *arguments, DATABASE_URL=url)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr.count("\n") == 1, ended.stderr
@@ -183,7 +183,7 @@ def test_a_connect_timeout_of_the_url_is_honoured(tmp_path: Path) -> None:
         silent.listen()
         url = f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x?connect_timeout=2"
         started = time.monotonic()
-        ended = run(tmp_path, "taskd.py", DATABASE_URL=url + "&gssencmode=disable")
+        ended = run(tmp_path, "taskd", DATABASE_URL=url + "&gssencmode=disable")
         assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
         assert time.monotonic() - started < DEADLINE / 2
 
@@ -236,7 +236,7 @@ def test_behind_pgbouncer_in_transaction_mode_it_does_not_start_however_busy_tha
 ) -> None:
     with pgbouncer(cluster, empty, "transaction") as url, ExitStack() as others:
         for busy in range(3):
-            ended = run(tmp_path, "taskd.py", DATABASE_URL=url)
+            ended = run(tmp_path, "taskd", DATABASE_URL=url)
             assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
             assert "is behind a pooler that is not in session mode" in ended.stderr, busy
             others.enter_context(running("SELECT pg_sleep(0.001)", url))
@@ -275,7 +275,7 @@ def test_behind_pgbouncer_in_session_mode_it_serves(
     assert server.request("GET", f"{TASKS}/1", headers=bearer()).json["completed"] is False
     assert server.request("GET", "/readyz").status_code == 200
     assert server.terminate() == 0
-    ended = run(tmp_path, "taskctl.py", "stats", DATABASE_URL=pooled)
+    ended = run(tmp_path, "taskctl", "stats", DATABASE_URL=pooled)
     assert (ended.returncode, ended.stderr) == (0, "")
     again = start(DATABASE_URL=pooled, TASKD_THREADS="6")
     assert len(again.request("GET", TASKS, headers=bearer()).json) == 12
