@@ -79,7 +79,7 @@ def test_a_backup_and_a_check_by_a_reader_leave_nothing_that_stops_a_write(
         path.chmod(0o640)
     before = {path.name: path.stat().st_uid for path in shared.glob("taskd.db*")}
     for number, arguments in enumerate((["backup", "copy.db"], ["check"], ["backup", "-"])):
-        command = launched(shared, *arguments, before=as_user("nobody"), text=False)
+        command = launched(shared, *arguments, command=as_user("nobody"), text=False)
         printed, messages = command.communicate(timeout=DEADLINE)
         assert command.returncode == 0 or arguments == ["check"], messages
         assert number < 2 or printed.startswith(b"SQLite format 3\0")
@@ -353,7 +353,7 @@ def test_a_latin_1_locale_shows_an_emoji_as_an_escape(tmp_path: Path, taskctl: T
         (["tasks", "alice", "--csv"], None),
         (["export"], None),
     ]:
-        finished = launched(tmp_path, *arguments, before=before, variables=latin_1, text=False)
+        finished = launched(tmp_path, *arguments, command=before, variables=latin_1, text=False)
         shown = b"".join(finished.communicate(timeout=DEADLINE))
         assert finished.returncode in (0, 1)
         assert b"Traceback" not in shown, shown

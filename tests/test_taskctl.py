@@ -160,13 +160,13 @@ def run(
 def launched(
     directory: Path,
     *arguments: str,
-    before: list[str] | None = None,
-    statement: str = "",
+    command: list[str] | None = None,
+    before: str = "",
     **options: Any,
 ) -> Any:
     """Start taskctl without waiting for it: forked, unless a command must start it.
 
-    A forked one can run a statement before.
+    A forked one can run a statement before it runs taskctl.
 
     It is not measured for coverage, because its output is counted and cut off.
     """
@@ -176,13 +176,13 @@ def launched(
         for name, value in environment(BETTER_AUTH_SECRET=SECRET).items()
         if not name.startswith("COVERAGE_PROCESS_")
     } | options.pop("variables", {})
-    if before:
+    if command:
         return subprocess.Popen(
-            [*before, *COMMAND, *arguments], cwd=directory, env=variables,
+            [*command, *COMMAND, *arguments], cwd=directory, env=variables,
             **streams | {"text": True} | options,
         )  # fmt: skip
     server = ForkServer.of("taskctl", PREPARE, variables)
-    options |= {"directory": directory, "variables": variables, "before": statement}
+    options |= {"directory": directory, "variables": variables, "before": before}
     return server.launch(*arguments, **options)
 
 

@@ -174,7 +174,7 @@ def test_a_backup_holds_up_no_write_and_is_of_the_moment_at_which_it_began(
     shutil.copy(large, tmp_path / "taskd.db")
     server = start()
     before = add(server)["id"]
-    backup = launched(tmp_path, "backup", "copy.db", statement=slowed(0.002))
+    backup = launched(tmp_path, "backup", "copy.db", before=slowed(0.002))
     until(
         lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
         "it has begun",
@@ -287,7 +287,7 @@ def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
     large: Path, tmp_path: Path
 ) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
-    backup = launched(tmp_path, "backup", "copy.db", statement=slowed(0.002))
+    backup = launched(tmp_path, "backup", "copy.db", before=slowed(0.002))
     until(
         lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
         "it has begun",
@@ -308,7 +308,7 @@ def test_a_file_system_without_links_is_good_enough_for_a_backup(
 ) -> None:
     taskctl("seed", "alice")
     fault = traced("-o", os.devnull, "-e", "inject=link,linkat:error=EPERM")
-    backup = launched(tmp_path, "backup", "copy.db", statement=fault)
+    backup = launched(tmp_path, "backup", "copy.db", before=fault)
     assert backup.communicate(timeout=DEADLINE)[1].startswith("taskctl: backed up")
     assert dump(tmp_path / "copy.db") == dump(tmp_path / "taskd.db")
 
@@ -319,7 +319,7 @@ def test_a_backup_that_is_stopped_leaves_nothing(
     large: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
-    backup = launched(tmp_path, "backup", "copy.db", statement=slowed(0.005))
+    backup = launched(tmp_path, "backup", "copy.db", before=slowed(0.005))
     until(
         lambda: any(path.stat().st_size for path in tmp_path.glob(".copy.db.*/copy.db")),
         "it has begun",
@@ -343,7 +343,7 @@ def test_a_damaged_database_gives_no_backup(taskctl: Taskctl, large: Path, tmp_p
 def test_a_full_disk_gives_no_backup(large: Path, tmp_path: Path) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
     limit = large.stat().st_size // 2
-    backup = launched(tmp_path, "backup", "copy.db", before=["prlimit", f"--fsize={limit}"])
+    backup = launched(tmp_path, "backup", "copy.db", command=["prlimit", f"--fsize={limit}"])
     written, messages = backup.communicate(timeout=DEADLINE)
     assert (backup.returncode, written, messages.count("\n")) == (1, "", 1)
     assert messages.startswith("taskctl: ")
@@ -699,7 +699,7 @@ def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
     before, after = dump(tmp_path / "old.db"), dump(large)
     trace = tmp_path / "trace"
     counted = launched(
-        tmp_path, "restore", "copy.db", statement=traced("-e", "pwrite64,fsync", "-o", str(trace))
+        tmp_path, "restore", "copy.db", before=traced("-e", "pwrite64,fsync", "-o", str(trace))
     )
     assert counted.communicate(timeout=DEADLINE)[1].endswith("restored taskd.db from copy.db\n")
     writes, syncs = (trace.read_text().count(f"{call}(") for call in ("pwrite64", "fsync"))
@@ -710,9 +710,7 @@ def test_a_restore_that_is_killed_leaves_the_old_database_or_the_new(
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         shutil.copy(tmp_path / "old.db", tmp_path / "taskd.db")
         fault = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={when}"]
-        killed = launched(
-            tmp_path, "restore", "copy.db", statement=traced("-o", os.devnull, *fault)
-        )
+        killed = launched(tmp_path, "restore", "copy.db", before=traced("-o", os.devnull, *fault))
         killed.communicate(timeout=DEADLINE)
         assert killed.returncode != 0
         with contextlib.closing(sqlite3.connect(tmp_path / "taskd.db")) as connection:
@@ -903,7 +901,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 @pytest.mark.slow
 def test_export_and_import_take_no_more_memory_for_more_tasks(tmp_path: Path) -> None:
     def most(home: Path, *arguments: str) -> int:
-        process = launched(home, *arguments, before=[sys.executable, "-c", MEASURED])
+        process = launched(home, *arguments, command=[sys.executable, "-c", MEASURED])
         return int(process.communicate(timeout=DEADLINE)[0])
 
     taken = []
@@ -926,7 +924,7 @@ def test_a_reader_who_stops_reading_an_export_or_a_backup_causes_no_complaint(
 ) -> None:
     shutil.copy(large, tmp_path / "taskd.db")
     # It is started, not forked, because Python complains of its output when it ends.
-    process = launched(tmp_path, *command.split(), before=["env"], text=False)
+    process = launched(tmp_path, *command.split(), command=["env"], text=False)
     assert process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b""
