@@ -44,7 +44,7 @@ def serve(program: ModuleType, directory: str) -> None:
             continue
         become(order, streams)
         sys.argv = [f"{directory}/{program.__name__}.py", *order["arguments"]]
-        exec(order["before"], vars(program).copy() | {program.__name__: program})
+        exec(order["before"], vars(program) | {program.__name__: program})
         run(program)
     for child in running:  # the tests were interrupted
         os.kill(child, signal.SIGKILL)

@@ -36,6 +36,22 @@ LISTENING = r'^(?:\{.*"message": ")?taskd: listening on http://.*:(\d+)'
 UNMEASURED = ("test_costs.py", "cannot_be_entered")
 
 
+# Imports of a fork server before it forks; taskctl itself imports them only if needed.
+PREPARE = {
+    "taskd": "",
+    "taskctl": """
+import contextlib, dotenv, functools, io, typer
+typer.main.get_command = functools.cache(typer.main.get_command)
+with contextlib.redirect_stdout(io.StringIO()):
+    program.show_all([{"a": "b"}], False)
+    program.progress()
+    for arguments in ["mint", "alice"], ["--help"]:
+        with contextlib.suppress(SystemExit):
+            program.app(arguments)
+""",
+}
+
+
 def environment(**variables: str) -> dict[str, str]:
     """Return this process's environment, without taskd's variables, and with these."""
     dropped = ["TASKD_", "BETTER_AUTH", "DATABASE_URL"]
@@ -52,10 +68,11 @@ class ForkServer:
     all: ClassVar[dict[tuple[str, bool], ForkServer]] = {}
     starting: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, program: str, prepare: str, variables: dict[str, str]) -> None:
+    def __init__(self, program: str, variables: dict[str, str]) -> None:
         self._lock = threading.Lock()
+        starts = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
         self._popen = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(ROOT), program, prepare],
+            [*starts, str(ROOT), program, PREPARE[program]],
             env=variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -63,12 +80,12 @@ class ForkServer:
         )
 
     @classmethod
-    def of(cls, program: str, prepare: str, variables: dict[str, str]) -> ForkServer:
+    def of(cls, program: str, variables: dict[str, str]) -> ForkServer:
         """Return the fork server of this program and measurement, started once in a run."""
         measured = any(name.startswith("COVERAGE_PROCESS_") for name in variables)
         with cls.starting:
             if (program, measured) not in cls.all:
-                cls.all[program, measured] = cls(program, prepare, variables)
+                cls.all[program, measured] = cls(program, variables)
             return cls.all[program, measured]
 
     def order(self, **order: object) -> int | None:
@@ -291,7 +308,7 @@ class Process:
         self, command: list[str] | None, directory: Path, variables: dict[str, str], before: str
     ) -> Child | subprocess.Popen[bytes]:
         if command is None:
-            return ForkServer.of("taskd", "", environment()).fork(
+            return ForkServer.of("taskd", environment()).fork(
                 directory=directory,
                 variables=variables,
                 before=before,

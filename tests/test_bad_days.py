@@ -309,7 +309,7 @@ def test_closed_streams_disturb_no_command(tmp_path: Path, closed: tuple[str, ..
         assert finished.returncode == 0, messages
         assert "Traceback" not in (messages or "")
     variables = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0")
-    server = ForkServer.of("taskd", "", environment()).launch(
+    server = ForkServer.of("taskd", environment()).launch(
         directory=tmp_path, variables=variables, **streams
     )
     no_stream_is_taken(server, tmp_path)

@@ -269,7 +269,7 @@ def run(
     directory: Path, program: str, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     settings = environment(BETTER_AUTH_SECRET=SECRET, TASKD_PORT="0", **variables)
-    forks = ForkServer.of(program, "", environment())
+    forks = ForkServer.of(program, settings)
     return forks.run(*arguments, directory=directory, variables=settings)
 
 

@@ -45,8 +45,6 @@ Start = Callable[..., Process]
 
 EXIT = 10  # seconds that the contract gives taskd after SIGTERM
 SOON = 5  # seconds for what takes milliseconds unless it hangs
-# Run the command after it without these variables.
-WITHOUT = "for name in ('BETTER_AUTH_SECRET', 'TASKD_PORT'): os.environ.pop(name)"
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"
 TASKS = "/api/alice/tasks"
 SAME_ON_ALL = pytest.mark.sqlite("a request is parsed, and logged, without the database")
@@ -122,7 +120,7 @@ def test_the_dotenv_file_of_the_working_directory_is_read(start: Start, tmp_path
         f"# ours\nBETTER_AUTH_SECRET='{OTHER_SECRET}'\nTASKD_PORT=0\n"
         "DATABASE_URL=sqlite:///from-dotenv.db\n"
     )
-    server = start(before=WITHOUT)
+    server = start(before="del os.environ['BETTER_AUTH_SECRET'], os.environ['TASKD_PORT']")
     assert server.request("GET", TASKS, headers=bearer(secret=OTHER_SECRET)).status_code == 200
     assert server.request("GET", TASKS, headers=bearer()).status_code == 401
     assert (tmp_path / "from-dotenv.db").exists()
@@ -177,7 +175,7 @@ def refusal(directory: Path, **variables: str) -> str:
     """Start taskd, which must refuse with exit status 2 and one line, and return that line."""
     before = contents(directory)
     defaults = {"BETTER_AUTH_SECRET": SECRET, "TASKD_PORT": "0"}
-    done = ForkServer.of("taskd", "", environment()).run(
+    done = ForkServer.of("taskd", environment()).run(
         directory=directory, variables=environment(**(defaults | variables))
     )
     assert done.returncode == 2, done.stderr

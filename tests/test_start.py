@@ -50,7 +50,7 @@ def test_a_program_explains_itself_without_settings(program: str, tmp_path: Path
     answer = run(sys.executable, ROOT / f"{program}.py", "--help", cwd=tmp_path)
     assert f"usage: {program}" in answer.stdout.lower()
     assert answer.stderr == ""
-    server = fork_server() if program == "taskctl" else ForkServer.of("taskd", "", environment())
+    server = fork_server() if program == "taskctl" else ForkServer.of("taskd", environment())
     short = server.run("-h", directory=tmp_path, variables=environment())
     assert (short.returncode, short.stdout, short.stderr) == (0, answer.stdout, "")
     assert list(tmp_path.iterdir()) == []

@@ -109,19 +109,6 @@ LETTER = [
 SHOWN = {"-": None, "yes": True, "no": False}
 
 
-# Imports of the fork server before it forks; taskctl itself imports them only if needed.
-PREPARE = """
-import contextlib, dotenv, functools, io, typer
-typer.main.get_command = functools.cache(typer.main.get_command)
-with contextlib.redirect_stdout(io.StringIO()):
-    program.show_all([{"a": "b"}], False)
-    program.progress()
-    for arguments in ["mint", "alice"], ["--help"]:
-        with contextlib.suppress(SystemExit):
-            program.app(arguments)
-"""
-
-
 def environment(**variables: str) -> dict[str, str]:
     """Return a process environment without variables that change a terminal's output."""
     looks = {"COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH"}
@@ -132,7 +119,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def fork_server() -> ForkServer:
-    return ForkServer.of("taskctl", PREPARE, environment(BETTER_AUTH_SECRET=SECRET))
+    return ForkServer.of("taskctl", environment(BETTER_AUTH_SECRET=SECRET))
 
 
 def run(
@@ -181,7 +168,7 @@ def launched(
             [*command, *COMMAND, *arguments], cwd=directory, env=variables,
             **streams | {"text": True} | options,
         )  # fmt: skip
-    server = ForkServer.of("taskctl", PREPARE, variables)
+    server = ForkServer.of("taskctl", variables)
     options |= {"directory": directory, "variables": variables, "before": before}
     return server.launch(*arguments, **options)
 
@@ -368,7 +355,7 @@ def test_what_init_made_is_all_that_taskd_needs(
     taskctl: Taskctl, start: Start, tmp_path: Path
 ) -> None:
     taskctl("init", secret="")
-    server = start(before="os.environ.pop('BETTER_AUTH_SECRET')")
+    server = start(before="del os.environ['BETTER_AUTH_SECRET']")
     minted = taskctl("mint", "alice", secret="").stdout.strip()
     answer = server.request(
         "GET", "/api/alice/tasks", headers={"Authorization": f"Bearer {minted}"}

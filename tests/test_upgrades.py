@@ -189,7 +189,7 @@ def test_processes_that_start_at_once_on_an_old_database_all_serve(
     start: Start, path: Path
 ) -> None:
     load(path, 2)
-    support.ForkServer.of("taskd", "", support.environment())  # one, for any number of threads
+    support.ForkServer.of("taskd", support.environment())  # one, for any number of threads
     servers: list[Process] = []
     threads = [threading.Thread(target=lambda: servers.append(start())) for _ in range(3)]
     for thread in threads:
