@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import http.client
 import itertools
 import json
@@ -23,6 +22,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from packages import install
 from support import (
     DEADLINE,
     OTHER_SECRET,
@@ -42,7 +42,6 @@ pytestmark = pytest.mark.sqlite("it is about tokens")
 HERE = Path(__file__).parent / "better_auth"
 PAGE = ROOT / "docs" / "better-auth.md"
 OLDEST_NODE = (20, 19)  # better-auth's own libraries ask for it
-INSTALL_TIME = 300  # seconds that npm ci may take
 PASSWORD = "correct horse battery staple"
 
 Serve = Callable[..., Process]
@@ -194,15 +193,7 @@ class Visitor:
 
 @pytest.fixture(scope="module")
 def installed() -> None:
-    """Install what package-lock.json names, unless that very lock file was installed before."""
-    stamp = HERE / "node_modules" / ".installed"
-    digest = hashlib.sha256((HERE / "package-lock.json").read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == digest:
-        return
-    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=INSTALL_TIME)
-    assert done.returncode == 0, done.stdout + done.stderr
-    stamp.write_text(digest)
+    install(HERE / "package-lock.json")
 
 
 @pytest.fixture(scope="module")

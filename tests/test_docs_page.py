@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from packages import install
 from support import DEADLINE, ROOT, Process, environment, stored, token, until
 
 pytestmark = pytest.mark.sqlite("it is about a page")
@@ -490,16 +490,7 @@ axe.run(document, {resultTypes: ["violations"]})
 
 def violations(browser: webdriver.Chrome) -> list[Any]:
     """Return what axe finds wrong with the page that is shown."""
-    here = ROOT / "tests" / "axe"
-    package = here / "node_modules" / "axe-core"
-    with (here / "package.json").open() as wanted:
-        fcntl.flock(wanted, fcntl.LOCK_EX)  # several workers of pytest may get here at once
-        version = json.load(wanted)["devDependencies"]["axe-core"]
-        installed = package / "package.json"
-        if not installed.exists() or json.loads(installed.read_text())["version"] != version:
-            command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-            subprocess.run(command, cwd=here, check=True, capture_output=True, timeout=120)
-    source = package / "axe.min.js"
+    source = install(ROOT / "tests" / "axe" / "package-lock.json") / "axe-core" / "axe.min.js"
     browser.execute_cdp_cmd("Runtime.evaluate", {"expression": source.read_text()})
     return list(browser.execute_async_script(AXE))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import itertools
 import json
@@ -22,6 +21,7 @@ from selenium.webdriver.support.select import Select
 
 from cluster import free_port
 from database import stored
+from packages import install
 from processes import ROOT, Process, environment
 from test_better_auth import MISSING, PASSWORD
 from test_docs_page import browser, violations  # noqa: F401  browser is a fixture
@@ -35,22 +35,7 @@ pytestmark = [
 ]
 
 EXAMPLE = ROOT / "examples" / "better-auth"
-INSTALL_TIME = 300  # seconds that npm ci may take
 NEARLY_EXPIRED = "-8s"  # a token of this lifetime is accepted for 2 s: taskd grants 10 s of leeway
-
-
-def install(directory: Path) -> None:
-    """Install what package-lock.json names, unless that very lock file was installed before."""
-    stamp = directory / "node_modules" / ".installed"
-    digest = hashlib.sha256((directory / "package-lock.json").read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == digest:
-        return
-    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    done = subprocess.run(
-        command, cwd=directory, capture_output=True, text=True, timeout=INSTALL_TIME
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    stamp.write_text(digest)
 
 
 def is_open(port: int) -> bool:
@@ -163,7 +148,7 @@ class Visitor:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    install(EXAMPLE)
+    install(EXAMPLE / "package-lock.json")
     running = Site(tmp_path_factory.mktemp("example"))
     yield running
     running.close()
@@ -342,7 +327,7 @@ def test_axe_finds_nothing_wrong_in_the_example(visitor: Visitor, width: int) ->
 
 
 def test_the_demo_starts_both_and_ends_both(tmp_path: Path) -> None:
-    install(EXAMPLE)
+    install(EXAMPLE / "package-lock.json")
     port, taskd_port = free_port(), free_port()
     variables = {"PORT": str(port), "TASKD_PORT": str(taskd_port), "PYTHON": sys.executable}
     settings = environment(

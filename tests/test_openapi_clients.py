@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from packages import install
 from support import ROOT, Process, environment, token
 
 HERE = ROOT / "tests" / "openapi_clients"
@@ -33,21 +33,9 @@ def run(*command: str | Path, at: Path, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-def install(directory: Path, names: str, *commands: list[str]) -> Path:
-    """Run commands that install what a file names, unless that very file was installed before."""
-    stamp = directory / ".installed"
-    digest = hashlib.sha256((HERE / names).read_bytes()).hexdigest()
-    if not stamp.exists() or stamp.read_text() != digest:
-        for command in commands:
-            run(*command, at=HERE)
-        stamp.write_text(digest)
-    return directory
-
-
 @pytest.fixture(scope="module")
 def tools() -> Path:
-    npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    return install(HERE / "node_modules", "package-lock.json", npm) / ".bin"
+    return install(HERE / "package-lock.json") / ".bin"
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +44,8 @@ def python() -> Path:
     uv = str(Path(sys.executable).with_name("uv"))
     venv = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, ".venv"]
     pip = [uv, "pip", "install", "--quiet", "--python", ".venv", "--requirement"]
-    directory = install(HERE / ".venv", "requirements.txt", venv, [*pip, "requirements.txt"])
-    return directory / "bin" / "python"
+    commands = [venv, [*pip, "requirements.txt"]]
+    return install(HERE / "requirements.txt", ".venv", commands) / "bin" / "python"
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from cluster import free_port
+from packages import install
 from processes import ROOT, environment
 from test_better_auth import MISSING
-from test_example import install
 from waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.sqlite("it is about a text")]
@@ -70,10 +70,10 @@ def test_the_pytest_fixture(tmp_path: Path, variables: dict[str, str]) -> None:
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def test_the_playwright_fixture(tmp_path: Path, variables: dict[str, str]) -> None:
-    install(PLAYWRIGHT)
-    (tmp_path / "node_modules").symlink_to(PLAYWRIGHT / "node_modules")
+    modules = install(PLAYWRIGHT / "package-lock.json")
+    (tmp_path / "node_modules").symlink_to(modules)
     write_blocks("js", tmp_path)
-    program = str(PLAYWRIGHT / "node_modules" / "@playwright" / "test" / "cli.js")
+    program = str(modules / "@playwright" / "test" / "cli.js")
     assert "1 passed" in run(tmp_path, variables, "node", program, "test", "--reporter=line")
     assert list((tmp_path / "tmp").glob("taskd-*")) == []
 
