@@ -138,6 +138,14 @@ def test_every_schema_is_a_json_schema():
         )
 
 
+def test_every_pattern_compiles_and_every_default_fits_its_schema():
+    for node in walk(DOCUMENT):
+        if isinstance(node.get("pattern"), str):
+            jsonschema_rs.Draft202012Validator({"pattern": node["pattern"]})
+        if "default" in node:
+            jsonschema_rs.validate(node, node["default"])
+
+
 def test_operation_ids_are_unique_and_each_operation_has_a_declared_tag_and_a_summary():
     ids = [operation["operationId"] for _, _, operation in operations()]
     assert len(ids) == len(set(ids))

@@ -1,4 +1,4 @@
-"""Linters read openapi.json, and clients that are generated from it call every route of a taskd."""
+"""A linter reads openapi.json, and clients that are generated from it call every route of a taskd."""
 
 from __future__ import annotations
 
@@ -48,19 +48,13 @@ def python() -> Path:
     return install(HERE / "requirements.txt", ".venv", commands) / "bin" / "python"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["redocly", "lint", DOCUMENT, "--extends", "recommended", "--format", "json"],
-        ["spectral", "lint", DOCUMENT, "--ruleset", "spectral.json", "--quiet"],
-    ],
-    ids=["redocly", "spectral"],
-)
-def test_a_linter_finds_no_error(tools: Path, command: list[str | Path]) -> None:
-    printed = run(tools / command[0], *command[1:], at=HERE, REDOCLY_TELEMETRY="off")
-    if command[0] == "redocly":
-        start = printed.index("{")
-        assert json.JSONDecoder().raw_decode(printed[start:])[0]["totals"]["errors"] == 0
+def test_a_linter_finds_nothing_but_what_is_meant(tools: Path) -> None:
+    lint: list[str | Path] = [tools / "redocly", "lint", DOCUMENT, "--extends", "recommended"]
+    printed = run(*lint, "--format", "json", at=HERE, REDOCLY_TELEMETRY="off")
+    found = json.JSONDecoder().raw_decode(printed[printed.index("{") :])[0]["problems"]
+    # Some routes are never refused; 405 answers the methods that are not in the document.
+    meant = {"operation-4xx-response", "no-unused-components"}
+    assert [one for one in found if one["ruleId"] not in meant] == []
 
 
 def test_a_strict_typescript_client_calls_every_route(
