@@ -25,14 +25,14 @@ demo: examples/better-auth/node_modules/.installed .venv/run
 test: .venv/test
 	@$(MAKE) --no-print-directory --jobs 3 lint test-sqlite test-postgresql
 
-test-quick: .venv/test
+test-quick: .venv/collected
 	$(BIN)/pytest -n 3 --dist worksteal -m "not slow"
 
-test-sqlite: .venv/test
-	$(BIN)/pytest -n 4 --dist worksteal
+test-sqlite: .venv/collected
+	$(BIN)/pytest -n 5 --dist worksteal
 
-test-postgresql: .venv/test
-	$(BIN)/pytest -n 3 --dist worksteal --postgresql
+test-postgresql: .venv/collected
+	$(BIN)/pytest -n 2 --dist worksteal --postgresql
 
 # On both engines, in all processes that the tests start, except for a test of processor time.
 coverage: .venv/test
@@ -117,6 +117,10 @@ OLD_PYTHON = taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDG
 .venv/test: requirements-dev.txt requirements-postgresql.txt requirements.txt | .venv/bin/pip
 	$(call install,requirements-dev.txt)
 	@touch .venv/run $@
+
+# In a fresh clone one process compiles the tests, and not each of seven at the same time.
+.venv/collected: | .venv/test
+	@$(BIN)/pytest --collect-only -qq >/dev/null; touch $@
 
 .venv-bench/ready: bench/requirements.txt requirements.txt requirements-postgresql.txt
 	$(PYTHON) -m venv .venv-bench
