@@ -1,4 +1,4 @@
-"""A linter reads openapi.json, and clients that are generated from it call every route of a taskd."""
+"""A linter reads openapi.json, and clients generated from it call every route of a taskd."""
 
 from __future__ import annotations
 
