@@ -124,6 +124,13 @@ def _databases() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _thread_state() -> Iterator[None]:
+    """Forget what a test has said of its thread, such as that it is the event loop."""
+    yield
+    vars(taskd.thread_state).clear()
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Give every row of a table an id that can be typed, and is the same in every process."""
     if not isinstance(val, str | bytes):
