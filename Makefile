@@ -21,7 +21,8 @@ check: .venv/test
 demo: examples/better-auth/node_modules/.installed .venv/run
 	@PYTHON=$(CURDIR)/$(BIN)/python exec node examples/better-auth/demo.mjs
 
-# All at once: many tests wait, and leave the processors to the others.
+# All at once: many tests wait, and leave the processors to the others. Five processes keep two
+# processors busy; more would start more browsers and servers that are made once in each.
 test: .venv/test
 	@$(MAKE) --no-print-directory --jobs 3 lint test-sqlite test-postgresql
 
@@ -29,7 +30,7 @@ test-quick: .venv/collected
 	$(BIN)/pytest -n 3 --dist worksteal -m "not slow"
 
 test-sqlite: .venv/collected
-	$(BIN)/pytest -n 5 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 test-postgresql: .venv/collected
 	$(BIN)/pytest -n 2 --dist worksteal --postgresql
@@ -118,7 +119,7 @@ OLD_PYTHON = taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDG
 	$(call install,requirements-dev.txt)
 	@touch .venv/run $@
 
-# In a fresh clone one process compiles the tests, and not each of seven at the same time.
+# In a fresh clone one process compiles the tests, and not each of five at the same time.
 .venv/collected: | .venv/test
 	@$(BIN)/pytest --collect-only -qq >/dev/null; touch $@
 
