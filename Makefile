@@ -119,7 +119,8 @@ OLD_PYTHON = taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDG
 	$(call install,requirements-dev.txt)
 	@touch .venv/run $@
 
-# In a fresh clone one process compiles the tests, and not each of five at the same time.
+# In a fresh clone one process compiles the tests, and not each of five at the same time. If it
+# fails, the run of the tests says why.
 .venv/collected: | .venv/test
 	@$(BIN)/pytest --collect-only -qq >/dev/null; touch $@
 

@@ -177,11 +177,9 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
         return made[-1]
 
     yield make
+    taskd.thread_state.in_event_loop = True  # only the event loop closes its writer
     for app in made:
         app.store.close()
-        taskd.thread_state.in_event_loop = True  # only the event loop closes its writer
-        app.store.close()
-        taskd.thread_state.in_event_loop = False
 
 
 @pytest.fixture

@@ -33,9 +33,9 @@ def as_the_event_loop(application: Application) -> Application:
             if commit(self.store):
                 return answer
         except taskd.WouldBlock:
-            taskd.thread_state.uncommitted = None
+            pass  # it runs again
         finally:
-            taskd.thread_state.in_event_loop = False
+            taskd.thread_state.in_event_loop, taskd.thread_state.uncommitted = False, None
         body.seek(0)
         return application(self, env, start_response)
 

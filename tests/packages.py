@@ -11,7 +11,16 @@ from pathlib import Path
 from processes import environment
 
 NPM = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-INSTALL_TIME = 300  # seconds that a command may take
+TIME = 300  # seconds that a command may take
+
+
+def run(*command: str | Path, at: Path, **variables: str) -> str:
+    """Run a command that must succeed, and return what it printed."""
+    done = subprocess.run(
+        command, cwd=at, env=environment(**variables), capture_output=True, text=True, timeout=TIME
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def install(
@@ -29,14 +38,6 @@ def install(
         if stamp.exists() and stamp.read_text() == digest:
             return directory
         for command in commands:
-            done = subprocess.run(
-                command,
-                cwd=listed.parent,
-                env=environment(),
-                capture_output=True,
-                text=True,
-                timeout=INSTALL_TIME,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
+            run(*command, at=listed.parent)
         stamp.write_text(digest)
     return directory

@@ -78,7 +78,6 @@ def new_task(title: str) -> dict[str, Any]:
 @pytest.fixture
 def loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-    monkeypatch.setattr(taskd.thread_state, "uncommitted", None)
     made = Loop(path)
     yield made
     made.store.close()

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from packages import install
-from support import ROOT, Process, environment, token
+from packages import install, run
+from support import ROOT, Process, token
 
 HERE = ROOT / "tests" / "openapi_clients"
 DOCUMENT = ROOT / "openapi.json"
-TIME = 300  # seconds that a command may take
 pytestmark = [
     pytest.mark.sqlite("it is about a document"),
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("npm"), reason="these tools run on Node: install npm"),
 ]
-
-
-def run(*command: str | Path, at: Path, **variables: str) -> str:
-    """Run a command that must succeed, and return what it printed."""
-    done = subprocess.run(
-        command, cwd=at, env=environment(**variables), capture_output=True, text=True, timeout=TIME
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
