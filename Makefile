@@ -91,8 +91,8 @@ clean:
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 
 define install
-	@echo "Installing the packages of $(1) in .venv$(if $(UV),, (pip takes about half a minute))"
-	@$(if $(UV),uv pip install --quiet --python $(BIN)/python -r $(1) ||) \
+	@echo "Installing the packages of $(1) in .venv$(if $(2),, (pip takes about half a minute))"
+	@$(if $(2),$(2) pip install --quiet --python $(BIN)/python -r $(1) ||) \
 		$(BIN)/pip install --quiet --disable-pip-version-check -r $(1)
 endef
 
@@ -112,11 +112,13 @@ OLD_PYTHON = taskd needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDG
 		$(PYTHON) -m venv .venv
 
 .venv/run: requirements.txt | .venv/bin/pip
-	$(call install,requirements.txt)
+	$(call install,requirements.txt,$(UV))
 	@touch $@
 
 .venv/test: requirements-dev.txt requirements-postgresql.txt requirements.txt | .venv/bin/pip
-	$(call install,requirements-dev.txt)
+	@$(if $(UV),,$(BIN)/pip install --quiet --disable-pip-version-check \
+		$$(grep ^uv== requirements-dev.txt))
+	$(call install,requirements-dev.txt,$(or $(UV),$(BIN)/uv))
 	@touch .venv/run $@
 
 # In a fresh clone one process compiles the tests, and not each of five at the same time. If it
