@@ -115,8 +115,9 @@ class Refused(Exception):
 
 
 def say(message: str) -> None:
-    """Print a message on stderr."""
-    print(f"taskctl: {message}", file=sys.stderr)
+    """Print a message on stderr, which its reader may have closed."""
+    with contextlib.suppress(OSError):
+        print(f"taskctl: {message}", file=sys.stderr)
 
 
 def show(row: Row, as_json: bool) -> None:
@@ -678,7 +679,6 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
             if fault := damage(made):
                 raise Refused(f"{database} cannot be backed up: {fault}")
         if file == "-":
-            sys.stdout.flush()
             with copy.open("rb") as whole:
                 shutil.copyfileobj(whole, sys.stdout.buffer)
         else:
@@ -1172,7 +1172,7 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
             try:
                 parse = parse_new_task if new else parse_task
                 yield {"line": number, "id": number, **columns(parse(line.decode()))}
-            except (taskd.Unprocessable, ValueError, RecursionError) as ex:
+            except (taskd.Unprocessable, ValueError) as ex:
                 fault = getattr(ex, "description", f"it must be JSON in UTF-8: {ex}")
                 raise Refused(f"line {number}: {fault}; nothing was imported") from None
 
@@ -1608,24 +1608,24 @@ def terminate_after_stdin() -> None:
 
 def main() -> None:
     """Run a command; if it fails, print the reason as one line on stderr."""
-    taskd.repair_streams()
-    for number in ENDING - {signal.SIGINT}:  # unfinished files are removed
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, lambda received, _: sys.exit(128 + received))
-    taskd.log.addHandler(logging.NullHandler())  # a command says itself what failed
-    try:
-        with at_end:
-            app(prog_name="taskctl")
-    except (Refused, taskd.SettingsError, taskd.DatabaseError) as ex:
-        status, reason = 1 if isinstance(ex, Refused) else 2, str(ex)
-    except taskd.Unavailable as ex:
-        status, reason = 1, "{} cannot be used: {}".format(*ex.args)
-    except DATABASE_ERRORS as ex:
-        status, reason = 1, f"the database cannot be used: {ex}"
-    except OSError as ex:
-        status, reason = 1, f"{ex.filename or 'the output'}: {ex.strerror}"
-    say(reason)
-    sys.exit(status)
+    with taskd.standard_streams("taskctl"):
+        for number in ENDING - {signal.SIGINT}:  # unfinished files are removed
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, lambda received, _: sys.exit(128 + received))
+        taskd.log.addHandler(logging.NullHandler())  # a command says itself what failed
+        try:
+            with at_end:
+                app(prog_name="taskctl")
+        except (Refused, taskd.SettingsError, taskd.DatabaseError) as ex:
+            status, reason = 1 if isinstance(ex, Refused) else 2, str(ex)
+        except taskd.Unavailable as ex:
+            status, reason = 1, "{} cannot be used: {}".format(*ex.args)
+        except DATABASE_ERRORS as ex:
+            status, reason = 1, f"the database cannot be used: {ex}"
+        except OSError as ex:
+            status, reason = 1, f"{ex.filename or 'the output'}: {ex.strerror}"
+        say(reason)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -681,9 +681,8 @@ def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
             if keys.setdefault((key.key_id, key.algorithm_name), key) is not key:
                 raise UnusableKey("a key before it has the same kid and alg")
         except Exception as ex:  # a message of another class could show a key
-            why = (
-                str(ex) if isinstance(ex, UnusableKey) else f"it is malformed ({type(ex).__name__})"
-            )
+            unsaid = f"it is malformed ({type(ex).__name__})"
+            why = str(ex) if isinstance(ex, UnusableKey) else unsaid
             kid = member.get("kid") if isinstance(member, dict) else None
             name = f" (kid {kid[:60]!r})" if isinstance(kid, str) else ""
             oddities.append(f"its key number {number}{name} is left out: {why}")
@@ -711,7 +710,7 @@ def public_key(member: Any) -> jwt.PyJWK:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("a member is given twice")
+        raise ValueError
     return members
 
 
@@ -722,10 +721,10 @@ def _header(token: str) -> dict[str, Any]:
     """Return the header of a login token; no member may be given twice (RFC 7515, section 4)."""
     try:
         header = _decode_strictly(jwt.utils.base64url_decode(token.partition(".")[0]).decode())
-    except (ValueError, RecursionError) as ex:
-        raise jwt.DecodeError(str(ex)) from None
+    except (ValueError, RecursionError):
+        raise jwt.DecodeError from None
     if not isinstance(header, dict):
-        raise jwt.DecodeError("not a JSON object")
+        raise jwt.DecodeError
     kind = str(header.get("typ", "JWT")).lower().removeprefix("application/")
     kid_is_text = isinstance(header.get("kid", ""), str)
     if not kid_is_text or kind not in LOGIN_TYPES or not {"crit", "b64"}.isdisjoint(header):
@@ -785,21 +784,18 @@ class Tokens:
         if len(token) > MAX_TOKEN:
             raise TokenError(f"the token is longer than {MAX_TOKEN} characters")
         if token.count(".") == 1:
-            raise TokenError(
-                "this is not a JWT but perhaps a session token; get a JWT from /api/auth/token"
-            )
+            why = "this is not a JWT but perhaps a session token; get a JWT from /api/auth/token"
+            raise TokenError(why)
         if not COMPACT_JWS.fullmatch(token):
-            raise TokenError(
-                "this is not a JWT: it must be three base64url parts with dots between them"
-            )
+            why = "this is not a JWT: it must be three base64url parts with dots between them"
+            raise TokenError(why)
         try:
             header = _header(token)
             claims, key = self._decode(token, header.get("alg"), header.get("kid"))
             return _user(claims), key
         except jwt.MissingRequiredClaimError as ex:
-            raise TokenError(
-                f"the {ex.claim} claim is missing: this is not the token of a login"
-            ) from None
+            why = f"the {ex.claim} claim is missing: this is not the token of a login"
+            raise TokenError(why) from None
         except (jwt.InvalidTokenError, ValueError) as ex:
             raise TokenError(REFUSALS.get(type(ex), "the token is malformed")) from None
 
@@ -996,6 +992,7 @@ SEARCHED = [name for name, field in FIELDS.items() if field.searched]
 # --- Bodies ---------------------------------------------------------------------------------------
 
 MAX_BODY = 64 * 1024  # bytes; the largest possible task has 51,000 in UTF-8
+MAX_DEPTH = 500  # arrays and objects within each other
 MAX_FAULTS = 20  # reported at once, each with at most so many characters of the field's name
 MAX_NAME = 100
 JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*"?utf-?8"?\s*)?', re.IGNORECASE)
@@ -1046,12 +1043,11 @@ def read(req: falcon.Request, kind: dict[str, Any], body: bytes | None = None) -
     if not body:
         raise falcon.HTTPBadRequest(description="send a JSON object as the body")
     if not JSON_TYPE.fullmatch(req.content_type or "") or req.get_header("Content-Encoding"):
-        raise falcon.HTTPUnsupportedMediaType(
-            description="send plain JSON in UTF-8, with the header Content-Type: application/json"
-        )
+        wanted = "send plain JSON in UTF-8, with the header Content-Type: application/json"
+        raise falcon.HTTPUnsupportedMediaType(description=wanted)
     try:
         return decode(body.decode(), kind)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as ex:
+    except (msgspec.DecodeError, UnicodeDecodeError) as ex:
         raise falcon.HTTPBadRequest(description=f"the body must be JSON in UTF-8: {ex}") from None
 
 
@@ -1074,6 +1070,8 @@ def decode(text: str, kind: dict[str, Any]) -> dict[str, Any]:
 
     Raises 422 with everything that is wrong, or msgspec.DecodeError if the text is not JSON.
     """
+    if text.count("[") + text.count("{") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+        raise msgspec.DecodeError(f"it is nested more than {MAX_DEPTH} deep")
     try:
         members = parse_members(text)
     except msgspec.ValidationError:
@@ -1093,6 +1091,12 @@ def decode(text: str, kind: dict[str, Any]) -> dict[str, Any]:
     if faults:
         raise Unprocessable(faults[:MAX_FAULTS])
     return {name: value for name, value in given.items() if value is not UNSET}
+
+
+def depth(text: str) -> int:
+    """Return how deep arrays and objects of JSON are nested; only some Pythons limit it."""
+    brackets = re.sub(r'(?s)"(?:[^"\\]++|\\.)*+"?|[^][{}"]++', "", text)
+    return max(itertools.accumulate(1 if one in "[{" else -1 for one in brackets), default=0)
 
 
 def parse_value(name: str, value: msgspec.Raw) -> Any:
@@ -1297,9 +1301,8 @@ def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
     if value.strip(" \t") == "*":
         return ["*"]
     if not re.fullmatch(ENTITY_TAGS, value):
-        raise falcon.HTTPBadRequest(
-            description=f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
-        )
+        form = f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
+        raise falcon.HTTPBadRequest(description=form)
     return re.findall(rf"(?:W/)?{TAG}", value)  # SQLite's LIKE would ignore the case of others
 
 
@@ -1307,9 +1310,8 @@ def read_key(req: falcon.Request) -> str | None:
     """Return the Idempotency-Key, or None; raise 400 if it is malformed."""
     key = req.get_header("Idempotency-Key")
     if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
-        raise falcon.HTTPBadRequest(
-            description="Idempotency-Key must be 1 to 255 visible ASCII characters"
-        )
+        rule = "Idempotency-Key must be 1 to 255 visible ASCII characters"
+        raise falcon.HTTPBadRequest(description=rule)
     return key
 
 
@@ -1343,17 +1345,11 @@ AS_EXPECTED = (
 
 
 class TooManyTasks(Exception):
-    """The user has as many tasks as `most`, which the operator allows."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
+    """The user has as many tasks as the operator allows; the argument is their number."""
 
 
 class Changed(Exception):
-    """The task does not meet the caller's conditions; `tag` is its current entity tag."""
-
-    def __init__(self, tag: str) -> None:
-        self.tag = tag
+    """The task does not meet the caller's conditions; the argument is its current entity tag."""
 
 
 class Task(peewee.Model):
@@ -1460,7 +1456,7 @@ EXPECTED = THIS & peewee.SQL(f"({AS_EXPECTED})")
 def queries() -> dict[str, Any]:
     """Return the store's statements by name, except those of lists and changes."""
     now = placeholder("now")
-    names = [*FIELDS, *(f"{name}_folded" for name in SEARCHED)]
+    names = ["user_id", *FIELDS, *(f"{name}_folded" for name in SEARCHED)]
     new = {name: placeholder(name) for name in names}
     key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
     oldest = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id)
@@ -1474,9 +1470,7 @@ def queries() -> dict[str, Any]:
     )
     return {
         "get": Task.select(*SHOWN, Task.version).where(THIS),
-        "add": _returning(
-            Task.insert(user_id=placeholder("user_id"), created_at=now, updated_at=now, **new)
-        ),
+        "add": _returning(Task.insert(created_at=now, updated_at=now, **new)),
         "long": first.offset(peewee.SQL(str(CHUNK))),
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
@@ -1561,7 +1555,7 @@ class TaskLimit:
         """Raise TooManyTasks unless the user may have one more; to be called in a transaction."""
         self._database.lock(user_id)
         if self._most is not None and self._recount(user_id)[0] >= self._most:
-            raise TooManyTasks(self._most)
+            raise TooManyTasks(f"{self._most:,}")
 
     def _recount(self, user_id: str) -> tuple[int, int]:
         if len(self._counted) >= USERS_COUNTED:
@@ -1809,9 +1803,8 @@ def _digest(task: dict[str, Any]) -> str:
 
 def _replayed(answer: str) -> Stored:
     replay = msgspec.json.decode(answer, type=Replay)
-    return Stored(
-        msgspec.Raw(answer.encode()), replay.id, f'"1-{replay.updated_at}"', replayed=True
-    )
+    task, tag = msgspec.Raw(answer.encode()), f'"1-{replay.updated_at}"'
+    return Stored(task, replay.id, tag, replayed=True)
 
 
 def _now() -> str:
@@ -2585,10 +2578,8 @@ def portable_definitions(database: peewee.Database) -> set[str]:
             kind = column.data_type.upper().replace("BIGINT", "INTEGER")
             required = "" if column.null or column.primary_key else " NOT NULL"
             parts.add(f"{table}.{column.name} {kind}{required}")
-        parts |= {
-            f"index on {table} ({', '.join(index.columns)})"
-            for index in database.get_indexes(table)
-        }
+        indexes = database.get_indexes(table)
+        parts |= {f"index on {table} ({', '.join(index.columns)})" for index in indexes}
     return parts
 
 
@@ -2643,11 +2634,8 @@ class Metrics:
         what = req.uri_template or "-", method_of(req)
         self._requests.labels(*what, resp.status_code).inc()
         self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
-        if (
-            req.method in CHANGES
-            and resp.status_code in (200, 201)
-            and not resp.get_header("Idempotency-Replayed")
-        ):
+        is_change = req.method in CHANGES and resp.status_code in (200, 201)
+        if is_change and not resp.get_header("Idempotency-Replayed"):
             self._written.labels(CHANGES[req.method]).inc()
 
     def timed(self, database: Database) -> Database:
@@ -2760,9 +2748,8 @@ class AuthMiddleware:
         asked = falcon.uri.decode(asked, unquote_plus=False) if req.context.decode else asked
         # Bytes that are not UTF-8 are U+FFFD in the parameter, but not in the path.
         if asked != user.id or user.id.encode().decode("latin-1") not in path:
-            raise falcon.HTTPForbidden(
-                description="this token is not for the user in the URL; use your own user id"
-            )
+            why = "this token is not for the user in the URL; use your own user id"
+            raise falcon.HTTPForbidden(description=why)
 
     def _authenticate(self, req: falcon.Request) -> User:
         """Return the user of the Authorization header (RFC 6750, 2.1), or raise 401 (3)."""
@@ -2776,9 +2763,8 @@ class AuthMiddleware:
             reason = str(ex)
             error = f', error="invalid_token", error_description="{reason}"'
         req.context.reason = reason
-        raise falcon.HTTPUnauthorized(
-            description=reason, challenges=[f'Bearer realm="taskd"{error}']
-        )
+        challenge = f'Bearer realm="taskd"{error}'
+        raise falcon.HTTPUnauthorized(description=reason, challenges=[challenge])
 
 
 class RequestContext:
@@ -3124,11 +3110,11 @@ REFUSED: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
         description="this user id cannot be stored here: it is too long or contains U+0000"
     ),
     TooManyTasks: lambda ex: falcon.HTTPForbidden(
-        description=f"you have {ex.most:,} tasks, and this server allows no more; delete one first"
+        description=f"you have {ex} tasks, and this server allows no more; delete one first"
     ),
     Changed: lambda ex: falcon.HTTPPreconditionFailed(
         description="the task's ETag does not meet If-Match or If-None-Match; read it again",
-        headers={"ETag": ex.tag},
+        headers={"ETag": str(ex)},
     ),
 }
 
@@ -3167,9 +3153,8 @@ def handle_unexpected(
 ) -> NoReturn:
     """Answer 500: the log gets the traceback, the caller only the request id."""
     log.error("unhandled exception", exc_info=ex, extra={"id": req.context.id})
-    raise falcon.HTTPInternalServerError(
-        description=f"this is our fault; when you report it, quote {req.context.id}"
-    )
+    detail = f"this is our fault; when you report it, quote {req.context.id}"
+    raise falcon.HTTPInternalServerError(description=detail)
 
 
 # --- App ------------------------------------------------------------------------------------------
@@ -3751,10 +3736,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self._queued = self._unacknowledged()
             return
         if self.outbufs[-1].buf:  # waitress would keep the answer's memory
-            self.outbufs, self.current_outbuf_count = (
-                [waitress.buffers.OverflowableBuffer(MAX_IN_MEMORY)],
-                0,
-            )
+            self.outbufs = [waitress.buffers.OverflowableBuffer(MAX_IN_MEMORY)]
+            self.current_outbuf_count = 0
         if self._closes:
             self._end()
             return
@@ -3815,9 +3798,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def _unacknowledged(self) -> int:
         """Return how many bytes the kernel has not delivered to the client yet."""
         try:
-            return int.from_bytes(
-                fcntl.ioctl(self.socket, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder
-            )
+            size = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
+            return int.from_bytes(size, sys.byteorder)
         except OSError:
             return 0
 
@@ -4153,13 +4135,10 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as ex:
-        in_use = isinstance(ex, OSError) and ex.errno == errno.EADDRINUSE
-        reason = (
-            "it is in use; stop what listens there, or set another TASKD_PORT" if in_use else ex
-        )
-        raise SettingsError(
-            f"TASKD_HOST, TASKD_PORT: cannot listen on {host}:{port}: {reason}"
-        ) from None
+        in_use = "it is in use; stop what listens there, or set another TASKD_PORT"
+        why = in_use if getattr(ex, "errno", None) == errno.EADDRINUSE else ex
+        where = f"cannot listen on {host}:{port}"
+        raise SettingsError(f"TASKD_HOST, TASKD_PORT: {where}: {why}") from None
 
 
 def serve(app: App, listener: socket.socket, settings: Settings) -> None:
@@ -4250,10 +4229,12 @@ def parse_arguments(arguments: list[str]) -> None:
     parser.parse_args(arguments)
 
 
-def repair_streams() -> None:
-    """Open closed standard streams, and escape characters that their encoding lacks.
+@contextlib.contextmanager
+def standard_streams(program: str) -> Iterator[None]:
+    """Open closed standard streams, escape what their encoding lacks, and flush them at the end.
 
-    Otherwise a socket or the database would get the descriptor of stdout or stderr.
+    A socket or the database would get the descriptor of a closed one. Output that cannot be written
+    is discarded, and the exit status is 1; Python would try again at its exit, and end with 120.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -4263,30 +4244,53 @@ def repair_streams() -> None:
         setattr(sys, name, stream)
         if mode == "w" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-def main() -> int:
-    """Serve with the settings of the environment; return the exit status, 2 for unusable ones."""
-    repair_streams()
-    if len(sys.argv) > 1:
-        parse_arguments(sys.argv[1:])
+    status = None
     try:
-        settings = Settings.load()
-        configure_log(settings)
-        listener = listen(settings.host, settings.port)
-        app = create_app(settings)
-    except (SettingsError, DatabaseError) as ex:
-        # One line, whatever a path contains.
-        print("taskd:", *str(ex).splitlines(), file=sys.stderr)
-        return 2
-    warn_about(settings)
-    start_expiry(app.store)
-    if sys.platform == "linux" and settings.database_url.startswith("postgresql:"):
-        threading.Thread(target=use_one_processor, daemon=True).start()
-    serve(app, listener, settings)
-    app.store.close()
-    return 0
+        yield
+    except SystemExit as ex:
+        status = ex.code
+    failure = flush(sys.__stdout__)
+    if failure and not status:
+        status = 1
+        if not isinstance(failure, BrokenPipeError):  # its reader wanted no more
+            with contextlib.suppress(OSError):
+                print(f"{program}: the output: {failure.strerror}", file=sys.stderr)
+    flush(sys.__stderr__)
+    sys.exit(status)
+
+
+def flush(stream: io.TextIOWrapper | None) -> OSError | None:
+    """Write what a standard stream still holds, or discard it and return the error."""
+    if stream:
+        try:
+            stream.flush()
+        except OSError as ex:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return ex
+    return None
+
+
+def main() -> None:
+    """Serve with the settings of the environment; the exit status is 2 for unusable ones."""
+    with standard_streams("taskd"):
+        if len(sys.argv) > 1:
+            parse_arguments(sys.argv[1:])
+        try:
+            settings = Settings.load()
+            configure_log(settings)
+            listener = listen(settings.host, settings.port)
+            app = create_app(settings)
+        except (SettingsError, DatabaseError) as ex:
+            # One line, whatever a path contains.
+            print("taskd:", *str(ex).splitlines(), file=sys.stderr)
+            sys.exit(2)
+        warn_about(settings)
+        start_expiry(app.store)
+        if sys.platform == "linux" and settings.database_url.startswith("postgresql:"):
+            threading.Thread(target=use_one_processor, daemon=True).start()
+        serve(app, listener, settings)
+        app.store.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,6 +16,7 @@ import pytest
 from falcon import testing
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.pop("PYTHONUNBUFFERED", None)  # with it no program has anything left to write at its end
 
 import database
 import taskd

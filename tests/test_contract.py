@@ -899,6 +899,17 @@ def test_a_body_that_is_not_json_is_400(settled, name):
     assert settled.call("GET").json == tasks
 
 
+@pytest.mark.parametrize(
+    ("text", "depth"), [('[""]', 1), (r'{"\"[":"\\","]":0}', 1), ('[{"[":["]"]}]', 3)]
+)
+def test_arrays_and_objects_may_be_500_deep_whatever_is_in_strings(alice, text, depth):
+    strings = json.dumps('["' * 300)
+    for around, status in ((499 - depth, 201), (500 - depth, 400)):
+        nested = "[" * around + text + "]" * around
+        body = f'{{"title":"deep","description":{strings},"id":{nested}}}'.encode()
+        assert send(alice, "POST", "", body).status_code == status
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", ""), ("PUT", "/1")])
 @pytest.mark.parametrize("headers", [{}, JSON])
 @SAME_ON_ALL

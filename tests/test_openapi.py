@@ -374,7 +374,7 @@ def test_the_examples_of_errors_are_what_the_server_says(client, alice, bob, ser
         with Wire(server) as wire:
             said.append(wire.send(b"GET / HTTP/1.1\r\n" + head + b"\r\n").answer().json)
     for error in (
-        taskd.TooManyTasks(1000),
+        taskd.TooManyTasks("1,000"),
         taskd.Unavailable("the database", ""),
         taskd.Unavailable("a list this long", ""),
         taskd.Busy("the search took over 2 s; narrow it by other parameters", ""),

@@ -389,6 +389,7 @@ def fields(server: Process) -> list[dict[str, Any]]:
 
 def test_a_line_has_the_time_to_the_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskd.time, "time", lambda: 1795208401.123456)
+    monkeypatch.setattr(taskd.time, "time_ns", lambda: 1795208401_123456000)  # since Python 3.13
     request = taskd.AccessLogRecord(
         {"method": "GET", "route": "-", "status": 404, "ms": 0.5, "id": "mine", "user": None}
     )

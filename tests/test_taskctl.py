@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
@@ -1030,24 +1030,60 @@ def test_what_a_token_says_does_nothing_to_the_terminal(taskctl: Taskctl) -> Non
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["tasks alice", "settings --json"])
-def test_a_reader_who_stops_reading_causes_no_complaint(tmp_path: Path, command: str) -> None:
+OUTPUT = [("taskd", "--help")] + [
+    ("taskctl", command)
+    for command in ("tasks alice", "settings --json", "stats", "export", "users", "mint alice")
+]
+
+
+def run_into(
+    stdout: IO[bytes] | int, directory: Path, program: str, command: str
+) -> tuple[int, str]:
+    """Run a program whose output goes there; return its exit status and stderr."""
     keep(
-        tmp_path / "taskd.db",
+        directory / "taskd.db",
         [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)],
     )
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / f"{program}.py"), *command.split()], cwd=directory,
+        env=environment(BETTER_AUTH_SECRET=SECRET), stdout=stdout, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "command"), OUTPUT)
+def test_output_that_cannot_be_written_is_one_line_and_the_status_1(
+    tmp_path: Path, program: str, command: str
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        status, said = run_into(full, tmp_path, program, command)
+    assert (status, said) == (1, f"{program}: the output: No space left on device\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "command"), OUTPUT)
+def test_a_reader_who_stops_reading_causes_no_complaint(
+    tmp_path: Path, program: str, command: str
+) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        answer = subprocess.run(
-            [*COMMAND, *command.split()], stdin=subprocess.DEVNULL, stdout=writer,
-            stderr=subprocess.PIPE, cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET),
-            text=True, timeout=DEADLINE, check=False,
-        )  # fmt: skip
+        assert run_into(writer, tmp_path, program, command) == (1, "")
     finally:
         os.close(writer)
-    assert answer.stderr == ""
+
+
+def test_a_reader_of_the_messages_who_stops_reading_changes_nothing(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [*COMMAND, "init"], cwd=tmp_path, env=environment(), stderr=full,
+            timeout=DEADLINE, check=False,
+        )  # fmt: skip
+    assert (ended.returncode, {path.name for path in tmp_path.iterdir()}) == (
+        0, {".env", "taskd.db"},
+    )  # fmt: skip
 
 
 def test_the_first_line_of_a_long_list_can_be_read_alone(tmp_path: Path) -> None:
