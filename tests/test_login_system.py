@@ -510,28 +510,86 @@ def test_a_proxy_is_not_asked_for_the_set_of_this_machine(
     assert (auth_server.asked, proxy.asked) == (1, 0)
 
 
-@pytest.mark.parametrize("login", ["", "user:p%40ss@"])
-def test_a_set_elsewhere_is_fetched_through_the_proxy_with_a_tunnel(
-    monkeypatch: pytest.MonkeyPatch, login: str
-) -> None:
+@contextlib.contextmanager
+def first_bytes() -> Iterator[tuple[int, list[bytes]]]:
+    """Refuse what connects to a port; yield the port, and a list of what each sent first."""
+    received: list[bytes] = []
+
+    def refuse() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with listener.accept()[0] as connection:
+                    received.append(connection.recv(4096))
+                    connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"http://{login}127.0.0.1:{listener.getsockname()[1]}"
-        monkeypatch.setenv("HTTPS_PROXY", address)
-        monkeypatch.setenv("https_proxy", address)
-        monkeypatch.delenv("NO_PROXY", raising=False)
-        monkeypatch.delenv("no_proxy", raising=False)
-        asked: list[bytes] = []
-
-        def refuse() -> None:
-            with listener.accept()[0] as connection:
-                asked.append(connection.recv(4096))
-                connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
-
         threading.Thread(target=refuse, daemon=True).start()
+        yield listener.getsockname()[1], received
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def set_proxy(monkeypatch: pytest.MonkeyPatch, https: str | None, none: str | None = None) -> None:
+    """Set the environment's proxy for https, and the hosts that are reached without it."""
+    for name, value in {"HTTPS_PROXY": https, "NO_PROXY": none}.items():
+        for spelling in (name, name.lower()):
+            monkeypatch.delenv(spelling, raising=False)
+            if value is not None:
+                monkeypatch.setenv(spelling, value)
+
+
+# The address 0.0.0.0 leads to this machine too, but counts as another one.
+@pytest.mark.parametrize(
+    ("host", "none", "proxied"),
+    [
+        ("127.0.0.1", None, False),
+        ("localhost", "", False),
+        ("0.0.0.0", None, True),
+        ("0.0.0.0", "auth.example", True),
+        ("0.0.0.0", "auth.example,0.0.0.0", False),
+    ],
+)
+def test_a_set_is_fetched_through_the_proxy_unless_its_host_is_this_machine_or_excepted(
+    monkeypatch: pytest.MonkeyPatch, host: str, none: str | None, proxied: bool
+) -> None:
+    with first_bytes() as (port, directly), first_bytes() as (proxy_port, at_proxy):
+        set_proxy(monkeypatch, f"http://127.0.0.1:{proxy_port}", none)
+        with pytest.raises(OSError, match="502" if proxied else "SSL"):
+            taskd.download(f"https://{host}:{port}/jwks")
+    if proxied:
+        assert directly == []
+        assert at_proxy[0].startswith(f"CONNECT {host}:{port} HTTP/1.".encode())
+    else:
+        assert at_proxy == []
+        assert directly[0][:2] == b"\x16\x03"  # TLS
+
+
+def test_without_a_proxy_a_set_is_fetched_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    with first_bytes() as (port, directly):
+        set_proxy(monkeypatch, None)
+        with pytest.raises(OSError, match="SSL"):
+            taskd.download(f"https://0.0.0.0:{port}/jwks")
+    assert directly[0][:2] == b"\x16\x03"
+
+
+@pytest.mark.parametrize(
+    ("login", "header"),
+    [
+        ("", None),
+        ("http://", None),
+        ("http://user:p%40ss@", b"Basic dXNlcjpwQHNz"),
+        ("http://user:p@ss@", b"Basic dXNlcjpwQHNz"),
+        ("user:p%40ss@", b"Basic dXNlcjpwQHNz"),
+    ],
+)
+def test_a_proxy_gets_the_login_of_its_address(
+    monkeypatch: pytest.MonkeyPatch, login: str, header: bytes | None
+) -> None:
+    with first_bytes() as (port, asked):
+        set_proxy(monkeypatch, f"{login}127.0.0.1:{port}")
         with pytest.raises(OSError, match="502"):
             taskd.download("https://auth.example/jwks")
     assert asked[0].startswith(b"CONNECT auth.example:443 HTTP/1.")
-    assert (b"Proxy-Authorization: Basic dXNlcjpwQHNz\r\n" in asked[0]) == bool(login)
+    assert re.findall(b"(?i)Proxy-Authorization: (.*)\r", asked[0]) == ([header] if header else [])
 
 
 # --- Many at once, at a real taskd ----------------------------------------------------------------
