@@ -8,7 +8,6 @@ takes some milliseconds. processes.ForkServer starts this file and sends the ord
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import importlib
 import json
@@ -54,20 +53,15 @@ def run(program: ModuleType) -> None:
     """Run the program, and end as Python does, but for taking down each object in memory.
 
     That takes 20 ms, because a child then gets copies of the pages that it shares with its parent.
-    If the output cannot be written, Python says so at its end.
     """
     try:
-        sys.exit(program.main())
+        program.main()
     except SystemExit as ended:
         if not isinstance(ended.code, int | None):
             raise
         threading._shutdown()  # type: ignore[attr-defined]  # wait for the threads
         atexit._run_exitfuncs()
-        with contextlib.suppress(OSError, ValueError):
-            for stream in filter(None, (sys.stdout, sys.stderr)):
-                stream.flush()
-            os._exit(ended.code or 0)
-        raise
+        os._exit(ended.code or 0)
 
 
 def become(order: dict[str, Any], streams: list[int | None]) -> None:
@@ -78,20 +72,22 @@ def become(order: dict[str, Any], streams: list[int | None]) -> None:
     time.tzset()
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     for number, (name, stream) in enumerate(zip(STREAMS, streams, strict=True)):
+        opened = None
         if stream is None:
             os.close(number)
-            setattr(sys, name, None)
-            setattr(sys, f"__{name}__", None)
-            continue
-        os.dup2(stream, number)
-        os.close(stream)
-        mode = "r" if name == "stdin" else "a"
-        errors, buffering = ("backslashreplace", 1) if name == "stderr" else ("strict", -1)
-        setattr(sys, name, os.fdopen(number, mode, buffering, encoding, errors, closefd=False))
+        else:
+            os.dup2(stream, number)
+            os.close(stream)
+            mode = "r" if name == "stdin" else "a"
+            errors, buffering = ("backslashreplace", 1) if name == "stderr" else ("strict", -1)
+            opened = os.fdopen(number, mode, buffering, encoding, errors, closefd=False)
+        for known_as in (name, f"__{name}__"):
+            setattr(sys, known_as, opened)
 
 
 if __name__ == "__main__":
     directory, name, prepare = sys.argv[1:]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # with nohup it is ignored
     sys.path[0] = directory
     program = importlib.import_module(name)
     exec(prepare)
