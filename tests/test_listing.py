@@ -300,6 +300,17 @@ def test_there_is_a_link_exactly_as_long_as_there_is_more(
     assert [task for page in pages for task in page] == tasks
 
 
+@pytest.mark.parametrize("limit", [99, 100, 101, 999, 1000])
+@pytest.mark.parametrize("sort", ["id", "-title"])
+def test_a_page_of_any_size_has_as_many_tasks_and_a_link_if_one_more_follows(
+    alice: Person, tmp_path: Path, limit: int, sort: str
+) -> None:
+    keep(tmp_path / "taskd.db", limit)
+    assert [len(page) for page in walk(alice, limit=limit, sort=sort)] == [limit]
+    alice.add()
+    assert [len(page) for page in walk(alice, limit=limit, sort=sort)] == [limit, 1]
+
+
 def test_a_list_without_a_limit_has_no_link(alice: Person) -> None:
     for _ in range(3):
         alice.add()
