@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TASKD = Path(__file__).parent.parent / "taskd.py"
-NOT_IN_PROCESS = ("Postgres",)  # runs with `make test-postgresql`, which mutmut does not start
+# They run with `make test-postgresql`, which mutmut does not start.
+NOT_IN_PROCESS = ("Postgres", "PostgresPool")
 
 
 def mutants(chapters: list[str]) -> Iterator[str]:
