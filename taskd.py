@@ -414,10 +414,10 @@ class WouldBlock(BaseException):
     One thread, the event loop, reads all requests and runs the application for each of them,
     because switching between Python threads costs more than a request. It must never wait. Code
     that would wait there raises this instead: the database for a lock or another server, the key
-    set for a fetch. Nothing has been changed yet, so the server runs the request again from the
-    start: in a worker thread, where `thread_state.in_event_loop` is False and this is never raised,
-    or, if there is an `until`, in the event loop when that is done. Everything before the first
-    write to the database must therefore be safe to run twice.
+    set for a fetch; and so does a statement that fails. Nothing has been changed yet, so the server
+    runs the request again from the start: in a worker thread, where `thread_state.in_event_loop` is
+    False and this is never raised, or, if there is an `until`, in the event loop when that is done.
+    Everything before the first write to the database must therefore be safe to run twice.
     """
 
     def __init__(self, until: Future[None] | None = None) -> None:
@@ -1906,6 +1906,7 @@ class _LastWrite:
     """Remembers for /readyz that the last write failed: reads work on a full or read-only disk."""
 
     _failure = ""
+    probe = "UPDATE about SET version = version"  # a write that changes nothing
     write: Callable[..., object]
 
     @contextlib.contextmanager
@@ -1916,13 +1917,13 @@ class _LastWrite:
             if UNWRITABLE.search(ex.args[1]):
                 self._failure = ex.args[1]
             raise
-        self._failure = ""
+        when_on_disk(partial(setattr, self, "_failure", ""))
 
     def _check_last_write(self) -> None:
         """Raise Unavailable if the last write failed, and so does another one now."""
         try:
             if self._failure:
-                self.write("UPDATE about SET version = version")
+                self.write(self.probe)
         except Unavailable as ex:
             raise Unavailable("the database, which stores no writes,", ex.args[1]) from ex
 
@@ -1934,6 +1935,8 @@ class Sqlite(_LastWrite):
     commits it before it answers them: they share a flush of the disk. Its other connection, which
     reads, does not see them earlier. In other threads each write is committed by itself.
     """
+
+    probe = "UPDATE about SET rowid = -rowid"  # SQLite writes no row that stays as it is
 
     def __init__(self, path: str, waiting: int) -> None:
         """Open the database; at most `waiting` threads wait to write. Raises DatabaseError."""
@@ -1973,9 +1976,9 @@ class Sqlite(_LastWrite):
         if thread_state.uncommitted is not None:
             _drop(self._writer)
             raise BatchFailed from None
-        if thread_state.in_event_loop and "locked" in str(ex):
-            raise WouldBlock from None
         _drop(self._here())  # its state is not known; the next request opens a new one
+        if thread_state.in_event_loop:  # perhaps it is locked
+            raise WouldBlock from None
         if type(ex) not in UNUSABLE:
             raise ex
         raise Unavailable("the database", str(ex)) from ex
@@ -2060,29 +2063,24 @@ class Sqlite(_LastWrite):
     def commit(self) -> Future[bool]:
         """Commit the batch, in another thread if the disk is slow; False if it was undone."""
         self._committing, done = True, Future[bool]()
-
-        def commit() -> None:
-            done.set_result(self._commit())
-
         if self._commit_time > SLOW_COMMIT:
             with contextlib.suppress(RuntimeError):  # the system allows no further thread
-                threading.Thread(target=commit, daemon=True).start()
+                threading.Thread(target=self._commit, args=[done], daemon=True).start()
                 return done
-        commit()
+        self._commit(done)
         return done
 
-    def _commit(self) -> bool:
-        started = time.monotonic()
+    def _commit(self, done: Future[bool]) -> None:
+        started, stored = time.monotonic(), True
         try:
             self._writer.execute_sql("COMMIT")
         except peewee.DatabaseError:  # the requests run again, and one that fails says why
             _drop(self._writer)
-            return False
-        finally:
-            self._committing = False
+            stored = False
+        self._committing = False
         seconds = min(time.monotonic() - started, 10 * SLOW_COMMIT)
         self._commit_time += (seconds - self._commit_time) / 8  # a moving average
-        return True
+        done.set_result(stored)
 
     def _here(self) -> peewee.SqliteDatabase:
         """Return the database whose connection this thread uses now."""

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -131,6 +132,26 @@ def test_a_check_through_a_symbolic_link_sees_what_is_in_the_log(
 
 
 # --- Full and read-only disks ---------------------------------------------------------------------
+
+
+def test_readyz_says_that_no_writes_are_stored_until_they_are_and_reads_go_on(
+    server: Process,
+) -> None:
+    def limit_files(size: int) -> None:
+        resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    assert server.request("POST", TASKS, {"title": "x"}, bearer()).status_code == 201
+    limit_files(4096)
+    assert_problem(server.request("POST", TASKS, {"title": "y"}, bearer()), 503)
+    problem = assert_problem(server.request("GET", "/readyz"), 503)
+    assert problem["detail"] == (
+        "the database, which stores no writes, cannot be used right now; try again"
+    )
+    assert "ERROR the database, which stores no writes, cannot be used: " in server.log
+    assert len(server.request("GET", TASKS, headers=bearer()).json) == 1
+    limit_files(resource.RLIM_INFINITY)
+    assert server.request("GET", "/readyz").status_code == 200
+    assert server.request("POST", TASKS, {"title": "z"}, bearer()).status_code == 201
 
 
 def test_readyz_says_that_the_disk_is_full_until_there_is_room(

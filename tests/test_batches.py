@@ -190,12 +190,12 @@ def test_a_request_that_fails_fails_alone_and_each_is_answered_and_logged_once(
 def test_after_a_commit_that_failed_each_request_is_done_once(start: Start, path: Path) -> None:
     failing = """
 commit, count = taskd.Sqlite._commit, 0
-def fail_every_second(self):
+def fail_every_second(self, done):
     global count
     count += 1
     if count % 2:
         self._writer.execute_sql("ROLLBACK")
-    return commit(self)
+    return commit(self, done)
 taskd.Sqlite._commit = fail_every_second
 """
     server = start(before=failing, TASKD_METRICS="1")

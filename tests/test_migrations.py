@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from falcon import testing
 
 import taskd
 from conftest import Person
-from support import COLD, DEADLINE, ROOT, Process, bearer, environment
+from support import COLD, DEADLINE, ROOT, Process, bearer, environment, until
 
 pytestmark = pytest.mark.sqlite("PostgreSQL has had no earlier version of the schema")
 
@@ -227,12 +227,14 @@ def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(
     before = tasks(path)
     chance = random.Random()
     killed = 0
-    for _ in range(8):
+    for attempt in range(8):
         process = start(wait=False, command=COLD)
-        try:
-            process.popen.wait(0.25 + chance.random() * 0.9)
-        except subprocess.TimeoutExpired:
-            killed += "listening" not in process.log
+        if attempt == 0:
+            until(lambda: copies(path), "it begins to migrate")
+        else:
+            with suppress(subprocess.TimeoutExpired):
+                process.popen.wait(0.25 + chance.random() * 0.9)
+        killed += "listening" not in process.log
         process.kill()
         assert tasks(path) == before
     server = start()
