@@ -681,8 +681,8 @@ def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
             if keys.setdefault((key.key_id, key.algorithm_name), key) is not key:
                 raise UnusableKey("a key before it has the same kid and alg")
         except Exception as ex:  # a message of another class could show a key
-            unsaid = f"it is malformed ({type(ex).__name__})"
-            why = str(ex) if isinstance(ex, UnusableKey) else unsaid
+            kind = type(ex).__name__
+            why = str(ex) if isinstance(ex, UnusableKey) else f"it is malformed ({kind})"
             kid = member.get("kid") if isinstance(member, dict) else None
             name = f" (kid {kid[:60]!r})" if isinstance(kid, str) else ""
             oddities.append(f"its key number {number}{name} is left out: {why}")
@@ -1043,8 +1043,8 @@ def read(req: falcon.Request, kind: dict[str, Any], body: bytes | None = None) -
     if not body:
         raise falcon.HTTPBadRequest(description="send a JSON object as the body")
     if not JSON_TYPE.fullmatch(req.content_type or "") or req.get_header("Content-Encoding"):
-        wanted = "send plain JSON in UTF-8, with the header Content-Type: application/json"
-        raise falcon.HTTPUnsupportedMediaType(description=wanted)
+        detail = "send plain JSON in UTF-8, with the header Content-Type: application/json"
+        raise falcon.HTTPUnsupportedMediaType(description=detail)
     try:
         return decode(body.decode(), kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as ex:
@@ -1094,7 +1094,7 @@ def decode(text: str, kind: dict[str, Any]) -> dict[str, Any]:
 
 
 def depth(text: str) -> int:
-    """Return how deep arrays and objects of JSON are nested; only some Pythons limit it."""
+    """Return how deep arrays and objects of JSON are nested; not every Python limits recursion."""
     brackets = re.sub(r'(?s)"(?:[^"\\]++|\\.)*+"?|[^][{}"]++', "", text)
     return max(itertools.accumulate(1 if one in "[{" else -1 for one in brackets), default=0)
 
@@ -1301,8 +1301,8 @@ def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
     if value.strip(" \t") == "*":
         return ["*"]
     if not re.fullmatch(ENTITY_TAGS, value):
-        form = f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
-        raise falcon.HTTPBadRequest(description=form)
+        detail = f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
+        raise falcon.HTTPBadRequest(description=detail)
     return re.findall(rf"(?:W/)?{TAG}", value)  # SQLite's LIKE would ignore the case of others
 
 
@@ -1310,8 +1310,8 @@ def read_key(req: falcon.Request) -> str | None:
     """Return the Idempotency-Key, or None; raise 400 if it is malformed."""
     key = req.get_header("Idempotency-Key")
     if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
-        rule = "Idempotency-Key must be 1 to 255 visible ASCII characters"
-        raise falcon.HTTPBadRequest(description=rule)
+        detail = "Idempotency-Key must be 1 to 255 visible ASCII characters"
+        raise falcon.HTTPBadRequest(description=detail)
     return key
 
 
@@ -1917,7 +1917,8 @@ class _LastWrite:
             if UNWRITABLE.search(ex.args[1]):
                 self._failure = ex.args[1]
             raise
-        when_on_disk(partial(setattr, self, "_failure", ""))
+        if self._failure:
+            when_on_disk(partial(setattr, self, "_failure", ""))
 
     def _check_last_write(self) -> None:
         """Raise Unavailable if the last write failed, and so does another one now."""
@@ -2746,8 +2747,8 @@ class AuthMiddleware:
         asked = falcon.uri.decode(asked, unquote_plus=False) if req.context.decode else asked
         # Bytes that are not UTF-8 are U+FFFD in the parameter, but not in the path.
         if asked != user.id or user.id.encode().decode("latin-1") not in path:
-            why = "this token is not for the user in the URL; use your own user id"
-            raise falcon.HTTPForbidden(description=why)
+            detail = "this token is not for the user in the URL; use your own user id"
+            raise falcon.HTTPForbidden(description=detail)
 
     def _authenticate(self, req: falcon.Request) -> User:
         """Return the user of the Authorization header (RFC 6750, 2.1), or raise 401 (3)."""
@@ -4247,17 +4248,16 @@ def standard_streams(program: str) -> Iterator[None]:
         yield
     except SystemExit as ex:
         status = ex.code
-    failure = flush(sys.__stdout__)
-    if failure and not status:
+    if (failure := flush_or_discard(sys.__stdout__)) and not status:
         status = 1
         if not isinstance(failure, BrokenPipeError):  # its reader wanted no more
             with contextlib.suppress(OSError):
                 print(f"{program}: the output: {failure.strerror}", file=sys.stderr)
-    flush(sys.__stderr__)
+    flush_or_discard(sys.__stderr__)
     sys.exit(status)
 
 
-def flush(stream: io.TextIOWrapper | None) -> OSError | None:
+def flush_or_discard(stream: io.TextIOWrapper | None) -> OSError | None:
     """Write what a standard stream still holds, or discard it and return the error."""
     if stream:
         try:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +228,14 @@ def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(
     chance = random.Random()
     killed = 0
     for attempt in range(8):
-        process = start(wait=False, command=COLD)
+        process, seconds = start(wait=False, command=COLD), 0.25 + chance.random() * 0.9
         if attempt == 0:
             until(lambda: copies(path), "it begins to migrate")
-        else:
-            with suppress(subprocess.TimeoutExpired):
-                process.popen.wait(0.25 + chance.random() * 0.9)
-        killed += "listening" not in process.log
+            seconds = 0
+        try:
+            process.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            killed += "listening" not in process.log
         process.kill()
         assert tasks(path) == before
     server = start()

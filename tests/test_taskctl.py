@@ -1030,6 +1030,7 @@ def test_what_a_token_says_does_nothing_to_the_terminal(taskctl: Taskctl) -> Non
     ]
 
 
+LONG_LIST = [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)]
 OUTPUT = [("taskd", "--help")] + [
     ("taskctl", command)
     for command in ("tasks alice", "settings --json", "stats", "export", "users", "mint alice")
@@ -1040,10 +1041,7 @@ def run_into(
     stdout: IO[bytes] | int, directory: Path, program: str, command: str
 ) -> tuple[int, str]:
     """Run a program whose output goes there; return its exit status and stderr."""
-    keep(
-        directory / "taskd.db",
-        [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)],
-    )
+    keep(directory / "taskd.db", LONG_LIST)
     ended = subprocess.run(
         [sys.executable, str(ROOT / f"{program}.py"), *command.split()], cwd=directory,
         env=environment(BETTER_AUTH_SECRET=SECRET), stdout=stdout, stderr=subprocess.PIPE,
@@ -1087,10 +1085,7 @@ def test_a_reader_of_the_messages_who_stops_reading_changes_nothing(tmp_path: Pa
 
 
 def test_the_first_line_of_a_long_list_can_be_read_alone(tmp_path: Path) -> None:
-    keep(
-        tmp_path / "taskd.db",
-        [[number, "alice", "Buy milk", None, 0, *MILK[-2:]] for number in range(1, 1001)],
-    )
+    keep(tmp_path / "taskd.db", LONG_LIST)
     answer = subprocess.run(
         ["bash", "-c", '"$@" | head -1', "bash", *COMMAND, "tasks", "alice"],
         cwd=tmp_path, env=environment(BETTER_AUTH_SECRET=SECRET), capture_output=True, text=True,
