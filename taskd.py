@@ -472,6 +472,8 @@ LEEWAY = 10  # seconds by which this clock and the issuer's may differ
 MAX_TOKEN = 16 * 1024  # characters; Better Auth's have a few hundred
 TOKEN_CACHE_SIZE = 1000  # verified tokens
 TOKEN_CACHE_AGE = 300  # seconds after which a token is verified again
+REJECTED_CACHE_SIZE = 200  # rejected tokens: clients go on sending one that has expired
+REJECTED_CACHE_AGE = 1  # seconds after which a rejected token is verified again
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, 7.1: no padding
 # RFC 8725, section 3.11: Better Auth signs its session cookies too, with another type.
 LOGIN_TYPES = ("jwt", "at+jwt")
@@ -745,6 +747,7 @@ class Tokens:
         # PyJWT refuses any token with an aud unless told otherwise, and Better Auth's have one.
         self._jwt = jwt.PyJWT({"require": ["sub", "exp"], "verify_aud": self._audience is not None})
         self._verified: dict[str, tuple[float, jwt.PyJWK | None, User]] = {}
+        self._rejected: dict[str, tuple[float, str]] = {}
 
     def fetch_keys(self) -> None:
         """Begin to fetch the key set, so that the first login need not wait for it."""
@@ -760,12 +763,26 @@ class Tokens:
         """
         until, key, user = self._verified.get(token, (0, None, None))
         if user is None or until <= time.time() or not self._still_valid(key):
-            user, key = self._verify(token)
+            user, key = self._verify_unless_rejected(token)
             until = min(user.expires + LEEWAY, time.time() + TOKEN_CACHE_AGE)
             if len(self._verified) >= TOKEN_CACHE_SIZE:
                 self._verified.clear()
             self._verified[token] = (until, key, user)
         return user
+
+    def _verify_unless_rejected(self, token: str) -> tuple[User, jwt.PyJWK | None]:
+        """Verify a token, or reject it for the reason for which it was rejected just now."""
+        until, why = self._rejected.get(token, (0, ""))
+        if until > time.monotonic():
+            raise TokenError(why)
+        try:
+            return self._verify(token)
+        except TokenError as ex:
+            if not self._key_set:  # which may have another key by now
+                if len(self._rejected) >= REJECTED_CACHE_SIZE:
+                    self._rejected.clear()
+                self._rejected[token] = time.monotonic() + REJECTED_CACHE_AGE, str(ex)
+            raise
 
     def mint(self, claims: Claims) -> str:
         """Return a token with these claims, signed with the first secret."""

@@ -572,6 +572,38 @@ def test_a_good_token_does_not_make_a_changed_one_pass_nor_the_other_way_round(c
         assert status_for(client, GOOD, user="bob") == 403
 
 
+def test_a_rejected_token_is_rejected_again_for_the_same_reason(client):
+    bad = [SIGNATURES["another secret"], sign(HS256, claims(exp=NOW - 60)), FORM["two parts"]]
+    headers = [authorized(token) for token in bad]
+    first, second = (
+        [client.simulate_get("/api/alice/tasks", headers=one) for one in headers] for _ in range(2)
+    )
+    assert {response.status_code for response in first + second} == {401}
+    assert [challenge(one) for one in first] == [challenge(one) for one in second]
+    assert len({challenge(one) for one in first}) == len(bad)
+    assert status_for(client, GOOD) == 200
+
+
+def test_a_token_that_was_rejected_because_it_is_not_valid_yet_passes_as_soon_as_it_is(client):
+    # It is one to two seconds too early.
+    nbf, deadline = int(time.time()) + 12, time.time() + DEADLINE
+    early = sign(HS256, claims(nbf=nbf))
+    assert status_for(client, early) == 401
+    while status_for(client, early) == 401 and time.time() < deadline:
+        time.sleep(0.01)
+    assert nbf - 10 <= time.time() < nbf - 10 + 5
+    assert status_for(client, early) == 200
+
+
+def test_many_rejected_tokens_are_forgotten_and_each_is_still_rejected():
+    tokens = taskd.Tokens(taskd.Settings(secret=SECRET))
+    for number in range(1000):
+        with pytest.raises(taskd.TokenError):
+            tokens.verify(f"{GOOD[:-6]}{number:06}")
+        assert len(tokens._rejected) <= 200
+    assert tokens.verify(GOOD).id == "alice"
+
+
 # --- Good tokens ----------------------------------------------------------------------------------
 
 GOOD_TOKENS = {
