@@ -68,6 +68,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import string
 import sys
 import tempfile
 import termios
@@ -84,7 +85,7 @@ from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, cast
-from urllib.parse import SplitResult, unquote_to_bytes, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urlencode, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
 try:
@@ -118,12 +119,15 @@ MIN_SECRET = 32  # bytes; RFC 7518, section 3.2: an HS256 key is at least as lon
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # Better Auth's default
 MAKE_ONE = "make one with: python taskctl.py init"
 DATABASE = (
-    r"sqlite:///(?!:memory:)[^?#\0]+"
+    r"sqlite:///(?!:memory:)[^?#\0-\x1f]+"
     r"|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?"
 )
 DATABASES = "sqlite:/// and the path of a file, or postgresql://user:password@host/name"
+HOST_NAME = r"[\w.:%-]+"
 LOOPBACK = r"localhost|127\.[0-9.]+|\[?::1\]?"
-KEY_SET_URL = rf"(https|insecure\+http)://[^\s@/?#][^\s@]*|http://({LOOPBACK})(:[0-9]+)?(/\S*)?"
+KEY_SET_URL = (  # of visible ASCII characters
+    rf"(?=[!-~]+\Z)(?:(https|insecure\+http)://[^@/?#][^@]*|http://({LOOPBACK})(:[0-9]+)?(/.*)?)"
+)
 KEY_SETS = "https, or http to this machine: Better Auth's /api/auth/jwks"
 ORIGIN = re.compile(
     r"((https?)://(?:\[([0-9a-f:]+)\]|[a-z0-9._-]+)"
@@ -230,7 +234,7 @@ class Settings:
     secret: str | None = _env("BETTER_AUTH_SECRET", None, "shared with Better Auth", "", _secret)
     secrets: tuple[str, ...] = _env("BETTER_AUTH_SECRETS", (), '"2:new,1:old"', "", _secrets)
     database_url: str = _env("DATABASE_URL", "sqlite:///taskd.db", DATABASES, DATABASE)
-    host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", r"[^\s/]+")
+    host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", HOST_NAME)
     port: int = _env("TASKD_PORT", 8000, "a port, or 0 for any free one", "[0-9]{1,5}", _port)
     threads: int = _env("TASKD_THREADS", 16, "from 2 to 99", "[2-9]|[1-9][0-9]", int)
     cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGINS, "", _origins)
@@ -261,7 +265,7 @@ class Settings:
         """The path of SQLite's file, or the database's address without its password."""
         if self.database_url.startswith("sqlite:"):
             return self.database_url.removeprefix("sqlite:///")
-        return re.sub("//.*@", "//…@", self.database_url.partition("?")[0])
+        return re.sub("//.*@", "//…@", self.database_url).partition("?")[0]
 
 
 def _parse(text: str, metadata: Mapping[str, Any]) -> Any:
@@ -315,9 +319,9 @@ def _nearest(name: str, names: list[str]) -> str:
 class AccessLogRecord(logging.LogRecord):
     """A request in the log."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, level: int, fields: dict[str, Any]) -> None:
         """Take the fields in the order in which JSON shows them."""
-        super().__init__(log.name, logging.INFO, __file__, 0, "", None, None)
+        super().__init__(log.name, level, __file__, 0, "", None, None)
         self.fields = fields
 
     def getMessage(self) -> str:  # noqa: N802
@@ -325,15 +329,16 @@ class AccessLogRecord(logging.LogRecord):
         field, user = self.fields, self.fields["user"]
         user = "-" if user is None else f"'{falcon.uri.encode_value(user)}'"
         client = f" client={field['client']}" if "client" in field else ""
-        reason = f' reason="{field["reason"]}"' if "reason" in field else ""
+        reason = field.get("reason", "").replace('"', "'")
+        reason = f' reason="{reason}"' if reason else ""
         what = f"{field['method']} {field['route']} {field['status']} {field['ms']:.1f}ms"
         return f"{what} id={field['id']} user={user}{client}{reason}"
 
 
-def log_request(**fields: Any) -> None:
+def log_request(level: int, **fields: Any) -> None:
     """Log a request; the user is None where it is not known."""
-    if log.isEnabledFor(logging.INFO):
-        log.handle(AccessLogRecord(fields))
+    if log.isEnabledFor(level):
+        log.handle(AccessLogRecord(level, fields))
 
 
 class TextLines(logging.Formatter):
@@ -384,8 +389,7 @@ def printable(text: str) -> str:
 
 
 def configure_log(settings: Settings) -> None:
-    """Send taskd's and waitress's log lines to stderr; skip lookups that no line shows."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    """Send taskd's and waitress's log lines to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     for logger in (log, logging.getLogger("waitress")):
@@ -480,7 +484,7 @@ LOGIN_TYPES = ("jwt", "at+jwt")
 NO_KEY_SET = (
     "signed with Better Auth's own key, which this server does not know: set TASKD_JWKS_URL"
 )
-ASYMMETRIC = ("EdDSA", "ES256", "ES512", "RS256", "PS256")  # what Better Auth's plugin offers
+ASYMMETRIC = ["EdDSA", "ES256", "ES512", "RS256", "PS256"]  # what Better Auth's plugin offers
 REFUSALS: dict[type[Exception], str] = {
     jwt.InvalidTokenError: "the header's typ, kid, crit or b64 is not that of a login token",
     jwt.ExpiredSignatureError: "the token has expired; log in again",
@@ -700,6 +704,8 @@ def public_key(member: Any) -> jwt.PyJWK:
         raise UnusableKey("it is private or secret: whoever can read the set can sign with it")
     if member.get("use", "sig") != "sig":
         raise UnusableKey("its use is not sig")
+    if "verify" not in member.get("key_ops", ["verify"]):
+        raise UnusableKey("its key_ops do not have verify")
     key = jwt.PyJWK(member) if (member.get("alg") or "EdDSA") in ASYMMETRIC else None
     if key is None or key.algorithm_name not in ASYMMETRIC:
         raise UnusableKey(f"its alg is not one of {', '.join(ASYMMETRIC)}")
@@ -836,8 +842,10 @@ class Tokens:
 
     def _find_key(self, alg: object, kid: str | None) -> jwt.PyJWK:
         if not isinstance(alg, str) or alg not in ASYMMETRIC:
-            one_of = f"alg must be one of {', '.join(ASYMMETRIC)}"
-            raise TokenError("alg must be HS256" if self._secrets else one_of)
+            if not self._key_set:
+                raise TokenError("alg must be HS256")
+            algorithms = (["HS256"] if self._secrets else []) + ASYMMETRIC
+            raise TokenError(f"alg must be one of {', '.join(algorithms)}")
         if not self._key_set:
             raise TokenError(NO_KEY_SET)
         if not (key := self._key_set.find(kid, alg)):
@@ -896,7 +904,7 @@ def quoted(text: str) -> str:
 def parse_due_date(text: str) -> str:
     """Return a day as it is, or a time in UTC with milliseconds. Raises ValueError.
 
-    A leap second, which only the last minute of a day in UTC can have, is the next day's first.
+    A leap second, which only the last minute of a month in UTC can have, is the next month's first.
     """
     found = DUE_DATE.fullmatch(text)
     if not found:
@@ -909,7 +917,7 @@ def parse_due_date(text: str) -> str:
         parsed = when.replace(microsecond=0) + timedelta(seconds=1) if leap else when
     except OverflowError:
         raise ValueError("not in the years 0001 to 9999") from None
-    if leap and f"{when:%H:%M}" != "23:59":
+    if leap and f"{parsed:%d %H:%M}" != "01 00:00":
         raise ValueError("no leap second is at this time")
     return timestamp(parsed)
 
@@ -1012,7 +1020,6 @@ MAX_BODY = 64 * 1024  # bytes; the largest possible task has 51,000 in UTF-8
 MAX_DEPTH = 500  # arrays and objects within each other
 MAX_FAULTS = 20  # reported at once, each with at most so many characters of the field's name
 MAX_NAME = 100
-JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*"?utf-?8"?\s*)?', re.IGNORECASE)
 
 
 # What a body may set, with its default: `...` if it must be given, UNSET if it may be left out.
@@ -1059,13 +1066,23 @@ def read(req: falcon.Request, kind: dict[str, Any], body: bytes | None = None) -
     body = content(req) if body is None else body
     if not body:
         raise falcon.HTTPBadRequest(description="send a JSON object as the body")
-    if not JSON_TYPE.fullmatch(req.content_type or "") or req.get_header("Content-Encoding"):
+    if not is_plain_json(req):
         detail = "send plain JSON in UTF-8, with the header Content-Type: application/json"
         raise falcon.HTTPUnsupportedMediaType(description=detail)
     try:
         return decode(body.decode(), kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as ex:
         raise falcon.HTTPBadRequest(description=f"the body must be JSON in UTF-8: {ex}") from None
+
+
+def is_plain_json(req: falcon.Request) -> bool:
+    """Say whether the headers declare JSON in UTF-8; other parameters have no effect (RFC 8259)."""
+    kind, parameters = falcon.parse_header(req.content_type or "")
+    return (
+        kind.lower() == "application/json"
+        and parameters.get("charset", "utf-8").lower() in ("utf-8", "utf8")
+        and req.get_header("Content-Encoding", default="identity").lower() == "identity"
+    )
 
 
 def content(req: falcon.Request) -> bytes:
@@ -1211,10 +1228,11 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
         for name, value in req.params.items()
         if not name.startswith("_")
     }
+    is_utf8 = _is_utf8(req.query_string)
     faults = [
         Fault(name[:MAX_NAME], reason)
         for name, values in itertools.islice(given.items(), MAX_FAULTS)
-        if (reason := wrong_parameter(name, values))
+        if (reason := wrong_parameter(name, values, is_utf8))
     ]
     tags, cursor = given.pop(REPEATABLE, []), given.pop("after", None)
     asked, after = {name: values[0] for name, values in given.items()}, None
@@ -1227,13 +1245,25 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
     return Listing(**parsed, tags=tuple(tags), after=after)
 
 
-def wrong_parameter(name: str, values: list[str]) -> str | None:
+def _is_utf8(query: str) -> bool:
+    """Say whether a query is UTF-8; Falcon replaces bytes that are not by U+FFFD."""
+    try:
+        unquote_to_bytes(query).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def wrong_parameter(name: str, values: list[str], is_utf8: bool = True) -> str | None:
     """Return what is wrong with a parameter of lists, or None."""
     if name not in PARAMETERS:
         return f"is not a parameter of lists; {_instead(name[:MAX_NAME])}"
+    if not is_utf8 and "\ufffd" in "".join(values):
+        return "must be UTF-8"
     pattern, rule = PARAMETERS[name]
     if len(values) > (MAX_TAGS if name == REPEATABLE else 1):
-        return f"{rule}; it was given {len(values)} times"
+        most = f"{MAX_TAGS} times" if name == REPEATABLE else "once"
+        return f"must be given at most {most}, not {len(values)} times"
     try:
         if pattern == DUE_DATE.pattern:
             due_moment(values[0])
@@ -1244,11 +1274,11 @@ def wrong_parameter(name: str, values: list[str]) -> str | None:
 
 def _instead(name: str) -> str:
     """Say what to send in place of a parameter that is not known."""
-    plain = re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", name).replace("-", "_")
+    plain = re.sub("(?<=[a-z])(?=[A-Z])|-", "_", name).lower()
     for parameter, names in INSTEAD.items():
         if plain.strip("_") in names.split():
             return f"send {parameter}"
-    close = difflib.get_close_matches(plain.strip("_"), PARAMETERS, 1)
+    close = difflib.get_close_matches(plain.strip("_"), PARAMETERS, 1, 0.8)
     return f"send {close[0]}" if close else f"send one of {', '.join(PARAMETERS)}"
 
 
@@ -1344,6 +1374,7 @@ USERS_COUNTED = 10_000
 SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
+SEARCH_TURN_TIMEOUT = 0.25  # seconds that one waits until another of the same user ends
 IDEMPOTENCY_WINDOW = timedelta(hours=24)  # in which a create can be repeated with its key
 DIGESTED = ("title", "description", "completed")  # part of the digest even with their defaults
 CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
@@ -1598,7 +1629,7 @@ class TaskStore:
         self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
         self._page = lru_cache(256)(lambda *shape: database.compile(page_query(*shape)))
         self._searching: Counter[str] = Counter()
-        self._searching_lock = threading.Lock()
+        self._search_ended = threading.Condition()
 
     @contextlib.contextmanager
     def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
@@ -1632,16 +1663,19 @@ class TaskStore:
 
     @contextlib.contextmanager
     def _counted(self, user_id: str) -> Iterator[None]:
-        with self._searching_lock:
-            if self._searching[user_id] >= SEARCHES_OF_USER:
+        with self._search_ended:
+            if not self._search_ended.wait_for(
+                lambda: self._searching[user_id] < SEARCHES_OF_USER, SEARCH_TURN_TIMEOUT
+            ):
                 raise Busy("other searches of yours are still running; wait until one ends", "busy")
             self._searching[user_id] += 1
         try:
             yield
         finally:
-            with self._searching_lock:
+            with self._search_ended:
                 self._searching[user_id] -= 1
                 self._searching += Counter()  # drops users at zero
+                self._search_ended.notify_all()
 
     def page(self, user_id: str, listing: Listing) -> tuple[bytes, Listing | None]:
         """Return the JSON array of the user's tasks, and the listing of those that follow.
@@ -2113,15 +2147,18 @@ class Sqlite(_LastWrite):
 
         SQLite would go on writing to a file that was deleted or replaced; those writes are lost.
         """
+        try:
+            is_at_path = os.path.samestat(self._path.stat(), self._opened)
+        except OSError:
+            is_at_path = False
+        if not is_at_path:
+            why = "restart taskd to serve the file that is there now"
+            raise Unavailable("the database, whose file was replaced or deleted,", why)
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
-            replaced = not os.path.samestat(self._path.stat(), self._opened)
             _check_fit(self._here(), sqlite_definitions)
-        except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
+        except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             raise Unavailable("the database", str(ex)) from ex
-        if replaced:
-            why = "restart taskd to serve the file that is there now"
-            raise Unavailable("the database, whose file was replaced,", why)
         if self._failure and shutil.disk_usage(self._path.parent).free < FULL:
             raise Unavailable("the database, whose disk is full,", self._failure)
         self._check_last_write()
@@ -2448,6 +2485,8 @@ def prepare_database(path: str) -> None:
     database = peewee.SqliteDatabase(path, timeout=LOCK_TIMEOUT)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if not Path(path).is_file():
+            raise OSError("it is not a regular file")
         if schema_version(database) < VERSION:
             _migrate_file(database, path)
         check_schema(database, path, sqlite_definitions)
@@ -2817,7 +2856,9 @@ class RequestContext:
         prefix = req.get_header("X-Forwarded-Prefix") or ""
         if PREFIX.fullmatch(prefix):
             req.env["SCRIPT_NAME"] = prefix
-        forwarded = (req.get_header("X-Forwarded-For") or "").rpartition(",")[2].strip()
+        hops = (req.get_header("X-Forwarded-For") or "").split(",")
+        others = (hop.strip() for hop in reversed(hops) if hop.strip() not in self._proxies)
+        forwarded = next(others, "")  # the last one that is not a trusted proxy itself
         return forwarded if ADDRESS.fullmatch(forwarded) else str(req.remote_addr)
 
     def process_response(
@@ -2833,6 +2874,7 @@ class RequestContext:
     def _log(self, req: falcon.Request, resp: falcon.Response) -> None:
         context = req.context
         log_request(
+            logging.ERROR if context.get("unavailable") else logging.INFO,
             method="-" if context.refusal else method_of(req),
             route=req.uri_template or "-",
             status=resp.status_code,
@@ -3160,7 +3202,7 @@ def handle_refusal(
 ) -> NoReturn:
     """Answer an exception of REFUSED; the operator is told what cannot be used."""
     if type(ex) is Unavailable:
-        log.error("%s cannot be used: %s", *ex.args, extra={"id": req.context.id})
+        req.context.unavailable, req.context.reason = True, "{} cannot be used: {}".format(*ex.args)
     raise REFUSED[type(ex)](ex)
 
 
@@ -3275,9 +3317,12 @@ MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailer
 MAX_HEADERS = 4096  # header lines
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
 MAX_CHUNKS = 20 * 1024  # not counting runs of chunks of one byte
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"  # RFC 9110, section 5.6.2, without small letters
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
-ORIGIN_LINE = re.compile(rb"^(Origin):[ \t]*([!-~]+)\r$", re.MULTILINE | re.IGNORECASE)
+# The headers that the answer to a refused request depends on.
+FOR_REFUSALS = re.compile(
+    rb"^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$", re.MULTILINE | re.IGNORECASE
+)
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
@@ -3332,6 +3377,8 @@ class ServerRequest:
             target = "/" + (url[1] or "").removeprefix("/")
         elif not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
             raise malformed("the target must be a path, or an http URL")
+        if not target.isascii():  # Falcon would read the query as Latin-1
+            target = quote(target, string.printable, "latin-1")
         self.request_uri = target.partition("#")[0]
         path, _, self.query = self.request_uri.partition("?")
         self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
@@ -3413,7 +3460,10 @@ class RequestReader:
     def _refuse(self, refusal: falcon.HTTPError) -> None:
         """Refuse the request and close the connection: the next request's start is not known."""
         if self.waiting_for != "body":
-            self.request.take_headers(self._lines)
+            found = FOR_REFUSALS.findall(self._buffer)[:2]
+            self.request.take_headers(
+                self._lines + [one for one in found if one not in self._lines]
+            )
         self.request.headers["CONNECTION"] = "close"
         self.request.refusal, self.complete = refusal, True
 
@@ -3459,8 +3509,7 @@ class RequestReader:
         except httptools.HttpParserUpgrade:
             pass  # taskd supports no other protocol, and ignores the Upgrade header
         except httptools.HttpParserError as ex:
-            origin = ORIGIN_LINE.findall(piece)[:1]  # for CORS, if llhttp has not passed it yet
-            self._lines += [line for line in origin if line not in self._lines]
+            self._buffer = piece  # llhttp may not have passed all of its headers yet
             raise malformed(str(ex).replace("`", "")) from None
         if len(self._lines) > MAX_HEADERS:
             raise head_too_large()
@@ -3576,6 +3625,7 @@ class ServerTask(waitress.task.WSGITask):
     def get_environment(self) -> dict[str, Any]:
         """Return the WSGI environment, with the error of the parser if there is one."""
         environ: dict[str, Any] = super().get_environment()
+        environ["REQUEST_METHOD"] = self.request.command  # waitress has it in capitals
         environ["taskd.refusal"] = self.request.refusal
         return environ
 
@@ -4159,6 +4209,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     """Serve the application on waitress until SIGTERM or SIGINT."""
+    # No line shows these; other WSGI servers may log them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     server = Server(
         app,
         _sock=listener,

@@ -147,7 +147,7 @@ def test_readyz_says_that_no_writes_are_stored_until_they_are_and_reads_go_on(
     assert problem["detail"] == (
         "the database, which stores no writes, cannot be used right now; try again"
     )
-    assert "ERROR the database, which stores no writes, cannot be used: " in server.log
+    assert 'reason="the database, which stores no writes, cannot be used: ' in server.log
     assert len(server.request("GET", TASKS, headers=bearer()).json) == 1
     limit_files(resource.RLIM_INFINITY)
     assert server.request("GET", "/readyz").status_code == 200

@@ -983,6 +983,8 @@ def test_unusual_but_good_json_is_read(alice, body):
         "application/json", "Application/JSON", "application/json; charset=utf-8",
         "application/json;charset=UTF-8", 'application/json; charset="utf-8"',
         "application/json ; charset=utf-8",
+        "application/json;", "application/json; x=y", 'application/json; x="a;b"; charset="UTF-8"',
+        "application/json;odata.metadata=minimal", "application/json; charset=utf-8; profile=x",
     ],
 )  # fmt: skip
 def test_json_in_utf_8_is_read(alice, content_type):
@@ -998,6 +1000,7 @@ WRONG_TYPES = [
     "json", "*/*", "application/*", "application/json, text/plain",
     "application/json; charset=latin-1", "application/json; charset=iso-8859-1",
     "application/json; charset=utf-16", "application/json; charset=utf-7",
+    "application/json; x=y; charset=utf-16", 'application/json; charset="latin-1"; charset',
     "application/jsonx; charset=utf-8", "application\\json",
 ]  # fmt: skip
 
@@ -1014,6 +1017,11 @@ def test_another_or_no_content_type_is_415(settled, content_type):
                 == "Unsupported Media Type"
             )
     assert settled.call("GET").json == tasks
+
+
+def test_a_body_may_say_that_it_is_not_compressed(alice):
+    headers = JSON | {"Content-Encoding": "Identity"}
+    assert send(alice, "POST", "", b'{"title":"x"}', headers).status_code == 201
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "x-gzip", "gzip, gzip"])

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,21 @@ def test_a_users_third_search_at_once_is_refused_and_other_users_may_search(app,
         assert bob.call("GET", query_string="q=milk").status_code == 200
     assert len(alice.call("GET", query_string="q=milk").json) == 1
     assert not app.store._searching
+
+
+@pytest.mark.both_engines
+def test_short_searches_of_a_user_at_once_wait_for_each_other(start):
+    server = start()
+    for number in range(101):
+        body = {"title": f"Task {number}", "tags": ["x"]}
+        assert server.request("POST", "/api/alice/tasks", body, bearer()).status_code == 201
+    queries = ["q=task", "sort=due_date", "priority=high", "sort=-updated_at&limit=9", "tag=x"]
+    calls = [
+        partial(server.request, "GET", f"/api/alice/tasks?{query}", headers=bearer())
+        for query in queries
+    ]
+    for _ in range(10):
+        assert [answer.status_code for answer in many(calls)] == [200] * len(queries)
 
 
 def test_a_search_that_takes_too_long_is_refused_and_the_next_one_is_served(

@@ -1026,7 +1026,7 @@ def test_litestream_brings_back_on_another_machine_what_it_has_copied(
         return [task["title"] for task in stored(copy).values()] if copy.exists() else []
 
     [secret] = machine.secrets()
-    replicate = [program, "replicate", "-config", settings]
+    replicate = [program, "replicate", "-config", str(settings)]
     with subprocess.Popen(replicate, stdout=subprocess.DEVNULL) as litestream:
         until(lambda: any(tmp_path.glob("bucket/**/*.ltx")), "the first copy")
         for number in range(100):

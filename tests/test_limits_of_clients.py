@@ -138,7 +138,7 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "an unknown method": (get(HOST).replace(b"GET", b"M-SEARCH"), 405),
     "a method of every token character": (get(HOST).replace(b"GET", b"!#$%&'*+.^_`|~-A9"), 405),
     "a method that is no token": (get(HOST).replace(b"GET", b"G@T"), 400),
-    "a method of small letters": (get(HOST).replace(b"GET", b"get"), 400),
+    "a method of small letters": (get(HOST).replace(b"GET", b"get"), 405),
     "a method of TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     "a tab in the path": (get(HOST, target="/hea\tlthz"), 400),
     "a control character in the path": (get(HOST, target="/hea\x01lthz"), 400),
@@ -361,6 +361,37 @@ def test_a_refusal_has_the_headers_of_every_answer(shared: Process, status: int)
     assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
     assert f"INFO - - {status} " in shared.log
     assert f" id={request_id} user=-" in shared.log
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"GET /a b HTTP/1.1", 400),
+        (b"GET /\x01 HTTP/1.1", 400),
+        (b"GET ftp://x/ HTTP/1.1", 400),
+        (b"GET / HTTP/2.0", 505),
+    ],
+)
+def test_a_refusal_of_the_first_line_has_the_headers_too(
+    shared: Process, line: bytes, status: int
+) -> None:
+    own = b"\r\nHost: x\r\nx-request-id: first-line\r\nOrigin: https://a.example\r\n\r\n"
+    with Wire(shared) as wire:
+        answer = wire.send(line + own).answer()
+    assert_problem(answer, status)
+    assert answer.headers["x-request-id"] == "first-line"
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("method", ["patch", "Get", "head"])
+def test_a_method_of_small_letters_is_another_method(shared: Process, method: str) -> None:
+    path = "/api/alice/tasks/1"
+    assert_problem(shared.request(method, path), 401)
+    answer = shared.request(method, path, None, bearer())
+    assert_problem(answer, 405)
+    assert "PATCH" in answer.headers["allow"]
 
 
 @pytest.mark.sqlite("it is about HTTP")

@@ -151,6 +151,39 @@ def test_a_parameter_that_is_given_twice_is_422_even_with_one_value(
     assert [error["field"] for error in problem["errors"]] == [name]
 
 
+@pytest.mark.sqlite("it is not about the database")
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("&".join(f"tag={n}" for n in range(21)), "must be given at most 20 times, not 21 times"),
+        ("q=a&q=b&q=c", "must be given at most once, not 3 times"),
+        ("q=%E9", "must be UTF-8"),
+        ("tag=home&tag=%C3", "must be UTF-8"),
+        ("STATUS=open", "send completed=true or completed=false"),
+        ("sortBy=id", "send sort, with - before it for descending"),
+        ("dueAfter=2026-12-01", "send due_after"),
+        ("created_after=2026-12-01", "send one of completed, "),
+    ],
+)
+def test_what_is_wrong_with_a_parameter_is_said(alice: Person, query: str, message: str) -> None:
+    [error] = assert_problem(alice.call("GET", query_string=query), 422)["errors"]
+    assert error["field"] == query.partition("=")[0]
+    assert message in error["message"]
+
+
+def test_a_replacement_character_can_be_searched_for(alice: Person) -> None:
+    alice.add(title="\ufffd")
+    assert titles(alice, q="\ufffd") == ["\ufffd"]
+
+
+def test_a_query_may_have_utf_8_that_is_not_percent_encoded(server: Process) -> None:
+    found = server.request("POST", TASKS, {"title": "Café", "tags": ["é"]}, bearer()).json
+    for query in (b"q=caf\xc3\xa9", b"tag=\xc3\xa9&q=%C3%A9&limit=1", b"q=\xc3%A9"):
+        with Wire(server) as wire:
+            path = f"{TASKS}?{query.decode('latin-1')}"
+            assert wire.send(written("GET", path, user="alice")).answer().json == [found]
+
+
 def test_all_that_is_wrong_is_named_at_once(alice: Person) -> None:
     problem = assert_problem(
         alice.call("GET", query_string="limit=0&sort=x&completed=maybe&q=%00&unknown=1&_=1"), 422

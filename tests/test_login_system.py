@@ -189,6 +189,8 @@ ODD: dict[str, Any] = {
     "kid a list": public(NEW, "EdDSA", None) | {"kid": ["odd"]},
     "kid a number": public(NEW, "EdDSA", None) | {"kid": 7},
     "use enc": public(NEW, "EdDSA", "odd", use="enc"),
+    "key_ops without verify": public(NEW, "EdDSA", "odd", key_ops=["encrypt", "wrapKey"]),
+    "key_ops a number": public(NEW, "EdDSA", "odd", key_ops=7),
     "private RSA": PRIVATE_RSA | {"kid": "odd", "alg": "RS256"},
     "private RSA, of which half is missing": public(RSA, "RS256", "odd", d="AQAB"),
     "private EC": PRIVATE_EC | {"kid": "odd", "alg": "ES256"},
@@ -207,6 +209,7 @@ WHY = {  # the others are malformed
     **dict.fromkeys(["oct", "private RSA", "private EC"], SECRET_KEY),
     "private RSA, of which half is missing": SECRET_KEY,
     "use enc": "its use is not sig",
+    "key_ops without verify": "its key_ops do not have verify",
     "weak": (
         "The RSA key is 1024 bits long, which is below the minimum recommended size of 2048 bits."
         " See NIST SP 800-131A."

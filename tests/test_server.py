@@ -244,7 +244,7 @@ def test_a_directory_that_does_not_exist_stops_the_start(tmp_path: Path) -> None
 
 @pytest.mark.sqlite("it is about a file")
 def test_a_path_with_a_line_break_is_refused_in_one_line(tmp_path: Path) -> None:
-    assert "nowhere" in refusal(
+    assert "DATABASE_URL must be sqlite:///" in refusal(
         tmp_path, DATABASE_URL="sqlite:///nowhere\ntaskd: all is well/taskd.db"
     )
 
@@ -327,11 +327,13 @@ def test_importing_taskd_does_nothing(tmp_path: Path) -> None:
 
 
 EMBED = """
-import sys
+import logging, sys
 from wsgiref.simple_server import make_server
 sys.path.insert(0, sys.argv[1])
 import taskd
 server = make_server("127.0.0.1", 0, taskd.wsgi())
+logging.basicConfig(format="%(process)d %(thread)d %(message)s")
+logging.getLogger("its.own").warning("has ids")
 print(f"taskd: listening on http://127.0.0.1:{server.server_port}", flush=True)
 server.serve_forever()
 """
@@ -340,6 +342,7 @@ server.serve_forever()
 @SAME_ON_ALL
 def test_another_wsgi_server_can_run_it(start: Start) -> None:
     server = start(command=[sys.executable, "-c", EMBED, str(ROOT)])
+    assert re.search(r"^\d+ \d+ has ids$", server.log, re.MULTILINE)
     created = server.request("POST", TASKS, milk(), bearer())
     assert created.status_code == 201
     assert created.headers["location"] == f"{TASKS}/{created.json['id']}"

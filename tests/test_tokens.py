@@ -1143,10 +1143,17 @@ BAD_SETTINGS = [
         "taskd.db", "/var/lib/taskd.db", "sqlite", "sqlite:", "sqlite:/taskd.db", "sqlite://",
         "sqlite://taskd.db", "sqlite:///", "sqlite:///:memory:", "sqlite://:memory:", ":memory:",
         "sqlite:///taskd.db?mode=memory", "sqlite:///taskd.db#x", "sqlite:///a\0b",
-        "SQLITE:///taskd.db", "sqlite+pool:///taskd.db", "file:taskd.db", "mysql://u:hidden@h/d",
+        "sqlite:///taskd.db\n", "sqlite:///a\tb", "SQLITE:///taskd.db",
+        "sqlite+pool:///taskd.db", "file:taskd.db", "mysql://u:hidden@h/d",
         "postgres://u:hidden@h/d", " sqlite:///taskd.db", "sqlite:///?mode=memory",
     )],
-    *[("TASKD_HOST", bad) for bad in ("a b", "http://localhost", "localhost/", " ", "127.0.0.1\n")],
+    *[("TASKD_HOST", bad) for bad in (
+        "a b", "http://localhost", "localhost/", " ", "127.0.0.1\n", "*",
+    )],
+    *[("TASKD_JWKS_URL", bad) for bad in (
+        "http://127.0.0.1/\u00e9", "https://a.example/ x", "https://a.example/\n",
+        "https://\u00e9.example/",
+    )],
     *[("TASKD_PORT", bad) for bad in (
         "x", "-1", "+1", "1.0", "1e3", "0x50", "1_0", "80 ", " 80", "\u0661", "65536", "99999",
         "100000", "9" * 5000, "http",
