@@ -293,6 +293,10 @@ UNUSABLE = {
         "postgresql://guarded:wrong-{password}@127.0.0.1:{port}/postgres",
         "password",
     ),
+    "a question mark in the password": (
+        "postgresql://guarded:{password}?x@127.0.0.1:{port}/postgres",
+        "password",
+    ),
     "no such user": ("postgresql://nobody:{password}@127.0.0.1:{port}/postgres", "nobody"),
     "no such database": ("postgresql://guarded:{password}@127.0.0.1:{port}/nowhere", "nowhere"),
     "no such host": ("postgresql://guarded:{password}@host.invalid/postgres", "host.invalid"),
