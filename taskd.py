@@ -1996,12 +1996,13 @@ class Sqlite(_LastWrite):
         self._event_loop_connection = connect(path, timeout=0, cache=16)
         self._writer = connect(path, timeout=0, cache=16, thread_safe=False)
         self._worker_connection = connect(path, timeout=LOCK_TIMEOUT)
-        try:  # One connection stays open; the first one creates SQLite's log, which can fail later.
-            self._worker_connection.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
+        self._path, self._opener = Path(path), threading.get_ident()
+        self._anchor = connect(path, timeout=LOCK_TIMEOUT, thread_safe=False)
+        try:
+            self._files = self._open_files()
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._worker_connection  # for taskctl's own queries
-        self._path, self._opened = Path(path), Path(path).stat()
         self._queue, self._turn = WriteQueue(waiting), threading.Lock()
         self._committing, self._commit_time = False, 0.0  # seconds
 
@@ -2083,7 +2084,9 @@ class Sqlite(_LastWrite):
             if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
         try:
+            self._check_files()
             yield
+            self._check_files()
         finally:
             self._turn.release()
 
@@ -2101,6 +2104,8 @@ class Sqlite(_LastWrite):
             return False
         if _is_in_transaction(self._writer):
             return True
+        if not self._has_its_files():
+            raise BatchFailed
         if self._turn.locked():  # SQLite would give the lock to whoever asks at the right moment
             return False
         try:
@@ -2129,7 +2134,7 @@ class Sqlite(_LastWrite):
         except peewee.DatabaseError:  # the requests run again, and one that fails says why
             _drop(self._writer)
             stored = False
-        self._committing = False
+        stored, self._committing = stored and self._has_its_files(), False
         seconds = min(time.monotonic() - started, 10 * SLOW_COMMIT)
         self._commit_time += (seconds - self._commit_time) / 8  # a moving average
         done.set_result(stored)
@@ -2143,17 +2148,8 @@ class Sqlite(_LastWrite):
         return self._worker_connection
 
     def check(self) -> None:
-        """Raise Unavailable unless the database answers, fits schema.sql and is still at its path.
-
-        SQLite would go on writing to a file that was deleted or replaced; those writes are lost.
-        """
-        try:
-            is_at_path = os.path.samestat(self._path.stat(), self._opened)
-        except OSError:
-            is_at_path = False
-        if not is_at_path:
-            why = "restart taskd to serve the file that is there now"
-            raise Unavailable("the database, whose file was replaced or deleted,", why)
+        """Raise Unavailable unless the database answers, fits schema.sql and is at its path."""
+        self._check_files()
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
             _check_fit(self._here(), sqlite_definitions)
@@ -2163,12 +2159,37 @@ class Sqlite(_LastWrite):
             raise Unavailable("the database, whose disk is full,", self._failure)
         self._check_last_write()
 
+    def _open_files(self) -> list[tuple[Path, os.stat_result]]:
+        """Open a connection that stays open, so that SQLite keeps its log, and return its files."""
+        self._anchor.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
+        log = os.path.realpath(self._path)
+        files = [file for file in map(Path, (f"{log}-wal", f"{log}-shm")) if file.exists()]
+        return [(file, file.stat()) for file in (self._path, *files)]
+
+    def _has_its_files(self) -> bool:
+        """Say whether the database and its log are still the files that were opened.
+
+        SQLite would go on writing to files that were deleted or replaced; those writes are lost.
+        """
+        with contextlib.suppress(OSError, peewee.DatabaseError):
+            if self._anchor.is_closed():  # by `close`
+                self._files = self._open_files()
+            return all(os.path.samestat(file.stat(), opened) for file, opened in self._files)
+        return False
+
+    def _check_files(self) -> None:
+        if not self._has_its_files():
+            why = "restart taskd to serve the file that is there now"
+            raise Unavailable("the database, whose file was replaced or deleted,", why)
+
     def close(self) -> None:
         """Close this thread's connections; the last one to close checkpoints SQLite's log."""
         self._event_loop_connection.close()
         self._worker_connection.close()
         if thread_state.in_event_loop and not self._committing:
             self._writer.close()
+        if threading.get_ident() == self._opener:
+            self._anchor.close()
 
 
 class PostgresPool(peewee.PostgresqlDatabase):
@@ -2917,6 +2938,7 @@ MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
 NO_TASK = "you have no task with this id"
 MAX_LIST_IN_MEMORY = 512 * 1024  # bytes; a longer list goes into a file, which its client reads
 MAX_LISTS = 32  # such files at a time
+Piece = bytes | memoryview
 MAX_LISTS_OF_USER = 8
 MAX_LIST_BYTES = 1024 * 1024 * 1024  # in all of them
 DOCS_POLICY = (
@@ -2936,6 +2958,8 @@ class TaskResource:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
+        if not listing.limit:
+            ListFile.check(user_id)
         with self._store.turn(user_id, listing):
             tasks, rest = self._store.page(user_id, listing)
         if rest and not listing.limit:
@@ -2986,30 +3010,31 @@ class TaskResource:
     on_head = on_get
     on_patch = on_put
 
-    def _pieces(self, user_id: str, tasks: bytes, rest: Listing | None) -> Iterator[bytes]:
+    def _pieces(self, user_id: str, tasks: bytes, rest: Listing | None) -> Iterator[Piece]:
         """Yield the JSON array of these tasks and the rest, read piece by piece."""
-        yield tasks[:-1]
+        yield memoryview(tasks)[:-1]
         while rest:
             with self._store.turn(user_id, rest):
                 tasks, rest = self._store.page(user_id, rest)
-            yield b"," + tasks[1:-1] if tasks != b"[]" else b""
+            yield b"," if tasks != b"[]" else b""
+            yield memoryview(tasks)[1:-1]
         yield b"]"
 
     def _list_all(
-        self, req: falcon.Request, resp: falcon.Response, pieces: Iterator[bytes]
+        self, req: falcon.Request, resp: falcon.Response, pieces: Iterator[Piece]
     ) -> None:
         """Answer with all pieces: from memory, or from a file if they are too many."""
         if thread_state.in_event_loop:
             raise WouldBlock
-        start = bytearray()
+        start, size = list[Piece](), 0
         for piece in pieces:
-            start += piece
-            if len(start) > MAX_LIST_IN_MEMORY:
+            start, size = [*start, piece], size + len(piece)
+            if size > MAX_LIST_IN_MEMORY:
                 break
         else:
-            resp.data = bytes(start)
+            resp.data = b"".join(start)
             return
-        file = ListFile(req.context.user.id, itertools.chain([bytes(start)], pieces))
+        file = ListFile(req.context.user.id, itertools.chain(start, pieces))
         resp.content_length = file.size
         if req.method == "HEAD":
             file.close()
@@ -3044,13 +3069,11 @@ class ListFile(io.FileIO):
     _lock = threading.RLock()  # the garbage collector may close a file in a thread that has it
     _sizes: ClassVar[dict[tuple[str, int], int]] = {}  # of the open files
 
-    def __init__(self, user_id: str, pieces: Iterable[bytes]) -> None:
+    def __init__(self, user_id: str, pieces: Iterable[Piece]) -> None:
         """Write all pieces into the file, which is then read from its beginning."""
         self._place, self.size = (user_id, id(self)), 0
         with self._lock:
-            of_user = [user for user, _ in self._sizes if user == user_id]
-            if len(self._sizes) >= MAX_LISTS or len(of_user) >= MAX_LISTS_OF_USER:
-                raise Unavailable("a list this long", "too many of them are being read")
+            self.check(user_id, len(self._sizes) >= MAX_LISTS)
             self._sizes[self._place] = 0
         try:
             with tempfile.TemporaryFile() as file:
@@ -3065,7 +3088,15 @@ class ListFile(io.FileIO):
             raise
         self.seek(0)
 
-    def _append(self, piece: bytes) -> None:
+    @classmethod
+    def check(cls, user_id: str, too_many: bool = False) -> None:
+        """Raise Unavailable if the user, or all together, have too many such files."""
+        with cls._lock:
+            of_user = [user for user, _ in cls._sizes if user == user_id]
+            if too_many or len(of_user) >= MAX_LISTS_OF_USER:
+                raise Unavailable("a list this long", "too many of them are being read")
+
+    def _append(self, piece: Piece) -> None:
         self.size += len(piece)
         with self._lock:
             self._sizes[self._place] = self.size
@@ -3315,6 +3346,7 @@ def wsgi() -> App:
 
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
 MAX_HEADERS = 4096  # header lines
+MAX_TAIL = 300  # bytes of a head that are kept: its end may come in pieces, and so may an Origin
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
 MAX_CHUNKS = 20 * 1024  # not counting runs of chunks of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
@@ -3375,7 +3407,9 @@ class ServerRequest:
             raise falcon.HTTPError(falcon.HTTP_505, description="send the request as HTTP/1.1")
         if url := HTTP_URL.fullmatch(target):
             target = "/" + (url[1] or "").removeprefix("/")
-        elif not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+        elif (method, target) == ("OPTIONS", "*"):
+            target = "/"  # the server itself
+        elif not target.startswith("/"):
             raise malformed("the target must be a path, or an http URL")
         if not target.isascii():  # Falcon would read the query as Latin-1
             target = quote(target, string.printable, "latin-1")
@@ -3503,13 +3537,13 @@ class RequestReader:
         end = received.find(b"\r\n\r\n")
         size = len(received) if end < 0 else end + 4
         piece = self._take(size - len(self._tail))
-        self._tail = received[:size][-3:]
+        self._tail = received[:size][-MAX_TAIL:]
         try:
             self._llhttp.feed_data(piece)
         except httptools.HttpParserUpgrade:
             pass  # taskd supports no other protocol, and ignores the Upgrade header
         except httptools.HttpParserError as ex:
-            self._buffer = piece  # llhttp may not have passed all of its headers yet
+            self._buffer = received[:size]  # llhttp may not have passed its last headers yet
             raise malformed(str(ex).replace("`", "")) from None
         if len(self._lines) > MAX_HEADERS:
             raise head_too_large()
@@ -3617,9 +3651,14 @@ class ServerTask(waitress.task.WSGITask):
     wrote_header: bool
 
     def start(self) -> None:
-        """Announce `Connection: close` when the server stops and no other request follows."""
+        """Announce `Connection: close` when the server stops and no other request follows.
+
+        At the limit of connections do it when one follows, so that the connection makes room.
+        """
         super().start()
-        if self.channel.server.stopping and not self.channel.has_more():
+        server, channel = self.channel.server, self.channel
+        ends = server.stopping and not channel.has_more()
+        if ends or (server.is_full and channel.is_pipelining):
             self.request.headers["CONNECTION"] = "close"
 
     def get_environment(self) -> dict[str, Any]:
@@ -3701,9 +3740,14 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self._events = events
             self.server.poll.modify(self._fileno, events)
 
+    @property
+    def is_pipelining(self) -> bool:
+        """Whether another request, or some of it, has been read."""
+        return self._reader.has_more
+
     def has_more(self) -> bool:
         """Return whether another request, or some of it, was received."""
-        return self._reader.has_more or bool(self._peek())
+        return self.is_pipelining or bool(self._peek())
 
     def has_left(self) -> bool:
         """Return whether the client has closed the connection; safe to call from any thread."""
@@ -3740,6 +3784,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def resume(self) -> None:
         """Poll again after a pause."""
         if self.connected:
+            self._queued = min(self._queued, self._unacknowledged())
             self.watch(EVENTS[self.waiting_for])
 
     def handle_expt(self) -> None:
@@ -3800,6 +3845,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         if self.total_outbufs_len:
             self.wait_for("reader")
             self._queued = self._unacknowledged()
+            self.server.pause(self)  # until the client's system has taken what it buffers
             return
         if self.outbufs[-1].buf:  # waitress would keep the answer's memory
             self.outbufs = [waitress.buffers.OverflowableBuffer(MAX_IN_MEMORY)]
@@ -3992,6 +4038,11 @@ class Server(waitress.server.TcpWSGIServer):
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
             self.poll.register(descriptor, select.POLLIN)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether each new connection has to replace another one."""
+        return len(self.active_channels) >= int(self.adj.connection_limit)
+
     def finish(self, channel: ServerChannel) -> None:
         """Have the event loop continue after an answer; called by worker threads."""
         self._call_soon(partial(self._answered, channel))
@@ -4162,8 +4213,7 @@ class Server(waitress.server.TcpWSGIServer):
             except OSError:  # the client has left, or no descriptor is free
                 self._make_room(started)
                 break
-            full = len(self.active_channels) >= self.adj.connection_limit
-            room = not full or self._make_room(started)
+            room = not self.is_full or self._make_room(started)
             with contextlib.suppress(OSError):
                 self.set_socket_options(connection)
             ServerChannel(self, connection, address, self.adj, map=self._map)

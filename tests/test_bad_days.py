@@ -33,6 +33,7 @@ from support import (
     database_url,
     environment,
     sql,
+    stored,
     until,
 )
 from test_taskctl import COMMAND, launched, one_line
@@ -129,6 +130,51 @@ def test_a_check_through_a_symbolic_link_sees_what_is_in_the_log(
     assert (result, "it lacks index task_id" in found) == ("FAIL", True), found
     said(taskctl("backup", "copy.db", DATABASE_URL=url))
     assert names(tmp_path) == ["copy.db", "home", "link.db"]
+
+
+# --- Files that are gone --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "gone", [[""], ["-wal"], ["-shm"], ["", "-wal", "-shm"]], ids=lambda gone: " ".join(gone)
+)
+def test_no_write_is_answered_2xx_after_a_file_of_the_database_was_deleted(
+    server: Process, tmp_path: Path, gone: list[str]
+) -> None:
+    task = server.request("POST", TASKS, {"title": "x"}, bearer()).json
+    assert server.request("GET", TASKS, headers=bearer()).json == [task]
+    for suffix in gone:
+        (tmp_path / f"taskd.db{suffix}").unlink()
+    path = f"{TASKS}/{task['id']}"
+    for _ in range(2):
+        for method, where, body in [
+            ("POST", TASKS, {"title": "y"}),
+            ("PUT", path, {"title": "y"}),
+            ("PATCH", f"{path}/complete", None),
+            ("DELETE", path, None),
+        ]:
+            answer = server.request(method, where, body, bearer())
+            assert_problem(answer, 503)
+            assert int(answer.headers["retry-after"]) > 0
+    assert_problem(server.request("GET", "/readyz"), 503)
+    assert server.request("GET", TASKS, headers=bearer()).status_code == 200
+    assert server.terminate() == 0
+
+
+def test_writes_go_on_when_the_directory_of_the_database_is_back(
+    start: Start, tmp_path: Path
+) -> None:
+    data, away = tmp_path / "data", tmp_path / "away"
+    data.mkdir()
+    server = start(DATABASE_URL=f"sqlite:///{data / 'taskd.db'}")
+    data.rename(away)
+    data.mkdir()
+    assert_problem(server.request("POST", TASKS, {"title": "x"}, bearer()), 503)
+    data.rmdir()
+    away.rename(data)
+    assert server.request("POST", TASKS, {"title": "x"}, bearer()).status_code == 201
+    server.kill()
+    assert [task["title"] for task in stored(data / "taskd.db").values()] == ["x"]
 
 
 # --- Full and read-only disks ---------------------------------------------------------------------

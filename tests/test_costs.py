@@ -235,6 +235,17 @@ def test_searches_and_pages_of_one_user_keep_nobody_else_waiting(start, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.sqlite("on PostgreSQL the worker threads read the lists")
+def test_many_long_lists_of_a_user_at_once_stay_in_bounded_memory(start, tmp_path):
+    server = start()
+    fill(tmp_path / "taskd.db", "alice", 4_000)
+    call = partial(server.request, "GET", "/api/alice/tasks", headers=bearer("alice"))
+    statuses = [many([lambda: call().status_code] * 16) for _ in range(5)]
+    assert {status for statuses_of_round in statuses for status in statuses_of_round} == {200, 503}
+    assert peak_memory(server) < 200
+
+
+@pytest.mark.slow
 @pytest.mark.sqlite("PostgreSQL spends its own processor time, at most 2 s for a search")
 def test_a_search_ends_when_its_client_leaves(start, tmp_path):
     server = start()

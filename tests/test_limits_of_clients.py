@@ -395,12 +395,16 @@ def test_a_method_of_small_letters_is_another_method(shared: Process, method: st
 
 
 @pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("at_once", [True, False], ids=["whole", "a byte at a time"])
 @pytest.mark.parametrize("bad", ["Bad Header: y", "X: \x01", "no colon", "Content-Length: x"])
 def test_a_refusal_of_a_header_has_the_cors_headers_of_the_origin_before_it(
-    shared: Process, bad: str
+    shared: Process, bad: str, at_once: bool
 ) -> None:
+    head = get(HOST, "origin: https://a.example", bad)
     with Wire(shared) as wire:
-        answer = wire.send(get(HOST, "origin: https://a.example", bad)).answer()
+        for piece in [head] if at_once else (head[at : at + 1] for at in range(len(head))):
+            sent_in_vain(wire, piece)
+        answer = wire.answer()
     assert_problem(answer, 400)
     assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
@@ -576,6 +580,20 @@ def test_an_answer_of_which_nothing_is_taken_closes_the_connection(hasty: Proces
 
 @pytest.mark.sqlite("it is about HTTP")
 @pytest.mark.slow
+def test_what_the_clients_system_takes_at_once_does_not_count_as_read_at_the_deadline(
+    start: Start,
+) -> None:
+    server = start(before="taskd.DEADLINES.update(reader=3)")
+    add_long_tasks(server, 300)
+    with Wire(server) as wire:
+        wire.send(written("GET", TASKS, user="alice") * 10)
+        started = time.monotonic()
+        until(lambda: "too long for the reader" in server.log, "it is closed")
+        assert 2.5 < time.monotonic() - started < 5.5
+
+
+@pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.slow
 def test_a_head_that_is_not_whole_is_closed_after_10_seconds(shared: Process) -> None:
     with Wire(shared) as wire:
         started = time.monotonic()
@@ -598,6 +616,7 @@ PARTS = {
     "half a head": b"GET /healthz HTTP/1.1\r\nX: ",
     "half a body": post(b"x" * 40_000, "Content-Length: 60000"),
     "requests, without reading": GOOD * 20,
+    "as many requests as fit, without reading": GOOD * (60_000 // len(GOOD)),
 }
 
 
@@ -619,6 +638,19 @@ def test_more_connections_than_descriptors_lock_no_client_out(start: Start, sent
         assert time.monotonic() - started < 10
         assert "Traceback" not in server.log
         assert "uncaptured" not in server.log
+
+
+@pytest.mark.sqlite("on PostgreSQL the worker threads read the lists")
+def test_more_long_lists_that_nobody_reads_than_descriptors_lock_no_client_out(
+    start: Start,
+) -> None:
+    server = start(before=limited(256))
+    add_long_tasks(server, 150)
+    with connected(server, 700) as wires:
+        for wire in wires:
+            sent_in_vain(wire, written("GET", TASKS, user="alice") * 3)
+        another_is_served(server)
+        assert memory(server) < 200_000_000
 
 
 @pytest.mark.sqlite("it is about HTTP")
