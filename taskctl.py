@@ -89,6 +89,8 @@ except ModuleNotFoundError as ex:
         f"taskctl: the package {ex.name} is not installed for this Python; "
         "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
     )
+except KeyboardInterrupt:
+    sys.exit(130)
 
 at_end = contextlib.ExitStack()  # closes the databases that a command has opened
 app = Typer(
@@ -367,7 +369,7 @@ def parse_claim(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise BadParameter(f"--claim must look like role=admin, not {text!r}")
     try:
-        return name, json.loads(value)
+        return name, json.loads(value, parse_constant=int)  # NaN is not JSON, and int refuses it
     except (ValueError, RecursionError):
         return name, value
 
@@ -410,7 +412,7 @@ def contents(token: str) -> dict[str, Any]:
     if token.count(".") == 2:
         for name, part in zip(("header", "claims"), token.split("."), strict=False):
             with contextlib.suppress(ValueError, RecursionError):
-                found[name] = json.loads(base64url_decode(part))
+                found[name] = json.loads(base64url_decode(part), parse_constant=str)
     return found
 
 
@@ -478,10 +480,31 @@ OLDEST, LAST_CHANGE = fn.MIN(Task.created_at), fn.MAX(Task.updated_at)
 
 
 def require_database(settings: Settings) -> None:
-    """Raise Refused if the database is a file that does not exist."""
-    if not is_postgresql(settings) and not Path(settings.database).exists():
+    """Raise Refused if the database is a file that does not exist, or has no tables."""
+    if is_postgresql(settings):
+        with as_it_is(settings) as database:
+            exists = taskd.schema_version(database)
+    else:
+        exists = Path(settings.database).exists()
+    if not exists:
         made = "make it with: python taskctl.py init"
         raise Refused(f"there is no database {settings.database}; {made}")
+
+
+@contextlib.contextmanager
+def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
+    """Give a PostgreSQL database without making or migrating its tables."""
+    parameters = taskd.libpq_parameters(settings.database_url)
+    pool = taskd.PostgresPool(settings.database_url, **parameters)
+    pool.session_settings = "SET default_transaction_read_only = on"
+    try:
+        with pool.connection_context():
+            yield pool
+    except Exception as ex:
+        why = (str(ex).splitlines() or [type(ex).__name__])[0]
+        raise taskd.DatabaseError(f"{settings.database} cannot be used: {why}") from None
+    finally:
+        pool.close_idle()
 
 
 def database(settings: Settings | None = None, create: bool = False) -> taskd.Database:
@@ -513,7 +536,7 @@ def rows(query: Any, names: Iterable[str]) -> list[Row]:
 @app.command()
 def users(
     sort: Annotated[str, Option(help=f"{USER_ORDERS}; -tasks for most first.")] = "user_id",
-    limit: Annotated[int | None, Option(min=1, help="At most so many.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="How many at most.")] = None,
     as_json: AsJson = False,
     nl: AsLines = False,
     as_csv: AsCsv = False,
@@ -533,7 +556,7 @@ def users(
 def check_filter(context: CallbackParam, value: Any) -> Any:
     """Return the value of a filter, or reject what taskd would reject as a parameter of lists."""
     values = value if isinstance(value, list) else [str(value)]
-    if value and (wrong := taskd.wrong_parameter(context.name or "", values)):
+    if value not in (None, "", []) and (wrong := taskd.wrong_parameter(context.name or "", values)):
         raise BadParameter(wrong)
     return value
 
@@ -552,7 +575,7 @@ def tasks(
     priority: Annotated[str | None, Filter(help="Only those of this priority.")] = None,
     tag: Annotated[list[str] | None, Filter(help="With this tag; several times: with all.")] = None,
     due_before: Annotated[str | None, Filter(help="Only those due before a day or a time.")] = None,
-    limit: Annotated[int | None, Filter(help="At most so many.")] = None,
+    limit: Annotated[int | None, Filter(help="How many at most.")] = None,
     as_json: AsJson = False,
     nl: AsLines = False,
     as_csv: AsCsv = False,
@@ -669,9 +692,9 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
     database = file_of(settings)
     require_database(settings)
     if file == "-" and sys.stdout.isatty():
-        raise Refused("a database is nothing for a terminal; send stdout to a file or a program")
+        raise Refused("a database is not written to a terminal; send stdout to a file or a program")
     if file != "-" and os.path.lexists(file):
-        raise Refused(f"{file} is there already, and never overwritten")
+        raise Refused(f"{file} exists already, and is never overwritten")
     beside = Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
     with unfinished(beside) as copy:
         copy_database(database, copy)
@@ -735,7 +758,7 @@ def followed(path: str) -> Path:
 def unpacked(file: str, beside: Path) -> Iterator[Path]:
     """Give the path of a backup; stdin and gzip files are unpacked into a temporary file."""
     if file == "-" and sys.stdin.isatty():
-        raise Refused("a backup cannot be typed; send a file or a program to stdin")
+        raise Refused("stdin is a terminal; send a backup to it, from a file or a program")
     if file != "-" and not Path(file).is_file():
         raise Refused(f"there is no file {file}")
     with open(sys.stdin.fileno() if file == "-" else file, "rb") as stream:  # noqa: PTH123
@@ -774,7 +797,7 @@ def publish(file: Path, path: Path) -> None:
     try:
         path.hardlink_to(file)
     except FileExistsError:
-        raise Refused(f"{path} is there already, and never overwritten") from None
+        raise Refused(f"{path} exists already, and is never overwritten") from None
     except OSError:  # a file system without links, such as that of a memory stick
         file.rename(path)
     sync(path.parent)
@@ -875,7 +898,7 @@ def open_exclusively(path: Path) -> peewee.SqliteDatabase:
     open.
     """
     if (not path.exists() or not path.stat().st_size) and Path(f"{path}-wal").exists():
-        raise Refused(f"{path}-wal lies there without its database; move it away first")
+        raise Refused(f"{path}-wal exists without its database; move it away first")
     with contextlib.suppress(FileExistsError):
         path.touch(mode=0o600, exist_ok=False)
     live = connect(path)
@@ -933,7 +956,7 @@ def damage(database: peewee.SqliteDatabase) -> str | None:
     [[found]] = database.execute_sql("PRAGMA integrity_check(1)").fetchall()
     if found != "ok":
         return f"it is damaged: {' '.join(found.split())}"
-    foreign = "it has no tasks: it is not a database of taskd's"
+    foreign = "it has no table task: it is not a database of taskd"
     return None if database.table_exists(Task) else foreign
 
 
@@ -987,7 +1010,7 @@ def check_secrets(settings: Settings) -> Findings:
 def check_database(settings: Settings) -> Findings:
     """Yield whether the database is whole and fits schema.sql."""
     if is_postgresql(settings):
-        yield "warning", settings.database, "not looked into: it is not a file of SQLite's"
+        yield check_postgresql(settings)
     elif not Path(settings.database).exists():
         yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
     else:
@@ -997,6 +1020,20 @@ def check_database(settings: Settings) -> Findings:
             if result != "FAIL":
                 break
         yield result, settings.database_url, found
+
+
+def check_postgresql(settings: Settings) -> tuple[str, str, str]:
+    """Return whether taskd's tables in PostgreSQL fit schema.sql."""
+    try:
+        with as_it_is(settings) as database:
+            if not (version := taskd.schema_version(database)):
+                return "warning", settings.database, "no tables yet; taskd makes them at its start"
+            if version < taskd.VERSION:
+                return "warning", settings.database, TO_MIGRATE
+            taskd.check_schema(database, "it", taskd.portable_definitions)
+            return "ok", settings.database, "fits schema.sql"
+    except taskd.DatabaseError as ex:
+        return "FAIL", settings.database, str(ex)
 
 
 def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
@@ -1019,14 +1056,14 @@ def check_modes(settings: Settings) -> Findings:
         if path.exists():
             mode = path.stat().st_mode & 0o777
             result = "FAIL" if mode & 0o007 else "warning" if mode & 0o070 else "ok"
-            advice = f"others can: chmod 600 {path}" if result != "ok" else ""
+            advice = f"others can read it; run: chmod 600 {path}" if result != "ok" else ""
             yield result, str(path), f"mode {mode:o}: {advice or 'only its owner can read it'}"
 
 
 def check_key_set(settings: Settings) -> Findings:
     """Yield which keys the key set has, and whether other services' tokens are rejected."""
     if not (url := settings.jwks_url):
-        yield "ok", "TASKD_JWKS_URL", "not set: only tokens signed with the secret are accepted"
+        yield "ok", "TASKD_JWKS_URL", "not set: only the secret can sign a login"
         return
     try:
         keys, oddities = taskd.parse_key_set(taskd.download(url))
@@ -1139,7 +1176,7 @@ def import_tasks(
         last = Incoming.select(fn.COALESCE(fn.MAX(Incoming.id), 0)).where(own).scalar()
         raise_last_id(opened.peewee, Task, last)  # first, so that nobody creates a task with one
         merge()
-    left = f", {older} left as they were changed here later" if older else ""
+    left = f", {older} skipped: the existing task is newer" if older else ""
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
 
 
@@ -1261,7 +1298,7 @@ def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")
         raise Refused(f"{name} has no tasks")
     what = owned_rows(*found)
     if not yes and not sys.stdin.isatty():
-        raise Refused(f"{name} has {what}; without a terminal to ask on, --yes must say so")
+        raise Refused(f"{name} has {what}; cannot ask without a terminal; repeat it with --yes")
     if not yes and not confirmed(f"Delete all {what} of {name}?"):
         raise Refused("nothing was deleted")
     with opened.transaction():
@@ -1305,7 +1342,7 @@ def copy(
         copy_rows(reading.peewee, writing.peewee, bar)
         copied = [digest(model, reading.peewee, bar) for model in OWNED]
         if copied != [digest(model, writing.peewee, bar) for model in OWNED]:
-            why = "the copy is not like the original, perhaps because someone wrote to it"
+            why = "the copy differs from the original, perhaps because someone wrote to it"
             raise Refused(f"{why}; nothing was copied")
     (tasks, checksum), (keys, _) = copied
     say(f"copied {tasks} tasks and {keys} idempotency keys from {old.database} to {new.database}")
@@ -1382,8 +1419,11 @@ class SmokeClient:
         self._connection.connect()
         try:
             self._try_every_route()
-        finally:
-            self._clean_up()
+        except BaseException:
+            with contextlib.suppress(*BAD_ANSWERS):
+                self._clean_up()
+            raise
+        self._clean_up()
 
     def _try_every_route(self) -> None:
         """Call each route as it is meant to be called, and some as they are not."""
@@ -1399,7 +1439,8 @@ class SmokeClient:
             self._try_task(task)
 
     def _clean_up(self) -> None:
-        """Delete what is left, also by a call that went wrong."""
+        """Delete what is left, also by a call that went wrong, over another connection."""
+        self._connection.close()
         left = self._call("GET", self._tasks, 200)
         for task in left if isinstance(left, list) else ():
             if isinstance(task, dict) and "id" in task:
@@ -1417,7 +1458,7 @@ class SmokeClient:
         call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
         call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
         call("POST", tasks, 201, NEW_TASK)
-        call("GET", f"{tasks}?limit=1&sort=-due_date&tag=smoke", 200, carries="Link")
+        call("GET", f"{tasks}?limit=1&tag=smoke", 200, carries="Link")
         call("GET", f"{tasks}?status=open", 422)
         call("DELETE", path, 200, shows={"title": "Tried", "completed": True})
         call("GET", path, 404)
@@ -1513,7 +1554,12 @@ def not_ready(url: str, timeout: float) -> str:
 
 # --- Ephemeral server -----------------------------------------------------------------------------
 
-REMOVE = 'read -r _; rm -rf -- "$1"; rm -f -- "$2"'  # run by sh; read ends with its stdin
+# Run by sh; read ends with its stdin. A port file that another server has written since stays.
+REMOVE = """
+read -r _
+[ -e "$1/port" ] && [ "$(cat "$1/port")" = "$(cat "$2")" ] && rm -f -- "$2"
+rm -rf -- "$1"
+"""
 TOKEN_TTL = 24 * 3600  # seconds
 
 
@@ -1544,7 +1590,10 @@ def serve(
             with contextlib.closing(database(settings)), progress(hidden=True) as bar:
                 add_believable(user or [], seed, RANDOM_SEED, bar)
         taskd.configure_log(settings)
-        announce(settings, listener.getsockname()[1], user or [], port_file)
+        port = listener.getsockname()[1]
+        if port_file:
+            (directory / "port").write_text(f"{port}\n")
+        announce(settings, port, user or [], port_file)
         end_with_stdin()
         taskd.serve(application, listener, settings)
         application.store.close()
@@ -1564,9 +1613,9 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
     known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
     values = {"BETTER_AUTH_SECRET": secrets.token_urlsafe(32), "TASKD_PORT": "0"}
     values["TASKD_LOG"] = "warning"
-    for name, _, value in (text.partition("=") for text in given):
-        if name not in known - {"DATABASE_URL"}:
-            raise BadParameter(f"--set takes a setting but DATABASE_URL, not {name!r}")
+    for name, equals, value in (text.partition("=") for text in given):
+        if not equals or name not in known - {"DATABASE_URL"}:
+            raise BadParameter(f"--set takes VARIABLE=VALUE, but not DATABASE_URL: {name!r}")
         values[name] = value
     values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
     return Settings.load(values, directory / ".env")

@@ -107,6 +107,8 @@ except ModuleNotFoundError as ex:
         f"taskd: the package {ex.name} is not installed for this Python; "
         "use .venv/bin/python, which `make run` makes, or run: pip install -r requirements.txt"
     )
+except KeyboardInterrupt:
+    sys.exit(130)
 
 __version__ = "0.2.0"
 
@@ -2285,7 +2287,7 @@ class Postgres(_LastWrite):
 
     def __init__(self, settings: Settings, statement_timeout: float) -> None:
         """Open the database and prepare its tables. Raises DatabaseError or SettingsError."""
-        parameters = _libpq_parameters(settings.database_url)
+        parameters = libpq_parameters(settings.database_url)
         from psycopg import Error as PsycopgError
 
         self._pool = self.peewee = PostgresPool(settings.database_url, **parameters)
@@ -2428,7 +2430,7 @@ class Postgres(_LastWrite):
             raise peewee.DatabaseError(f"{found} is not in the first schema of the search path")
 
 
-def _libpq_parameters(url: str) -> dict[str, Any]:
+def libpq_parameters(url: str) -> dict[str, Any]:
     """Return the connection parameters of the URL, and those that taskd adds to them."""
     try:
         import psycopg  # loaded only where PostgreSQL is used

@@ -637,6 +637,17 @@ def test_a_user_id_that_postgresql_cannot_store_is_403_and_stops_nobody(
 # --- taskctl --------------------------------------------------------------------------------------
 
 
+def test_taskctl_makes_no_tables_where_it_only_looks(empty: str, tmp_path: Path) -> None:
+    for command in (["users"], ["stats"], ["export"], ["purge", "alice", "--yes"]):
+        ended = run(tmp_path, "taskctl", *command, DATABASE_URL=empty)
+        assert ended.returncode == 1
+        assert "there is no database" in ended.stderr
+    ended = run(tmp_path, "taskctl", "check", "--json", DATABASE_URL=empty)
+    found = {row["found"]: row["result"] for row in taskd.json.loads(ended.stdout)}
+    assert found["no tables yet; taskd makes them at its start"] == "warning"
+    assert ask(empty, "SELECT to_regclass('task')::text") == [(None,)]
+
+
 def test_taskctl_shows_and_seeds_what_taskd_serves(start: Start, tmp_path: Path) -> None:
     server = start()
 
@@ -657,6 +668,8 @@ def test_taskctl_shows_and_seeds_what_taskd_serves(start: Start, tmp_path: Path)
     done = {user["user_id"]: (user["tasks"], user["done"]) for user in taskctl("users")}
     assert done["alice"] == (3, sum(task["completed"] for task in listed))
     assert set(done) == {"alice", "bob"}
+    [[result]] = [[row["result"] for row in taskctl("check") if "postgresql:" in row["about"]]]
+    assert result == "ok"
     assert {name: taskctl("stats")[name] for name in ("users", "tasks")} == {"users": 2, "tasks": 6}
     assert all(row["result"] == "ok" for row in taskctl("smoke", f"http://127.0.0.1:{server.port}"))
     assert server.request("GET", TASKS, headers=bearer()).json == listed

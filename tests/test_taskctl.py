@@ -27,6 +27,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 import pytest
 
 import support
+import taskctl as program
 import taskd
 from support import (
     DEADLINE,
@@ -1488,6 +1489,33 @@ def test_smoke_against_another_server_than_taskd_fails_in_one_line(
     assert isinstance(json.loads(answer.stdout), list)
     assert re.fullmatch(r"taskctl: [^\n]+\n", answer.stderr)
     assert "\x1b" not in answer.stderr
+
+
+def test_smoke_that_is_ended_while_it_waits_for_an_answer_leaves_nothing_behind(
+    server: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{server.port}"
+    client = program.SmokeClient(url, taskd.Settings(secret=SECRET))
+
+    def ends(task: Any) -> None:
+        client._connection.request("GET", "/healthz")
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(client, "_try_task", ends)
+    with pytest.raises(TimeoutError, match="no answer"):
+        client.run()
+    client._connection.close()
+    assert client.results[-1]["method"] == "DELETE"
+    assert stored(tmp_path / "taskd.db") == {}
+
+
+@pytest.mark.parametrize("claim", ["x=NaN", "x=Infinity", "x=-Infinity"])
+def test_what_is_not_json_in_a_claim_is_text(taskctl: Taskctl, claim: str) -> None:
+    minted = json.loads(taskctl("mint", "alice", "--claim", claim, "--json").stdout)
+    assert minted["claims"]["x"] == claim.partition("=")[2]
+    odd = sign({"alg": "HS256"}, {"sub": "alice", "exp": 2**40, "x": float("nan")})
+    answer = taskctl("verify", "--json", odd)
+    assert json.loads(answer.stdout, parse_constant=pytest.fail)["claims"]["x"] == "NaN"
 
 
 def test_smoke_against_a_dead_port_is_one_line_that_names_it(taskctl: Taskctl) -> None:

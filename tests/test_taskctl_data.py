@@ -276,7 +276,7 @@ def test_a_backup_never_overwrites(taskctl: Taskctl, tmp_path: Path, there: str)
     before, database = names(tmp_path), (tmp_path / "taskd.db").read_bytes()
     assert (
         one_line(taskctl("backup", path.name), 1)
-        == f"{path.name} is there already, and never overwritten"
+        == f"{path.name} exists already, and is never overwritten"
     )
     assert (names(tmp_path), (tmp_path / "taskd.db").read_bytes()) == (before, database)
     assert there != "a file" or path.read_text() == "precious"
@@ -296,7 +296,7 @@ def test_a_file_that_appears_while_the_backup_is_made_is_not_overwritten(
     _, messages = backup.communicate(timeout=DEADLINE)
     assert (backup.returncode, messages) == (
         1,
-        "taskctl: copy.db is there already, and never overwritten\n",
+        "taskctl: copy.db exists already, and is never overwritten\n",
     )
     assert (tmp_path / "copy.db").read_text() == "precious"
     assert [name for name in names(tmp_path) if name.startswith(".")] == []
@@ -394,7 +394,7 @@ def test_a_terminal_is_spared_the_bytes_of_a_backup(taskctl: Taskctl, tmp_path: 
     taskctl("seed", "alice")
     messages, seen = on_a_terminal(tmp_path, "backup", "-", stream="stdout", status=1)
     assert seen == ""
-    assert messages.startswith(b"taskctl: a database is nothing for a terminal")
+    assert messages.startswith(b"taskctl: a database is not written to a terminal")
 
 
 def test_a_backup_shows_its_progress_on_a_terminal(
@@ -517,10 +517,10 @@ NOT_TO_RESTORE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_text("Dear diary, today I bought milk. " * 100),
         "file is not a database",
     ),
-    "an empty file": (lambda path: path.touch(), "it is not a database of taskd's"),
+    "an empty file": (lambda path: path.touch(), "it is not a database of taskd"),
     "another program's": (
         lambda path: other_database(path, "CREATE TABLE t (a)"),
-        "it is not a database of taskd's",
+        "it is not a database of taskd",
     ),
     "other columns": (
         lambda path: other_database(path, "CREATE TABLE task (id INTEGER PRIMARY KEY, title TEXT)"),
@@ -614,9 +614,10 @@ def test_a_postgresql_database_is_left_to_its_own_tools(
 
 
 def test_check_does_not_show_the_password_of_a_database_elsewhere(taskctl: Taskctl) -> None:
-    answer = taskctl("check", "--json", DATABASE_URL="postgresql://taskd:hunter2@localhost/tasks")
-    assert answer.returncode == 0
-    assert findings(answer)["postgresql://…@localhost/tasks"] == "warning"
+    url = "postgresql://taskd:hunter2@127.0.0.1:1/tasks"
+    answer = taskctl("check", "--json", DATABASE_URL=url)
+    assert answer.returncode == 1
+    assert findings(answer)["postgresql://…@127.0.0.1:1/tasks"] == "FAIL"
     assert "hunter2" not in answer.stdout + answer.stderr
 
 
@@ -683,9 +684,7 @@ def test_a_log_that_lost_its_database_is_not_mixed_into_the_restored_one(
     taskctl("backup", "copy.db")
     (tmp_path / "taskd.db").rename(tmp_path / "elsewhere.db")
     (tmp_path / "taskd.db-wal").write_text("who knows what is in it")
-    assert "taskd.db-wal lies there without its database" in one_line(
-        taskctl("restore", "copy.db"), 1
-    )
+    assert "taskd.db-wal exists without its database" in one_line(taskctl("restore", "copy.db"), 1)
     assert names(tmp_path) == ["copy.db", "elsewhere.db", "taskd.db-wal"]
 
 
@@ -782,10 +781,10 @@ CHECKED_OFF: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "it is damaged",
     ),
-    "an empty file": (lambda path: path.write_bytes(b""), "it is not a database of taskd's"),
+    "an empty file": (lambda path: path.write_bytes(b""), "it is not a database of taskd"),
     "another program's": (
         lambda path: (path.unlink(), other_database(path, "CREATE TABLE t (a)")),
-        "it is not a database of taskd's",
+        "it is not a database of taskd",
     ),
     "a column too many": (
         lambda path: other_database(path, "ALTER TABLE task ADD COLUMN colour TEXT"),
@@ -1010,7 +1009,7 @@ def test_of_the_task_and_the_line_the_newer_one_stays(taskctl: Taskctl, server: 
     here = listed(server, "alice")
     given = [task | change for task, change in zip(tasks, changes, strict=True)]
     assert said(taskctl("import", "-", stdin=lines(*given))) == (
-        "taskctl: 0 imported, 2 already there, 1 updated, 1 left as they were changed here later\n"
+        "taskctl: 0 imported, 2 already there, 1 updated, 1 skipped: the existing task is newer\n"
     )
     assert listed(server, "alice") == [here[0], given[1], here[2], here[3]]
 
@@ -1266,7 +1265,7 @@ def test_a_user_without_tasks_cannot_be_purged(taskctl: Taskctl, server: Process
 def test_without_a_terminal_a_purge_wants_a_yes(taskctl: Taskctl, server: Process) -> None:
     before = fill(server)
     message = one_line(taskctl("purge", "bob", stdin="y\n"), 1)
-    assert message == "bob has 2 tasks; without a terminal to ask on, --yes must say so"
+    assert message == "bob has 2 tasks; cannot ask without a terminal; repeat it with --yes"
     assert answers(server) == before
 
 

@@ -171,6 +171,7 @@ def test_it_ends_with_a_socket_as_stdin_and_when_that_was_at_its_end_from_the_st
         (["--ephemeral", "--set", "TASKD_PROT=1"], 2, "TASKD_PROT"),
         (["--ephemeral", "--set", "DATABASE_URL=sqlite:///mine.db"], 2, "DATABASE_URL"),
         (["--ephemeral", "--set", "TASKD_THREADS=0"], 2, "TASKD_THREADS must be"),
+        (["--ephemeral", "--set", "TASKD_PORT"], 2, "VARIABLE=VALUE"),
         (["--ephemeral", "--port-file", "."], 2, "is a directory"),
         (["--ephemeral", "--port-file", "nowhere/port"], 1, "nowhere/port.new: No such file"),
     ],
@@ -185,6 +186,20 @@ def test_what_it_cannot_do_is_refused_and_leaves_nothing_behind(
     assert (answer.returncode, answer.stdout) == (status, "")
     assert words in " ".join(answer.stderr.split())
     assert list(temporary.iterdir()) == list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_port_file_that_another_has_written_stays(serve: Serve, tmp_path: Path) -> None:
+    file = tmp_path / "port"
+    file.write_text("8123\n")
+    options = ["--ephemeral", "--port-file", "port"]
+    assert run(tmp_path, "serve", *options, "--set", "TASKD_PORT=x").returncode == 2
+    assert file.read_text() == "8123\n"
+    server = serve("--port-file", "port")
+    assert file.read_text() == f"{server.port}\n"
+    file.write_text("8124\n")
+    assert server.terminate() == 0
+    until(lambda: not list((tmp_path / "tmp").iterdir()), "all is removed")
+    assert file.read_text() == "8124\n"
 
 
 def test_wait_returns_when_the_server_is_ready(
