@@ -499,6 +499,7 @@ def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
     pool.session_settings = "SET default_transaction_read_only = on"
     try:
         with pool.connection_context():
+            taskd.check_encoding(pool, "it")
             yield pool
     except Exception as ex:
         why = (str(ex).splitlines() or [type(ex).__name__])[0]

@@ -2389,7 +2389,8 @@ class Postgres(_LastWrite):
 
     def _prepare(self, name: str) -> None:
         with self._pool.connection_context():
-            self._check_connection(name)
+            check_encoding(self._pool, name)
+            self._check_transport(name)
             self._check_sessions(name)
             with self._pool.atomic():
                 for setting in ("statement_timeout", "lock_timeout"):  # a migration may take long
@@ -2401,11 +2402,8 @@ class Postgres(_LastWrite):
                     migrate(self._pool, version, for_postgresql)
                 check_schema(self._pool, name, portable_definitions)
 
-    def _check_connection(self, name: str) -> None:
-        """Reject an encoding that cannot hold every text, and warn of a connection without TLS."""
-        [encoding] = self._pool.execute_sql("SHOW server_encoding").fetchone()
-        if encoding != "UTF8":
-            raise DatabaseError(f"{name} has the encoding {encoding}, and taskd needs UTF8")
+    def _check_transport(self, name: str) -> None:
+        """Warn of a connection over the network without TLS."""
         connection = self._pool.connection()
         address = connection.info.hostaddr  # empty for a socket in the file system
         away = address and not ipaddress.ip_address(address).is_loopback
@@ -2528,6 +2526,13 @@ def check_schema(database: peewee.Database, name: str, describe: Callable[[Any],
         raise DatabaseError(f"{name} was made by a newer taskd: {newer}")
     if differences := schema_differences(database, describe):
         raise DatabaseError(f"{name} does not fit schema.sql: {differences}")
+
+
+def check_encoding(database: peewee.Database, name: str) -> None:
+    """Raise DatabaseError if a PostgreSQL database has an encoding that cannot hold every text."""
+    [encoding] = database.execute_sql("SHOW server_encoding").fetchone()
+    if encoding != "UTF8":
+        raise DatabaseError(f"{name} has the encoding {encoding}, and taskd needs UTF8")
 
 
 def schema_version(database: peewee.Database) -> int:
@@ -2940,9 +2945,9 @@ MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
 NO_TASK = "you have no task with this id"
 MAX_LIST_IN_MEMORY = 512 * 1024  # bytes; a longer list goes into a file, which its client reads
 MAX_LISTS = 32  # such files at a time
-Piece = bytes | memoryview
 MAX_LISTS_OF_USER = 8
 MAX_LIST_BYTES = 1024 * 1024 * 1024  # in all of them
+Piece = bytes | memoryview
 DOCS_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
     " connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none';"
@@ -3030,7 +3035,8 @@ class TaskResource:
             raise WouldBlock
         start, size = list[Piece](), 0
         for piece in pieces:
-            start, size = [*start, piece], size + len(piece)
+            start.append(piece)
+            size += len(piece)
             if size > MAX_LIST_IN_MEMORY:
                 break
         else:

@@ -58,7 +58,7 @@ def memory(server: Process) -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def another_is_served(server: Process) -> None:
+def another_is_served(server: Process, soon: float = SOON) -> None:
     """Check that another client reads, lists and writes in time."""
     task = {"title": "Another"}
     asked = (("GET", None), ("POST", task), ("GET", None))
@@ -66,7 +66,7 @@ def another_is_served(server: Process) -> None:
         started, used = time.monotonic(), server.processor_time()
         answer = server.request(method, "/api/bob/tasks", body, bearer("bob"))
         assert answer.status_code in (200, 201), answer.text
-        assert server.processor_time() - used < SOON
+        assert server.processor_time() - used < soon
         assert time.monotonic() - started < PATIENCE
     assert server.request("GET", "/readyz").status_code == 200
 
@@ -649,7 +649,7 @@ def test_more_long_lists_that_nobody_reads_than_descriptors_lock_no_client_out(
     with connected(server, 700) as wires:
         for wire in wires:
             sent_in_vain(wire, written("GET", TASKS, user="alice") * 3)
-        another_is_served(server)
+        another_is_served(server, soon=3.0)  # some 240 lists of 1.5 MB may be read before
         assert memory(server) < 200_000_000
 
 
