@@ -502,7 +502,7 @@ def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
             taskd.check_encoding(pool, "it")
             yield pool
     except Exception as ex:
-        why = (str(ex).splitlines() or [type(ex).__name__])[0]
+        why = taskd.first_line(ex)
         raise taskd.DatabaseError(f"{settings.database} cannot be used: {why}") from None
     finally:
         pool.close_idle()

@@ -2298,7 +2298,7 @@ class Postgres(_LastWrite):
         try:
             self._prepare(settings.database)
         except (*self._unusable, ValueError) as ex:
-            why = _first_line(ex)
+            why = first_line(ex)
             raise DatabaseError(f"{settings.database} cannot be opened: {why}") from None
         finally:
             self.close()
@@ -2373,7 +2373,7 @@ class Postgres(_LastWrite):
                 # This connection too: after a restart of PostgreSQL none of them works, and one to
                 # a server that has become a standby reads but does not write.
                 self._pool.close_idle()
-            raise Unavailable("the database", _first_line(ex)) from ex
+            raise Unavailable("the database", first_line(ex)) from ex
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
@@ -2452,7 +2452,7 @@ def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -
     try:
         check_schema(database, "it", describe)
     except (DatabaseError, peewee.ProgrammingError) as ex:
-        raise Unavailable("the database, whose schema does not fit,", _first_line(ex)) from None
+        raise Unavailable("the database, whose schema does not fit,", first_line(ex)) from None
 
 
 def for_postgresql(statement: str) -> str:
@@ -2462,7 +2462,8 @@ def for_postgresql(statement: str) -> str:
     return re.sub(r"(?<! AS) TEXT\b", ' TEXT COLLATE "C"', statement)
 
 
-def _first_line(ex: Exception) -> str:
+def first_line(ex: Exception) -> str:
+    """Return the first line of an exception's message, or its type if it has none."""
     return (str(ex).splitlines() or [type(ex).__name__])[0]
 
 
@@ -2884,9 +2885,9 @@ class RequestContext:
         prefix = req.get_header("X-Forwarded-Prefix") or ""
         if PREFIX.fullmatch(prefix):
             req.env["SCRIPT_NAME"] = prefix
-        hops = (req.get_header("X-Forwarded-For") or "").split(",")
-        others = (hop.strip() for hop in reversed(hops) if hop.strip() not in self._proxies)
-        forwarded = next(others, "")  # the last one that is not a trusted proxy itself
+        hops = [hop.strip() for hop in (req.get_header("X-Forwarded-For") or "").split(",")]
+        # The last one that is not a trusted proxy itself.
+        forwarded = next((hop for hop in reversed(hops) if hop not in self._proxies), "")
         return forwarded if ADDRESS.fullmatch(forwarded) else str(req.remote_addr)
 
     def process_response(
@@ -3098,7 +3099,7 @@ class ListFile(io.FileIO):
 
     @classmethod
     def check(cls, user_id: str, too_many: bool = False) -> None:
-        """Raise Unavailable if the user, or all together, have too many such files."""
+        """Raise Unavailable if the user has too many such files, or `too_many` is true."""
         with cls._lock:
             of_user = [user for user, _ in cls._sizes if user == user_id]
             if too_many or len(of_user) >= MAX_LISTS_OF_USER:
