@@ -75,7 +75,7 @@ import termios
 import threading
 import time
 import traceback
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
 from datetime import UTC, date, datetime, timedelta
@@ -87,6 +87,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, cast
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urlencode, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
+from weakref import WeakValueDictionary
 
 try:
     import falcon
@@ -404,6 +405,7 @@ def configure_log(settings: Settings) -> None:
 
 
 RETRY_AFTER = 2  # seconds
+PLACE_TIMEOUT = 0.25  # seconds that threads wait for a place while nobody gets or leaves one
 
 
 class Unavailable(Exception):
@@ -462,6 +464,31 @@ class _ThreadState(threading.local):
 
 
 thread_state = _ThreadState()
+
+
+class PlaceQueue:
+    """A limit of how many threads do something at once; others wait while it makes progress."""
+
+    def __init__(self, places: int, refusal: Callable[[], Unavailable]) -> None:
+        self._free, self._refusal = places, refusal
+        self._moved, self._changed = 0.0, threading.Condition()
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Wait for a place; raise the refusal if nobody gets or leaves one for PLACE_TIMEOUT."""
+        with self._changed:
+            while not self._free:
+                patience = self._moved + PLACE_TIMEOUT - time.monotonic()
+                if patience <= 0:
+                    raise self._refusal()
+                self._changed.wait(patience)
+            self._free, self._moved = self._free - 1, time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free, self._moved = self._free + 1, time.monotonic()
+                self._changed.notify()
 
 
 def when_on_disk(call: Callable[[], object]) -> None:
@@ -1303,7 +1330,8 @@ class Cursors:
             after = msgspec.json.decode(position, type=POSITION)
         except (ValueError, msgspec.DecodeError):
             return None
-        return after if hmac.compare_digest(cursor, self.write(after, user_id, sort)) else None
+        expected = self.write(after, user_id, sort)
+        return after if hmac.compare_digest(cursor.encode(), expected.encode()) else None
 
 
 class Conditions(Struct, frozen=True):
@@ -1376,7 +1404,6 @@ USERS_COUNTED = 10_000
 SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
-SEARCH_TURN_TIMEOUT = 0.25  # seconds that one waits until another of the same user ends
 IDEMPOTENCY_WINDOW = timedelta(hours=24)  # in which a create can be repeated with its key
 DIGESTED = ("title", "description", "completed")  # part of the digest even with their defaults
 CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
@@ -1630,8 +1657,8 @@ class TaskStore:
         self._sql = {name: database.compile(query) for name, query in queries().items()}
         self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
         self._page = lru_cache(256)(lambda *shape: database.compile(page_query(*shape)))
-        self._searching: Counter[str] = Counter()
-        self._search_ended = threading.Condition()
+        self._searches: WeakValueDictionary[str, PlaceQueue] = WeakValueDictionary()  # by user
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
@@ -1643,7 +1670,7 @@ class TaskStore:
             raise SearchWouldBlock
         _check_client()
         end = time.monotonic() + SEARCH_TIME
-        with self._counted(user_id):
+        with self._search_place(user_id):
             try:
                 with self._database.deadline(SEARCH_TIME):
                     yield
@@ -1663,21 +1690,11 @@ class TaskStore:
             return False
         return bool(self._database.run(self._sql["long"], user_id=user_id))
 
-    @contextlib.contextmanager
-    def _counted(self, user_id: str) -> Iterator[None]:
-        with self._search_ended:
-            if not self._search_ended.wait_for(
-                lambda: self._searching[user_id] < SEARCHES_OF_USER, SEARCH_TURN_TIMEOUT
-            ):
-                raise Busy("other searches of yours are still running; wait until one ends", "busy")
-            self._searching[user_id] += 1
-        try:
-            yield
-        finally:
-            with self._search_ended:
-                self._searching[user_id] -= 1
-                self._searching += Counter()  # drops users at zero
-                self._search_ended.notify_all()
+    def _search_place(self, user_id: str) -> contextlib.AbstractContextManager[None]:
+        detail = "other searches of yours are still running; wait until one ends"
+        new = PlaceQueue(SEARCHES_OF_USER, partial(Busy, detail, "busy"))
+        with self._lock:
+            return self._searches.setdefault(user_id, new).place()
 
     def page(self, user_id: str, listing: Listing) -> tuple[bytes, Listing | None]:
         """Return the JSON array of the user's tasks, and the listing of those that follow.
@@ -1893,7 +1910,6 @@ LOCK_TIMEOUT = 4.0  # seconds that a write waits for a lock of another process
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's other writes
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
-QUEUE_PLACE_TIMEOUT = 0.25  # seconds without progress after which a full queue rejects writes
 CONNECT_PATIENCE = 0.8  # seconds that requests wait for each new connection to PostgreSQL
 ALONE = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
 IN_BATCH = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
@@ -1926,33 +1942,10 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(sql)
 
 
-class WriteQueue:
-    """Places for threads that wait to write: fewer than threads, so that reads always find one."""
-
-    def __init__(self, places: int) -> None:
-        self._free, self._places = places, places
-        self._moved, self._changed = 0.0, threading.Condition()
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """Wait for a place while the queue makes progress; otherwise raise Unavailable."""
-        if thread_state.in_event_loop:
-            raise WouldBlock
-        with self._changed:
-            if self._free == self._places:
-                self._moved = time.monotonic()
-            while not self._free:
-                patience = self._moved + QUEUE_PLACE_TIMEOUT - time.monotonic()
-                if patience <= 0:
-                    raise Unavailable("the database", "too many writes are waiting")
-                self._changed.wait(patience)
-            self._free -= 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free, self._moved = self._free + 1, time.monotonic()
-                self._changed.notify()
+def write_queue(places: int) -> PlaceQueue:
+    """Return places for threads that write: fewer than threads, so that reads always find one."""
+    full = "the database", "too many writes are waiting"
+    return PlaceQueue(places, partial(Unavailable, *full))
 
 
 class _LastWrite:
@@ -2005,7 +1998,7 @@ class Sqlite(_LastWrite):
         except peewee.DatabaseError as ex:
             raise DatabaseError(f"{path} cannot be opened: {ex}") from None
         self.peewee = self._worker_connection  # for taskctl's own queries
-        self._queue, self._turn = WriteQueue(waiting), threading.Lock()
+        self._queue, self._turn = write_queue(waiting), threading.Lock()
         self._committing, self._commit_time = False, 0.0  # seconds
 
     def compile(self, query: peewee.Query) -> str:
@@ -2209,16 +2202,15 @@ class PostgresPool(peewee.PostgresqlDatabase):
         super().__init__(url, prefer_psycopg3=True, encoding="UTF8", **parameters)
         self._idle: list[Any] = []
         self._new: Future[None] | None = None
-        self._new_lock, self._deadline = threading.Lock(), 0.0
+        self._changed, self._deadline = threading.Condition(), 0.0
 
     def connect(self, reuse_if_open: bool = False) -> bool:
-        """Take an idle connection, or a new one."""
+        """Take an idle connection, or wait for a new one or for one that becomes idle."""
         while True:
             with contextlib.suppress(IndexError):  # none is idle
                 return bool(super().connect(reuse_if_open))
             try:
-                new = self._make_connection()
-                new.result(max(0, self._deadline - time.monotonic()))
+                self._wait_for_idle()
             except (TimeoutError, RuntimeError):  # or the system allows no further thread
                 raise peewee.OperationalError("no server accepts connections") from None
 
@@ -2241,15 +2233,22 @@ class PostgresPool(peewee.PostgresqlDatabase):
         if connection.info.transaction_status:  # not 0, idle: a time-out has ended its statement
             connection.close()
         else:
-            self._idle.append(connection)
+            with self._changed:
+                self._idle.append(connection)
+                self._changed.notify()
 
-    def _make_connection(self) -> Future[None]:
-        with self._new_lock:
+    def _wait_for_idle(self) -> None:
+        """Have a connection made, and wait until one is idle. Raises the error of the attempt."""
+        with self._changed:
             if self._new is None or self._new.done():
                 new: Future[None] = Future()
                 threading.Thread(target=self._finish, args=(new,), daemon=True).start()
                 self._new, self._deadline = new, time.monotonic() + self.patience
-            return self._new
+            new, patience = self._new, self._deadline - time.monotonic()
+            if not self._changed.wait_for(lambda: self._idle or new.done(), patience):
+                raise TimeoutError
+            if not self._idle:
+                new.result()
 
     def _finish(self, new: Future[None]) -> None:
         try:
@@ -2257,6 +2256,8 @@ class PostgresPool(peewee.PostgresqlDatabase):
             new.set_result(None)
         except Exception as ex:
             new.set_exception(ex)
+        with self._changed:
+            self._changed.notify_all()
 
     def new_connection(self) -> Any:
         """Return a connection that is not one of the pool's."""
@@ -2293,7 +2294,7 @@ class Postgres(_LastWrite):
         self._pool = self.peewee = PostgresPool(settings.database_url, **parameters)
         session = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
         self._pool.session_settings = session
-        self._queue = WriteQueue(max(1, settings.threads * 3 // 4))
+        self._queue = write_queue(max(1, settings.threads * 3 // 4))
         self._unusable = (peewee.PeeweeException, PsycopgError)
         try:
             self._prepare(settings.database)
@@ -3386,7 +3387,6 @@ def head_too_large() -> falcon.HTTPError:
     )
 
 
-@lru_cache(1000)
 def header_key(name: bytes) -> str:
     """Return a header's name as WSGI has it; "" for one with "_", which WSGI confuses with "-"."""
     return "" if b"_" in name else name.decode("latin-1").upper().replace("-", "_")
@@ -3666,8 +3666,8 @@ class ServerTask(waitress.task.WSGITask):
         """
         super().start()
         server, channel = self.channel.server, self.channel
-        ends = server.stopping and not channel.has_more()
-        if ends or (server.is_full and channel.is_pipelining):
+        full = server.is_full and channel.is_pipelining
+        if not channel.has_more() if server.stopping else full:
             self.request.headers["CONNECTION"] = "close"
 
     def get_environment(self) -> dict[str, Any]:
@@ -3768,7 +3768,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return bytes(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return None
-        except OSError:
+        except (OSError, AttributeError):  # the event loop has closed it
             return b""
 
     def handle_read(self) -> None:
@@ -3881,15 +3881,15 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def handle_write(self) -> None:
         """Send more of the answer: the client can receive again."""
         self._send_budget = SEND_BUDGET
-        try:
-            if self._flush_some():
-                self.answered()
-        except OSError:
-            self.handle_close()
+        if self._flush_some():
+            self.answered()
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         """Send some of the data, but nothing above the budget, so that others are served."""
-        sent: int = super().send(data, do_close) if self._send_budget > 0 else 0
+        sent = 0
+        if self._send_budget > 0:
+            with contextlib.suppress(OSError):  # the poll reports it too
+                sent = super().send(data, do_close)
         self._send_budget -= sent
         return sent
 
@@ -4251,7 +4251,7 @@ LESS_BUSY = 0.25  # seconds of it that others must use less of the processor tha
 def connection_limit(threads: int) -> int:
     """Return a number of connections that leaves descriptors for the database, lists and log."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(10, min(MAX_CONNECTIONS, descriptors - 3 * threads - 40))
+    return max(10, min(MAX_CONNECTIONS, descriptors - 2 * threads - 80))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -24,6 +24,7 @@ from support import (
     assert_problem,
     bearer,
     limited,
+    locked,
     stored,
     token,
     until,
@@ -83,6 +84,11 @@ def connected(server: Process, count: int) -> Iterator[list[Wire]]:
     """Give connections of a client that reads nothing, and close them."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(Wire(server, receive_buffer=4096)) for _ in range(count)]
+
+
+def refuses_connections(server: Process) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", server.port)) != 0
 
 
 def sent_in_vain(wire: Wire, data: bytes) -> None:
@@ -638,6 +644,30 @@ def test_more_connections_than_descriptors_lock_no_client_out(start: Start, sent
         assert time.monotonic() - started < 10
         assert "Traceback" not in server.log
         assert "uncaptured" not in server.log
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_names_of_headers_are_not_kept(shared: Process) -> None:
+    before = memory(shared)
+    for number in range(300):
+        with Wire(shared) as wire:
+            wire.send(get(HOST, f"{'x' * 60_000}{number}: 1"))
+            assert wire.answer().status_code == 200
+    assert memory(shared) - before < 300 * 60_000 / 2
+
+
+@pytest.mark.sqlite("another process can hold the one lock of writes")
+def test_pipelined_requests_are_answered_at_the_end_also_at_the_limit_of_connections(
+    start: Start, tmp_path: Path
+) -> None:
+    server = start(before=limited(256), TASKD_THREADS="4")
+    with Wire(server) as wire, contextlib.ExitStack() as others:
+        with locked(tmp_path / "taskd.db"):
+            wire.send(written("POST", TASKS, {"title": "Buy milk"}, user="alice") * 3)
+            others.enter_context(connected(server, 300))
+            server.popen.send_signal(signal.SIGTERM)
+            until(lambda: refuses_connections(server), "it stops")
+        assert [wire.answer().status_code for _ in range(3)] == [201] * 3
 
 
 @pytest.mark.sqlite("on PostgreSQL the worker threads read the lists")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import itertools
 import json
@@ -204,6 +205,13 @@ def test_a_cursor_is_not_blamed_for_an_order_that_is_wrong_but_beside_any_other_
     ):
         problem = assert_problem(alice.call("GET", query_string=query), 422)
         assert [error["field"] for error in problem["errors"]] == wrong
+
+
+def test_a_cursor_behind_many_wrong_parameters_is_read_without_an_error(alice: Person) -> None:
+    wrong = "&".join(f"a{number}=1" for number in range(20))
+    position = base64.urlsafe_b64encode(bytes(16) + b'["aa",1]').decode()
+    refused = alice.call("GET", query_string=f"{wrong}&after={position}%C3%A9%C3%A9")
+    assert len(assert_problem(refused, 422)["errors"]) == 20
 
 
 @pytest.mark.parametrize("query", ["", "&&", "_=1764547200", "_x=1&_x=2", "%5Fcompleted=true"])

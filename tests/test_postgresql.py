@@ -89,6 +89,36 @@ def assert_unavailable(answer: Answer | testing.Result) -> None:
     ]
 
 
+# --- Connections ---------------------------------------------------------------------------------
+
+
+def test_a_request_takes_a_connection_that_becomes_idle_while_a_new_one_is_made(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = taskd.open_database(taskd.Settings(database_url=empty))
+    assert isinstance(database, taskd.Postgres)
+    pool, begun, end = database._pool, threading.Barrier(2), threading.Event()
+    monkeypatch.setattr(pool, "patience", DEADLINE)
+
+    def hold() -> None:
+        with database._connected():
+            begun.wait(DEADLINE)
+            end.wait(DEADLINE)
+
+    with ThreadPoolExecutor(2) as threads:
+        holding = threads.submit(hold)
+        begun.wait(DEADLINE)
+        never = threading.Event()
+        monkeypatch.setattr(pool, "new_connection", lambda: never.wait(2 * DEADLINE))
+        waiting = threads.submit(database.run, "SELECT 1")
+        until(lambda: pool._new is not None and not pool._new.done(), "it asks for a new one")
+        end.set()
+        assert waiting.result(DEADLINE / 2) == [(1,)]
+        holding.result(DEADLINE)
+    database.close()
+    never.set()
+
+
 # --- The server goes away -------------------------------------------------------------------------
 
 

@@ -703,7 +703,7 @@ def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, mon
 
 def test_only_so_many_writes_wait(path, monkeypatch):
     monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", DEADLINE)
-    monkeypatch.setattr(taskd, "QUEUE_PLACE_TIMEOUT", 0.05)
+    monkeypatch.setattr(taskd, "PLACE_TIMEOUT", 0.05)
     database = taskd.Sqlite(str(path), waiting=1)
     store = taskd.TaskStore(database)
     with ThreadPoolExecutor(1) as another:
