@@ -79,7 +79,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
 from datetime import UTC, date, datetime, timedelta
-from email.utils import formatdate
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
@@ -99,6 +98,7 @@ try:
     import waitress.channel
     import waitress.server
     import waitress.task
+    import waitress.utilities
     from msgspec import UNSET, Meta, Struct
     from waitress import wasyncore
 except ModuleNotFoundError as ex:
@@ -1536,10 +1536,9 @@ def queries() -> dict[str, Any]:
     names = ["user_id", *FIELDS, *(f"{name}_folded" for name in SEARCHED)]
     new = {name: placeholder(name) for name in names}
     key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
-    oldest = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id)
-    expired = (key | IdempotencyKey.id.in_(oldest.limit(peewee.SQL("2")))) & (
-        IdempotencyKey.created_at < placeholder("before")
-    )
+    old = IdempotencyKey.created_at < placeholder("before")
+    some = IdempotencyKey.select(IdempotencyKey.id).where(old).limit(peewee.SQL("500"))
+    expired = IdempotencyKey.delete().where(IdempotencyKey.id.in_(some))
     claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
     first = Task.select(Task.id).where(owned_by_user(Task)).limit(peewee.SQL("1"))
     claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim).on_conflict(
@@ -1551,20 +1550,12 @@ def queries() -> dict[str, Any]:
         "long": first.offset(peewee.SQL(str(CHUNK))),
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
-        "expire": IdempotencyKey.delete().where(expired),
-        "expire_all": _expire_all(),
+        "expire": IdempotencyKey.delete().where(key & old),
+        "expire_all": expired.returning(IdempotencyKey.id),
         "claim": claimed.returning(IdempotencyKey.id),
         "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
     }
-
-
-def _expire_all() -> Any:
-    some = IdempotencyKey.select(IdempotencyKey.id).where(
-        IdempotencyKey.created_at < placeholder("before")
-    )
-    expired = IdempotencyKey.id.in_(some.limit(peewee.SQL("500")))
-    return IdempotencyKey.delete().where(expired).returning(IdempotencyKey.id)
 
 
 def change_query(*names: str) -> Any:
@@ -1889,12 +1880,7 @@ VERSION = 3  # of the schema; migrations/N.sql makes version N from the one befo
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 MIN_SQLITE = (3, 35)  # the first with RETURNING
 FULL = 256 * 1024  # bytes of free space; below it SQLite cannot store every task
-UNUSABLE = (  # not their subclasses, which are errors of taskd
-    peewee.DatabaseError,
-    peewee.OperationalError,
-    sqlite3.DatabaseError,
-    sqlite3.OperationalError,
-)
+UNUSABLE = ("DatabaseError", "OperationalError")  # other classes of errors are faults of taskd
 UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
 INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
 SESSION = """
@@ -2027,7 +2013,7 @@ class Sqlite(_LastWrite):
         _drop(self._here())  # its state is not known; the next request opens a new one
         if thread_state.in_event_loop:  # perhaps it is locked
             raise WouldBlock from None
-        if type(ex) not in UNUSABLE:
+        if type(ex).__name__ not in UNUSABLE:
             raise ex
         raise Unavailable("the database", str(ex)) from ex
 
@@ -3646,12 +3632,7 @@ EVENTS = {  # what the connection is polled for in each of these states
     "end": select.POLLIN,
     None: 0,  # its request is being answered
 }
-
-
-@lru_cache(1)
-def http_date(seconds: int) -> str:
-    """Return a time in the form of the Date header (RFC 9110, section 5.6.7)."""
-    return formatdate(seconds, usegmt=True)
+http_date = lru_cache(1)(waitress.utilities.build_http_date)
 
 
 class ServerTask(waitress.task.WSGITask):
@@ -3666,7 +3647,7 @@ class ServerTask(waitress.task.WSGITask):
         """
         super().start()
         server, channel = self.channel.server, self.channel
-        full = server.is_full and channel.is_pipelining
+        full = server.is_full and channel.reader.has_more
         if not channel.has_more() if server.stopping else full:
             self.request.headers["CONNECTION"] = "close"
 
@@ -3718,7 +3699,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._reader = RequestReader()
+        self.reader = RequestReader()
         self.sendbuf_len = 256 * 1024  # bytes taken from a file at once
         self.wait_for("request")
 
@@ -3749,18 +3730,13 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self._events = events
             self.server.poll.modify(self._fileno, events)
 
-    @property
-    def is_pipelining(self) -> bool:
-        """Whether another request, or some of it, has been read."""
-        return self._reader.has_more
-
     def has_more(self) -> bool:
         """Return whether another request, or some of it, was received."""
-        return self.is_pipelining or bool(self._peek())
+        return self.reader.has_more or bool(self._peek())
 
     def has_left(self) -> bool:
         """Return whether the client has closed the connection; safe to call from any thread."""
-        return not self._reader.has_more and self._peek() == b""
+        return not self.reader.has_more and self._peek() == b""
 
     def _peek(self) -> bytes | None:
         """Return the next byte, or b"" if the connection was closed, or None if nothing came."""
@@ -3801,7 +3777,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         self.close_early("urgent data came")
 
     def _receive(self, data: bytes) -> None:
-        reader, self._send_budget = self._reader, SEND_BUDGET
+        reader, self._send_budget = self.reader, SEND_BUDGET
         reader.receive(data)
         if reader.complete:
             self.server.deadlines.move(self, self.waiting_for, None)
@@ -3815,14 +3791,9 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self.wait_for(reader.waiting_for)
 
     @property
-    def request_method(self) -> str:
-        """The method of the current request."""
-        return str(self._reader.request.command)
-
-    @property
     def user(self) -> str:
         """The user in the path, whose token the request must have; otherwise the route's name."""
-        route, _, rest = self._reader.request.path.strip("/").partition("/")
+        route, _, rest = self.reader.request.path.strip("/").partition("/")
         return rest.partition("/")[0] or route
 
     def answer(self) -> None:
@@ -3830,7 +3801,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
         An answer to a write in the event loop is sent by `when_on_disk`.
         """
-        task, self._send_budget = ServerTask(self, self._reader.request), SEND_BUDGET
+        task, self._send_budget = ServerTask(self, self.reader.request), SEND_BUDGET
         try:
             if self.connected:
                 task.service()
@@ -3862,16 +3833,16 @@ class ServerChannel(waitress.channel.HTTPChannel):
         if self._closes:
             self._end()
             return
-        self._reader.next()
+        self.reader.next()
         self._reads = self._received = 0
         self._served = True
         self.wait_for("request")
-        if self._reader.has_more:
+        if self.reader.has_more:
             self._receive(b"")
 
     def _end(self) -> None:
         """Close the connection; if the client may still send, half-close it (RFC 9112, 9.6)."""
-        if self._reader.request.refusal is None and not self._reader.has_more:
+        if self.reader.request.refusal is None and not self.reader.has_more:
             self.handle_close()
             return
         with contextlib.suppress(OSError):
@@ -4103,7 +4074,10 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _serve_once(self, timeout: float) -> bool:
         """Run one round of the event loop; return whether a request was answered."""
-        timeout = 0 if self.ready or self._batch else min(timeout, self._longest_poll())
+        if self._blocked or self._paused:
+            timeout = min(timeout, LOCK_RETRY if self._blocked else PAUSE)
+        if self.ready or self._batch:
+            timeout = 0
         for descriptor, events in self.poll.poll(timeout * POLL_SECOND):
             if descriptor in self._map:
                 wasyncore.readwrite(self._map[descriptor], events)
@@ -4120,9 +4094,6 @@ class Server(waitress.server.TcpWSGIServer):
         if (self._batch or begun) and not grows:
             self._commit()
         return worked
-
-    def _longest_poll(self) -> float:
-        return LOCK_RETRY if self._blocked else PAUSE if self._paused else math.inf
 
     def _answer(self, channel: ServerChannel) -> None:
         try:

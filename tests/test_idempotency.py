@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -467,35 +466,6 @@ def test_all_expired_keys_are_deleted_in_batches_and_no_other_wherever_the_serve
         time.tzset()
         assert {user for user, _ in keys(path)} == {"dave"}
         assert len(keys(path)) == 20
-
-
-def test_creates_with_a_key_remove_the_expired_keys_of_anybody_a_few_at_a_time(
-    alice: Person, path: Path
-) -> None:
-    alice.add()
-    plant(path, 50, DAY + timedelta(hours=1))
-    plant(path, 20, DAY - timedelta(hours=1), user="dave")
-    left = [70]
-    for number in range(60):
-        assert create(alice, f"k{number}").status_code == 201
-        left.append(len([user for user, _ in keys(path) if user != "alice"]))
-    assert left[-1] == 20, "all that had expired are gone, and none that had not"
-    gone = [before - after for before, after in itertools.pairwise(left)]
-    assert max(gone) <= 5, "no create has to tidy up for many"
-    assert min(gone[:25]) >= 2, "more go than come, so that the table does not grow"
-    assert len(keys(path)) == 20 + 60
-
-
-def test_the_table_of_keys_does_not_grow_when_every_day_brings_as_many(
-    alice: Person, path: Path
-) -> None:
-    sizes = []
-    for day in range(4):
-        for number in range(20):
-            create(alice, f"{day}-{number}")
-        sizes.append(len(keys(path)))
-        age(path, DAY + timedelta(minutes=1))
-    assert sizes == [20] * 4
 
 
 @pytest.mark.sqlite("it needs a trigger in SQLite's words")

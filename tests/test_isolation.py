@@ -410,10 +410,6 @@ def bound_to(user: str) -> re.Pattern[str]:
     expected = rf"\(\({text} = '\*' OR {text} LIKE {tag}\)"
     expected += rf" AND NOT \({text} = '\*' OR {text} LIKE {tag}\)\)"
     key = rf"\({mine('idempotency_key')} AND \({key_name}\)\)"
-    number = '"idempotency_key"."id"'
-    oldest = re.escape(
-        f'SELECT {number} FROM "idempotency_key" AS "idempotency_key" ORDER BY {number} LIMIT 2'
-    )
 
     # Other conditions of a list only remove tasks: each OR is in its own brackets.
     searched = [
@@ -445,10 +441,8 @@ def bound_to(user: str) -> re.Pattern[str]:
         rf'|UPDATE "task" SET {settings} WHERE \({this("task")} AND {expected}\)'
         rf" RETURNING {returned}"
         rf'|DELETE FROM "task" WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
-        # A key belongs to its user too; but every create deletes the oldest expired keys of all.
         rf'|DELETE FROM "idempotency_key"'
-        rf' WHERE \(\({key} OR \("idempotency_key"\."id" IN \({oldest}\)\)\)'
-        rf' AND \("idempotency_key"\."created_at" < {text}\)\)'
+        rf' WHERE \({key} AND \("idempotency_key"\."created_at" < {text}\)\)'
         rf'|INSERT (?:OR IGNORE )?INTO "idempotency_key"'
         rf' \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
         r'(?: ON CONFLICT \("user_id", "name"\) DO NOTHING)?'
