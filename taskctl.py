@@ -46,6 +46,7 @@ import hashlib
 import http.client
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -248,7 +249,7 @@ def init() -> None:
         write_secret()
         say(f"wrote a new secret to {DOTENV}; give the same BETTER_AUTH_SECRET to Better Auth")
         settings = Settings.load()
-    existed = is_postgresql(settings) or Path(settings.database).exists()
+    existed = exists(settings)
     taskd.open_database(settings).close()
     say(f"{settings.database} is there already" if existed else f"created {settings.database}")
 
@@ -261,6 +262,31 @@ def signing_secrets(settings: Settings) -> list[str]:
 def is_postgresql(settings: Settings) -> bool:
     """Say whether the database is PostgreSQL's and not a file of SQLite's."""
     return "://" in settings.database
+
+
+def exists(settings: Settings) -> bool:
+    """Say whether there is a file of SQLite's, or PostgreSQL has taskd's tables."""
+    if not is_postgresql(settings):
+        return Path(settings.database).exists()
+    with as_it_is(settings) as database:
+        return taskd.schema_version(database) > 0
+
+
+@contextlib.contextmanager
+def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
+    """Give a PostgreSQL database without making or migrating its tables."""
+    parameters = taskd.libpq_parameters(settings.database_url)
+    pool = taskd.PostgresPool(settings.database_url, **parameters)
+    pool.session_settings = "SET default_transaction_read_only = on"
+    try:
+        with pool.connection_context():
+            taskd.check_encoding(pool, "it")
+            yield pool
+    except Exception as ex:
+        why = taskd.first_line(ex)
+        raise taskd.DatabaseError(f"{settings.database} cannot be used: {why}") from None
+    finally:
+        pool.close_idle()
 
 
 def write_secret() -> None:
@@ -281,7 +307,7 @@ def write_secret() -> None:
 @app.command()
 def settings(as_json: AsJson = False) -> None:
     """Show the effective settings, and where each comes from. Secrets are masked."""
-    effective, dotenv, shown = Settings.load(), dotenv_values(DOTENV), {}
+    effective, dotenv, shown = Settings.load(), dotenv_values(DOTENV, interpolate=False), {}
     for field in dataclasses.fields(effective):
         variable, value = field.metadata["variable"], getattr(effective, field.name)
         value = "(set)" if field.metadata["secret"] and value else without_password(value)
@@ -315,9 +341,14 @@ MISTAKES: dict[str, Callable[[str], str]] = {  # what two services often make of
 def check_user_ids(given: str | list[str] | None) -> str | list[str] | None:
     """Return ids of users as they are, or reject one that is empty or not UTF-8."""
     for user in [given] if isinstance(given, str) else given or ():
-        if not user or any("\ud800" <= character <= "\udfff" for character in user):
+        if not user or not is_utf8(user):
             raise BadParameter("it must not be empty, and UTF-8")
     return given
+
+
+def is_utf8(text: str) -> bool:
+    """Say whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 UserArgument = partial(Argument, callback=check_user_ids)
@@ -363,13 +394,21 @@ def seconds(text: str) -> int:
     return int(found[1]) * UNITS[found[2]]
 
 
+def finite(text: str) -> float | str:
+    """Return a number, or its text if JSON could not show it: NaN, Infinity, 1e400."""
+    return float(text) if math.isfinite(float(text)) else text
+
+
+read_json = partial(json.loads, parse_constant=finite, parse_float=finite)
+
+
 def parse_claim(text: str) -> tuple[str, Any]:
     """Return the name and value of `k=v`; a value that is not JSON is a string."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise BadParameter(f"--claim must look like role=admin, not {text!r}")
     try:
-        return name, json.loads(value, parse_constant=int)  # NaN is not JSON, and int refuses it
+        return name, read_json(value)
     except (ValueError, RecursionError):
         return name, value
 
@@ -412,7 +451,7 @@ def contents(token: str) -> dict[str, Any]:
     if token.count(".") == 2:
         for name, part in zip(("header", "claims"), token.split("."), strict=False):
             with contextlib.suppress(ValueError, RecursionError):
-                found[name] = json.loads(base64url_decode(part), parse_constant=str)
+                found[name] = read_json(base64url_decode(part))
     return found
 
 
@@ -481,31 +520,9 @@ OLDEST, LAST_CHANGE = fn.MIN(Task.created_at), fn.MAX(Task.updated_at)
 
 def require_database(settings: Settings) -> None:
     """Raise Refused if the database is a file that does not exist, or has no tables."""
-    if is_postgresql(settings):
-        with as_it_is(settings) as database:
-            exists = taskd.schema_version(database)
-    else:
-        exists = Path(settings.database).exists()
-    if not exists:
+    if not exists(settings):
         made = "make it with: python taskctl.py init"
         raise Refused(f"there is no database {settings.database}; {made}")
-
-
-@contextlib.contextmanager
-def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
-    """Give a PostgreSQL database without making or migrating its tables."""
-    parameters = taskd.libpq_parameters(settings.database_url)
-    pool = taskd.PostgresPool(settings.database_url, **parameters)
-    pool.session_settings = "SET default_transaction_read_only = on"
-    try:
-        with pool.connection_context():
-            taskd.check_encoding(pool, "it")
-            yield pool
-    except Exception as ex:
-        why = taskd.first_line(ex)
-        raise taskd.DatabaseError(f"{settings.database} cannot be used: {why}") from None
-    finally:
-        pool.close_idle()
 
 
 def database(settings: Settings | None = None, create: bool = False) -> taskd.Database:
@@ -557,7 +574,9 @@ def users(
 def check_filter(context: CallbackParam, value: Any) -> Any:
     """Return the value of a filter, or reject what taskd would reject as a parameter of lists."""
     values = value if isinstance(value, list) else [str(value)]
-    if value not in (None, "", []) and (wrong := taskd.wrong_parameter(context.name or "", values)):
+    if not is_utf8("".join(values)):
+        raise BadParameter("must be UTF-8")
+    if value not in (None, []) and (wrong := taskd.wrong_parameter(context.name or "", values)):
         raise BadParameter(wrong)
     return value
 
@@ -683,6 +702,7 @@ EXCLUSIVE = (  # keeps the lock until the connection is closed
     *("PRAGMA busy_timeout = 0", "PRAGMA journal_mode = DELETE", "PRAGMA synchronous = EXTRA"),
     *("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"),
 )
+SKIP_IDS = "so that none is used again, restore once more with --skip-ids"
 DATABASE_ERRORS = (peewee.DatabaseError, sqlite3.DatabaseError)
 
 
@@ -721,11 +741,11 @@ def restore(
     <name>.before-restore-<time>, and no id that it has used is used again. If it is lost, skip
     more ids than tasks can have been created since the backup.
     """
-    database = file_of(Settings.load())
+    database, name = file_of(Settings.load()), name_of(file)
     with unfinished(database) as copy, unpacked(file, database) as given:
-        copy_database(given, copy, name=file)
+        copy_database(given, copy, name)
         if fault := unfit(copy):
-            raise Refused(f"{file} cannot be restored: {fault}")
+            raise Refused(f"{name} cannot be restored: {fault}")
         replaced = database.exists() and database.stat().st_size
         with (
             contextlib.closing(connect(copy)) as new,
@@ -734,12 +754,14 @@ def restore(
             raise_last_id(new, Task, last_id(new, Task) + skip_ids)
             if replaced:
                 say(f"the old database is kept as {keep_old_copy(live, database)}")
-                with contextlib.suppress(*DATABASE_ERRORS):  # a damaged one may not tell its ids
+                try:
                     continue_ids(live, new)
+                except DATABASE_ERRORS:  # it is damaged
+                    say(f"its last ids cannot be read; {SKIP_IDS}")
             # In one transaction: SQLite rolls back half of one at the next start.
             copy_pages(new, live, "restoring")
     sync(database.parent)
-    say(f"restored {database} from {file}")
+    say(f"restored {database} from {name}")
 
 
 def file_of(settings: Settings) -> Path:
@@ -748,6 +770,11 @@ def file_of(settings: Settings) -> Path:
         own = "keep it safe with its server's own tools, such as pg_dump"
         raise Refused(f"{settings.database} is not a file; {own}")
     return followed(settings.database)
+
+
+def name_of(file: str) -> str:
+    """Return what messages call a file that is given on the command line."""
+    return "stdin" if file == "-" else file
 
 
 def followed(path: str) -> Path:
@@ -771,8 +798,8 @@ def unpacked(file: str, beside: Path) -> Iterator[Path]:
             try:
                 with whole.open("wb") as target:
                     shutil.copyfileobj(gzip.GzipFile(fileobj=stream) if packed else stream, target)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as ex:
-                raise Refused(f"{file} cannot be unpacked: {ex}") from None
+            except (EOFError, zlib.error, OSError) as ex:
+                raise Refused(f"{name_of(file)} cannot be unpacked: {ex}") from None
             yield whole
 
 
@@ -935,15 +962,22 @@ def last_id(database: peewee.Database, model: type[peewee.Model]) -> int:
 
 
 def raise_last_id(database: peewee.Database, model: type[peewee.Model], last: int) -> None:
-    """Give new rows ids after this one, and after those that there were."""
+    """Give new rows ids after this one, unless they get such ids already."""
     table = model._meta.table_name
-    if not (last := max(last, last_id(database, model))):
+    if last <= last_id(database, model):
         return
     if isinstance(database, peewee.SqliteDatabase):
         database.execute_sql("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
         database.execute_sql("INSERT INTO sqlite_sequence VALUES (?, ?)", (table, last))
     else:
-        database.execute_sql("SELECT setval(pg_get_serial_sequence(%s, 'id'), %s)", (table, last))
+        # The lock keeps others from taking ids meanwhile. The roll-back ends it, but leaves setval.
+        with database.atomic() as locking:
+            database.execute_sql(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
+            last = max(last, last_id(database, model))
+            database.execute_sql(
+                "SELECT setval(pg_get_serial_sequence(%s, 'id'), %s)", (table, last)
+            )
+            locking.rollback()
 
 
 def continue_ids(source: peewee.Database, target: peewee.Database) -> None:
@@ -1171,12 +1205,13 @@ def import_tasks(
             return say(f"{insert_new()} imported")
     with opened.transaction():
         refuse_repeated_ids()
-        refuse_taken_ids()
-        imported, there, updated, older = compared()
         own = Incoming.id.between(*own_ids(opened.peewee))
         last = Incoming.select(fn.COALESCE(fn.MAX(Incoming.id), 0)).where(own).scalar()
         raise_last_id(opened.peewee, Task, last)  # first, so that nobody creates a task with one
-        merge()
+        refuse_taken_ids()
+        imported, there, updated, older = compared()
+        if merge() != imported + updated:
+            raise Refused("tasks were changed meanwhile; nothing was imported; repeat it")
     left = f", {older} skipped: the existing task is newer" if older else ""
     say(f"{imported} imported, {there} already there, {updated} updated{left}")
 
@@ -1270,16 +1305,19 @@ def compared() -> tuple[int, int, int, int]:
     return new, lines - new - updated - left, updated, left
 
 
-def merge() -> None:
-    """Write what is new, and what is newer than the task that is there."""
+def merge() -> int:
+    """Write what is new, and what is newer than the task that is there; return how many rows."""
     fields = Task._meta.sorted_fields
     lines = Incoming.select(*(getattr(Incoming, field.name) for field in fields))
     update = {field: getattr(peewee.EXCLUDED, field.name) for field in fields}
-    Task.insert_from(lines.where(peewee.SQL("TRUE")), fields).on_conflict(
+    new = peewee.EXCLUDED
+    same = (new.user_id == Task.user_id) & (new.created_at == Task.created_at)
+    query = Task.insert_from(lines.where(peewee.SQL("TRUE")), fields).on_conflict(
         conflict_target=[Task.id],
         update=update | {Task.version: Task.version + 1},
-        where=peewee.EXCLUDED.updated_at > Task.updated_at,
-    ).execute()
+        where=same & (new.updated_at > Task.updated_at),
+    )
+    return int(query.as_rowcount().execute())
 
 
 def insert_new() -> int:
@@ -1308,7 +1346,7 @@ def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")
 
 
 def owned_rows(tasks: int, keys: int) -> str:
-    """Return in words how many rows a user has."""
+    """Return in words how many tasks and idempotency keys there are."""
     return counted(tasks, "task") + (f" and {counted(keys, 'idempotency key')}" if keys else "")
 
 
@@ -1319,6 +1357,8 @@ def confirmed(question: str) -> bool:
 
 
 # --- Copy -----------------------------------------------------------------------------------------
+
+GIVE_URL = "give the DATABASE_URL of a database, env:VARIABLE or @FILE"
 
 
 @app.command()
@@ -1335,8 +1375,7 @@ def copy(
     old, new = (Settings.load({**os.environ, "DATABASE_URL": url}) for url in urls)
     if old.database_url == new.database_url:
         raise BadParameter("the two are the same")
-    require_database(old)
-    reading, writing = (taskd.open_database(each, statement_timeout=0) for each in (old, new))
+    reading, writing = database(old), database(new, create=True)
     with reading.transaction(), writing.transaction(), progress() as bar:
         if Task.select().count(writing.peewee):
             raise Refused(f"{new.database} has tasks already; nothing was copied")
@@ -1346,17 +1385,23 @@ def copy(
             why = "the copy differs from the original, perhaps because someone wrote to it"
             raise Refused(f"{why}; nothing was copied")
     (tasks, checksum), (keys, _) = copied
-    say(f"copied {tasks} tasks and {keys} idempotency keys from {old.database} to {new.database}")
+    say(f"copied {owned_rows(tasks, keys)} from {old.database} to {new.database}")
     say(f"counts and checksums agree; that of the tasks is {checksum}")
 
 
 def given_url(text: str) -> str:
     """Return a URL that is given as it is, in an environment variable, or in a file."""
+    url = text
     if text.startswith("env:"):
-        if not (url := os.environ.get(text.removeprefix("env:"))):
-            raise BadParameter(f"{text}: there is no such environment variable")
-        return url
-    return Path(text[1:]).read_text().strip() if text.startswith("@") else text
+        url = os.environ.get(text.removeprefix("env:"), "")
+    elif text.startswith("@"):
+        try:
+            url = Path(text[1:]).read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError:
+            raise BadParameter(f"{text}: the file is not in UTF-8") from None
+    if not url:
+        raise BadParameter(f"{text!r} is empty, or not set; {GIVE_URL}")
+    return url
 
 
 def copy_rows(source: peewee.Database, target: peewee.Database, bar: Progress) -> None:
@@ -1383,6 +1428,7 @@ def digest(model: type[peewee.Model], database: peewee.Database, bar: Progress) 
 NEW_TASK: Row = {"title": "Try every route", "description": "with taskctl smoke"}
 NEW_TASK |= {"priority": "high", "due_date": "2026-12-01", "tags": ["smoke"]}
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+MAX_TIMEOUT = 86400  # seconds that a socket waits; some systems take no more than 24 days
 BAD_ANSWERS = (OSError, http.client.HTTPException, ValueError, RecursionError)
 
 
@@ -1534,7 +1580,7 @@ def wait(
 ) -> None:
     """Wait until /readyz of a server answers 200. Exit status 1 if it does not in time."""
     deadline = time.monotonic() + seconds(timeout)
-    while fault := not_ready(url, max(deadline - time.monotonic(), 0.1)):
+    while fault := not_ready(url, min(max(deadline - time.monotonic(), 0.1), MAX_TIMEOUT)):
         if time.monotonic() >= deadline:
             raise Refused(f"{url} is not ready after {timeout}: {printable(fault)}")
         time.sleep(0.05)
@@ -1619,7 +1665,10 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
             raise BadParameter(f"--set takes VARIABLE=VALUE, but not DATABASE_URL: {name!r}")
         values[name] = value
     values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
-    return Settings.load(values, directory / ".env")
+    settings = Settings.load(values, directory / ".env")
+    if not signing_secrets(settings):
+        raise BadParameter("--set BETTER_AUTH_SECRET= leaves no secret; give one, or leave it out")
+    return settings
 
 
 def announce(settings: Settings, port: int, users: list[str], port_file: Path | None) -> None:
@@ -1671,7 +1720,7 @@ def main() -> None:
         except taskd.Unavailable as ex:
             status, reason = 1, "{} cannot be used: {}".format(*ex.args)
         except DATABASE_ERRORS as ex:
-            status, reason = 1, f"the database cannot be used: {ex}"
+            status, reason = 1, f"the database cannot be used: {taskd.first_line(ex)}"
         except OSError as ex:
             status, reason = 1, f"{ex.filename or 'the output'}: {ex.strerror}"
         say(reason)

@@ -19,6 +19,7 @@ import psycopg
 import pytest
 from falcon import testing
 
+import taskctl
 import taskd
 from cluster import Cluster, free_port
 from conftest import DIRECTORY, Person
@@ -667,11 +668,17 @@ def test_a_user_id_that_postgresql_cannot_store_is_403_and_stops_nobody(
 # --- taskctl --------------------------------------------------------------------------------------
 
 
-def test_taskctl_makes_no_tables_where_it_only_looks(empty: str, tmp_path: Path) -> None:
+def test_taskctl_makes_no_tables_where_it_only_looks(
+    cluster: Cluster, empty: str, tmp_path: Path
+) -> None:
+    made_empty = made(cluster.url())
     for command in (["users"], ["stats"], ["export"], ["purge", "alice", "--yes"]):
         ended = run(tmp_path, "taskctl", *command, DATABASE_URL=empty)
         assert ended.returncode == 1
         assert "there is no database" in ended.stderr
+    for said in ("created", "is there already"):
+        ended = run(tmp_path, "taskctl", "init", DATABASE_URL=made_empty)
+        assert said in ended.stderr.splitlines()[-1]
     ended = run(tmp_path, "taskctl", "check", "--json", DATABASE_URL=empty)
     found = {row["found"]: row["result"] for row in taskd.json.loads(ended.stdout)}
     assert found["no tables yet; taskd makes them at its start"] == "warning"
@@ -717,6 +724,61 @@ def test_taskctl_imports_new_tasks_after_those_that_are_there(start: Start, tmp_
     ids = [task["id"] for task in server.request("GET", TASKS, headers=bearer()).json]
     assert ids == list(range(first, first + 5))
     assert create(server, 2).json["id"] == first + 5
+
+
+@pytest.mark.parametrize("meanwhile", [5, 12])
+def test_an_import_never_sets_the_sequence_of_ids_back(
+    app: taskd.App, alice: Person, monkeypatch: pytest.MonkeyPatch, meanwhile: int
+) -> None:
+    def last_id(*arguments: Any) -> int:
+        monkeypatch.setattr(taskctl, "last_id", read)
+        found = read(*arguments)
+        ids.extend(alice.add()["id"] for _ in range(meanwhile))
+        return found
+
+    ids = [alice.add()["id"]]
+    read = taskctl.last_id
+    for last in (ids[0], ids[0] + 10 + meanwhile):
+        monkeypatch.setattr(taskctl, "last_id", last_id)
+        opened = app.store._database
+        with opened.transaction():
+            taskctl.raise_last_id(opened.peewee, taskd.Task, last)
+            ids.append(alice.add()["id"])
+    assert ids == sorted(set(ids))
+
+
+def test_an_import_does_not_overwrite_a_task_that_is_created_meanwhile(
+    start: Start, tmp_path: Path
+) -> None:
+    server = start()
+    task = create(server, 1).json
+    newer = task | {"id": task["id"] + 1, "updated_at": "2126-01-01T00:00:00.000Z"}
+    (tmp_path / "tasks.jsonl").write_bytes(taskd.to_json(newer))
+    url, waits = database_url(tmp_path / "taskd.db"), "wait_event_type = 'Lock'"
+    with psycopg.connect(url) as other, ThreadPoolExecutor(1) as pool:
+        columns = "user_id, title, completed, tags, created_at, updated_at, version"
+        values = "'bob', title, completed, tags, 'now', updated_at, version"
+        extra = ", ".join(f"{name}_folded" for name in taskd.SEARCHED)
+        select = f"SELECT {values}, {extra} FROM task"
+        other.execute(f"INSERT INTO task ({columns}, {extra}) {select}".encode())
+        ending = pool.submit(run, tmp_path, "taskctl", "import", "tasks.jsonl", DATABASE_URL=url)
+        waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND {waits}"
+        until(lambda: ask(url, waiting) != [], "the import waits")
+        other.commit()
+    ended = ending.result()
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.endswith("; nothing was imported; repeat it\n")
+    assert stored(tmp_path / "taskd.db")[newer["id"]]["user_id"] == "bob"
+
+
+def test_taskctl_says_in_one_line_what_postgresql_cannot_store(
+    tmp_path: Path, start: Start
+) -> None:
+    start()
+    user, url = os.urandom(2000).hex(), database_url(tmp_path / "taskd.db")
+    ended = run(tmp_path, "taskctl", "seed", user, DATABASE_URL=url)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert ended.stderr.startswith("taskctl: the database cannot be used: index row")
 
 
 @pytest.mark.parametrize("arguments", [["backup", "copy.db"], ["restore", "copy.db"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import itertools
 import json
@@ -655,11 +656,57 @@ def test_a_damaged_database_is_replaced_and_kept_as_it_is(
     damaged = large.read_bytes()[: 4096 * 5] + os.urandom(large.stat().st_size - 4096 * 5)
     (tmp_path / "taskd.db").write_bytes(damaged)
     shutil.copy(large, tmp_path / "copy.db")
-    said(taskctl("restore", "copy.db"))
+    assert "its last ids cannot be read" not in said(taskctl("restore", "copy.db"))
     assert before_restore(tmp_path).read_bytes()[100:] == damaged[100:], (
         "all but the header, which counts changes"
     )
     assert dump(tmp_path / "taskd.db") == dump(large)
+
+
+def test_a_restore_says_that_the_damaged_database_does_not_tell_its_last_ids(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
+    taskctl("seed", "alice", "--count", "3")
+    taskctl("backup", "copy.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "taskd.db")) as connection:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_sequence'"
+        [[page]] = connection.execute(query)
+    content = bytearray((tmp_path / "taskd.db").read_bytes())
+    content[4096 * (page - 1) : 4096 * page] = b"\xff" * 4096
+    (tmp_path / "taskd.db").write_bytes(content)
+    first, second, last = said(taskctl("restore", "copy.db")).splitlines()
+    assert first.startswith("taskctl: the old database is kept as ")
+    assert second == (
+        "taskctl: its last ids cannot be read;"
+        " so that none is used again, restore once more with --skip-ids"
+    )
+    assert last == "taskctl: restored taskd.db from copy.db"
+
+
+def test_a_restore_from_stdin_names_it(taskctl: Taskctl, tmp_path: Path) -> None:
+    taskctl("seed", "alice", "--count", "3")
+    taskctl("backup", "copy.db")
+    copy = (tmp_path / "copy.db").read_bytes()
+    assert said(taskctl("restore", "-", stdin=copy)).endswith(
+        "taskctl: restored taskd.db from stdin\n"
+    )
+    half = gzip.compress(copy)[:-100]
+    assert one_line(taskctl("restore", "-", stdin=half), 1).startswith("stdin cannot be unpacked: ")
+    assert one_line(taskctl("restore", "-", stdin=b"x" * 100), 1).startswith("stdin cannot be ")
+
+
+def test_a_full_disk_is_not_said_to_be_the_output(
+    taskctl: Taskctl, large: Path, tmp_path: Path
+) -> None:
+    taskctl("init")
+    limit = large.stat().st_size // 2
+    with large.open("rb") as stdin:
+        command = ["prlimit", f"--fsize={limit}"]
+        restore = launched(tmp_path, "restore", "-", command=command, stdin=stdin)
+        _, messages = restore.communicate(timeout=DEADLINE)
+    assert (restore.returncode, messages.count("\n")) == (1, 1)
+    assert messages.startswith("taskctl: stdin cannot be unpacked: ")
+    assert "File too large" in messages
 
 
 def test_another_file_in_the_databases_place_is_left_to_the_operator(
@@ -1306,7 +1353,8 @@ def test_a_copy_has_all_that_the_original_has_and_never_uses_an_id_again(
     answer = taskctl("copy", "sqlite:///taskd.db", "sqlite:///other.db")
     assert answer.returncode == 0, answer.stderr
     assert (
-        f"copied {sum(map(len, made.values())) + 1} tasks and 1 idempotency keys" in answer.stderr
+        f"copied {sum(map(len, made.values())) + 1} tasks and 1 idempotency key from"
+        in answer.stderr
     )
     assert "checksums agree" in answer.stderr
     assert stored(tmp_path / "other.db") == stored(tmp_path / "taskd.db")

@@ -26,6 +26,7 @@ from wire import assert_problem
 
 pytestmark = pytest.mark.sqlite("it is about a database of its own, which is SQLite")
 
+NO_SECRET = ["--set", "BETTER_AUTH_SECRET=", "--set", "TASKD_JWKS_URL=http://127.0.0.1:1/jwks"]
 COMMAND = [sys.executable, str(ROOT / "taskctl.py"), "serve", "--ephemeral"]
 
 
@@ -172,6 +173,7 @@ def test_it_ends_with_a_socket_as_stdin_and_when_that_was_at_its_end_from_the_st
         (["--ephemeral", "--set", "DATABASE_URL=sqlite:///mine.db"], 2, "DATABASE_URL"),
         (["--ephemeral", "--set", "TASKD_THREADS=0"], 2, "TASKD_THREADS must be"),
         (["--ephemeral", "--set", "TASKD_PORT"], 2, "VARIABLE=VALUE"),
+        (["--ephemeral", *NO_SECRET], 2, "leaves no secret"),
         (["--ephemeral", "--port-file", "."], 2, "is a directory"),
         (["--ephemeral", "--port-file", "nowhere/port"], 1, "nowhere/port.new: No such file"),
     ],
@@ -206,7 +208,8 @@ def test_wait_returns_when_the_server_is_ready(
     taskctl: Taskctl, start: Callable[..., Process], tmp_path: Path
 ) -> None:
     port = free_port()
-    waiting = threading.Thread(target=lambda: answers.append(taskctl("wait", url)))
+    longest = ["--timeout", "999999999d"]
+    waiting = threading.Thread(target=lambda: answers.append(taskctl("wait", url, *longest)))
     url, answers = f"http://127.0.0.1:{port}/", []
     waiting.start()
     start(TASKD_PORT=str(port))

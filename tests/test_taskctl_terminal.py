@@ -172,13 +172,16 @@ def test_csv_has_a_header_and_reads_back_as_what_was_kept(taskctl: Taskctl, kept
 
 
 def test_settings_say_where_they_come_from(taskctl: Taskctl, tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("TASKD_PORT=8000\nTASKD_HOST=::1\nTASKD_ISSUER=\n")
+    (tmp_path / ".env").write_text(
+        "TASKD_PORT=8000\nTASKD_HOST=::1\nTASKD_ISSUER=\nTASKD_AUDIENCE=${X}\n"
+    )
     shown = taskctl("settings", TASKD_HOST="127.0.0.2").stdout
     found = {line.split()[0]: line.split()[1:] for line in shown.splitlines()}
     assert found["BETTER_AUTH_SECRET"] == ["(set)", "(environment)"]
     assert found["TASKD_HOST"] == ["127.0.0.2", "(environment)"]
     assert found["TASKD_PORT"] == ["8000", "(.env)"]
     assert found["TASKD_ISSUER"] == ["-", "(default)"]
+    assert found["TASKD_AUDIENCE"] == ["${X}", "(.env)"], "as taskd reads it"
 
 
 def test_verify_says_that_it_waits_for_a_token(tmp_path: Path) -> None:
