@@ -276,17 +276,17 @@ def exists(settings: Settings) -> bool:
 def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
     """Give a PostgreSQL database without making or migrating its tables."""
     parameters = taskd.libpq_parameters(settings.database_url)
-    pool = taskd.PostgresPool(settings.database_url, **parameters)
-    pool.session_settings = "SET default_transaction_read_only = on"
+    database = peewee.PostgresqlDatabase(
+        settings.database_url, prefer_psycopg3=True, encoding="UTF8", **parameters
+    )
     try:
-        with pool.connection_context():
-            taskd.check_encoding(pool, "it")
-            yield pool
+        with database.connection_context():
+            database.execute_sql("SET default_transaction_read_only = on")
+            taskd.check_encoding(database, "it")
+            yield database
     except Exception as ex:
         why = taskd.first_line(ex)
         raise taskd.DatabaseError(f"{settings.database} cannot be used: {why}") from None
-    finally:
-        pool.close_idle()
 
 
 def write_secret() -> None:
@@ -490,31 +490,23 @@ def instant(seconds: float) -> str:
 BATCH = 1000  # rows in a statement
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
 HIDDEN = ("user_id", "description", "created_at")  # columns that a terminal has no room for
-VERBS = {
-    "Buy": "milk|bread and butter|a birthday present for Nora|coffee beans|light bulbs|stamps",
-    "Call": "the dentist|grandmother|the landlord about the heating|the bank|Jonas back",
-    "Write": "the minutes of Monday's meeting|the release notes|a letter of thanks"
-    "|the travel report",
-    "Repair": "the bicycle's rear light|the dripping tap|the kitchen shelf|the build on main",
-    "Book": "the train to Vienna|a table for six|the vaccination|the meeting room for Thursday",
-    "Read": "the lease|chapter four|the review of the new API|the manual before asking",
-}
-NOTES = (
-    "before the weekend|ask Mira first|2 litres|see the e-mail of Tuesday|not urgent"
-    "|twice, if need be"
-)
+TITLES = [
+    *("Buy milk", "Buy bread and butter", "Buy a birthday present for Nora", "Buy light bulbs"),
+    *("Call the dentist", "Call grandmother", "Call the landlord about the heating"),
+    *("Write the minutes of Monday's meeting", "Write the release notes", "Write a travel report"),
+    *("Repair the bicycle's rear light", "Repair the dripping tap", "Repair the build on main"),
+    *("Book the train to Vienna", "Book a table for six", "Book the meeting room for Thursday"),
+    *("Read the lease", "Read chapter four", "Read the review of the new API"),
+]
+NOTES = ["before the weekend", "ask Mira first", "2 litres", "not urgent", "twice, if need be"]
 TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 RANDOM_SEED = 1
 USER_ORDERS = "user_id, tasks, done or last_change"
 
 
-def count_where(condition: Any) -> peewee.Function:
-    """Return the number of rows of which something is true; PostgreSQL cannot add booleans."""
-    return fn.COUNT(peewee.Case(None, [(condition, 1)]))
-
-
-TASKS, DONE = fn.COUNT(Task.id), count_where(Task._meta.fields["completed"])
+TASKS = fn.COUNT(Task.id)
+DONE = TASKS.filter(Task._meta.fields["completed"])
 OLDEST, LAST_CHANGE = fn.MIN(Task.created_at), fn.MAX(Task.updated_at)
 
 
@@ -541,16 +533,6 @@ def columns(task: dict[str, Any]) -> dict[str, Any]:
     return {**task, **taskd.search_columns(task), "version": 1}
 
 
-def query_for(columns: dict[str, Any]) -> Any:
-    """Return a query for these columns of tasks."""
-    return Task.select(*(column.alias(name) for name, column in columns.items()))
-
-
-def rows(query: Any, names: Iterable[str]) -> list[Row]:
-    """Return what a query finds, with its columns in this order."""
-    return [{name: row[name] for name in names} for row in query.dicts()]
-
-
 @app.command()
 def users(
     sort: Annotated[str, Option(help=f"{USER_ORDERS}; -tasks for most first.")] = "user_id",
@@ -566,8 +548,9 @@ def users(
     if not (key := shown.get(sort.removeprefix("-"))):
         raise BadParameter(f"--sort takes {USER_ORDERS}")
     order = key.desc() if sort.startswith("-") else key
-    query = query_for(shown).group_by(Task.user_id).order_by(order, Task.user_id).limit(limit)
-    found = rows(query, shown)
+    query: Any = Task.select(*shown.values()).group_by(Task.user_id)
+    ordered = query.order_by(order, Task.user_id).limit(limit)
+    found = [dict(zip(shown, row, strict=True)) for row in ordered.tuples()]
     show_all(found, as_json, nl, as_csv, wide, total=counted(len(found), "user"))
 
 
@@ -637,9 +620,10 @@ def stats(as_json: AsJson = False) -> None:
     database(settings)
     shown = {"users": fn.COUNT(Task.user_id.distinct()), "tasks": TASKS, "done": DONE}
     shown |= {"oldest": OLDEST, "last_change": LAST_CHANGE}
-    [row] = rows(query_for(shown), shown)
+    query: Any = Task.select(*shown.values())
+    [row] = query.tuples()
     size = None if is_postgresql(settings) else Path(settings.database).stat().st_size
-    show({**row, "bytes": size}, as_json)
+    show({**dict(zip(shown, row, strict=True)), "bytes": size}, as_json)
 
 
 @app.command()
@@ -673,15 +657,14 @@ def believable(users: list[str], count: int, chance: random.Random) -> Iterator[
     """Yield tasks, the same for the same source of chance."""
     for user in users:
         for second in sorted(chance.randrange(300 * 86400) for _ in range(count)):
-            verb = chance.choice(list(VERBS))
             created = EPOCH + timedelta(seconds=second)
             done = chance.random() < 0.4
             updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
             due = created + timedelta(days=chance.randrange(1, 60), hours=chance.randrange(24))
             yield {
                 "user_id": user,
-                "title": f"{verb} {chance.choice(VERBS[verb].split('|'))}",
-                "description": chance.choice(NOTES.split("|")) if chance.random() < 0.5 else None,
+                "title": chance.choice(TITLES),
+                "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
                 "completed": done,
                 "priority": chance.choice(["low", "medium", "high", None, None]),
                 "due_date": chance.choice([None, f"{due:%Y-%m-%d}", taskd.timestamp(due)]),
@@ -697,7 +680,6 @@ PAGES = 256  # copied between two updates of the progress bar: 1 MB
 LOGS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is checkpointed
 ATTEMPTS = 10  # at reading a file that changes meanwhile
 GZIP = b"\x1f\x8b"  # how a gzip file begins
-ENDING = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}  # signals that end a command
 EXCLUSIVE = (  # keeps the lock until the connection is closed
     *("PRAGMA busy_timeout = 0", "PRAGMA journal_mode = DELETE", "PRAGMA synchronous = EXTRA"),
     *("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"),
@@ -718,10 +700,7 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
         raise Refused(f"{file} exists already, and is never overwritten")
     beside = Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
     with unfinished(beside) as copy:
-        copy_database(database, copy)
-        with contextlib.closing(connect(copy)) as made:
-            if fault := damage(made):
-                raise Refused(f"{database} cannot be backed up: {fault}")
+        copy_database(database, copy, f"{database} cannot be backed up")
         if file == "-":
             with copy.open("rb") as whole:
                 shutil.copyfileobj(whole, sys.stdout.buffer)
@@ -743,9 +722,12 @@ def restore(
     """
     database, name = file_of(Settings.load()), name_of(file)
     with unfinished(database) as copy, unpacked(file, database) as given:
-        copy_database(given, copy, name)
-        if fault := unfit(copy):
-            raise Refused(f"{name} cannot be restored: {fault}")
+        copy_database(given, copy, f"{name} cannot be restored")
+        try:
+            taskd.prepare_database(str(copy))
+        except taskd.DatabaseError as ex:
+            why = str(ex).removeprefix(f"{copy} ")
+            raise Refused(f"{name} cannot be restored: {why}") from None
         replaced = database.exists() and database.stat().st_size
         with (
             contextlib.closing(connect(copy)) as new,
@@ -808,15 +790,14 @@ def unfinished(path: Path) -> Iterator[Path]:
     """Give an empty file, mode 600, in a directory beside `path` that is removed at the end."""
     if not path.parent.is_dir():
         raise Refused(f"there is no directory {path.parent}")
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until Python knows what to remove
+    directory = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        directory = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    with directory:
-        file = Path(directory.name, path.name)
+        directory.mkdir(mode=0o700)
+        file = directory / path.name
         file.touch(mode=0o600)
         yield file
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def publish(file: Path, path: Path) -> None:
@@ -854,7 +835,8 @@ def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
     read in a copy beside `scratch`.
     """
     for _ in range(ATTEMPTS):
-        locked, before = in_use(path), fingerprint(path)
+        # A server has it open, or had when it was killed.
+        locked, before = Path(f"{path}-shm").exists(), fingerprint(path)
         mode = "mode=ro" if locked else "immutable=1"
         with contextlib.ExitStack() as stack:
             source = path
@@ -865,11 +847,6 @@ def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
         if locked or fingerprint(path) == before:
             return
     raise Refused(f"{path} cannot be read: another program goes on writing to it")
-
-
-def in_use(path: Path) -> bool:
-    """Say whether a server has the database open, or had when it was killed."""
-    return Path(f"{path}-shm").exists()
 
 
 def fingerprint(path: Path) -> tuple[object, ...]:
@@ -887,8 +864,11 @@ def copy_files(path: Path, copy: Path) -> None:
             shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
 
 
-def copy_database(path: Path, copy: Path, name: str = "") -> None:
-    """Copy a database as it is now, with what its log holds, into one file without a log."""
+def copy_database(path: Path, copy: Path, failed: str) -> None:
+    """Copy a database as it is now, with what its log holds, into one file without a log.
+
+    Raises Refused, with what has `failed` and why, if the copy is not whole or not taskd's.
+    """
     if not path.is_file():
         raise Refused(f"there is no file {path}")
     try:
@@ -896,8 +876,11 @@ def copy_database(path: Path, copy: Path, name: str = "") -> None:
             for source in readings(path, copy):
                 copy_pages(source, target, f"reading {path}")
             target.execute_sql("PRAGMA journal_mode = DELETE")
+            fault = damage(target)
     except DATABASE_ERRORS as ex:
-        raise Refused(f"{name or path} cannot be copied: {ex}") from None
+        fault = str(ex)
+    if fault:
+        raise Refused(f"{failed}: {fault}")
 
 
 def copy_pages(source: peewee.SqliteDatabase, target: peewee.SqliteDatabase, what: str) -> None:
@@ -954,11 +937,10 @@ def keep_old_copy(live: peewee.SqliteDatabase, path: Path) -> Path:
 
 def last_id(database: peewee.Database, model: type[peewee.Model]) -> int:
     """Return the last id that a row of a table was given, also if it was deleted since; or 0."""
-    query = "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = ?"
+    query = "SELECT MAX(seq) FROM sqlite_sequence WHERE name = ?"
     if not isinstance(database, peewee.SqliteDatabase):
-        sequence = "pg_get_serial_sequence(%s, 'id')::regclass"
-        query = f"SELECT COALESCE(pg_sequence_last_value({sequence}), 0)"
-    return int(database.execute_sql(query, (model._meta.table_name,)).fetchone()[0])
+        query = "SELECT pg_sequence_last_value(pg_get_serial_sequence(%s, 'id')::regclass)"
+    return database.execute_sql(query, (model._meta.table_name,)).fetchone()[0] or 0
 
 
 def raise_last_id(database: peewee.Database, model: type[peewee.Model], last: int) -> None:
@@ -993,18 +975,6 @@ def damage(database: peewee.SqliteDatabase) -> str | None:
         return f"it is damaged: {' '.join(found.split())}"
     foreign = "it has no table task: it is not a database of taskd"
     return None if database.table_exists(Task) else foreign
-
-
-def unfit(copy: Path) -> str | None:
-    """Return in words why taskd would not start with this copy of a database; None if it would."""
-    try:
-        with contextlib.closing(connect(copy)) as database:
-            fault = damage(database)
-        if not fault:
-            taskd.prepare_database(str(copy))
-        return fault
-    except taskd.DatabaseError as ex:
-        return str(ex).removeprefix(f"{copy} ")
 
 
 # --- Check ----------------------------------------------------------------------------------------
@@ -1044,44 +1014,40 @@ def check_secrets(settings: Settings) -> Findings:
 
 def check_database(settings: Settings) -> Findings:
     """Yield whether the database is whole and fits schema.sql."""
+    name = settings.database
     if is_postgresql(settings):
-        yield check_postgresql(settings)
-    elif not Path(settings.database).exists():
+        try:
+            with as_it_is(settings) as database:
+                result, found = look_into(database, name)
+        except taskd.DatabaseError as ex:
+            result, found = "FAIL", str(ex)
+        yield result, name, found
+    elif not Path(name).exists():
         yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
     else:
-        path = followed(settings.database)
-        for database in readings(path, Path(tempfile.gettempdir(), path.name)):
-            result, found = look_into(database, settings.database)
+        path = followed(name)
+        for file in readings(path, Path(tempfile.gettempdir(), path.name)):
+            result, found = look_into(file, name)
             if result != "FAIL":
                 break
         yield result, settings.database_url, found
 
 
-def check_postgresql(settings: Settings) -> tuple[str, str, str]:
-    """Return whether taskd's tables in PostgreSQL fit schema.sql."""
-    try:
-        with as_it_is(settings) as database:
-            if not (version := taskd.schema_version(database)):
-                return "warning", settings.database, "no tables yet; taskd makes them at its start"
-            if version < taskd.VERSION:
-                return "warning", settings.database, TO_MIGRATE
-            taskd.check_schema(database, "it", taskd.portable_definitions)
-            return "ok", settings.database, "fits schema.sql"
-    except taskd.DatabaseError as ex:
-        return "FAIL", settings.database, str(ex)
-
-
-def look_into(database: peewee.SqliteDatabase, path: str) -> tuple[str, str]:
+def look_into(database: Any, name: str) -> tuple[str, str]:
     """Return how good a database is, and in words what to do about it."""
+    is_file = isinstance(database, peewee.SqliteDatabase)
     try:
-        if fault := damage(database):
+        if is_file and (fault := damage(database)):
             return "FAIL", f"{fault}; taskctl restore puts a backup in its place"
-        if taskd.schema_version(database) < taskd.VERSION:
+        if not (version := taskd.schema_version(database)):
+            return "warning", "no tables yet; taskd makes them at its start"
+        if version < taskd.VERSION:
             return "warning", TO_MIGRATE
-        taskd.check_schema(database, path, taskd.sqlite_definitions)
-        return "ok", "whole, and fits schema.sql"
+        definitions = taskd.sqlite_definitions if is_file else taskd.portable_definitions
+        taskd.check_schema(database, name, definitions)
+        return "ok", "whole, and fits schema.sql" if is_file else "fits schema.sql"
     except (peewee.DatabaseError, taskd.DatabaseError) as ex:
-        return "FAIL", str(ex)
+        return "FAIL", taskd.first_line(ex)
 
 
 def check_modes(settings: Settings) -> Findings:
@@ -1134,14 +1100,12 @@ class Incoming(Task):
     """The tasks of an import, in a table of this connection until all of them are checked."""
 
     line = peewee.AutoField()
-    id = peewee.BigIntegerField()
+    id = peewee.BigIntegerField(index=True)
 
     class Meta:
         """SQLite keeps a temporary table in another file, and writes it without a lock."""
 
-        table_name = "incoming"
         temporary = True
-        indexes = ((("id",), False),)
 
 
 @app.command()
@@ -1149,26 +1113,17 @@ def export(
     user: Annotated[str | None, UserArgument(help="Only this user's tasks.")] = None,
 ) -> None:
     """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
-    opened = database().peewee
-    query = Task.select(*taskd.SHOWN)
-    query = query.where(Task.user_id == user) if user else query
-    with one_snapshot(opened), progress(hidden=sys.stdout.isatty()) as bar:
-        total = query.count()
-        if user and not total:
-            raise Refused(f"{printable(user)} has no tasks")
-        tasks = (task for batch in batches(query, opened) for task in batch)
-        for task in bar.track(tasks, total=total, description="exporting"):
-            sys.stdout.buffer.write(taskd.to_json(taskd.TaskView(**task)) + b"\n")
+    opened, theirs = database(), taskd.owned_by_user(Task) if user else peewee.SQL("TRUE")
+    count = Task.select(TASKS).where(theirs)
+    [[total]] = opened.run(opened.compile(count), user_id=user)
+    if user and not total:
+        raise Refused(f"{printable(user)} has no tasks")
+    query = Task.select(*taskd.SHOWN, Task.version).where(theirs).order_by(Task.id)
+    rows = opened.rows(opened.compile(query), user_id=user)  # one statement sees one snapshot
+    with contextlib.closing(rows), progress(hidden=sys.stdout.isatty()) as bar:
+        for row in bar.track(rows, total=total, description="exporting"):
+            sys.stdout.buffer.write(taskd.to_json(taskd.view(row)) + b"\n")
         sys.stdout.flush()  # if the reader has gone, fail here, where the bar is removed
-
-
-@contextlib.contextmanager
-def one_snapshot(database: peewee.Database) -> Iterator[None]:
-    """Let several queries see one snapshot of the database."""
-    with database.atomic():
-        if not isinstance(database, peewee.SqliteDatabase):
-            database.execute_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        yield
 
 
 def batches(query: Any, database: peewee.Database) -> Iterator[list[Row]]:
@@ -1243,21 +1198,17 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
     for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 1):
         if line.strip():
             try:
-                parse = parse_new_task if new else parse_task
-                yield {"line": number, "id": number, **columns(parse(line.decode()))}
+                yield {"line": number, "id": number, **columns(parse_task(line.decode(), new))}
             except (taskd.Unprocessable, ValueError) as ex:
                 fault = getattr(ex, "description", f"it must be JSON in UTF-8: {ex}")
                 raise Refused(f"line {number}: {fault}; nothing was imported") from None
 
 
-def parse_task(text: str) -> dict[str, Any]:
-    """Return the members of a task, checked by the rules of the API."""
-    return {**taskd.decode(text, taskd.NewTask), **owned(msgspec.json.decode(text), OWNED_MEMBERS)}
-
-
-def parse_new_task(text: str) -> dict[str, Any]:
-    """Return the members of a task without an id; a time that is missing is now."""
+def parse_task(text: str, new: bool) -> dict[str, Any]:
+    """Return the members of a task; a new one has no id, and a time that is missing is now."""
     fields, members = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text)
+    if not new:
+        return {**fields, **owned(members, OWNED_MEMBERS)}
     given = [name for name in ("created_at", "updated_at") if members.get(name) is not None]
     known = owned(members, ["user_id", *given])
     created = known.get("created_at", taskd.timestamp(datetime.now(UTC)))
@@ -1298,11 +1249,12 @@ def refuse_taken_ids() -> None:
 def compared() -> tuple[int, int, int, int]:
     """Return how many lines are new, like the task that is there, newer than it, and older."""
     newer, older = Incoming.updated_at > Task.updated_at, Incoming.updated_at < Task.updated_at
-    counts = map(count_where, (Task.id.is_null(), newer, older))
-    query: Any = Incoming.select(fn.COUNT(Incoming.line), *counts)
+    lines = fn.COUNT(Incoming.line)
+    counts = (lines.filter(condition) for condition in (Task.id.is_null(), newer, older))
+    query: Any = Incoming.select(lines, *counts)
     joined = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id)
-    [(lines, new, updated, left)] = joined.tuples()
-    return new, lines - new - updated - left, updated, left
+    [(all_lines, new, updated, left)] = joined.tuples()
+    return new, all_lines - new - updated - left, updated, left
 
 
 def merge() -> int:
@@ -1466,11 +1418,8 @@ class SmokeClient:
         self._connection.connect()
         try:
             self._try_every_route()
-        except BaseException:
-            with contextlib.suppress(*BAD_ANSWERS):
-                self._clean_up()
-            raise
-        self._clean_up()
+        finally:
+            self._clean_up()
 
     def _try_every_route(self) -> None:
         """Call each route as it is meant to be called, and some as they are not."""
@@ -1601,7 +1550,8 @@ def not_ready(url: str, timeout: float) -> str:
 
 # --- Ephemeral server -----------------------------------------------------------------------------
 
-# Run by sh; read ends with its stdin. A port file that another server has written since stays.
+# Run by sh; read ends with its stdin: when this process ends, even if it is killed. A port file
+# that another server has written since stays.
 REMOVE = """
 read -r _
 [ -e "$1/port" ] && [ "$(cat "$1/port")" = "$(cat "$2")" ] && rm -f -- "$2"
@@ -1629,7 +1579,10 @@ def serve(
         raise BadParameter("--seed adds tasks for each --user: name one")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    with removed_at_exit(Path(tempfile.mkdtemp(prefix="taskd-")), port_file) as directory:
+    directory = Path(tempfile.mkdtemp(prefix="taskd-"))
+    remover = ["/bin/sh", "-c", REMOVE, "sh", str(directory), str(port_file or "")]
+    run_until_end = partial(Popen, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
+    with run_until_end(remover, stdin=PIPE):
         settings = ephemeral_settings(directory, given or [])
         listener = taskd.listen(settings.host, settings.port)
         application = taskd.create_app(settings)
@@ -1644,15 +1597,6 @@ def serve(
         end_with_stdin()
         taskd.serve(application, listener, settings)
         application.store.close()
-
-
-@contextlib.contextmanager
-def removed_at_exit(directory: Path, file: Path | None) -> Iterator[Path]:
-    """Have a shell remove both when this process ends, even if it is killed."""
-    command = ["/bin/sh", "-c", REMOVE, "sh", str(directory), str(file or "")]
-    shell = partial(Popen, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
-    with shell(command, stdin=PIPE):
-        yield directory
 
 
 def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
@@ -1708,7 +1652,7 @@ def terminate_after_stdin() -> None:
 def main() -> None:
     """Run a command; if it fails, print the reason as one line on stderr."""
     with taskd.standard_streams("taskctl"):
-        for number in ENDING - {signal.SIGINT}:  # unfinished files are removed
+        for number in (signal.SIGTERM, signal.SIGHUP):  # unfinished files are removed
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, lambda received, _: sys.exit(128 + received))
         taskd.log.addHandler(logging.NullHandler())  # a command says itself what failed

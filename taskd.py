@@ -1699,7 +1699,7 @@ class TaskStore:
         room = MAX_PAGE if listing.limit else MAX_CHUNK
         if size <= CHUNK:
             found = self._database.run(sql, **values)
-            tasks = [_view(row) for row in found[:size]]
+            tasks = [view(row) for row in found[:size]]
             after = (found[size - 1][-1], tasks[-1].id) if len(found) > size else None
             page = to_json(tasks)
             if len(page) > room:
@@ -1815,7 +1815,7 @@ class TaskStore:
         return stored
 
 
-def _view(row: Row) -> View:
+def view(row: Row) -> View:
     """Return a row as a task, without its last column: the version, or the position in a list."""
     values = list(row[:-1])
     for place, load in LOADED:
@@ -1829,7 +1829,7 @@ def _fill_page(rows: Iterable[Row], limit: int, room: int) -> tuple[bytes, POSIT
     for row in rows:
         if len(tasks) == limit or room <= 0:
             break
-        task = _view(row)
+        task = view(row)
         tasks.append(to_json(task))
         after, room = (row[-1], task.id), room - len(tasks[-1])
     else:
@@ -1838,7 +1838,7 @@ def _fill_page(rows: Iterable[Row], limit: int, room: int) -> tuple[bytes, POSIT
 
 
 def _stored(row: Row) -> Stored:
-    task = _view(row)
+    task = view(row)
     return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
 
 

@@ -25,6 +25,7 @@ from cluster import Cluster, free_port
 from conftest import DIRECTORY, Person
 from support import (
     DEADLINE,
+    ROOT,
     SECRET,
     Answer,
     ForkServer,
@@ -769,6 +770,27 @@ def test_an_import_does_not_overwrite_a_task_that_is_created_meanwhile(
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.endswith("; nothing was imported; repeat it\n")
     assert stored(tmp_path / "taskd.db")[newer["id"]]["user_id"] == "bob"
+
+
+def test_an_export_says_in_one_line_that_its_connection_was_lost(
+    start: Start, tmp_path: Path
+) -> None:
+    create(start(), "x" * 190)
+    url, more = database_url(tmp_path / "taskd.db"), "FROM task, generate_series(1000, 30000) n"
+    columns = ", ".join(name for name in taskd.Task._meta.fields if name != "id")
+    sql(tmp_path / "taskd.db", f"INSERT INTO task (id, {columns}) SELECT n, {columns} {more}")
+    command = [sys.executable, str(ROOT / "taskctl.py"), "export"]
+    variables = environment(BETTER_AUTH_SECRET=SECRET, DATABASE_URL=url)
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, **streams) as export:
+        assert export.stdout
+        export.stdout.readline()
+        there = "WHERE datname = current_database() AND query LIKE '%FROM \"task\"%ORDER BY%'"
+        mine = "AND pid <> pg_backend_pid()"
+        ask(url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity {there} {mine}")
+        _, messages = export.communicate(timeout=DEADLINE)
+    assert (export.returncode, messages.count("\n")) == (1, 1), messages
+    assert messages.startswith("taskctl: the database cannot be used: ")
 
 
 def test_taskctl_says_in_one_line_what_postgresql_cannot_store(
