@@ -3,8 +3,9 @@
 
 It reads the settings that taskd reads, and decides about tokens and the database with taskd's own
 code. Data goes to stdout, messages to stderr. Exit status: 0; 1 when something is refused, not
-found or failed; 2 for usage and settings. A command opens the database, makes one call and prints;
-each chapter uses only those above it:
+found or failed; 2 for wrong usage, unusable settings, and a database that cannot be opened or does
+not fit. A command opens the database, makes one call and prints; each chapter uses only those above
+it:
 
 | chapter            | has                                                                     |
 |--------------------|-------------------------------------------------------------------------|
@@ -502,6 +503,7 @@ NOTES = ["before the weekend", "ask Mira first", "2 litres", "not urgent", "twic
 TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 RANDOM_SEED = 1
+USERS_HELP = "How many made-up users to add: user-1, user-2 …"
 USER_ORDERS = "user_id, tasks, done or last_change"
 
 
@@ -578,7 +580,7 @@ def tasks(
     priority: Annotated[str | None, Filter(help="Only those of this priority.")] = None,
     tag: Annotated[list[str] | None, Filter(help="With this tag; several times: with all.")] = None,
     due_before: Annotated[str | None, Filter(help="Only those due before a day or a time.")] = None,
-    limit: Annotated[int | None, Filter(help="How many at most.")] = None,
+    limit: Annotated[int | None, Filter(help="How many at most, 1 to 1000.")] = None,
     as_json: AsJson = False,
     nl: AsLines = False,
     as_csv: AsCsv = False,
@@ -630,7 +632,7 @@ def stats(as_json: AsJson = False) -> None:
 def seed(
     user: Annotated[list[str] | None, UserArgument(help="Users to give tasks to.")] = None,
     count: Annotated[int, Option(min=1, help="Tasks for each user.")] = 20,
-    users: Annotated[int, Option(min=0, help="Made-up users besides: user-1, user-2 …")] = 0,
+    users: Annotated[int, Option(min=0, help=USERS_HELP)] = 0,
     random_seed: Annotated[int, Option(help="The same number makes the same tasks.")] = RANDOM_SEED,
     as_json: AsJson = False,
 ) -> None:
@@ -684,6 +686,7 @@ EXCLUSIVE = (  # keeps the lock until the connection is closed
     *("PRAGMA busy_timeout = 0", "PRAGMA journal_mode = DELETE", "PRAGMA synchronous = EXTRA"),
     *("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"),
 )
+SKIP_HELP = "How many ids to leave unused, for tasks created since the backup and lost."
 SKIP_IDS = "so that none is used again, restore once more with --skip-ids"
 DATABASE_ERRORS = (peewee.DatabaseError, sqlite3.DatabaseError)
 
@@ -712,7 +715,7 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
 @app.command()
 def restore(
     file: Annotated[str, Argument(help="A backup, packed with gzip or not; - reads stdin.")],
-    skip_ids: Annotated[int, Option(min=0, max=10**9, help="For ids of lost tasks.")] = 0,
+    skip_ids: Annotated[int, Option(min=0, max=10**9, help=SKIP_HELP)] = 0,
 ) -> None:
     """Put a backup in the database's place, while no server runs.
 
@@ -830,9 +833,9 @@ def connect(path: Path, mode: str = "mode=rw") -> peewee.SqliteDatabase:
 def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
     """Yield a database to read, and again if its file changed meanwhile without SQLite's locks.
 
-    Nothing beside it is created or changed: who may only read it would leave files that taskd
-    cannot write. SQLite would create an index for a log that no server has open; such a log is
-    read in a copy beside `scratch`.
+    Nothing beside the database is created or changed: files left by a user who can only read would
+    stop taskd's writes. If there is a log but no server, SQLite would create an index for it, so
+    database and log are copied beside `scratch` and read there.
     """
     for _ in range(ATTEMPTS):
         # A server has it open, or had when it was killed.
@@ -980,7 +983,7 @@ def damage(database: peewee.SqliteDatabase) -> str | None:
 # --- Check ----------------------------------------------------------------------------------------
 
 Findings = Iterator[tuple[str, str, str]]  # ok, warning or FAIL; about what; and why
-ODD_SECRET = "white space or quotes around it, or few different characters: is it meant so?"
+ODD_SECRET = "white space or quotes around it, or few different characters: is that intended?"
 TO_MIGRATE = "whole, and of an earlier version; taskd brings it up to date at its next start"
 
 
@@ -988,7 +991,7 @@ TO_MIGRATE = "whole, and of an earlier version; taskd brings it up to date at it
 def check(as_json: AsJson = False) -> None:
     """Look at the settings, the database, who can read them, and the key set. Nothing is changed.
 
-    Each line says ok, warning (it works, but should not stay) or FAIL, and what to do about it.
+    Each line says ok, warning (it works, but should be changed) or FAIL, and what to do about it.
     """
     settings = Settings.load()
     Tokens(settings)
@@ -1496,7 +1499,7 @@ def smoke(
     url: Annotated[str | None, Argument(help="The server; else that of the settings.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call every route of a live server, and leave nothing behind."""
+    """Call /healthz and every route of the API of a live server, and leave nothing behind."""
     settings = Settings.load()
     client = SmokeClient(url := url or url_of(settings.host, settings.port), settings)
     try:
