@@ -75,7 +75,7 @@ try:
     import peewee
     from dotenv import dotenv_values
     from jwt.utils import base64url_decode
-    from peewee import fn
+    from peewee import EXCLUDED, fn
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -276,10 +276,9 @@ def exists(settings: Settings) -> bool:
 @contextlib.contextmanager
 def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
     """Give a PostgreSQL database without making or migrating its tables."""
-    parameters = taskd.libpq_parameters(settings.database_url)
-    database = peewee.PostgresqlDatabase(
-        settings.database_url, prefer_psycopg3=True, encoding="UTF8", **parameters
-    )
+    url = settings.database_url
+    parameters = taskd.libpq_parameters(url)
+    database = peewee.PostgresqlDatabase(url, prefer_psycopg3=True, encoding="UTF8", **parameters)
     try:
         with database.connection_context():
             database.execute_sql("SET default_transaction_read_only = on")
@@ -1251,26 +1250,24 @@ def refuse_taken_ids() -> None:
 
 def compared() -> tuple[int, int, int, int]:
     """Return how many lines are new, like the task that is there, newer than it, and older."""
-    newer, older = Incoming.updated_at > Task.updated_at, Incoming.updated_at < Task.updated_at
-    lines = fn.COUNT(Incoming.line)
-    counts = (lines.filter(condition) for condition in (Task.id.is_null(), newer, older))
-    query: Any = Incoming.select(lines, *counts)
-    joined = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id)
-    [(all_lines, new, updated, left)] = joined.tuples()
-    return new, all_lines - new - updated - left, updated, left
+    line, task = Incoming.updated_at, Task.updated_at
+    cases = Task.id.is_null(), line == task, line > task, line < task
+    counts = (fn.COUNT(Incoming.line).filter(case) for case in cases)
+    query: Any = Incoming.select(*counts)
+    [found] = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id).tuples()
+    return found  # type: ignore[no-any-return]
 
 
 def merge() -> int:
     """Write what is new, and what is newer than the task that is there; return how many rows."""
     fields = Task._meta.sorted_fields
     lines = Incoming.select(*(getattr(Incoming, field.name) for field in fields))
-    update = {field: getattr(peewee.EXCLUDED, field.name) for field in fields}
-    new = peewee.EXCLUDED
-    same = (new.user_id == Task.user_id) & (new.created_at == Task.created_at)
+    update = {field: getattr(EXCLUDED, field.name) for field in fields}
+    same = (EXCLUDED.user_id == Task.user_id) & (EXCLUDED.created_at == Task.created_at)
     query = Task.insert_from(lines.where(peewee.SQL("TRUE")), fields).on_conflict(
         conflict_target=[Task.id],
         update=update | {Task.version: Task.version + 1},
-        where=same & (new.updated_at > Task.updated_at),
+        where=same & (EXCLUDED.updated_at > Task.updated_at),
     )
     return int(query.as_rowcount().execute())
 
@@ -1666,8 +1663,9 @@ def main() -> None:
             status, reason = 1 if isinstance(ex, Refused) else 2, str(ex)
         except taskd.Unavailable as ex:
             status, reason = 1, "{} cannot be used: {}".format(*ex.args)
-        except DATABASE_ERRORS as ex:
-            status, reason = 1, f"the database cannot be used: {taskd.first_line(ex)}"
+        except (*DATABASE_ERRORS, taskd.Unstorable) as ex:
+            why = str(ex.__cause__ or ex).partition("\n")[0]  # PostgreSQL's are several lines
+            status, reason = 1, f"the database cannot be used: {why}"
         except OSError as ex:
             status, reason = 1, f"{ex.filename or 'the output'}: {ex.strerror}"
         say(reason)

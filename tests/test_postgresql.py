@@ -801,6 +801,12 @@ def test_taskctl_says_in_one_line_what_postgresql_cannot_store(
     ended = run(tmp_path, "taskctl", "seed", user, DATABASE_URL=url)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert ended.stderr.startswith("taskctl: the database cannot be used: index row")
+    own = f"sqlite:///{tmp_path / 'own.db'}"
+    assert run(tmp_path, "taskctl", "seed", user, DATABASE_URL=own).returncode == 0
+    ended = run(tmp_path, "taskctl", "copy", own, url)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert ended.stderr.startswith("taskctl: the database cannot be used: index row")
+    assert stored(tmp_path / "taskd.db") == {}
 
 
 @pytest.mark.parametrize("arguments", [["backup", "copy.db"], ["restore", "copy.db"]])
