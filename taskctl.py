@@ -1347,12 +1347,9 @@ def given_url(text: str) -> str:
     if text.startswith("env:"):
         url = os.environ.get(text.removeprefix("env:"), "")
     elif text.startswith("@"):
-        try:
-            url = Path(text[1:]).read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError:
-            raise BadParameter(f"{text}: the file is not in UTF-8") from None
-    if not url:
-        raise BadParameter(f"{text!r} is empty, or not set; {GIVE_URL}")
+        url = os.fsdecode(Path(text[1:]).read_bytes()).strip()
+    if not url or not is_utf8(url):
+        raise BadParameter(f"{text!r} is empty, not set, or not in UTF-8; {GIVE_URL}")
     return url
 
 
