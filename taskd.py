@@ -469,16 +469,22 @@ thread_state = _ThreadState()
 class PlaceQueue:
     """A limit of how many threads do something at once; others wait while it makes progress."""
 
-    def __init__(self, places: int, refusal: Callable[[], Unavailable]) -> None:
-        self._free, self._refusal = places, refusal
+    def __init__(
+        self, places: int, refusal: Callable[[], Unavailable], timeout: float = math.inf
+    ) -> None:
+        self._free, self._refusal, self._timeout = places, refusal, timeout
         self._moved, self._changed = 0.0, threading.Condition()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Wait for a place; raise the refusal if nobody gets or leaves one for PLACE_TIMEOUT."""
+        """Wait for a place, at most `timeout` seconds, and while others get and leave places.
+
+        Raises the refusal, also if nobody got or left one for PLACE_TIMEOUT.
+        """
+        end = time.monotonic() + self._timeout
         with self._changed:
             while not self._free:
-                patience = self._moved + PLACE_TIMEOUT - time.monotonic()
+                patience = min(end, self._moved + PLACE_TIMEOUT) - time.monotonic()
                 if patience <= 0:
                     raise self._refusal()
                 self._changed.wait(patience)
@@ -1683,7 +1689,7 @@ class TaskStore:
 
     def _search_place(self, user_id: str) -> contextlib.AbstractContextManager[None]:
         detail = "other searches of yours are still running; wait until one ends"
-        new = PlaceQueue(SEARCHES_OF_USER, partial(Busy, detail, "busy"))
+        new = PlaceQueue(SEARCHES_OF_USER, partial(Busy, detail, "busy"), PLACE_TIMEOUT)
         with self._lock:
             return self._searches.setdefault(user_id, new).place()
 
@@ -4053,8 +4059,9 @@ class Server(waitress.server.TcpWSGIServer):
         thread_state.in_event_loop = True
         while not self.stopping:
             self._serve_once(timeout=1)
-        for _ in range(BACKLOG // ACCEPTS_AT_ONCE + 1):
-            self._accept()  # the connections in the backlog
+        for _ in range(BACKLOG // ACCEPTS_AT_ONCE + 1):  # the connections in the backlog
+            self._serve_once(timeout=0)  # a connection with a request makes no room for others
+            self._accept()
         self.poll.unregister(self._fileno)
         self.del_channel()
         self.socket.close()

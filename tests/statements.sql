@@ -40,11 +40,8 @@ DELETE
 -- expire
 DELETE
   FROM "idempotency_key"
-  WHERE (((("idempotency_key"."user_id" = :user_id)
-  AND ("idempotency_key"."name" = :name)) OR ("idempotency_key"."id" IN (SELECT "idempotency_key"."id"
-  FROM "idempotency_key" AS "idempotency_key"
-  ORDER BY "idempotency_key"."id"
-  LIMIT 2)))
+  WHERE ((("idempotency_key"."user_id" = :user_id)
+  AND ("idempotency_key"."name" = :name))
   AND ("idempotency_key"."created_at" < :before));
 
 -- expire_all
