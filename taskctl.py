@@ -341,14 +341,9 @@ MISTAKES: dict[str, Callable[[str], str]] = {  # what two services often make of
 def check_user_ids(given: str | list[str] | None) -> str | list[str] | None:
     """Return ids of users as they are, or reject one that is empty or not UTF-8."""
     for user in [given] if isinstance(given, str) else given or ():
-        if not user or not is_utf8(user):
+        if not user or taskd.SURROGATE.search(user):
             raise BadParameter("it must not be empty, and UTF-8")
     return given
-
-
-def is_utf8(text: str) -> bool:
-    """Say whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 UserArgument = partial(Argument, callback=check_user_ids)
@@ -558,7 +553,7 @@ def users(
 def check_filter(context: CallbackParam, value: Any) -> Any:
     """Return the value of a filter, or reject what taskd would reject as a parameter of lists."""
     values = value if isinstance(value, list) else [str(value)]
-    if not is_utf8("".join(values)):
+    if taskd.SURROGATE.search("".join(values)):
         raise BadParameter("must be UTF-8")
     if value not in (None, []) and (wrong := taskd.wrong_parameter(context.name or "", values)):
         raise BadParameter(wrong)
@@ -1348,7 +1343,7 @@ def given_url(text: str) -> str:
         url = os.environ.get(text.removeprefix("env:"), "")
     elif text.startswith("@"):
         url = os.fsdecode(Path(text[1:]).read_bytes()).strip()
-    if not url or not is_utf8(url):
+    if not url or taskd.SURROGATE.search(url):
         raise BadParameter(f"{text!r} is empty, not set, or not in UTF-8; {GIVE_URL}")
     return url
 

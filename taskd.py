@@ -345,16 +345,10 @@ def log_request(level: int, **fields: Any) -> None:
 
 
 class TextLines(logging.Formatter):
-    """Log lines for people. A traceback is indented, so that it cannot forge a line."""
+    """Log lines for people, in UTC. A traceback is indented, so that it cannot forge a line."""
 
-    _second, _clock = 0, ""
-
-    def formatTime(self, record: Any, datefmt: str | None = None) -> str:  # noqa: N802
-        """Return the time in UTC; what precedes the milliseconds is formatted once a second."""
-        if self._second != int(record.created):
-            self._second = int(record.created)
-            self._clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
-        return f"{self._clock}.{int(record.msecs):03}Z"
+    converter = time.gmtime  # type: ignore[assignment]  # a built-in function is not bound
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line, and the traceback below it if there is one."""
@@ -513,6 +507,7 @@ TOKEN_CACHE_SIZE = 1000  # verified tokens
 TOKEN_CACHE_AGE = 300  # seconds after which a token is verified again
 REJECTED_CACHE_SIZE = 200  # rejected tokens: clients go on sending one that has expired
 REJECTED_CACHE_AGE = 1  # seconds after which a rejected token is verified again
+SURROGATE = re.compile("[\ud800-\udfff]")  # in a text that is not UTF-8
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, 7.1: no padding
 # RFC 8725, section 3.11: Better Auth signs its session cookies too, with another type.
 LOGIN_TYPES = ("jwt", "at+jwt")
@@ -893,7 +888,7 @@ def _user(claims: Claims) -> User:
         if name in claims and type(claims[name]) not in (int, float):
             raise TokenError(f"{name} must be a number")
     subject = claims["sub"]
-    if not subject or any("\ud800" <= character <= "\udfff" for character in subject):
+    if not subject or SURROGATE.search(subject):
         raise TokenError("sub must name a user")
     texts = {name: claims[name] for name in ("email", "name") if isinstance(claims.get(name), str)}
     return User(subject, claims["exp"], **texts)
