@@ -268,7 +268,7 @@ class Settings:
         """The path of SQLite's file, or the database's address without its password."""
         if self.database_url.startswith("sqlite:"):
             return self.database_url.removeprefix("sqlite:///")
-        return re.sub("//.*@", "//…@", self.database_url).partition("?")[0]
+        return re.sub("//[^/@]*@", "//…@", self.database_url).partition("?")[0]
 
 
 def _parse(text: str, metadata: Mapping[str, Any]) -> Any:
@@ -1060,17 +1060,9 @@ OWNED = ("id", "user_id", "created_at", "updated_at")  # ignored: a task can be 
 
 parse_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 PARSERS = {name: msgspec.json.Decoder(field.type).decode for name, field in FIELDS.items()}
-TaskView = msgspec.defstruct(
-    "TaskView",
-    [
-        ("id", int),
-        ("user_id", str),
-        *((name, field.type) for name, field in FIELDS.items()),
-        ("created_at", str),
-        ("updated_at", str),
-    ],
-    frozen=True,
-)
+_types = {name: field.type for name, field in FIELDS.items()}
+_members = {"id": int, "user_id": str, **_types, "created_at": str, "updated_at": str}
+TaskView = msgspec.defstruct("TaskView", _members.items(), frozen=True)
 View = Any  # a TaskView, whose members follow from FIELDS
 
 
@@ -1258,7 +1250,8 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
         for name, value in req.params.items()
         if not name.startswith("_")
     }
-    is_utf8 = _is_utf8(req.query_string)
+    query = unquote_to_bytes(req.query_string)
+    is_utf8 = query == query.decode(errors="ignore").encode()  # Falcon replaces what is not
     faults = [
         Fault(name[:MAX_NAME], reason)
         for name, values in itertools.islice(given.items(), MAX_FAULTS)
@@ -1273,15 +1266,6 @@ def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
         raise Unprocessable(faults[:MAX_FAULTS])
     parsed = {name: PARSED.get(name, str)(text) for name, text in asked.items()}
     return Listing(**parsed, tags=tuple(tags), after=after)
-
-
-def _is_utf8(query: str) -> bool:
-    """Say whether a query is UTF-8; Falcon replaces bytes that are not by U+FFFD."""
-    try:
-        unquote_to_bytes(query).decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def wrong_parameter(name: str, values: list[str], is_utf8: bool = True) -> str | None:
@@ -1341,10 +1325,6 @@ class Conditions(Struct, frozen=True):
     match: str = "*"
     none_match: str = ""
 
-    def hold(self, tag: str) -> bool:
-        """Say whether a task with this entity tag may be changed (RFC 9110, section 13.1)."""
-        return self.matches(tag) and not self.known(tag)
-
     def matches(self, tag: str) -> bool:
         """Say whether If-Match has this entity tag."""
         return self.match == "*" or tag in self.match
@@ -1354,7 +1334,7 @@ class Conditions(Struct, frozen=True):
         return self.none_match == "*" or tag in self.none_match
 
 
-UNCONDITIONAL = Conditions()
+ANY = Conditions()  # whatever the version
 
 
 def read_conditions(req: falcon.Request) -> Conditions:
@@ -1365,7 +1345,7 @@ def read_conditions(req: falcon.Request) -> Conditions:
     """
     match, none_match = _entity_tags(req, "If-Match"), _entity_tags(req, "If-None-Match")
     if match is none_match is None:
-        return UNCONDITIONAL
+        return ANY
     return Conditions(
         "*" if match is None else " ".join(tag for tag in match if not tag.startswith("W/")),
         " ".join(tag.removeprefix("W/") for tag in none_match or ()),
@@ -1399,9 +1379,6 @@ CHUNK = 100  # tasks of a list that are read and sent at once
 SORTED_CHUNK = 20_000  # the same where reading a chunk sorts all tasks of the user
 MAX_CHUNK = 4 * 1024 * 1024  # bytes of JSON, after which such a chunk ends
 MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
-LIMIT_MARGIN = 1000  # tasks; more creates than can be under way at once
-RECOUNT = 500  # new tasks after which a user is counted again
-USERS_COUNTED = 10_000
 SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
@@ -1442,9 +1419,6 @@ class Task(peewee.Model):
     updated_at = peewee.TextField()
     version = peewee.IntegerField()
 
-    class Meta:
-        table_name = "task"
-
 
 for _name, _field in FIELDS.items():
     Task._meta.add_field(_name, _field.column())
@@ -1473,7 +1447,6 @@ class About(peewee.Model):
     cursor_key = peewee.TextField()
 
     class Meta:
-        table_name = "about"
         primary_key = False
 
 
@@ -1491,13 +1464,6 @@ class Stored(Struct, frozen=True):
     id: int
     tag: str
     replayed: bool = False
-
-
-class Replay(Struct):
-    """The members of a stored answer that its replay needs; it may hold others."""
-
-    id: int
-    updated_at: str
 
 
 def search_columns(fields: dict[str, Any]) -> dict[str, str | None]:
@@ -1538,10 +1504,11 @@ def queries() -> dict[str, Any]:
     new = {name: placeholder(name) for name in names}
     key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
     old = IdempotencyKey.created_at < placeholder("before")
-    some = IdempotencyKey.select(IdempotencyKey.id).where(old).limit(peewee.SQL("500"))
-    expired = IdempotencyKey.delete().where(IdempotencyKey.id.in_(some))
+    oldest = IdempotencyKey.select(IdempotencyKey.id).where(old).limit(peewee.SQL("500"))
+    expired = IdempotencyKey.delete().where(IdempotencyKey.id.in_(oldest))
     claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
-    first = Task.select(Task.id).where(owned_by_user(Task)).limit(peewee.SQL("1"))
+    theirs = Task.select(Task.id).where(owned_by_user(Task))
+    first, some = theirs.limit(peewee.SQL("1")), theirs.limit(placeholder("limit"))
     claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim).on_conflict(
         "NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name)
     )
@@ -1549,6 +1516,7 @@ def queries() -> dict[str, Any]:
         "get": Task.select(*SHOWN, Task.version).where(THIS),
         "add": _returning(Task.insert(created_at=now, updated_at=now, **new)),
         "long": first.offset(peewee.SQL(str(CHUNK))),
+        "count": peewee.Select([some], [peewee.fn.COUNT(peewee.SQL("1"))]),
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
         "expire": IdempotencyKey.delete().where(key & old),
@@ -1594,57 +1562,17 @@ def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> A
     return query.order_by(*order).limit(placeholder("limit"))
 
 
-class TaskLimit:
-    """How many tasks a user may have. Exact counts are made only near the limit, under a lock."""
-
-    def __init__(self, database: Database, most: int | None) -> None:
-        self._database, self._most = database, most
-        self._counted: dict[str, tuple[int, int]] = {}  # a user's tasks, and the id of the newest
-        count = Task.select(
-            peewee.fn.COUNT(Task.id), peewee.fn.COALESCE(peewee.fn.MAX(Task.id), peewee.SQL("0"))
-        )
-        self._sql = database.compile(
-            count.where(owned_by_user(Task), Task.id > placeholder("last"))
-        )
-
-    def is_near(self, user_id: str) -> bool:
-        """Say whether the user may be at the limit; counts only tasks newer than the last count.
-
-        It misses later deletions, and the few tasks that were being created during that count.
-        """
-        if self._most is None:
-            return False
-        known, last = self._counted.get(user_id) or self._recount(user_id)
-        [(new, _)] = self._database.run(self._sql, user_id=user_id, last=last)
-        if new > RECOUNT:
-            self._counted.pop(user_id, None)
-        return known + int(new) + LIMIT_MARGIN > self._most
-
-    def check(self, user_id: str) -> None:
-        """Raise TooManyTasks unless the user may have one more; to be called in a transaction."""
-        self._database.lock(user_id)
-        if self._most is not None and self._recount(user_id)[0] >= self._most:
-            raise TooManyTasks(f"{self._most:,}")
-
-    def _recount(self, user_id: str) -> tuple[int, int]:
-        if len(self._counted) >= USERS_COUNTED:
-            self._counted.clear()
-        [(count, newest)] = self._database.run(self._sql, user_id=user_id, last=0)
-        self._counted[user_id] = count, newest
-        return count, newest
-
-
 class TaskStore:
     """One user's tasks at a time. Returns None if the user has no such task.
 
     Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is
-    therefore atomic; only a create with a key or near the limit takes several, in a transaction.
+    therefore atomic; only a create with a key or with a limit takes several, in a transaction.
     Raises Unavailable if the database cannot be used, and Changed if a task does not meet
     `conditions`.
     """
 
     def __init__(self, database: Database, max_tasks: int | None = None) -> None:
-        self._database, self._limit = database, TaskLimit(database, max_tasks)
+        self._database, self._max_tasks = database, max_tasks
         self.cursor_key: str = database.run(database.compile(About.select(About.cursor_key)))[0][0]
         self._sql = {name: database.compile(query) for name, query in queries().items()}
         self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
@@ -1730,54 +1658,49 @@ class TaskStore:
         """
         now = datetime.now(UTC)
         values = {**columns(task), "user_id": user_id, "now": timestamp(now)}
-        near = self._limit.is_near(user_id)
-        if key is None and not near:
+        if key is None and self._max_tasks is None:
             return _first(self._database.write(self._sql["add"], **values))
-        if key is None:
-            with self._database.transaction():
-                self._limit.check(user_id)
-                return _first(self._run("add", values))
         body = _digest(task)
         values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
+            if key is None:
+                return self._add_within_limit(values)
             self._run("expire", values)
             found = self._run("replay", values)
             if not found and self._run("claim", values):
-                if near:
-                    self._limit.check(user_id)
-                [row] = self._run("add", values)
-                stored = _stored(row)
+                stored = self._add_within_limit(values)
                 self._run("answer", values | {"answer": to_json(stored.task).decode()})
                 return stored
             # Without a row, another process has created the task first.
             [(known, answer)] = found or self._run("replay", values)
         return _replayed(answer) if known == body else None
 
+    def _add_within_limit(self, values: dict[str, Any]) -> Stored:
+        if self._max_tasks is not None:
+            self._database.lock(values["user_id"])
+            [(count,)] = self._run("count", values | {"limit": self._max_tasks})
+            if count >= self._max_tasks:
+                raise TooManyTasks(f"{self._max_tasks:,}")
+        [row] = self._run("add", values)
+        return _stored(row)
+
     def change(
-        self,
-        user_id: str,
-        task_id: int,
-        changes: dict[str, Any],
-        conditions: Conditions = UNCONDITIONAL,
+        self, user_id: str, task_id: int, changes: dict[str, Any], conditions: Conditions = ANY
     ) -> Stored | None:
         """Change these fields, and return the task as it is now."""
         if changes:
             values = columns(changes)
             return self._write(self._change(*values), conditions, user_id, task_id, **values)
         stored = self.get(user_id, task_id)
-        if stored and not conditions.hold(stored.tag):
+        if stored and (conditions.known(stored.tag) or not conditions.matches(stored.tag)):
             raise Changed(stored.tag)
         return stored
 
-    def toggle(
-        self, user_id: str, task_id: int, conditions: Conditions = UNCONDITIONAL
-    ) -> Stored | None:
+    def toggle(self, user_id: str, task_id: int, conditions: Conditions = ANY) -> Stored | None:
         """Toggle whether the task is completed, and return the task as it is now."""
         return self._write(self._sql["toggle"], conditions, user_id, task_id)
 
-    def remove(
-        self, user_id: str, task_id: int, conditions: Conditions = UNCONDITIONAL
-    ) -> Stored | None:
+    def remove(self, user_id: str, task_id: int, conditions: Conditions = ANY) -> Stored | None:
         """Delete the task, and return it as it was."""
         return self._write(self._sql["remove"], conditions, user_id, task_id)
 
@@ -1809,9 +1732,9 @@ class TaskStore:
     def _write(
         self, sql: str, conditions: Conditions, user_id: str, task_id: int, **values: Any
     ) -> Stored | None:
-        values |= {"match": conditions.match, "none_match": conditions.none_match, "now": _now()}
+        values |= msgspec.structs.asdict(conditions) | {"now": timestamp(datetime.now(UTC))}
         stored = _first(self._database.write(sql, user_id=user_id, id=task_id, **values))
-        if not stored and conditions is not UNCONDITIONAL and (other := self.get(user_id, task_id)):
+        if not stored and conditions is not ANY and (other := self.get(user_id, task_id)):
             raise Changed(other.tag)
         return stored
 
@@ -1864,13 +1787,8 @@ def _digest(task: dict[str, Any]) -> str:
 
 
 def _replayed(answer: str) -> Stored:
-    replay = msgspec.json.decode(answer, type=Replay)
-    task, tag = msgspec.Raw(answer.encode()), f'"1-{replay.updated_at}"'
-    return Stored(task, replay.id, tag, replayed=True)
-
-
-def _now() -> str:
-    return timestamp(datetime.now(UTC))
+    task = msgspec.json.decode(answer)
+    return Stored(task, task["id"], f'"1-{task["updated_at"]}"', replayed=True)
 
 
 # --- Database -------------------------------------------------------------------------------------

@@ -19,6 +19,13 @@ SELECT "t1"."id"
   WHERE ("t1"."user_id" = :user_id)
   LIMIT 1 OFFSET 100;
 
+-- count
+SELECT COUNT(1)
+  FROM (SELECT "t1"."id"
+  FROM "task" AS "t1"
+  WHERE ("t1"."user_id" = :user_id)
+  LIMIT :limit) AS "t2";
+
 -- toggle
 UPDATE "task"
   SET "updated_at" = :now, "version" = version + 1, "completed" = NOT completed

@@ -325,6 +325,10 @@ UNUSABLE = {
         "postgresql://guarded:wrong-{password}@127.0.0.1:{port}/postgres",
         "password",
     ),
+    "a password in the query": (
+        "postgresql://127.0.0.1:{free}/postgres?user=guarded&password=x@{password}",
+        "refused",
+    ),
     "a question mark in the password": (
         "postgresql://guarded:{password}?x@127.0.0.1:{port}/postgres",
         "password",
