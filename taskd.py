@@ -1504,19 +1504,19 @@ def queries() -> dict[str, Any]:
     new = {name: placeholder(name) for name in names}
     key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
     old = IdempotencyKey.created_at < placeholder("before")
-    oldest = IdempotencyKey.select(IdempotencyKey.id).where(old).limit(peewee.SQL("500"))
-    expired = IdempotencyKey.delete().where(IdempotencyKey.id.in_(oldest))
+    some_old = IdempotencyKey.select(IdempotencyKey.id).where(old).limit(peewee.SQL("500"))
+    expired = IdempotencyKey.delete().where(IdempotencyKey.id.in_(some_old))
     claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
     theirs = Task.select(Task.id).where(owned_by_user(Task))
-    first, some = theirs.limit(peewee.SQL("1")), theirs.limit(placeholder("limit"))
+    counted = theirs.limit(placeholder("limit"))
     claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim).on_conflict(
         "NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name)
     )
     return {
         "get": Task.select(*SHOWN, Task.version).where(THIS),
         "add": _returning(Task.insert(created_at=now, updated_at=now, **new)),
-        "long": first.offset(peewee.SQL(str(CHUNK))),
-        "count": peewee.Select([some], [peewee.fn.COUNT(peewee.SQL("1"))]),
+        "long": theirs.limit(peewee.SQL("1")).offset(peewee.SQL(str(CHUNK))),
+        "count": peewee.Select([counted], [peewee.fn.COUNT(peewee.SQL("1"))]),
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
         "expire": IdempotencyKey.delete().where(key & old),
@@ -1660,11 +1660,11 @@ class TaskStore:
         values = {**columns(task), "user_id": user_id, "now": timestamp(now)}
         if key is None and self._max_tasks is None:
             return _first(self._database.write(self._sql["add"], **values))
-        body = _digest(task)
-        values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
         with self._database.transaction():
             if key is None:
                 return self._add_within_limit(values)
+            body = _digest(task)
+            values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
             self._run("expire", values)
             found = self._run("replay", values)
             if not found and self._run("claim", values):
@@ -1849,8 +1849,7 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
 
 def write_queue(places: int) -> PlaceQueue:
     """Return places for threads that write: fewer than threads, so that reads always find one."""
-    full = "the database", "too many writes are waiting"
-    return PlaceQueue(places, partial(Unavailable, *full))
+    return PlaceQueue(places, partial(Unavailable, "the database", "too many writes are waiting"))
 
 
 class _LastWrite:
@@ -2143,17 +2142,19 @@ class PostgresPool(peewee.PostgresqlDatabase):
                 self._changed.notify()
 
     def _wait_for_idle(self) -> None:
-        """Have a connection made, and wait until one is idle. Raises the error of the attempt."""
+        """Have a connection made, and wait until one is idle.
+
+        Raises the error of the attempt, or TimeoutError if it takes longer than `patience`.
+        """
         with self._changed:
             if self._new is None or self._new.done():
                 new: Future[None] = Future()
                 threading.Thread(target=self._finish, args=(new,), daemon=True).start()
                 self._new, self._deadline = new, time.monotonic() + self.patience
             new, patience = self._new, self._deadline - time.monotonic()
-            if not self._changed.wait_for(lambda: self._idle or new.done(), patience):
-                raise TimeoutError
+            self._changed.wait_for(lambda: self._idle or new.done(), patience)
             if not self._idle:
-                new.result()
+                new.result(0)
 
     def _finish(self, new: Future[None]) -> None:
         try:
@@ -3566,8 +3567,10 @@ class ServerTask(waitress.task.WSGITask):
         """
         super().start()
         server, channel = self.channel.server, self.channel
-        full = server.is_full and channel.reader.has_more
-        if not channel.has_more() if server.stopping else full:
+        closes = server.is_full and channel.reader.has_more
+        if server.stopping:
+            closes = not channel.has_more()
+        if closes:
             self.request.headers["CONNECTION"] = "close"
 
     def get_environment(self) -> dict[str, Any]:
