@@ -3591,9 +3591,8 @@ class ServerTask(waitress.task.WSGITask):
         return "\r\n".join([first, *lines, "\r\n"]).encode("latin-1")
 
     def write(self, data: bytes) -> None:
-        """Write the answer; headers and a body that is passed whole are sent together."""
-        whole = self.complete and self.has_body and self.content_length == len(data)
-        if self.wrote_header or not whole:
+        """Write the answer; the headers and the first bytes of the body are sent together."""
+        if self.wrote_header:
             super().write(data)
         else:
             self.channel.write_soon(self.build_response_header() + data)
@@ -3641,9 +3640,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Change the state, and start its deadline."""
         if self._fileno is None:
             return  # the connection was closed meanwhile
-        if what != self.waiting_for or what in ("request", "reader"):
-            self.server.deadlines.move(self, self.waiting_for, what)
-            self.waiting_for = what
+        self.server.deadlines.move(self, self.waiting_for, what)
+        self.waiting_for = what
         self.watch(EVENTS[what])
 
     def watch(self, events: int) -> None:
@@ -3751,7 +3749,6 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return
         if self.outbufs[-1].buf:  # waitress would keep the answer's memory
             self.outbufs = [waitress.buffers.OverflowableBuffer(MAX_IN_MEMORY)]
-            self.current_outbuf_count = 0
         if self._closes:
             self._end()
             return

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 
@@ -632,6 +633,17 @@ def test_no_answer_names_the_server(server: Process) -> None:
         answer = wire.send(b"nonsense\r\n\r\n").answer()
         assert "server" not in answer.headers
         assert "waitress" not in answer.text.lower()
+
+
+@SAME_ON_ALL
+@pytest.mark.parametrize("request_bytes", [written("GET", "/healthz"), b"nonsense\r\n\r\n"])
+def test_the_date_of_an_answer_is_that_at_which_it_was_made(
+    server: Process, request_bytes: bytes
+) -> None:
+    with Wire(server) as wire:
+        before = int(time.time())
+        date = wire.send(request_bytes).answer().headers["date"]
+        assert before <= parsedate_to_datetime(date).timestamp() <= time.time()
 
 
 def test_a_connection_serves_many_requests(server: Process) -> None:
