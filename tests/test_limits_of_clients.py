@@ -86,9 +86,10 @@ def connected(server: Process, count: int) -> Iterator[list[Wire]]:
         yield [stack.enter_context(Wire(server, receive_buffer=4096)) for _ in range(count)]
 
 
-def refuses_connections(server: Process) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", server.port)) != 0
+def refuses_connections(server: Process, tried: contextlib.ExitStack) -> bool:
+    """Try to connect, and keep the connection: one that is closed would make room for others."""
+    client = tried.enter_context(socket.socket())
+    return client.connect_ex(("127.0.0.1", server.port)) != 0
 
 
 def sent_in_vain(wire: Wire, data: bytes) -> None:
@@ -661,12 +662,12 @@ def test_pipelined_requests_are_answered_at_the_end_also_at_the_limit_of_connect
     start: Start, tmp_path: Path
 ) -> None:
     server = start(before=limited(256), TASKD_THREADS="4")
-    with Wire(server) as wire, contextlib.ExitStack() as others:
+    # They connect first: a write waits 4 seconds for the lock, which may be too short for it.
+    with connected(server, 300), Wire(server) as wire, contextlib.ExitStack() as tried:
         with locked(tmp_path / "taskd.db"):
             wire.send(written("POST", TASKS, {"title": "Buy milk"}, user="alice") * 3)
-            others.enter_context(connected(server, 300))
             server.popen.send_signal(signal.SIGTERM)
-            until(lambda: refuses_connections(server), "it stops")
+            until(lambda: refuses_connections(server, tried), "it stops")
         assert [wire.answer().status_code for _ in range(3)] == [201] * 3
 
 
