@@ -452,9 +452,9 @@ class _ThreadState(threading.local):
     # nothing. In other threads a write is on disk when it returns, and this is always None.
     uncommitted: list[Callable[[], object]] | None = None
 
-    def client_has_left(self) -> bool:
-        """Whether nobody waits for the answer to this thread's request; a worker thread sets it."""
-        return False
+    def reason_to_end(self) -> str:
+        """Say why this thread's search should end, or ""; a worker thread replaces this."""
+        return ""
 
 
 thread_state = _ThreadState()
@@ -630,11 +630,10 @@ class KeySet:
 
     def _fail(self, ex: Exception) -> None:
         self._failure, self._ended = f"{type(ex).__name__}: {ex}"[:200], time.monotonic()
-        ended = bool(self._keys) and time.monotonic() - self._answered >= KEYS_END
-        self._warn(
-            [f"it cannot be fetched: {self._failure}"]
-            + ["its keys have ended: no good answer for an hour"] * ended
-        )
+        messages = [f"it cannot be fetched: {self._failure}"]
+        if self._keys and self._ended - self._answered >= KEYS_END:
+            messages.append("its keys have ended: no good answer for an hour")
+        self._warn(messages)
 
     def _warn(self, messages: list[str]) -> None:
         for message in messages:
@@ -779,9 +778,10 @@ class Tokens:
         self._key_set = KeySet(settings.jwks_url) if settings.jwks_url else None
         if not self._secrets and not self._key_set:
             raise SettingsError(f"BETTER_AUTH_SECRET is missing; {MAKE_ONE}")
-        self._issuer, self._audience = settings.issuer, settings.audience
+        issuer, audience = settings.issuer, settings.audience
         # PyJWT refuses any token with an aud unless told otherwise, and Better Auth's have one.
-        self._jwt = jwt.PyJWT({"require": ["sub", "exp"], "verify_aud": self._audience is not None})
+        verifier = jwt.PyJWT({"require": ["sub", "exp"], "verify_aud": audience is not None})
+        self._claims = partial(verifier.decode, issuer=issuer, audience=audience, leeway=LEEWAY)
         self._verified: dict[str, tuple[float, jwt.PyJWK | None, User]] = {}
         self._rejected: dict[str, tuple[float, str]] = {}
 
@@ -825,7 +825,7 @@ class Tokens:
         if not self._secrets:
             missing = "BETTER_AUTH_SECRET is missing, without which no token can be signed"
             raise SettingsError(f"{missing}; {MAKE_ONE}")
-        return self._jwt.encode(claims, self._secrets[0], "HS256")
+        return jwt.encode(claims, self._secrets[0], "HS256")
 
     def _still_valid(self, key: jwt.PyJWK | None) -> bool:
         """Say whether the key set still has the key with which a token was verified."""
@@ -857,15 +857,12 @@ class Tokens:
 
         The key pins the algorithm: the header only says which key to try (RFC 8725, section 3.1).
         """
-        decode = partial(
-            self._jwt.decode, token, issuer=self._issuer, audience=self._audience, leeway=LEEWAY
-        )
         if alg != "HS256" or not self._secrets:
             key = self._find_key(alg, kid)
-            return decode(key, [key.algorithm_name]), key
+            return self._claims(token, key, [key.algorithm_name]), key
         for secret in self._secrets:
             try:
-                return decode(secret, ["HS256"]), None
+                return self._claims(token, secret, ["HS256"]), None
             except jwt.InvalidSignatureError as ex:
                 mismatch = ex  # another secret may have signed it
         raise mismatch
@@ -1588,14 +1585,14 @@ class TaskStore:
             return
         if thread_state.in_event_loop:
             raise SearchWouldBlock
-        _check_client()
+        _check_reason_to_end()
         end = time.monotonic() + SEARCH_TIME
         with self._search_place(user_id):
             try:
                 with self._database.deadline(SEARCH_TIME):
                     yield
             except Unavailable as ex:
-                _check_client()
+                _check_reason_to_end()
                 if time.monotonic() < end:
                     raise
                 detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
@@ -1766,10 +1763,10 @@ def _stored(row: Row) -> Stored:
     return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
 
 
-def _check_client() -> None:
-    """Raise Busy if the client has closed the connection."""
-    if thread_state.client_has_left():
-        raise Busy("keep the connection open until the search is answered", "the client has left")
+def _check_reason_to_end() -> None:
+    """Raise Busy if the client has left or the server is about to exit."""
+    if reason := thread_state.reason_to_end():
+        raise Busy(f"the search has ended because {reason}; send it again", reason)
 
 
 def _first(rows: list[Row]) -> Stored | None:
@@ -1942,7 +1939,7 @@ class Sqlite(_LastWrite):
         end, connection = time.monotonic() + seconds, self._here().connection()
 
         def is_over() -> bool:
-            return time.monotonic() > end or thread_state.client_has_left()
+            return time.monotonic() > end or bool(thread_state.reason_to_end())
 
         connection.set_progress_handler(is_over, DEADLINE_STEPS)
         try:
@@ -3268,9 +3265,7 @@ MAX_CHUNKS = 20 * 1024  # not counting runs of chunks of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 # The headers that the answer to a refused request depends on.
-FOR_REFUSALS = re.compile(
-    rb"^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$", re.MULTILINE | re.IGNORECASE
-)
+FOR_REFUSALS = re.compile(rb"(?im)^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$")
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
@@ -3534,6 +3529,7 @@ CONNECTIONS_OVER_LIMIT = 10  # accepted even when no other connection can be clo
 ACCEPTS_AT_ONCE = 500
 BACKLOG = 1024  # connections that the kernel accepts before taskd does
 DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are answered
+SEARCHES_DRAIN_TIMEOUT = 6.0  # the same for searches; those that remain are refused in time
 IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
 READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
@@ -3654,9 +3650,12 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Return whether another request, or some of it, was received."""
         return self.reader.has_more or bool(self._peek())
 
-    def has_left(self) -> bool:
-        """Return whether the client has closed the connection; safe to call from any thread."""
-        return not self.reader.has_more and self._peek() == b""
+    def reason_to_end(self) -> str:
+        """Say why a search for this client should end, or ""; safe to call from any thread."""
+        if time.monotonic() > self.server.searches_end:
+            return "the server is stopping"
+        closed = not self.reader.has_more and self._peek() == b""
+        return "the client has closed the connection" if closed else ""
 
     def _peek(self) -> bytes | None:
         """Return the next byte, or b"" if the connection was closed, or None if nothing came."""
@@ -3734,7 +3733,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def service(self) -> None:
         """Answer the request in a worker thread."""
-        thread_state.client_has_left = self.has_left  # type: ignore[method-assign]
+        thread_state.reason_to_end = self.reason_to_end  # type: ignore[method-assign]
         self.answer()
         self.server.finish(self)
 
@@ -3864,25 +3863,19 @@ class Deadlines:
     """When each connection entered its state; in each state the oldest one is first."""
 
     def __init__(self) -> None:
-        self._since: dict[str, OrderedDict[ServerChannel, float]] = {
-            kind: OrderedDict() for kind in DEADLINES
-        }
+        self.since = {kind: OrderedDict[ServerChannel, float]() for kind in DEADLINES}
 
     def move(self, channel: ServerChannel, before: str | None, now: str | None) -> None:
         """Note that a connection changes its state now; None has no deadline."""
         if before:
-            self._since[before].pop(channel, None)
+            self.since[before].pop(channel, None)
         if now:
-            self._since[now][channel] = time.monotonic()
-
-    def waiting(self, kind: str) -> list[ServerChannel]:
-        """Return the connections in a state, the oldest first."""
-        return list(self._since[kind])
+            self.since[now][channel] = time.monotonic()
 
     def overdue(self) -> list[ServerChannel]:
         """Return the connections whose deadline has passed."""
         found: list[ServerChannel] = []
-        for kind, waiting in self._since.items():
+        for kind, waiting in self.since.items():
             latest = time.monotonic() - DEADLINES[kind]
             for channel, since in waiting.items():
                 if since >= latest:
@@ -3892,7 +3885,7 @@ class Deadlines:
 
     def longest(self, before: float) -> ServerChannel | None:
         """Return the connection that has waited longest, if it has since before that time."""
-        firsts = [next(iter(waiting.items())) for waiting in self._since.values() if waiting]
+        firsts = [next(iter(waiting.items())) for waiting in self.since.values() if waiting]
         channel, since = min(firsts, key=operator.itemgetter(1), default=(None, before))
         return channel if since < before else None
 
@@ -3932,6 +3925,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._blocked: deque[tuple[float, ServerChannel]] = deque()  # writes, since when
         self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._next_warning = self._next_check = 0.0
+        self.searches_end = math.inf
         self._accept_pending = False
         super().__init__(app, dispatcher=dispatcher(adjustments["threads"]), **adjustments)
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
@@ -3985,7 +3979,8 @@ class Server(waitress.server.TcpWSGIServer):
         wasyncore.close_all(self._map)
 
     def _drain(self) -> None:
-        end, last = time.monotonic() + DRAIN_TIMEOUT, time.monotonic()
+        last = time.monotonic()
+        end, self.searches_end = last + DRAIN_TIMEOUT, last + SEARCHES_DRAIN_TIMEOUT
         while time.monotonic() < min(end, last + IDLE_BEFORE_EXIT):
             worked = self._serve_once(timeout=IDLE_BEFORE_EXIT / 5)
             channels = self.active_channels.values()
@@ -4080,7 +4075,7 @@ class Server(waitress.server.TcpWSGIServer):
     def _answered(self, channel: ServerChannel) -> None:
         channel.answered()
         if channel.waiting_for == "reader":
-            unsent = {one: one.unsent() for one in self.deadlines.waiting("reader")}
+            unsent = {one: one.unsent() for one in self.deadlines.since["reader"]}
             while sum(unsent.values()) > MAX_UNSENT:
                 slowest = next(iter(unsent))
                 slowest.close_early("others need the memory of its unread answer")
