@@ -30,6 +30,7 @@ from support import (
     until,
     written,
 )
+from test_costs import fill
 
 Start = Callable[..., Process]
 
@@ -474,9 +475,9 @@ def test_no_request_costs_more_than_its_bound(shared: Process, sent: bytes, boun
 @pytest.mark.sqlite("it is about HTTP")
 @pytest.mark.parametrize("part", ["head", "body"])
 def test_a_request_that_comes_byte_by_byte_costs_little(shared: Process, part: str) -> None:
-    sent = post(b" " * 4000, "Content-Length: 4000")
+    sent = post(b" " * 10_000, "Content-Length: 10000")
     if part == "head":
-        sent = get(HOST, "X: " + "y" * 4000)
+        sent = get(HOST, "X: " + "y" * 10_000)
     before = shared.processor_time()
     with Wire(shared) as wire:
         wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -485,6 +486,26 @@ def test_a_request_that_comes_byte_by_byte_costs_little(shared: Process, part: s
             time.sleep(0.0001)
         assert wire.answer().status_code == (200 if part == "head" else 400)
     assert shared.processor_time() - before < 0.1
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_many_requests_in_few_pieces_on_a_connection_are_not_paused(shared: Process) -> None:
+    started = time.monotonic()
+    with Wire(shared) as wire:
+        wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(200):
+            wire.send(GOOD[:10])
+            time.sleep(0.001)
+            assert wire.send(GOOD[10:]).answer().status_code == 200
+    assert time.monotonic() - started < 200 * taskd.PAUSE / 2
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_a_client_that_sends_on_after_a_refusal_is_cut_off(shared: Process) -> None:
+    with Wire(shared) as wire:
+        assert wire.send(b"x\r\n").answer().status_code == 400
+        with pytest.raises(ConnectionError):  # the systems of both sides buffer some of it
+            wire.send(bytes(64 * taskd.MAX_DISCARDED))
 
 
 @pytest.mark.sqlite("it is about HTTP")
@@ -730,6 +751,74 @@ def test_pages_that_nobody_reads_keep_one_page_of_each_connection_in_memory(
         for _ in range(3):
             another_is_served(server)
         assert memory(server) - before < megabytes * 1024 * 1024
+
+
+@pytest.mark.sqlite("on PostgreSQL the worker threads read the pages, each into memory of its own")
+def test_of_clients_that_do_not_read_those_that_wait_longest_are_closed_for_their_memory(
+    start: Start,
+) -> None:
+    server = start(before="taskd.MAX_UNSENT = 2 * 1024 * 1024")
+    add_long_tasks(server, 110)
+    with connected(server, 60) as wires:
+        for wire in wires:
+            wire.send(written("GET", f"{TASKS}?limit=1000", user="alice") * 20)
+        until(lambda: "others need the memory" in server.log, "some are closed")
+        another_is_served(server)
+        closed = server.log.count("others need the memory")
+        assert 0 < closed < len(wires) - 2
+        assert server.request("GET", f"{TASKS}?limit=1000", headers=bearer()).status_code == 200
+        assert "Traceback" not in server.log
+
+
+SLOW_LISTS = """
+def sleep_first(*given, page=TaskStore.page):
+    if thread_state.in_event_loop:
+        raise WouldBlock
+    time.sleep(0.01)
+    return page(*given)
+
+TaskStore.page = sleep_first
+"""
+
+
+@pytest.mark.sqlite("on PostgreSQL the worker threads read the lists")
+def test_worker_threads_take_a_request_of_each_user_in_turn(start: Start, tmp_path: Path) -> None:
+    server = start(before=SLOW_LISTS, TASKD_THREADS="2")
+    another_is_served(server)
+    for user in ("alice", "bob"):
+        fill(tmp_path / "taskd.db", user, 101, "x")
+    finished = "GET /api/{user_id}/tasks 200"
+    before = server.log.count(finished)
+    with connected(server, 100) as wires, Wire(server) as other:
+        for wire in wires:
+            wire.send(written("GET", TASKS, user="alice"))
+        until(lambda: server.log.count(finished) > before, "the first is answered")
+        other.send(written("GET", "/api/bob/tasks", None, "X-Request-ID: bob", user="bob"))
+        assert len(other.answer().json) > 100
+        until(lambda: server.log.count(finished) > before + 100, "all are answered")
+    lists = [line for line in server.log.splitlines() if finished in line][before:]
+    assert next(number for number, line in enumerate(lists) if "id=bob" in line) < 50
+
+
+@pytest.mark.sqlite("another process can hold the one lock of writes")
+def test_connections_over_the_limit_wait_while_all_others_are_being_answered(
+    start: Start, tmp_path: Path
+) -> None:
+    limit = 256 - 2 * 4 - 80
+    server = start(before=limited(256), TASKD_THREADS="4")
+    write = written("POST", TASKS, {"title": "Buy milk"}, user="alice")
+    with connected(server, limit) as wires, contextlib.ExitStack() as later:
+        with locked(tmp_path / "taskd.db"):
+            for wire in wires:
+                wire.send(write)
+            time.sleep(0.5)  # until all of them are read: others make room
+            wires += [later.enter_context(Wire(server)).send(write) for _ in range(40)]
+            time.sleep(1)
+            descriptors = Path(f"/proc/{server.popen.pid}/fd").iterdir()
+            sockets = [one for one in descriptors if str(one.readlink()).startswith("socket:")]
+            # One of them listens.
+            assert len(sockets) == limit + taskd.CONNECTIONS_OVER_LIMIT + 1
+        assert {wire.answer().status_code for wire in wires} == {201}
 
 
 @pytest.mark.slow
