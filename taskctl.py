@@ -693,9 +693,9 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
     require_database(settings)
     if file == "-" and sys.stdout.isatty():
         raise Refused("a database is not written to a terminal; send stdout to a file or a program")
-    if file != "-" and os.path.lexists(file):
-        raise Refused(f"{file} exists already, and is never overwritten")
     beside = Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
+    if file != "-" and os.path.lexists(beside):
+        raise Refused(f"{beside} exists already, and is never overwritten")
     with unfinished(beside) as copy:
         copy_database(database, copy, f"{database} cannot be backed up")
         if file == "-":
@@ -703,7 +703,7 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
                 shutil.copyfileobj(whole, sys.stdout.buffer)
         else:
             publish(copy, beside)
-            say(f"backed up {database} to {file}, {beside.stat().st_size} bytes")
+            say(f"backed up {database} to {beside}, {beside.stat().st_size} bytes")
 
 
 @app.command()

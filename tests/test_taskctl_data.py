@@ -262,6 +262,11 @@ def test_a_backup_to_stdout_is_the_same_file(
     assert (names(tmp_path), names(tmp_path / "tmp")) == (before, [])
 
 
+def test_the_empty_name_is_the_directory_which_a_backup_does_not_replace(taskctl: Taskctl) -> None:
+    taskctl("seed", "alice")
+    assert one_line(taskctl("backup", ""), 1) == ". exists already, and is never overwritten"
+
+
 @pytest.mark.parametrize(
     "there", ["a file", "an empty file", "a directory", "a link to nowhere", "the database"]
 )
