@@ -953,9 +953,8 @@ def raise_last_id(database: peewee.Database, model: type[peewee.Model], last: in
         with database.atomic() as locking:
             database.execute_sql(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
             last = max(last, last_id(database, model))
-            database.execute_sql(
-                "SELECT setval(pg_get_serial_sequence(%s, 'id'), %s)", (table, last)
-            )
+            query = "SELECT setval(pg_get_serial_sequence(%s, 'id'), %s)"
+            database.execute_sql(query, (table, last))
             locking.rollback()
 
 

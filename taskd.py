@@ -99,6 +99,7 @@ try:
     import waitress.server
     import waitress.task
     import waitress.utilities
+    from falcon import Request, Response
     from msgspec import UNSET, Meta, Struct
     from waitress import wasyncore
 except ModuleNotFoundError as ex:
@@ -380,9 +381,7 @@ def printable(text: str) -> str:
     """Escape every character that breaks a line or moves the terminal's cursor."""
     if text.isprintable():
         return text
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def configure_log(settings: Settings) -> None:
@@ -511,9 +510,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # in a text that is not UTF-8
 COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, 7.1: no padding
 # RFC 8725, section 3.11: Better Auth signs its session cookies too, with another type.
 LOGIN_TYPES = ("jwt", "at+jwt")
-NO_KEY_SET = (
-    "signed with Better Auth's own key, which this server does not know: set TASKD_JWKS_URL"
-)
+NO_KEY_SET = "signed with Better Auth's own key, which is not known here: set TASKD_JWKS_URL"
 ASYMMETRIC = ["EdDSA", "ES256", "ES512", "RS256", "PS256"]  # what Better Auth's plugin offers
 REFUSALS: dict[type[Exception], str] = {
     jwt.InvalidTokenError: "the header's typ, kid, crit or b64 is not that of a login token",
@@ -696,9 +693,8 @@ def _connection(url: SplitResult) -> HTTPConnection:
         return HTTPSConnection(host, port, timeout=KEYS_WAIT)
     connection = HTTPSConnection(proxy.hostname, proxy.port or 80, timeout=KEYS_WAIT)
     login = base64.b64encode(unquote_to_bytes(proxy.netloc.rpartition("@")[0])).decode()
-    connection.set_tunnel(
-        host, port or 443, {"Proxy-Authorization": f"Basic {login}"} if login else {}
-    )
+    headers = {"Proxy-Authorization": f"Basic {login}"} if login else {}
+    connection.set_tunnel(host, port or 443, headers)
     return connection
 
 
@@ -1074,13 +1070,12 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
     """The body is JSON but not what is wanted; `faults` says what is wrong, field by field."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        super().__init__(
-            description="; ".join(f"{fault.field} {fault.message}" for fault in faults)
-        )
+        detail = "; ".join(f"{fault.field} {fault.message}" for fault in faults)
+        super().__init__(description=detail)
         self.faults = faults
 
 
-def read(req: falcon.Request, kind: dict[str, Any], body: bytes | None = None) -> dict[str, Any]:
+def read(req: Request, kind: dict[str, Any], body: bytes | None = None) -> dict[str, Any]:
     """Return the fields that the request's body sets, or raise 400, 413, 415 or 422."""
     body = content(req) if body is None else body
     if not body:
@@ -1094,7 +1089,7 @@ def read(req: falcon.Request, kind: dict[str, Any], body: bytes | None = None) -
         raise falcon.HTTPBadRequest(description=f"the body must be JSON in UTF-8: {ex}") from None
 
 
-def is_plain_json(req: falcon.Request) -> bool:
+def is_plain_json(req: Request) -> bool:
     """Say whether the headers declare JSON in UTF-8; other parameters have no effect (RFC 8259)."""
     kind, parameters = falcon.parse_header(req.content_type or "")
     return (
@@ -1104,7 +1099,7 @@ def is_plain_json(req: falcon.Request) -> bool:
     )
 
 
-def content(req: falcon.Request) -> bytes:
+def content(req: Request) -> bytes:
     """Return the request's body, whatever its type, or raise 413."""
     stream = req.stream if req.env.get("wsgi.input_terminated") else req.bounded_stream
     body: bytes = stream.read(MAX_BODY + 1)
@@ -1240,7 +1235,7 @@ class Listing(Struct, frozen=True):
         return self.sort in ("id", "-id")
 
 
-def read_listing(req: falcon.Request, cursors: Cursors) -> Listing:
+def read_listing(req: Request, cursors: Cursors) -> Listing:
     """Return what the query asks for, or raise 422 for a wrong value or an unknown parameter."""
     given = {
         name: value if isinstance(value, list) else [value]
@@ -1334,7 +1329,7 @@ class Conditions(Struct, frozen=True):
 ANY = Conditions()  # whatever the version
 
 
-def read_conditions(req: falcon.Request) -> Conditions:
+def read_conditions(req: Request) -> Conditions:
     """Return what If-Match and If-None-Match ask for, or raise 400.
 
     A weak tag never fits If-Match, which compares strongly; If-None-Match compares weakly
@@ -1349,7 +1344,7 @@ def read_conditions(req: falcon.Request) -> Conditions:
     )
 
 
-def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
+def _entity_tags(req: Request, name: str) -> list[str] | None:
     value = req.get_header(name)
     if value is None:
         return None
@@ -1361,7 +1356,7 @@ def _entity_tags(req: falcon.Request, name: str) -> list[str] | None:
     return re.findall(rf"(?:W/)?{TAG}", value)  # SQLite's LIKE would ignore the case of others
 
 
-def read_key(req: falcon.Request) -> str | None:
+def read_key(req: Request) -> str | None:
     """Return the Idempotency-Key, or None; raise 400 if it is malformed."""
     key = req.get_header("Idempotency-Key")
     if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
@@ -2578,7 +2573,7 @@ BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 CHANGES = {"POST": "created", "PUT": "changed", "PATCH": "changed", "DELETE": "deleted"}
 
 
-def method_of(req: falcon.Request) -> str:
+def method_of(req: Request) -> str:
     """Return the method for the log and the metrics; all unknown methods have one name."""
     return str(req.env.get("taskd.method", req.method))
 
@@ -2605,20 +2600,18 @@ class Metrics:
         build.info({"version": __version__})
         prometheus.ProcessCollector(registry=registry)
 
-    def process_response(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
-    ) -> None:
+    def process_response(self, req: Request, resp: Response, resource: object, ok: bool) -> None:
         """Count and time a request. Errors are logged and never affect the response."""
         if not req.context.refusal:
             when_on_disk(partial(self._try_to_count, req, resp))
 
-    def _try_to_count(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def _try_to_count(self, req: Request, resp: Response) -> None:
         try:
             self._count(req, resp)
         except Exception:
             log.exception("the metrics lack a request", extra={"id": req.context.id})
 
-    def _count(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def _count(self, req: Request, resp: Response) -> None:
         what = req.uri_template or "-", method_of(req)
         self._requests.labels(*what, resp.status_code).inc()
         self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
@@ -2630,7 +2623,7 @@ class Metrics:
         """Return the database with its statements timed."""
         return cast(Database, TimedDatabase(database, self._database_seconds))
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def on_get(self, req: Request, resp: Response) -> None:
         """Answer with all metrics in Prometheus's text format."""
         resp.content_type, resp.data = self._content_type, self._show(self._registry)
 
@@ -2694,6 +2687,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Some proxies add a port.
 ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\](:[0-9]{1,5})?")
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+HEADERS_OF_ALL = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 CORS_ALLOWED = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID"
 CORS_EXPOSED = (
     "Location, Link, ETag, X-Request-ID, Idempotency-Replayed, Retry-After, WWW-Authenticate"
@@ -2710,7 +2704,7 @@ class AuthMiddleware:
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
-    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def process_request(self, req: Request, resp: Response) -> None:
         """Route by the path as it was sent if a slash is encoded in it.
 
         WSGI decodes %2F, and a user id may have a slash.
@@ -2721,7 +2715,7 @@ class AuthMiddleware:
             req.path = sent.removesuffix("/")
 
     def process_resource(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
+        self, req: Request, resp: Response, resource: object, params: dict[str, Any]
     ) -> None:
         """Raise 401 without a good token, 403 for another user's URL.
 
@@ -2739,7 +2733,7 @@ class AuthMiddleware:
             detail = "this token is not for the user in the URL; use your own user id"
             raise falcon.HTTPForbidden(description=detail)
 
-    def _authenticate(self, req: falcon.Request) -> User:
+    def _authenticate(self, req: Request) -> User:
         """Return the user of the Authorization header (RFC 6750, 2.1), or raise 401 (3)."""
         scheme, _, token = (req.get_header("Authorization") or "").partition(" ")
         error = ""
@@ -2761,7 +2755,7 @@ class RequestContext:
     def __init__(self, trusted_proxies: tuple[str, ...]) -> None:
         self._proxies = trusted_proxies
 
-    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def process_request(self, req: Request, resp: Response) -> None:
         """Take the client's request id if it is valid, else make one, and start the clock.
 
         Raises the server's refusal of the request, so that it gets the same headers and log line.
@@ -2769,20 +2763,14 @@ class RequestContext:
         req.context.started = time.perf_counter()
         given = req.get_header("X-Request-ID")
         req.context.id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
-        resp.set_headers(
-            {
-                "X-Request-ID": req.context.id,
-                "Cache-Control": "no-store",
-                "X-Content-Type-Options": "nosniff",
-            }
-        )
+        resp.set_headers({"X-Request-ID": req.context.id, **HEADERS_OF_ALL})
         if self._proxies:
             req.context.client = self._client(req)
         req.context.refusal = req.env.get("taskd.refusal")
         if req.context.refusal:
             raise req.context.refusal
 
-    def _client(self, req: falcon.Request) -> str:
+    def _client(self, req: Request) -> str:
         """Return the client's address as the trusted proxy reports it, and use its prefix."""
         if self._proxies != ("*",) and req.remote_addr not in self._proxies:
             return str(req.remote_addr)
@@ -2794,9 +2782,7 @@ class RequestContext:
         forwarded = next((hop for hop in reversed(hops) if hop not in self._proxies), "")
         return forwarded if ADDRESS.fullmatch(forwarded) else str(req.remote_addr)
 
-    def process_response(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
-    ) -> None:
+    def process_response(self, req: Request, resp: Response, resource: object, ok: bool) -> None:
         """Log the request: never its token, its query or its body."""
         allow = resp.get_header("Allow")
         if req.method == "OPTIONS" and allow and "OPTIONS" not in allow:
@@ -2804,7 +2790,7 @@ class RequestContext:
             resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
         when_on_disk(partial(self._log, req, resp))
 
-    def _log(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def _log(self, req: Request, resp: Response) -> None:
         context = req.context
         log_request(
             logging.ERROR if context.get("unavailable") else logging.INFO,
@@ -2825,15 +2811,13 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
     def __init__(self, origins: tuple[str, ...]) -> None:
         super().__init__(allow_origins=origins, expose_headers=CORS_EXPOSED)
 
-    def process_response(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool
-    ) -> None:
+    def process_response(self, req: Request, resp: Response, resource: object, ok: bool) -> None:
         """Add the headers; a page of a listed origin may send any header that it asks for.
 
         taskd reads no cookies, and headers that it does not know have no effect.
         """
         allow = resp.get_header("Allow")
-        super().process_response(req, resp, resource, succeeded)
+        super().process_response(req, resp, resource, ok)
         resp.append_header("Vary", "Origin")
         if resp.get_header("Access-Control-Allow-Headers"):
             asked = req.get_header("Access-Control-Request-Headers") or ""
@@ -2866,7 +2850,7 @@ class TaskResource:
     def __init__(self, store: TaskStore) -> None:
         self._store, self._cursors = store, Cursors(store.cursor_key)
 
-    def on_get_collection(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def on_get_collection(self, req: Request, resp: Response) -> None:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
@@ -2883,7 +2867,7 @@ class TaskResource:
             query = urlencode({**req.params, "after": cursor}, doseq=True)
             resp.set_header("Link", f'<{tasks_path(req)}?{query}>; rel="next"')
 
-    def on_post_collection(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def on_post_collection(self, req: Request, resp: Response) -> None:
         """Create a task, or answer again a create that is repeated with its Idempotency-Key."""
         key = read_key(req)
         stored = self._store.add(req.context.user.id, read(req, NewTask), key)
@@ -2896,7 +2880,7 @@ class TaskResource:
             resp.set_header("Idempotency-Replayed", "true")
         respond_with_task(resp, stored)
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
+    def on_get(self, req: Request, resp: Response, task_id: str) -> None:
         """Answer with a task, or 304 if the caller has its current version."""
         task, conditions = parse_task_id(task_id), read_conditions(req)
         stored = found(self._store.get(req.context.user.id, task))
@@ -2906,14 +2890,14 @@ class TaskResource:
         if conditions.known(stored.tag):
             resp.status, resp.data = falcon.HTTP_304, None
 
-    def on_put(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
+    def on_put(self, req: Request, resp: Response, task_id: str) -> None:
         """Change the fields that the body names."""
         task, conditions = parse_task_id(task_id), read_conditions(req)
         changes = read(req, TaskChanges)
         stored = self._store.change(req.context.user.id, task, changes, conditions)
         respond_with_task(resp, found(stored))
 
-    def on_delete(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
+    def on_delete(self, req: Request, resp: Response, task_id: str) -> None:
         """Delete a task, and answer with it as it was."""
         task, conditions = parse_task_id(task_id), read_conditions(req)
         respond_with_task(resp, found(self._store.remove(req.context.user.id, task, conditions)))
@@ -2932,9 +2916,7 @@ class TaskResource:
             yield memoryview(tasks)[1:-1]
         yield b"]"
 
-    def _list_all(
-        self, req: falcon.Request, resp: falcon.Response, pieces: Iterator[Piece]
-    ) -> None:
+    def _list_all(self, req: Request, resp: Response, pieces: Iterator[Piece]) -> None:
         """Answer with all pieces: from memory, or from a file if they are too many."""
         if thread_state.in_event_loop:
             raise WouldBlock
@@ -2961,7 +2943,7 @@ class TaskCompleteResource:
     def __init__(self, store: TaskStore) -> None:
         self._store = store
 
-    def on_patch(self, req: falcon.Request, resp: falcon.Response, task_id: str) -> None:
+    def on_patch(self, req: Request, resp: Response, task_id: str) -> None:
         """Toggle completion, or set it to what the body says."""
         task, conditions, body = parse_task_id(task_id), read_conditions(req), content(req)
         user_id, given = req.context.user.id, read(req, Completion, body) if body else {}
@@ -3033,7 +3015,7 @@ class HealthResource:
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self._check = check
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def on_get(self, req: Request, resp: Response) -> None:
         self._check()
         resp.data = b'{"status": "ok"}'
 
@@ -3048,7 +3030,7 @@ class FileResource:
     def __init__(self, name: str, content_type: str) -> None:
         self._content, self._content_type = shipped(name).read_bytes(), content_type
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def on_get(self, req: Request, resp: Response) -> None:
         """Answer with the file; a page may load and call only this server."""
         resp.content_type, resp.data = self._content_type, self._content
         resp.set_header("Content-Security-Policy", DOCS_POLICY)
@@ -3061,7 +3043,7 @@ class RootResource:
 
     public = True
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def on_get(self, req: Request, resp: Response) -> None:
         """Redirect to the page that describes the API."""
         resp.status, resp.location = falcon.HTTP_307, f"{req.root_path}/docs"
 
@@ -3075,7 +3057,7 @@ def parse_task_id(text: str) -> int:
     return int(text)
 
 
-def tasks_path(req: falcon.Request) -> str:
+def tasks_path(req: Request) -> str:
     """Return the path of the user's tasks as the client sees it."""
     return f"{req.root_path}/api/{falcon.uri.encode_value(req.context.user.id)}/tasks"
 
@@ -3087,7 +3069,7 @@ def found(stored: Stored | None) -> Stored:
     return stored
 
 
-def respond_with_task(resp: falcon.Response, stored: Stored) -> None:
+def respond_with_task(resp: Response, stored: Stored) -> None:
     """Answer with a task and its entity tag."""
     resp.data = to_json(stored.task)
     resp.set_header("ETag", stored.tag)
@@ -3134,25 +3116,21 @@ def problem(status: int, detail: str | None, faults: list[Fault] | None = None) 
     return to_json({name: value for name, value in members.items() if value})
 
 
-def serialize_error(req: falcon.Request, resp: falcon.Response, ex: falcon.HTTPError) -> None:
+def serialize_error(req: Request, resp: Response, ex: falcon.HTTPError) -> None:
     """Write an error as problem+json, whatever the client accepts."""
     resp.status = f"{ex.status_code} {phrase(ex.status_code)}"
     resp.content_type = "application/problem+json"
     resp.data = problem(ex.status_code, ex.description, getattr(ex, "faults", None))
 
 
-def handle_refusal(
-    req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
-) -> NoReturn:
+def handle_refusal(req: Request, resp: Response, ex: Exception, params: object) -> NoReturn:
     """Answer an exception of REFUSED; the operator is told what cannot be used."""
     if type(ex) is Unavailable:
         req.context.unavailable, req.context.reason = True, "{} cannot be used: {}".format(*ex.args)
     raise REFUSED[type(ex)](ex)
 
 
-def handle_unexpected(
-    req: falcon.Request, resp: falcon.Response, ex: Exception, params: object
-) -> NoReturn:
+def handle_unexpected(req: Request, resp: Response, ex: Exception, params: object) -> NoReturn:
     """Answer 500: the log gets the traceback, the caller only the request id."""
     log.error("unhandled exception", exc_info=ex, extra={"id": req.context.id})
     detail = f"this is our fault; when you report it, quote {req.context.id}"
@@ -3405,9 +3383,8 @@ class RequestReader:
         """Refuse the request and close the connection: the next request's start is not known."""
         if self.waiting_for != "body":
             found = FOR_REFUSALS.findall(self._buffer)[:2]
-            self.request.take_headers(
-                self._lines + [one for one in found if one not in self._lines]
-            )
+            unread = [line for line in found if line not in self._lines]
+            self.request.take_headers(self._lines + unread)
         self.request.headers["CONNECTION"] = "close"
         self.request.refusal, self.complete = refusal, True
 
@@ -3540,14 +3517,8 @@ DEADLINES = {  # what a connection waits for from its client: seconds
     "reader": 60.0,  # the client to read some of its answer
     "end": 10.0,  # the client to close
 }
-EVENTS = {  # what the connection is polled for in each of these states
-    "request": READABLE,
-    "head": READABLE,
-    "body": READABLE,
-    "reader": select.POLLOUT,
-    "end": select.POLLIN,
-    None: 0,  # its request is being answered
-}
+# What a connection is polled for in these states; in the others READABLE.
+EVENTS = {"reader": select.POLLOUT, "end": select.POLLIN, None: 0}
 http_date = lru_cache(1)(waitress.utilities.build_http_date)
 
 
@@ -3638,7 +3609,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return  # the connection was closed meanwhile
         self.server.deadlines.move(self, self.waiting_for, what)
         self.waiting_for = what
-        self.watch(EVENTS[what])
+        self.watch(EVENTS.get(what, READABLE))
 
     def watch(self, events: int) -> None:
         """Poll the connection for these events, unless it was closed."""
@@ -3689,7 +3660,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Poll again after a pause."""
         if self.connected:
             self._queued = min(self._queued, self._unacknowledged())
-            self.watch(EVENTS[self.waiting_for])
+            self.watch(EVENTS.get(self.waiting_for, READABLE))
 
     def handle_expt(self) -> None:
         """Close the connection: urgent data is not part of HTTP."""
@@ -4057,9 +4028,8 @@ class Server(waitress.server.TcpWSGIServer):
             return
         for channel, _ in batch:
             channel.watch(0)
-        done.add_done_callback(
-            lambda _: self._call_soon(partial(self._committed, batch, done.result()))
-        )
+        committed = partial(self._committed, batch)
+        done.add_done_callback(lambda _: self._call_soon(partial(committed, done.result())))
 
     def _committed(self, batch: Batch, stored: bool) -> None:
         """Answer the requests of a batch, or run them again in worker threads if it failed."""
