@@ -140,7 +140,7 @@ ORIGIN = re.compile(
 ORIGINS = "origins such as https://a.example, with commas"
 PROXIES = "IP addresses, with commas, or * for any"
 LEVELS = "debug|info|warning|error"
-MAX_TASKS = "how many tasks a user may have, at most"
+TASK_LIMIT = "how many tasks a user may have, at most"
 SETTING_NAMES = ("TASKD", "BETTER_AUTH_S", "DATABASE_")  # how a setting's name begins
 
 
@@ -247,7 +247,7 @@ class Settings:
     audience: str | None = _env("TASKD_AUDIENCE", None, "the aud that a token must have")
     metrics: bool | None = _env("TASKD_METRICS", None, "1 or 0", "[01]", lambda text: text == "1")
     trusted_proxies: tuple[str, ...] = _env("TASKD_TRUSTED_PROXY", (), PROXIES, "", _addresses)
-    max_tasks: int | None = _env("TASKD_MAX_TASKS", None, MAX_TASKS, "[1-9][0-9]{0,15}", int)
+    max_tasks: int | None = _env("TASKD_MAX_TASKS", None, TASK_LIMIT, "[1-9][0-9]{0,15}", int)
     log_level: str = _env("TASKD_LOG", "info", "one of " + LEVELS, LEVELS)
     log_format: str | None = _env("TASKD_LOG_FORMAT", None, "text or json", "text|json")
 
@@ -512,7 +512,7 @@ COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, 7.
 LOGIN_TYPES = ("jwt", "at+jwt")
 NO_KEY_SET = "signed with Better Auth's own key, which is not known here: set TASKD_JWKS_URL"
 ASYMMETRIC = ["EdDSA", "ES256", "ES512", "RS256", "PS256"]  # what Better Auth's plugin offers
-REFUSALS: dict[type[Exception], str] = {
+TOKEN_ERRORS: dict[type[Exception], str] = {
     jwt.InvalidTokenError: "the header's typ, kid, crit or b64 is not that of a login token",
     jwt.ExpiredSignatureError: "the token has expired; log in again",
     jwt.ImmatureSignatureError: "the token is not valid yet: nbf or iat is in the future",
@@ -846,7 +846,7 @@ class Tokens:
             why = f"the {ex.claim} claim is missing: this is not the token of a login"
             raise TokenError(why) from None
         except (jwt.InvalidTokenError, ValueError) as ex:
-            raise TokenError(REFUSALS.get(type(ex), "the token is malformed")) from None
+            raise TokenError(TOKEN_ERRORS.get(type(ex), "the token is malformed")) from None
 
     def _decode(self, token: str, alg: object, kid: str | None) -> tuple[Claims, jwt.PyJWK | None]:
         """Return the claims, and the key of the key set that signed them, if it was one.
@@ -1168,7 +1168,7 @@ def parse_value(name: str, value: msgspec.Raw) -> Any:
 
 # Where a page ended: the value by which its last task was sorted, and its id.
 POSITION = tuple[str | int, int]
-SEAL = 16  # bytes
+MAC_SIZE = 16  # bytes
 ORDERS = {"id": "id", "created_at": "created_at", "updated_at": "updated_at"} | {
     name: field.order for name, field in FIELDS.items() if field.order
 }  # what lists are sorted by, and its SQL
@@ -1201,7 +1201,7 @@ PARSED: dict[str, Callable[[str], Any]] = {  # the others are taken as they are
 }
 REPEATABLE = "tag"
 MAX_TAGS = 20  # no task has more
-INSTEAD = {  # what to send in place of common names of parameters
+PARAMETER_HINTS = {  # what to send in place of common names of parameters
     "completed=true or completed=false": "status state done open is_completed complete filter",
     "q": "search query text keyword title",
     "sort, with - before it for descending": "order order_by sort_by sort_order direction",
@@ -1212,7 +1212,7 @@ INSTEAD = {  # what to send in place of common names of parameters
 }
 ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'  # RFC 9110, section 8.8.3
 ENTITY_TAGS = rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*"
-TAG = r'"[0-9]+-[0-9T:.-]+Z"'  # taskd's own: the version and updated_at
+OWN_ENTITY_TAG = r'"[0-9]+-[0-9T:.-]+Z"'  # taskd's own: the version and updated_at
 IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
 
 
@@ -1281,7 +1281,7 @@ def wrong_parameter(name: str, values: list[str], is_utf8: bool = True) -> str |
 def _instead(name: str) -> str:
     """Say what to send in place of a parameter that is not known."""
     plain = re.sub("(?<=[a-z])(?=[A-Z])|-", "_", name).lower()
-    for parameter, names in INSTEAD.items():
+    for parameter, names in PARAMETER_HINTS.items():
         if plain.strip("_") in names.split():
             return f"send {parameter}"
     close = difflib.get_close_matches(plain.strip("_"), PARAMETERS, 1, 0.8)
@@ -1297,13 +1297,13 @@ class Cursors:
     def write(self, after: POSITION, user_id: str, sort: str) -> str:
         """Return the cursor of a position."""
         position = to_json(after)
-        seal = hmac.digest(self._key, to_json([user_id, sort]) + position, "sha256")[:SEAL]
-        return base64.urlsafe_b64encode(seal + position).decode().rstrip("=")
+        mac = hmac.digest(self._key, to_json([user_id, sort]) + position, "sha256")[:MAC_SIZE]
+        return base64.urlsafe_b64encode(mac + position).decode().rstrip("=")
 
     def read(self, cursor: str, user_id: str, sort: str) -> POSITION | None:
         """Return the position, or None if this is not its cursor for this user and order."""
         try:
-            position = jwt.utils.base64url_decode(cursor)[SEAL:]
+            position = jwt.utils.base64url_decode(cursor)[MAC_SIZE:]
             after = msgspec.json.decode(position, type=POSITION)
         except (ValueError, msgspec.DecodeError):
             return None
@@ -1353,7 +1353,7 @@ def _entity_tags(req: Request, name: str) -> list[str] | None:
     if not re.fullmatch(ENTITY_TAGS, value):
         detail = f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
         raise falcon.HTTPBadRequest(description=detail)
-    return re.findall(rf"(?:W/)?{TAG}", value)  # SQLite's LIKE would ignore the case of others
+    return re.findall(rf"(?:W/)?{OWN_ENTITY_TAG}", value)  # of others, LIKE would ignore the case
 
 
 def read_key(req: Request) -> str | None:
@@ -1444,8 +1444,8 @@ class About(peewee.Model):
 
 MODELS: tuple[type[peewee.Model], ...] = (Task, IdempotencyKey, About)
 SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
-LOADS: dict[Any, Any] = {peewee.BooleanField: bool, TagsField: TagsField().python_value}
-LOADED = [(n, LOADS[type(column)]) for n, column in enumerate(SHOWN) if type(column) in LOADS]
+CONVERTERS: dict[Any, Any] = {peewee.BooleanField: bool, TagsField: TagsField().python_value}
+CONVERTED = [(n, CONVERTERS[kind]) for n, kind in enumerate(map(type, SHOWN)) if kind in CONVERTERS]
 Row = tuple[Any, ...]
 
 
@@ -1485,8 +1485,8 @@ def owned_by_user(model: type[Task | IdempotencyKey]) -> peewee.Expression:
     return model.user_id == placeholder("user_id")
 
 
-THIS = owned_by_user(Task) & (Task.id == placeholder("id"))
-EXPECTED = THIS & peewee.SQL(f"({AS_EXPECTED})")
+THIS_TASK = owned_by_user(Task) & (Task.id == placeholder("id"))
+EXPECTED = THIS_TASK & peewee.SQL(f"({AS_EXPECTED})")
 
 
 def queries() -> dict[str, Any]:
@@ -1505,7 +1505,7 @@ def queries() -> dict[str, Any]:
         "NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name)
     )
     return {
-        "get": Task.select(*SHOWN, Task.version).where(THIS),
+        "get": Task.select(*SHOWN, Task.version).where(THIS_TASK),
         "add": _returning(Task.insert(created_at=now, updated_at=now, **new)),
         "long": theirs.limit(peewee.SQL("1")).offset(peewee.SQL(str(CHUNK))),
         "count": peewee.Select([counted], [peewee.fn.COUNT(peewee.SQL("1"))]),
@@ -1734,8 +1734,8 @@ class TaskStore:
 def view(row: Row) -> View:
     """Return a row as a task, without its last column: the version, or the position in a list."""
     values = list(row[:-1])
-    for place, load in LOADED:
-        values[place] = load(values[place])
+    for place, convert in CONVERTED:
+        values[place] = convert(values[place])
     return TaskView(*values)
 
 
@@ -1790,7 +1790,7 @@ MIGRATIONS = shipped("migrations")
 VERSION = 3  # of the schema; migrations/N.sql makes version N from the one before it
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 MIN_SQLITE = (3, 35)  # the first with RETURNING
-FULL = 256 * 1024  # bytes of free space; below it SQLite cannot store every task
+MIN_FREE_SPACE = 256 * 1024  # bytes of free space; below it SQLite cannot store every task
 UNUSABLE = ("DatabaseError", "OperationalError")  # other classes of errors are faults of taskd
 UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
 INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
@@ -1808,8 +1808,8 @@ WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
 CONNECT_PATIENCE = 0.8  # seconds that requests wait for each new connection to PostgreSQL
-ALONE = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
-IN_BATCH = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
+TRANSACTION = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
+SAVEPOINT = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
 SLOW_COMMIT = 0.002  # seconds; if commits take longer, the event loop does not wait for them
 
 
@@ -1954,7 +1954,7 @@ class Sqlite(_LastWrite):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements exclusively; all of them are stored, or none."""
-        begin, commit, roll_back = IN_BATCH if thread_state.in_event_loop else ALONE
+        begin, commit, roll_back = SAVEPOINT if thread_state.in_event_loop else TRANSACTION
         with self._remembered(), self._exclusively():
             self.run(begin)
             try:
@@ -2046,7 +2046,7 @@ class Sqlite(_LastWrite):
             _check_fit(self._here(), sqlite_definitions)
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             raise Unavailable("the database", str(ex)) from ex
-        if self._failure and shutil.disk_usage(self._path.parent).free < FULL:
+        if self._failure and shutil.disk_usage(self._path.parent).free < MIN_FREE_SPACE:
             raise Unavailable("the database, whose disk is full,", self._failure)
         self._check_last_write()
 
@@ -2412,7 +2412,7 @@ def prepare_database(path: str) -> None:
             _migrate_file(database, path)
         check_schema(database, path, sqlite_definitions)
     except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
-        full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < FULL
+        full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < MIN_FREE_SPACE
         why = "database or disk is full" if full else ex  # SQLite may report only an I/O error
         raise DatabaseError(f"{path} cannot be opened: {why}") from None
     finally:
@@ -3083,7 +3083,7 @@ DETAILS = {
 }
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # older Pythons differ
 
-REFUSED: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
+HTTP_ERRORS: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
     Unavailable: lambda ex: falcon.HTTPServiceUnavailable(
         description=f"{ex.args[0]} cannot be used right now; try again", retry_after=ex.retry_after
     ),
@@ -3124,10 +3124,10 @@ def serialize_error(req: Request, resp: Response, ex: falcon.HTTPError) -> None:
 
 
 def handle_refusal(req: Request, resp: Response, ex: Exception, params: object) -> NoReturn:
-    """Answer an exception of REFUSED; the operator is told what cannot be used."""
+    """Answer an exception of HTTP_ERRORS; the operator is told what cannot be used."""
     if type(ex) is Unavailable:
         req.context.unavailable, req.context.reason = True, "{} cannot be used: {}".format(*ex.args)
-    raise REFUSED[type(ex)](ex)
+    raise HTTP_ERRORS[type(ex)](ex)
 
 
 def handle_unexpected(req: Request, resp: Response, ex: Exception, params: object) -> NoReturn:
@@ -3180,7 +3180,7 @@ def create_app(settings: Settings) -> App:
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
-    for kind in REFUSED:
+    for kind in HTTP_ERRORS:
         app.add_error_handler(kind, handle_refusal)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
@@ -3497,7 +3497,7 @@ CHECK_INTERVAL = 0.1  # seconds between two looks for connections whose deadline
 SEND_BUDGET = 1024 * 1024  # bytes sent to one client before the others are served
 MAX_BATCH = 100  # writes that share a commit
 LOCK_RETRY = 0.01  # seconds until writes that wait for another process's lock are tried again
-ROUND = 0.02  # seconds of answering before the event loop looks at the sockets again
+ROUND_TIME = 0.02  # seconds of answering before the event loop looks at the sockets again
 MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
 MAX_UNSENT = 32 * 1024 * 1024  # bytes of all answers in memory that clients have not read yet
 MAX_IN_MEMORY = 4 * 1024 * 1024  # bytes of an answer above which waitress would use a file
@@ -3970,7 +3970,7 @@ class Server(waitress.server.TcpWSGIServer):
         if self._accept_pending:
             self._accept()
         self._check_deadlines()
-        worked, end = bool(self._calls or self.ready), time.monotonic() + ROUND
+        worked, end = bool(self._calls or self.ready), time.monotonic() + ROUND_TIME
         for _ in range(len(self._calls)):
             self._calls.popleft()()
         begun, writes = bool(self._blocked) and self._retry_writes(), len(self._batch)

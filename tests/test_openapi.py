@@ -379,7 +379,7 @@ def test_the_examples_of_errors_are_what_the_server_says(client, alice, bob, ser
         taskd.Unavailable("a list this long", ""),
         taskd.Busy("the search took over 2 s; narrow it by other parameters", ""),
     ):
-        refused = taskd.REFUSED[type(error)](error)
+        refused = taskd.HTTP_ERRORS[type(error)](error)
         said.append(json.loads(taskd.problem(refused.status_code, refused.description)))
     shown = [
         example["value"]
@@ -524,7 +524,7 @@ def test_document_and_server_agree_which_values_a_header_can_have(name, alice):
 
 def test_an_entity_tag_and_a_link_are_as_the_code_makes_them(alice):
     headers = DOCUMENT["components"]["headers"]
-    assert headers["ETag"]["schema"]["pattern"] == f"^{taskd.TAG}$"
+    assert headers["ETag"]["schema"]["pattern"] == f"^{taskd.OWN_ENTITY_TAG}$"
     assert re.fullmatch(taskd.ENTITY_TAGS, headers["ETag"]["example"])
     cursor = headers["Link"]["example"].partition("after=")[2].partition(">")[0]
     assert len(cursor) == len(taskd.Cursors("key").write((7, 7), "alice", "id"))
