@@ -1202,7 +1202,7 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
 
 def parse_task(text: str, new: bool) -> dict[str, Any]:
     """Return the members of a task; a new one has no id, and a time that is missing is now."""
-    fields, members = taskd.decode(text, taskd.NewTask), msgspec.json.decode(text)
+    fields, members = taskd.parse_body(text, taskd.NewTask), msgspec.json.decode(text)
     if not new:
         return {**fields, **owned(members, OWNED_MEMBERS)}
     given = [name for name in ("created_at", "updated_at") if members.get(name) is not None]

@@ -1075,16 +1075,16 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
         self.faults = faults
 
 
-def read(req: Request, kind: dict[str, Any], body: bytes | None = None) -> dict[str, Any]:
+def read_body(req: Request, kind: dict[str, Any], body: bytes | None = None) -> dict[str, Any]:
     """Return the fields that the request's body sets, or raise 400, 413, 415 or 422."""
-    body = content(req) if body is None else body
+    body = raw_body(req) if body is None else body
     if not body:
         raise falcon.HTTPBadRequest(description="send a JSON object as the body")
     if not is_plain_json(req):
         detail = "send plain JSON in UTF-8, with the header Content-Type: application/json"
         raise falcon.HTTPUnsupportedMediaType(description=detail)
     try:
-        return decode(body.decode(), kind)
+        return parse_body(body.decode(), kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as ex:
         raise falcon.HTTPBadRequest(description=f"the body must be JSON in UTF-8: {ex}") from None
 
@@ -1099,7 +1099,7 @@ def is_plain_json(req: Request) -> bool:
     )
 
 
-def content(req: Request) -> bytes:
+def raw_body(req: Request) -> bytes:
     """Return the request's body, whatever its type, or raise 413."""
     stream = req.stream if req.env.get("wsgi.input_terminated") else req.bounded_stream
     body: bytes = stream.read(MAX_BODY + 1)
@@ -1113,7 +1113,7 @@ def too_large() -> falcon.HTTPError:
     return falcon.HTTPContentTooLarge(description=f"send a body of at most {MAX_BODY} bytes")
 
 
-def decode(text: str, kind: dict[str, Any]) -> dict[str, Any]:
+def parse_body(text: str, kind: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that a JSON object sets, and the defaults of this kind of body.
 
     Raises 422 with everything that is wrong, or msgspec.DecodeError if the text is not JSON.
@@ -1263,7 +1263,7 @@ def read_listing(req: Request, cursors: Cursors) -> Listing:
 def wrong_parameter(name: str, values: list[str], is_utf8: bool = True) -> str | None:
     """Return what is wrong with a parameter of lists, or None."""
     if name not in PARAMETERS:
-        return f"is not a parameter of lists; {_instead(name[:MAX_NAME])}"
+        return f"is not a parameter of lists; {_parameter_hint(name[:MAX_NAME])}"
     if not is_utf8 and "\ufffd" in "".join(values):
         return "must be UTF-8"
     pattern, rule = PARAMETERS[name]
@@ -1278,7 +1278,7 @@ def wrong_parameter(name: str, values: list[str], is_utf8: bool = True) -> str |
         return rule
 
 
-def _instead(name: str) -> str:
+def _parameter_hint(name: str) -> str:
     """Say what to send in place of a parameter that is not known."""
     plain = re.sub("(?<=[a-z])(?=[A-Z])|-", "_", name).lower()
     for parameter, names in PARAMETER_HINTS.items():
@@ -1640,7 +1640,7 @@ class TaskStore:
 
     def get(self, user_id: str, task_id: int) -> Stored | None:
         """Return one task."""
-        return _first(self._database.run(self._sql["get"], user_id=user_id, id=task_id))
+        return _first_stored(self._database.run(self._sql["get"], user_id=user_id, id=task_id))
 
     def add(self, user_id: str, task: dict[str, Any], key: str | None = None) -> Stored | None:
         """Create a task; it is on disk when this returns. None if the key was used for another one.
@@ -1651,7 +1651,7 @@ class TaskStore:
         now = datetime.now(UTC)
         values = {**columns(task), "user_id": user_id, "now": timestamp(now)}
         if key is None and self._max_tasks is None:
-            return _first(self._database.write(self._sql["add"], **values))
+            return _first_stored(self._database.write(self._sql["add"], **values))
         with self._database.transaction():
             if key is None:
                 return self._add_within_limit(values)
@@ -1725,7 +1725,7 @@ class TaskStore:
         self, sql: str, conditions: Conditions, user_id: str, task_id: int, **values: Any
     ) -> Stored | None:
         values |= msgspec.structs.asdict(conditions) | {"now": timestamp(datetime.now(UTC))}
-        stored = _first(self._database.write(sql, user_id=user_id, id=task_id, **values))
+        stored = _first_stored(self._database.write(sql, user_id=user_id, id=task_id, **values))
         if not stored and conditions is not ANY and (other := self.get(user_id, task_id)):
             raise Changed(other.tag)
         return stored
@@ -1764,7 +1764,7 @@ def _check_reason_to_end() -> None:
         raise Busy(f"the search has ended because {reason}; send it again", reason)
 
 
-def _first(rows: list[Row]) -> Stored | None:
+def _first_stored(rows: list[Row]) -> Stored | None:
     return _stored(rows[0]) if rows else None
 
 
@@ -1918,9 +1918,9 @@ class Sqlite(_LastWrite):
 
     def _fail(self, ex: Exception) -> NoReturn:
         if thread_state.uncommitted is not None:
-            _drop(self._writer)
+            _discard(self._writer)
             raise BatchFailed from None
-        _drop(self._here())  # its state is not known; the next request opens a new one
+        _discard(self._here())  # its state is not known; the next request opens a new one
         if thread_state.in_event_loop:  # perhaps it is locked
             raise WouldBlock from None
         if type(ex).__name__ not in UNUSABLE:
@@ -2004,7 +2004,7 @@ class Sqlite(_LastWrite):
         except peewee.DatabaseError as ex:
             if "locked" in str(ex):
                 return False
-            _drop(self._writer)
+            _discard(self._writer)
             raise BatchFailed from None
         return True
 
@@ -2023,7 +2023,7 @@ class Sqlite(_LastWrite):
         try:
             self._writer.execute_sql("COMMIT")
         except peewee.DatabaseError:  # the requests run again, and one that fails says why
-            _drop(self._writer)
+            _discard(self._writer)
             stored = False
         stored, self._committing = stored and self._has_its_files(), False
         seconds = min(time.monotonic() - started, 10 * SLOW_COMMIT)
@@ -2369,7 +2369,7 @@ def first_line(ex: Exception) -> str:
 Database = Sqlite | Postgres
 
 
-def _drop(database: peewee.SqliteDatabase) -> None:
+def _discard(database: peewee.SqliteDatabase) -> None:
     """Roll back this thread's transaction and close its connection, which releases its lock."""
     if not database.is_closed():
         with contextlib.suppress(sqlite3.Error):
@@ -2524,14 +2524,14 @@ def statements(script: Path) -> Iterator[str]:
 
 def schema_differences(database: peewee.Database, describe: Callable[[Any], set[str]]) -> str:
     """Describe how taskd's tables differ from schema.sql; additional indexes are allowed."""
-    wanted, found = _wanted(describe), describe(database)
+    wanted, found = _wanted_definitions(describe), describe(database)
     lacking = [f"it lacks {part}" for part in sorted(wanted - found)]
     extra = [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")]
     return "; ".join(lacking + extra)
 
 
 @cache
-def _wanted(describe: Callable[[Any], set[str]]) -> set[str]:
+def _wanted_definitions(describe: Callable[[Any], set[str]]) -> set[str]:
     """Return the definitions of a database that schema.sql has just made."""
     model = peewee.SqliteDatabase(":memory:")
     model.connection().executescript(SCHEMA.read_text())
@@ -2870,7 +2870,7 @@ class TaskResource:
     def on_post_collection(self, req: Request, resp: Response) -> None:
         """Create a task, or answer again a create that is repeated with its Idempotency-Key."""
         key = read_key(req)
-        stored = self._store.add(req.context.user.id, read(req, NewTask), key)
+        stored = self._store.add(req.context.user.id, read_body(req, NewTask), key)
         if stored is None:
             used = "was used for another task; send a new one with a new task"
             raise Unprocessable([Fault("Idempotency-Key", used)])
@@ -2883,7 +2883,7 @@ class TaskResource:
     def on_get(self, req: Request, resp: Response, task_id: str) -> None:
         """Answer with a task, or 304 if the caller has its current version."""
         task, conditions = parse_task_id(task_id), read_conditions(req)
-        stored = found(self._store.get(req.context.user.id, task))
+        stored = found_or_404(self._store.get(req.context.user.id, task))
         if not conditions.matches(stored.tag):
             raise Changed(stored.tag)
         respond_with_task(resp, stored)
@@ -2893,14 +2893,13 @@ class TaskResource:
     def on_put(self, req: Request, resp: Response, task_id: str) -> None:
         """Change the fields that the body names."""
         task, conditions = parse_task_id(task_id), read_conditions(req)
-        changes = read(req, TaskChanges)
-        stored = self._store.change(req.context.user.id, task, changes, conditions)
-        respond_with_task(resp, found(stored))
+        changes = read_body(req, TaskChanges)
+        respond_with_task(resp, self._store.change(req.context.user.id, task, changes, conditions))
 
     def on_delete(self, req: Request, resp: Response, task_id: str) -> None:
         """Delete a task, and answer with it as it was."""
         task, conditions = parse_task_id(task_id), read_conditions(req)
-        respond_with_task(resp, found(self._store.remove(req.context.user.id, task, conditions)))
+        respond_with_task(resp, self._store.remove(req.context.user.id, task, conditions))
 
     on_head_collection = on_get_collection
     on_head = on_get
@@ -2945,13 +2944,13 @@ class TaskCompleteResource:
 
     def on_patch(self, req: Request, resp: Response, task_id: str) -> None:
         """Toggle completion, or set it to what the body says."""
-        task, conditions, body = parse_task_id(task_id), read_conditions(req), content(req)
-        user_id, given = req.context.user.id, read(req, Completion, body) if body else {}
+        task, conditions, body = parse_task_id(task_id), read_conditions(req), raw_body(req)
+        user_id, given = req.context.user.id, read_body(req, Completion, body) if body else {}
         if given:
             stored = self._store.change(user_id, task, given, conditions)
         else:
             stored = self._store.toggle(user_id, task, conditions)
-        respond_with_task(resp, found(stored))
+        respond_with_task(resp, stored)
 
 
 class ListFile(io.FileIO):
@@ -3062,15 +3061,16 @@ def tasks_path(req: Request) -> str:
     return f"{req.root_path}/api/{falcon.uri.encode_value(req.context.user.id)}/tasks"
 
 
-def found(stored: Stored | None) -> Stored:
+def found_or_404(stored: Stored | None) -> Stored:
     """Return the task, or raise 404, the same for a missing task and another user's."""
     if stored is None:
         raise falcon.HTTPNotFound(description=NO_TASK)
     return stored
 
 
-def respond_with_task(resp: Response, stored: Stored) -> None:
-    """Answer with a task and its entity tag."""
+def respond_with_task(resp: Response, stored: Stored | None) -> None:
+    """Answer with a task and its entity tag, or raise 404."""
+    stored = found_or_404(stored)
     resp.data = to_json(stored.task)
     resp.set_header("ETag", stored.tag)
 

@@ -72,7 +72,7 @@ class Loop:
 
 
 def new_task(title: str) -> dict[str, Any]:
-    return taskd.decode(json.dumps({"title": title}), taskd.NewTask)
+    return taskd.parse_body(json.dumps({"title": title}), taskd.NewTask)
 
 
 @pytest.fixture

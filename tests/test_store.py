@@ -624,7 +624,7 @@ def titles(store: taskd.TaskStore) -> list[str]:
 
 
 def new_task(title: str = "Buy milk") -> dict[str, object]:
-    return taskd.decode(json.dumps({"title": title}), taskd.NewTask)
+    return taskd.parse_body(json.dumps({"title": title}), taskd.NewTask)
 
 
 @pytest.mark.usefixtures("in_event_loop")

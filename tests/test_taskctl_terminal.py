@@ -51,7 +51,7 @@ def plain(shown: str) -> list[str]:
 
 def new(**fields: object) -> dict[str, object]:
     """Return the fields of a new task."""
-    return taskd.decode(json.dumps(fields), taskd.NewTask)
+    return taskd.parse_body(json.dumps(fields), taskd.NewTask)
 
 
 @pytest.fixture

@@ -91,9 +91,9 @@ def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[in
     monkeypatch.setattr(taskd, "VERSION", number)
     monkeypatch.setattr(taskd, "MIGRATIONS", scripts)
     monkeypatch.setattr(taskd, "SCHEMA", schema)
-    taskd._wanted.cache_clear()
+    taskd._wanted_definitions.cache_clear()
     yield number
-    taskd._wanted.cache_clear()
+    taskd._wanted_definitions.cache_clear()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -302,10 +302,10 @@ def test_a_rollback_that_did_not_succeed_keeps_the_copy(
     monkeypatch.setattr(taskd, "_is_whole", lambda *_: False)
     monkeypatch.setattr(taskd, "SCHEMA", path.with_name("schema.sql"))
     taskd.SCHEMA.write_text("CREATE TABLE other (x);")
-    taskd._wanted.cache_clear()
+    taskd._wanted_definitions.cache_clear()
     with pytest.raises(taskd.DatabaseError, match="does not fit"):
         taskd.prepare_database(str(path))
-    taskd._wanted.cache_clear()
+    taskd._wanted_definitions.cache_clear()
     assert len(list(path.parent.glob("taskd.db.v1-*"))) == 1
 
 
