@@ -1061,6 +1061,27 @@ def test_every_listed_secret_verifies_and_nothing_else_is_forgiven(
         assert "expired" in challenge(response)
 
 
+@pytest.mark.parametrize("secret", [OLD, NEWEST])
+@pytest.mark.parametrize(
+    ("claim", "seconds", "status"),
+    [
+        ("exp", -4, 200),
+        ("exp", -20, 401),
+        ("nbf", 4, 200),
+        ("nbf", 20, 401),
+        ("iat", 4, 200),
+        ("iat", 20, 401),
+    ],
+)
+def test_the_clocks_of_taskd_and_the_issuer_may_differ_by_ten_seconds(
+    make_app, secret, claim, seconds, status
+):
+    client = testing.TestClient(make_app(secret=SECRET, secrets=(NEWEST, OLD)))
+    token = sign(HS256, claims(**{claim: int(time.time()) + seconds}), secret)
+    for _ in range(2):  # the second time from the cache
+        assert status_for(client, token) == status
+
+
 def test_the_first_of_the_secrets_signs():
     tokens = taskd.Tokens(taskd.Settings(secret=SECRET, secrets=(NEWEST, NEW, OLD)))
     minted = tokens.mint(CLAIMS)
