@@ -2642,17 +2642,17 @@ class TimedDatabase:
 
     def run(self, sql: str, **values: Any) -> list[Row]:
         """Run a statement."""
-        with self._timed(sql.partition(" ")[0].lower()):
+        with self._timed(sql):
             return self._database.run(sql, **values)
 
     def write(self, sql: str, **values: Any) -> list[Row]:
         """Run a statement that writes."""
-        with self._timed(sql.partition(" ")[0].lower()):
+        with self._timed(sql):
             return self._database.write(sql, **values)
 
     def rows(self, sql: str, **values: Any) -> Generator[Row]:
         """Read a statement's rows one by one."""
-        with self._timed(sql.partition(" ")[0].lower()):
+        with self._timed(sql):
             yield from self._database.rows(sql, **values)
 
     def commit(self) -> Future[bool]:
@@ -2669,8 +2669,8 @@ class TimedDatabase:
             yield
 
     @contextlib.contextmanager
-    def _timed(self, statement: str) -> Iterator[None]:
-        started, blocked = time.perf_counter(), False
+    def _timed(self, sql: str) -> Iterator[None]:
+        started, statement, blocked = time.perf_counter(), sql.partition(" ")[0].lower(), False
         try:
             yield
         except WouldBlock:
