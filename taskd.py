@@ -451,9 +451,9 @@ class _ThreadState(threading.local):
     # nothing. In other threads a write is on disk when it returns, and this is always None.
     uncommitted: list[Callable[[], object]] | None = None
 
-    def reason_to_end(self) -> str:
-        """Say why this thread's search should end, or ""; a worker thread replaces this."""
-        return ""
+    def client_has_left(self) -> bool:
+        """Whether nobody waits for the answer to this thread's request; a worker thread sets it."""
+        return False
 
 
 thread_state = _ThreadState()
@@ -825,9 +825,8 @@ class Tokens:
 
     def _still_valid(self, key: jwt.PyJWK | None) -> bool:
         """Say whether the key set still has the key with which a token was verified."""
-        if key is None or self._key_set is None:
-            return True
-        return self._key_set.get(key.key_id, key.algorithm_name) is key
+        known = self._key_set
+        return not key or not known or known.get(key.key_id, key.algorithm_name) is key
 
     def _verify(self, token: str) -> tuple[User, jwt.PyJWK | None]:
         if len(token) > MAX_TOKEN:
@@ -1580,14 +1579,14 @@ class TaskStore:
             return
         if thread_state.in_event_loop:
             raise SearchWouldBlock
-        _check_reason_to_end()
+        _check_client()
         end = time.monotonic() + SEARCH_TIME
         with self._search_place(user_id):
             try:
                 with self._database.deadline(SEARCH_TIME):
                     yield
             except Unavailable as ex:
-                _check_reason_to_end()
+                _check_client()
                 if time.monotonic() < end:
                     raise
                 detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
@@ -1758,10 +1757,10 @@ def _stored(row: Row) -> Stored:
     return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
 
 
-def _check_reason_to_end() -> None:
-    """Raise Busy if the client has left or the server is about to exit."""
-    if reason := thread_state.reason_to_end():
-        raise Busy(f"the search has ended because {reason}; send it again", reason)
+def _check_client() -> None:
+    """Raise Busy if the client has closed the connection."""
+    if thread_state.client_has_left():
+        raise Busy("keep the connection open until the search is answered", "the client has left")
 
 
 def _first_stored(rows: list[Row]) -> Stored | None:
@@ -1934,7 +1933,7 @@ class Sqlite(_LastWrite):
         end, connection = time.monotonic() + seconds, self._here().connection()
 
         def is_over() -> bool:
-            return time.monotonic() > end or bool(thread_state.reason_to_end())
+            return time.monotonic() > end or thread_state.client_has_left()
 
         connection.set_progress_handler(is_over, DEADLINE_STEPS)
         try:
@@ -2794,7 +2793,7 @@ class RequestContext:
         context = req.context
         log_request(
             logging.ERROR if context.get("unavailable") else logging.INFO,
-            method="-" if context.refusal else method_of(req),
+            method=method_of(req),
             route=req.uri_template or "-",
             status=resp.status_code,
             ms=round((time.perf_counter() - context.started) * 1000, 1),
@@ -3506,7 +3505,7 @@ CONNECTIONS_OVER_LIMIT = 10  # accepted even when no other connection can be clo
 ACCEPTS_AT_ONCE = 500
 BACKLOG = 1024  # connections that the kernel accepts before taskd does
 DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are answered
-SEARCHES_DRAIN_TIMEOUT = 6.0  # the same for searches; those that remain are refused in time
+LAST_CALL = DRAIN_TIMEOUT - LOCK_TIMEOUT - 0.5  # the same until those that wait are rejected
 IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
 READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
@@ -3621,12 +3620,9 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Return whether another request, or some of it, was received."""
         return self.reader.has_more or bool(self._peek())
 
-    def reason_to_end(self) -> str:
-        """Say why a search for this client should end, or ""; safe to call from any thread."""
-        if time.monotonic() > self.server.searches_end:
-            return "the server is stopping"
-        closed = not self.reader.has_more and self._peek() == b""
-        return "the client has closed the connection" if closed else ""
+    def has_left(self) -> bool:
+        """Return whether the client has closed the connection; safe to call from any thread."""
+        return not self.reader.has_more and self._peek() == b""
 
     def _peek(self) -> bytes | None:
         """Return the next byte, or b"" if the connection was closed, or None if nothing came."""
@@ -3704,9 +3700,16 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def service(self) -> None:
         """Answer the request in a worker thread."""
-        thread_state.reason_to_end = self.reason_to_end  # type: ignore[method-assign]
+        thread_state.client_has_left = self.has_left  # type: ignore[method-assign]
         self.answer()
         self.server.finish(self)
+
+    def cancel(self) -> None:
+        """Reject the request, which waits although the server exits soon."""
+        detail = "the server is stopping; send the request again"
+        stopping = falcon.HTTPServiceUnavailable(description=detail, retry_after=RETRY_AFTER)
+        self.reader.request.refusal = stopping
+        self.server.ready.append(self)
 
     def answered(self) -> None:
         """Continue after (a part of) the answer was sent: with the rest, or the next request."""
@@ -3896,8 +3899,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._blocked: deque[tuple[float, ServerChannel]] = deque()  # writes, since when
         self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._next_warning = self._next_check = 0.0
-        self.searches_end = math.inf
-        self._accept_pending = False
+        self._accept_pending = self._exits_soon = False
         super().__init__(app, dispatcher=dispatcher(adjustments["threads"]), **adjustments)
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
             self.poll.register(descriptor, select.POLLIN)
@@ -3950,9 +3952,14 @@ class Server(waitress.server.TcpWSGIServer):
         wasyncore.close_all(self._map)
 
     def _drain(self) -> None:
-        last = time.monotonic()
-        end, self.searches_end = last + DRAIN_TIMEOUT, last + SEARCHES_DRAIN_TIMEOUT
-        while time.monotonic() < min(end, last + IDLE_BEFORE_EXIT):
+        started = last = time.monotonic()
+        while (now := time.monotonic()) < min(started + DRAIN_TIMEOUT, last + IDLE_BEFORE_EXIT):
+            if now > started + LAST_CALL and not self._exits_soon:
+                self._exits_soon = True
+                for threads in (self.task_dispatcher, self._searches):
+                    with threads.lock:
+                        while threads.queue:
+                            threads.queue.popleft().cancel()
             worked = self._serve_once(timeout=IDLE_BEFORE_EXIT / 5)
             channels = self.active_channels.values()
             if worked or any(channel.waiting_for in (None, "reader") for channel in channels):
@@ -3986,13 +3993,15 @@ class Server(waitress.server.TcpWSGIServer):
             channel.answer()
         except WouldBlock as ex:
             channel.watch(0)
-            if isinstance(ex, SearchWouldBlock):
+            if isinstance(ex, BatchFailed):
+                self._committed([*self._batch, (channel, [])], stored=False)
+                self._batch = []
+            elif self._exits_soon:
+                channel.cancel()
+            elif isinstance(ex, SearchWouldBlock):
                 self._searches.add_task(channel)
             elif isinstance(ex, WriteWouldBlock):
                 self._blocked.append((time.monotonic(), channel))
-            elif isinstance(ex, BatchFailed):
-                self._committed([*self._batch, (channel, [])], stored=False)
-                self._batch = []
             elif ex.until is None:
                 self.task_dispatcher.add_task(channel)
             else:
@@ -4014,7 +4023,8 @@ class Server(waitress.server.TcpWSGIServer):
         while begun and self._blocked:
             self.ready.append(self._blocked.popleft()[1])
         thread_state.is_patient = False
-        while self._blocked and self._blocked[0][0] < time.monotonic() - LOCK_TIMEOUT:
+        patience = 0 if self._exits_soon else LOCK_TIMEOUT
+        while self._blocked and self._blocked[0][0] < time.monotonic() - patience:
             self._answer(self._blocked.popleft()[1])
         thread_state.is_patient = True
         return begun

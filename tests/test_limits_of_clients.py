@@ -367,7 +367,8 @@ def test_a_refusal_has_the_headers_of_every_answer(shared: Process, status: int)
     assert answer.headers["x-request-id"] == request_id
     assert answer.headers["access-control-allow-origin"] == "https://a.example"
     assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
-    assert f"INFO - - {status} " in shared.log
+    method = line.decode().partition(" ")[0]
+    assert f"INFO {method} - {status} " in shared.log
     assert f" id={request_id} user=-" in shared.log
 
 

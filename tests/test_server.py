@@ -433,6 +433,25 @@ def test_requests_that_were_pipelined_before_sigterm_are_answered_in_order(
     assert server.popen.wait(EXIT) == 0
 
 
+def test_pipelined_writes_that_wait_longer_than_the_end_lasts_are_all_answered(
+    start: Start, tmp_path: Path
+) -> None:
+    # A second instead of nine: two waits for the lock fit into it, and the third does not.
+    times = "taskd.LOCK_TIMEOUT, taskd.LAST_CALL, taskd.DRAIN_TIMEOUT = 0.4, 0.5, 1.0"
+    server = start(before=times)
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(40)]
+        with locked(tmp_path / "taskd.db"):
+            for wire in wires:
+                wire.send(written("POST", TASKS, milk(), user="alice") * 3)
+            assert server.request("GET", "/healthz").status_code == 200
+            server.popen.send_signal(signal.SIGTERM)
+            for wire in wires:
+                for _ in range(3):
+                    assert_problem(wire.answer(), 503)
+            assert server.popen.wait(DEADLINE) == 0
+
+
 def test_idle_and_half_sent_connections_do_not_hold_sigterm_up(start: Start) -> None:
     server = start()
     idle = [Wire(server) for _ in range(20)]
