@@ -170,6 +170,7 @@ def show_csv(rows: list[Row]) -> None:
 def show_table(rows: list[Row], hidden: tuple[str, ...]) -> None:
     """Print a table without the hidden columns and those in which no row has a value."""
     table = Table(box=None, pad_edge=False)
+    rows = [{"done" if k == "completed" else k: v for k, v in row.items()} for row in rows]
     for name in rows[0]:
         if name not in hidden and any(row[name] not in (None, []) for row in rows):
             table.add_column(name, no_wrap=name in TIMES)
@@ -466,8 +467,7 @@ def hint(settings: Settings, token: str) -> str:
         changed = tuple(filter(None, map(change, signing_secrets(settings))))
         with contextlib.suppress(taskd.TokenError, taskd.SettingsError):
             Tokens(dataclasses.replace(settings, secrets=changed, jwks_url=None)).verify(token)
-            signed = f"; it was signed with this secret {mistake}"
-            return f"{signed}: give both services exactly the same"
+            return f"; it is signed with this secret {mistake}: give both services exactly the same"
     return ""
 
 
@@ -484,7 +484,7 @@ def instant(seconds: float) -> str:
 
 BATCH = 1000  # rows in a statement
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
-HIDDEN = ("user_id", "description", "created_at")  # columns that a terminal has no room for
+HIDDEN = ("user_id", "description", "created_at", "updated_at")  # a terminal has no room for them
 TITLES = [
     *("Buy milk", "Buy bread and butter", "Buy a birthday present for Nora", "Buy light bulbs"),
     *("Call the dentist", "Call grandmother", "Call the landlord about the heating"),

@@ -1888,10 +1888,15 @@ class Sqlite(_LastWrite):
         self._worker_connection = connect(path, timeout=LOCK_TIMEOUT)
         self._path, self._opener = Path(path), threading.get_ident()
         self._anchor = connect(path, timeout=LOCK_TIMEOUT, thread_safe=False)
-        try:
-            self._files = self._open_files()
-        except peewee.DatabaseError as ex:
-            raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+        self._files: list[tuple[Path, os.stat_result]] = []
+        end = time.monotonic() + LOCK_TIMEOUT
+        while not self._files:
+            try:
+                self._files = self._open_files()
+            except peewee.DatabaseError as ex:
+                if "locked" not in str(ex) or time.monotonic() > end:
+                    raise DatabaseError(f"{path} cannot be opened: {ex}") from None
+                time.sleep(0.01)  # SQLite itself does not wait to begin its log
         self.peewee = self._worker_connection  # for taskctl's own queries
         self._queue, self._turn = write_queue(waiting), threading.Lock()
         self._committing, self._commit_time = False, 0.0  # seconds

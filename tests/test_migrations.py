@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import peewee
 import pytest
 from falcon import testing
 
@@ -251,6 +252,27 @@ def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert killed, "no kill came in time"
+
+
+def test_a_start_waits_while_another_one_begins_the_log(
+    make_app: Callable[..., taskd.App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite itself does not wait then; some of 1,000 starts at the same time would fail."""
+    locked = [peewee.OperationalError("database is locked")] * 3
+    look = taskd.Sqlite._open_files
+    monkeypatch.setattr(taskd.Sqlite, "_open_files", lambda self: again(locked) or look(self))
+    assert Person(testing.TestClient(make_app()), "alice").add()["id"] == 1
+    assert not locked
+    locked += [peewee.OperationalError("database is locked")] * 1000
+    monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.1)
+    with pytest.raises(taskd.DatabaseError, match="locked"):
+        make_app()
+
+
+def again(errors: list[peewee.OperationalError]) -> None:
+    """Raise the next error, if there is one."""
+    if errors:
+        raise errors.pop()
 
 
 @pytest.mark.parametrize("old", [True, False])

@@ -1275,6 +1275,7 @@ ROUTES = {
     ("POST", "/api/{user_id}/tasks"),
     ("GET", "/api/{user_id}/tasks/{id}"),
     ("PUT", "/api/{user_id}/tasks/{id}"),
+    ("PATCH", "/api/{user_id}/tasks/{id}"),
     ("DELETE", "/api/{user_id}/tasks/{id}"),
     ("PATCH", "/api/{user_id}/tasks/{id}/complete"),
 }
