@@ -3394,10 +3394,11 @@ class RequestReader:
 
     def _take(self, size: int) -> bytes:
         """Remove bytes from the buffer. Raises 413 or 431 once the total exceeds the limit."""
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        taken = self._buffer[:size]
         self._taken += len(taken)
         if self._taken > (MAX_CHUNKED if self.waiting_for == "body" else MAX_HEAD):
             raise too_large() if self.waiting_for == "body" else head_too_large()
+        self._buffer = self._buffer[size:]
         return taken
 
     def _read_line(self) -> bool:

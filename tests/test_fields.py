@@ -134,9 +134,9 @@ UNKNOWN = {
     "sortBy=title": "send sort",
     "sort_order=desc": "send sort",
     "tags=home": "send tag",
-    "offset=20": "limit",
-    "skip=20": "limit",
-    "page=2": "limit",
+    "offset=20": "limit, and follow the Link",
+    "skip=20": "limit, and follow the Link",
+    "page=2": "limit, and follow the Link",
     "per_page=20": "send limit",
     "page_size=20": "send limit",
     "complete=true": "completed=true",
@@ -189,6 +189,9 @@ TAGS = [
     "e\u0301",
     "%",
     "_",
+    " a",
+    "a ",
+    "\t\u3000a",
 ]
 
 

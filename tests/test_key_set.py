@@ -182,6 +182,11 @@ def test_taskd_does_not_start_without_a_key_set_or_a_secret(make_app):
         make_app(secret=None)
 
 
+def test_the_set_is_fetched_at_the_start(auth_server, make_app):
+    make_app(jwks_url=auth_server.url)
+    until(lambda: auth_server.asked == 1, "it is asked for the set before anybody logs in")
+
+
 def test_a_server_with_a_key_set_alone_cannot_mint(auth_server):
     with pytest.raises(taskd.SettingsError) as caught:
         taskd.Tokens(taskd.Settings(jwks_url=auth_server.url)).mint({"sub": "alice"})

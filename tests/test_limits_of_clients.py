@@ -373,6 +373,17 @@ def test_a_refusal_has_the_headers_of_every_answer(shared: Process, status: int)
 
 
 @pytest.mark.sqlite("it is about HTTP")
+def test_a_head_a_little_too_long_has_the_headers_of_what_comes_last_too(shared: Process) -> None:
+    last = ["X-Two: " + "x" * 200, "X-Request-ID: last", "Origin: https://a.example"]
+    with Wire(shared) as wire:
+        sent_in_vain(wire, get(HOST, "X-Long: " + "x" * 65_300, *last))
+        answer = wire.answer()
+    assert_problem(answer, 431)
+    assert answer.headers["x-request-id"] == "last"
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.sqlite("it is about HTTP")
 @pytest.mark.parametrize(
     ("line", "status"),
     [
