@@ -3713,8 +3713,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def cancel(self) -> None:
         """Reject the request, which waits although the server exits soon."""
         detail = "the server is stopping; send the request again"
-        stopping = falcon.HTTPServiceUnavailable(description=detail, retry_after=RETRY_AFTER)
-        self.reader.request.refusal = stopping
+        self.reader.request.refusal = HTTP_ERRORS[Busy](Busy(detail, "stopping"))
         self.server.ready.append(self)
 
     def answered(self) -> None:
