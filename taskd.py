@@ -1803,6 +1803,7 @@ BACKEND = "SELECT pg_backend_pid(), pg_postmaster_start_time()::text"  # what se
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = 4.0  # seconds that a write waits for a lock of another process
+LOCK_RETRY = 0.01  # seconds until what waits for such a lock is tried again
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's other writes
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
@@ -1896,7 +1897,7 @@ class Sqlite(_LastWrite):
             except peewee.DatabaseError as ex:
                 if "locked" not in str(ex) or time.monotonic() > end:
                     raise DatabaseError(f"{path} cannot be opened: {ex}") from None
-                time.sleep(0.01)  # SQLite itself does not wait to begin its log
+                time.sleep(LOCK_RETRY)  # SQLite itself does not wait to begin its log
         self.peewee = self._worker_connection  # for taskctl's own queries
         self._queue, self._turn = write_queue(waiting), threading.Lock()
         self._committing, self._commit_time = False, 0.0  # seconds
@@ -3501,7 +3502,6 @@ PAUSE = 0.05  # seconds
 CHECK_INTERVAL = 0.1  # seconds between two looks for connections whose deadline has passed
 SEND_BUDGET = 1024 * 1024  # bytes sent to one client before the others are served
 MAX_BATCH = 100  # writes that share a commit
-LOCK_RETRY = 0.01  # seconds until writes that wait for another process's lock are tried again
 ROUND_TIME = 0.02  # seconds of answering before the event loop looks at the sockets again
 MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
 MAX_UNSENT = 32 * 1024 * 1024  # bytes of all answers in memory that clients have not read yet
@@ -3709,12 +3709,6 @@ class ServerChannel(waitress.channel.HTTPChannel):
         thread_state.client_has_left = self.has_left  # type: ignore[method-assign]
         self.answer()
         self.server.finish(self)
-
-    def cancel(self) -> None:
-        """Reject the request, which waits although the server exits soon."""
-        detail = "the server is stopping; send the request again"
-        self.reader.request.refusal = HTTP_ERRORS[Busy](Busy(detail, "stopping"))
-        self.server.ready.append(self)
 
     def answered(self) -> None:
         """Continue after (a part of) the answer was sent: with the rest, or the next request."""
@@ -3960,15 +3954,22 @@ class Server(waitress.server.TcpWSGIServer):
         started = last = time.monotonic()
         while (now := time.monotonic()) < min(started + DRAIN_TIMEOUT, last + IDLE_BEFORE_EXIT):
             if now > started + LAST_CALL and not self._exits_soon:
-                self._exits_soon = True
-                for threads in (self.task_dispatcher, self._searches):
-                    with threads.lock:
-                        while threads.queue:
-                            threads.queue.popleft().cancel()
+                self._recall()
             worked = self._serve_once(timeout=IDLE_BEFORE_EXIT / 5)
             channels = self.active_channels.values()
             if worked or any(channel.waiting_for in (None, "reader") for channel in channels):
                 last = time.monotonic()
+
+    def _recall(self) -> None:
+        """Take the requests that no thread has begun back into the event loop, which rejects them.
+
+        They and those that would block from now on could still wait when the process ends.
+        """
+        self._exits_soon = True
+        for threads in (self.task_dispatcher, self._searches):
+            with threads.lock:
+                while threads.queue:
+                    self.ready.append(threads.queue.popleft())
 
     def _serve_once(self, timeout: float) -> bool:
         """Run one round of the event loop; return whether a request was answered."""
@@ -4002,7 +4003,10 @@ class Server(waitress.server.TcpWSGIServer):
                 self._committed([*self._batch, (channel, [])], stored=False)
                 self._batch = []
             elif self._exits_soon:
-                channel.cancel()
+                detail = "the server is stopping; send the request again"
+                refusal = falcon.HTTPServiceUnavailable(description=detail, retry_after=RETRY_AFTER)
+                channel.reader.request.refusal = refusal
+                self.ready.append(channel)
             elif isinstance(ex, SearchWouldBlock):
                 self._searches.add_task(channel)
             elif isinstance(ex, WriteWouldBlock):
@@ -4021,15 +4025,17 @@ class Server(waitress.server.TcpWSGIServer):
             thread_state.uncommitted = None
 
     def _retry_writes(self) -> bool:
-        """Run the writes that wait if a batch can begin, which is returned; else the oldest."""
+        """Run the writes that wait if a batch can begin, which is returned; else the oldest.
+
+        Run them all when the server exits soon.
+        """
         begun = False
         with contextlib.suppress(WouldBlock):
             begun = self._app.store.begin()
-        while begun and self._blocked:
+        while self._blocked and (begun or self._exits_soon):
             self.ready.append(self._blocked.popleft()[1])
         thread_state.is_patient = False
-        patience = 0 if self._exits_soon else LOCK_TIMEOUT
-        while self._blocked and self._blocked[0][0] < time.monotonic() - patience:
+        while self._blocked and self._blocked[0][0] < time.monotonic() - LOCK_TIMEOUT:
             self._answer(self._blocked.popleft()[1])
         thread_state.is_patient = True
         return begun

@@ -274,13 +274,11 @@ def test_a_search_ends_when_its_client_leaves(start, tmp_path):
     assert "unhandled exception" not in server.log
 
 
-@pytest.mark.slow
 @pytest.mark.both_engines
-def test_more_searches_at_sigterm_than_there_is_time_for_are_all_answered(start, tmp_path):
-    server = start(before="taskd.LAST_CALL = 0.0")
+def test_more_searches_at_sigterm_than_there_is_time_for_are_all_answered(start):
+    slow = "taskd.TaskStore.page = lambda *_: time.sleep(1) or (b'[]', None)"
+    server = start(before=f"taskd.LAST_CALL = 0.0; {slow}")
     users = [f"user-{number}" for number in range(12)]
-    for user in users:
-        fill(tmp_path / "taskd.db", user, 2_000)
     with contextlib.ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in users]
         for user, wire in zip(users, wires, strict=True):
@@ -289,7 +287,7 @@ def test_more_searches_at_sigterm_than_there_is_time_for_are_all_answered(start,
         server.popen.terminate()
         answers = [wire.answer() for wire in wires]
     rejected = [answer for answer in answers if answer.status_code != 200]
-    assert rejected
+    assert len(rejected) >= len(users) - taskd.SEARCHES
     for answer in rejected:
         assert "the server is stopping" in assert_problem(answer, 503)["detail"]
         assert answer.headers["retry-after"] == "2"

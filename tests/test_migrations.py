@@ -257,7 +257,7 @@ def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(
 def test_a_start_waits_while_another_one_begins_the_log(
     make_app: Callable[..., taskd.App], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite itself does not wait then; some of 1,000 starts at the same time would fail."""
+    """SQLite does not wait by itself: of 1,600 starts at the same time one failed."""
     locked = [peewee.OperationalError("database is locked")] * 3
     look = taskd.Sqlite._open_files
     monkeypatch.setattr(taskd.Sqlite, "_open_files", lambda self: again(locked) or look(self))

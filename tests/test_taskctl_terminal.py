@@ -78,6 +78,8 @@ def test_a_table_fits_a_terminal_and_ends_with_a_total(kept: Path) -> None:
     assert second.startswith("3   Rest")
     assert total == "taskctl: alice has 2 tasks"
     assert max(map(len, (head, first, second))) <= 80
+    _, alice, *_ = plain(on_a_terminal(kept, "users"))
+    assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d$", alice)
 
 
 def test_most_titles_fit_into_one_line_of_a_terminal(taskctl: Taskctl, kept: Path) -> None:
