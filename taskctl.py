@@ -83,7 +83,7 @@ try:
     from typer import Argument, BadParameter, CallbackParam, Exit, Option, Typer
 
     import taskd
-    from taskd import DOTENV, About, Settings, Task, Tokens
+    from taskd import DOTENV, About, IdempotencyKey, Settings, Task, Tokens
 except ModuleNotFoundError as ex:
     if __name__ != "__main__":
         raise
@@ -1122,18 +1122,6 @@ def export(
         sys.stdout.flush()  # if the reader has gone, fail here, where the bar is removed
 
 
-def batches(query: Any, database: peewee.Database) -> Iterator[list[Row]]:
-    """Yield the rows of a query in the order of their ids, BATCH at a time.
-
-    Psycopg would keep all of a large result in memory.
-    """
-    key, last = query.model.id, 0
-    page = query.order_by(key).limit(BATCH).dicts()
-    while batch := list(page.where(key > last).execute(database)):
-        yield batch
-        last = batch[-1]["id"]
-
-
 @app.command("import")
 def import_tasks(
     file: Annotated[str, Argument(help="JSON lines as export prints them; - reads stdin.")],
@@ -1304,6 +1292,7 @@ def confirmed(question: str) -> bool:
 
 # --- Copy -----------------------------------------------------------------------------------------
 
+Advance = Callable[[int], None]  # of a progress bar, by so many rows
 GIVE_URL = "give the DATABASE_URL of a database, env:VARIABLE or @FILE"
 
 
@@ -1325,14 +1314,15 @@ def copy(
     with reading.transaction(), writing.transaction(), progress() as bar:
         if Task.select().count(writing.peewee):
             raise Refused(f"{new.database} has tasks already; nothing was copied")
-        copy_rows(reading.peewee, writing.peewee, bar)
-        copied = [digest(model, reading.peewee, bar) for model in OWNED]
-        if copied != [digest(model, writing.peewee, bar) for model in OWNED]:
+        counts = [model.select().count(reading.peewee) for model in OWNED]
+        advance = partial(bar.advance, bar.add_task("copying", total=3 * sum(counts)))
+        copy_rows(reading.peewee, writing.peewee, advance)
+        checksums = [checksum(model, reading.peewee, advance) for model in OWNED]
+        if checksums != [checksum(model, writing.peewee, advance) for model in OWNED]:
             why = "the copy differs from the original, perhaps because someone wrote to it"
             raise Refused(f"{why}; nothing was copied")
-    (tasks, checksum), (keys, _) = copied
-    say(f"copied {owned_rows(tasks, keys)} from {old.database} to {new.database}")
-    say(f"counts and checksums agree; that of the tasks is {checksum}")
+    say(f"copied {owned_rows(*counts)} from {old.database} to {new.database}")
+    say(f"counts and checksums agree; that of the tasks is {checksums[0]}")
 
 
 def given_url(text: str) -> str:
@@ -1347,23 +1337,34 @@ def given_url(text: str) -> str:
     return url
 
 
-def copy_rows(source: peewee.Database, target: peewee.Database, bar: Progress) -> None:
+def batches(model: Any, database: peewee.Database, advance: Advance) -> Iterator[list[Row]]:
+    """Yield a table's rows in the order of their ids, BATCH at a time, and advance a progress bar.
+
+    Psycopg would keep all of a large result in memory.
+    """
+    page, last = model.select().order_by(model.id).limit(BATCH).dicts(), 0
+    while batch := list(page.where(model.id > last).execute(database)):
+        yield batch
+        advance(len(batch))
+        last = batch[-1]["id"]
+
+
+def copy_rows(source: peewee.Database, target: peewee.Database, advance: Advance) -> None:
     """Copy all rows, the key that signs cursors, and the last ids."""
     for model in OWNED:
-        for batch in bar.track(batches(model.select(), source), description="copying"):
+        for batch in batches(model, source, advance):
             model.insert_many(batch).execute(target)
     cursor_key = About.select(About.cursor_key).scalar(source)
     About.update(cursor_key=cursor_key).execute(target)
     continue_ids(source, target)
 
 
-def digest(model: type[peewee.Model], database: peewee.Database, bar: Progress) -> tuple[int, str]:
-    """Return how many rows there are, and the SHA-256 of all that is in them."""
-    count, sha = 0, hashlib.sha256()
-    for batch in bar.track(batches(model.select(), database), description="comparing"):
-        count += len(batch)
+def checksum(model: type[peewee.Model], database: peewee.Database, advance: Advance) -> str:
+    """Return the SHA-256 of all rows of a table."""
+    sha = hashlib.sha256()
+    for batch in batches(model, database, advance):
         sha.update(json.dumps(batch).encode())
-    return count, sha.hexdigest()
+    return sha.hexdigest()
 
 
 # --- Live server ----------------------------------------------------------------------------------
@@ -1373,11 +1374,6 @@ NEW_TASK |= {"priority": "high", "due_date": "2026-12-01", "tags": ["smoke"]}
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 MAX_TIMEOUT = 86400  # seconds that a socket waits; some systems take no more than 24 days
 BAD_ANSWERS = (OSError, http.client.HTTPException, ValueError, RecursionError)
-
-
-def url_of(host: str, port: int) -> str:
-    """Return the URL of a server that listens there."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def connection_to(url: str, timeout: float) -> tuple[http.client.HTTPConnection, str]:
@@ -1415,7 +1411,9 @@ class SmokeClient:
     def _try_every_route(self) -> None:
         """Call each route as it is meant to be called, and some as they are not."""
         call, tasks, key = self._call, self._tasks, {"Idempotency-Key": self.id}
-        call("GET", "/healthz", 200, shows={"status": "ok"})
+        for path in ("/healthz", "/readyz"):
+            call("GET", path, 200, shows={"status": "ok"})
+        call("GET", "/openapi.json", 200, shows={"openapi": "3.1.0"})
         call("GET", tasks, 401)
         self._headers["Authorization"] = f"Bearer {self._token}"
         call("GET", "/api/somebody-else/tasks", 403)
@@ -1487,9 +1485,9 @@ def smoke(
     url: Annotated[str | None, Argument(help="The server; else that of the settings.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call /healthz and every route of the API of a live server, and leave nothing behind."""
+    """Call every route of a live server but /docs and /metrics, and leave nothing behind."""
     settings = Settings.load()
-    client = SmokeClient(url := url or url_of(settings.host, settings.port), settings)
+    client = SmokeClient(url := url or taskd.url_of(settings.host, settings.port), settings)
     try:
         client.run()
     except ConnectionRefusedError:
@@ -1507,10 +1505,9 @@ def smoke(
 
 def forget_keys(settings: Settings, user: str) -> None:
     """Delete a user's idempotency keys if the server's database is the one of these settings."""
-    keys = taskd.IdempotencyKey
     failures = Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
     with contextlib.suppress(*failures), contextlib.closing(database(settings)) as opened:
-        keys.delete().where(keys.user_id == user).execute(opened.peewee)
+        IdempotencyKey.delete().where(IdempotencyKey.user_id == user).execute(opened.peewee)
 
 
 @app.command()
@@ -1610,7 +1607,7 @@ def announce(settings: Settings, port: int, users: list[str], port_file: Path | 
     """Print what a test needs to know about the server, and write its port to the file."""
     tokens = Tokens(settings)
     shown = {
-        "url": url_of(settings.host, port),
+        "url": taskd.url_of(settings.host, port),
         "secret": signing_secrets(settings)[0],
         "pid": os.getpid(),
         "tokens": {user: tokens.mint(login(settings, user, TOKEN_TTL)) for user in users},

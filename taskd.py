@@ -450,10 +450,8 @@ class _ThreadState(threading.local):
     # In the event loop: what follows when the write of this request is on disk; None if it wrote
     # nothing. In other threads a write is on disk when it returns, and this is always None.
     uncommitted: list[Callable[[], object]] | None = None
-
-    def client_has_left(self) -> bool:
-        """Whether nobody waits for the answer to this thread's request; a worker thread sets it."""
-        return False
+    # Whether nobody waits for the answer to this thread's request; worker threads set it.
+    client_has_left: Callable[[], bool] = staticmethod(lambda: False)
 
 
 thread_state = _ThreadState()
@@ -2763,9 +2761,10 @@ class RequestContext:
     def process_request(self, req: Request, resp: Response) -> None:
         """Take the client's request id if it is valid, else make one, and start the clock.
 
-        Raises the server's refusal of the request, so that it gets the same headers and log line.
+        The clock starts when the request was received. Raises the server's refusal of the request,
+        so that it gets the same headers and log line.
         """
-        req.context.started = time.perf_counter()
+        req.context.started = req.env.get("taskd.received", time.perf_counter())
         given = req.get_header("X-Request-ID")
         req.context.id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
         resp.set_headers({"X-Request-ID": req.context.id, **HEADERS_OF_ALL})
@@ -3282,6 +3281,7 @@ class ServerRequest:
     url_scheme, request_uri, path, query = "http", "/", "/", ""
     command, version = "-", "1.1"
     refusal: falcon.HTTPError | None = None
+    received: float  # when it was complete, as time.perf_counter() says
 
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
@@ -3546,10 +3546,10 @@ class ServerTask(waitress.task.WSGITask):
             self.request.headers["CONNECTION"] = "close"
 
     def get_environment(self) -> dict[str, Any]:
-        """Return the WSGI environment, with the error of the parser if there is one."""
+        """Return the WSGI environment, with the parser's error, if any, and when it was ready."""
         environ: dict[str, Any] = super().get_environment()
         environ["REQUEST_METHOD"] = self.request.command  # waitress has it in capitals
-        environ["taskd.refusal"] = self.request.refusal
+        environ |= {"taskd.refusal": self.request.refusal, "taskd.received": self.request.received}
         return environ
 
     def build_response_header(self) -> bytes:
@@ -3672,6 +3672,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         reader, self._send_budget = self.reader, SEND_BUDGET
         reader.receive(data)
         if reader.complete:
+            reader.request.received = time.perf_counter()
             self.server.deadlines.move(self, self.waiting_for, None)
             self.waiting_for = None
             self.server.ready.append(self)
@@ -3706,7 +3707,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def service(self) -> None:
         """Answer the request in a worker thread."""
-        thread_state.client_has_left = self.has_left  # type: ignore[method-assign]
+        thread_state.client_has_left = self.has_left
         self.answer()
         self.server.finish(self)
 
@@ -3845,16 +3846,14 @@ class Deadlines:
         if now:
             self.since[now][channel] = time.monotonic()
 
-    def overdue(self) -> list[ServerChannel]:
-        """Return the connections whose deadline has passed."""
-        found: list[ServerChannel] = []
+    def overdue(self) -> Iterator[ServerChannel]:
+        """Yield the connections whose deadline has passed."""
         for kind, waiting in self.since.items():
             latest = time.monotonic() - DEADLINES[kind]
             for channel, since in waiting.items():
                 if since >= latest:
                     break
-                found.append(channel)
-        return found
+                yield channel
 
     def longest(self, before: float) -> ServerChannel | None:
         """Return the connection that has waited longest, if it has since before that time."""
@@ -4076,7 +4075,7 @@ class Server(waitress.server.TcpWSGIServer):
         now = time.monotonic()
         if now >= self._next_check:
             self._next_check = now + CHECK_INTERVAL
-            for channel in self.deadlines.overdue():
+            for channel in list(self.deadlines.overdue()):
                 channel.expire()
         if self._paused and now >= self._resume_at:
             resumed, self._paused = self._paused, []
@@ -4143,6 +4142,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise SettingsError(f"TASKD_HOST, TASKD_PORT: {where}: {why}") from None
 
 
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a server that listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     """Serve the application on waitress until SIGTERM or SIGINT."""
     # No line shows these; other WSGI servers may log them.
@@ -4161,8 +4165,7 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
-    host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
-    url = f"http://{host}:{server.effective_port}"
+    url = url_of(server.effective_host, server.effective_port)
     line = f"taskd: listening on {url} (try it at {url}/docs)"  # at every log level
     if settings.log_format == "json":
         line = JsonLines().format(logging.makeLogRecord({"levelname": "INFO", "msg": line}))

@@ -250,7 +250,10 @@ BAD_VALUES = [
     ("completed", {}),
     *(("priority", value) for value in ("", "High", "urgent", 1, True, [], ["low"], "low\0")),
     *(("tags", value) for value in (None, "home", {}, {"a": 1}, 5, True, [None], [1], [["a"]])),
-    *(("tags", value) for value in ([""], [" "], ["x" * 51], [CLOCK * 51], ["a\0"], ["a", "a"])),
+    *(
+        ("tags", value)
+        for value in ([""], [" "], [SPACES], ["x" * 51], [CLOCK * 51], ["a\0"], ["a", "a"])
+    ),
     ("tags", [f"tag {number}" for number in range(21)]),
     *(("due_date", value) for value in (5, 1764547200, True, [], {})),
 ]

@@ -6,7 +6,6 @@ import contextlib
 import http.server
 import itertools
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,7 +86,7 @@ class AuthServer:
 
     def behind_a_firewall(self, request: http.server.BaseHTTPRequestHandler) -> None:
         """Reject clients whose User-Agent is only the name of a library."""
-        if re.fullmatch(r"taskd/[0-9.]+", request.headers["User-Agent"]):
+        if request.headers["User-Agent"] == f"taskd/{taskd.__version__}":
             return self.well(request)
         return self.send(request, 403, b"")
 

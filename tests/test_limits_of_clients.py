@@ -521,6 +521,45 @@ def test_a_client_that_sends_on_after_a_refusal_is_cut_off(shared: Process) -> N
 
 
 @pytest.mark.sqlite("it is about HTTP")
+def test_a_client_may_send_a_mebibyte_more_before_it_reads_the_refusal(shared: Process) -> None:
+    with Wire(shared) as wire:
+        wire.send(post(b"", f"Content-Length: {2**30}"))
+        for _ in range(16):
+            wire.send(bytes(2**16))
+            time.sleep(0.01)  # the connection would be reset, and the answer lost
+        assert_problem(wire.answer(), 413)
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_bytes_that_are_not_http_are_one_line_in_the_log(shared: Process) -> None:
+    for sent in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"\0" * 70_000, b"SSH-2.0-x\r\n"):
+        lines = len(shared.log.splitlines())
+        with Wire(shared) as wire:
+            assert wire.send(sent).answer().status_code == 400
+        assert len(shared.log.splitlines()) == lines + 1
+    with Wire(shared):
+        pass  # nothing at all
+    assert shared.request("GET", "/healthz").status_code == 200
+    assert len(shared.log.splitlines()) == lines + 2
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_a_body_is_in_no_file(shared: Process) -> None:
+    descriptors = Path(f"/proc/{shared.popen.pid}/fd")
+
+    def files() -> set[str]:
+        return {name for one in descriptors.iterdir() if (name := str(one.readlink()))[0] == "/"}
+
+    before = files()
+    with Wire(shared) as wire:
+        wire.send(post(bytes(2**16 - 1), f"Content-Length: {2**16}"))
+        for _ in range(20):  # between them taskd reads the body
+            assert shared.request("GET", "/healthz").status_code == 200
+            assert files() == before
+        assert wire.send(b"\0").answer().status_code == 400
+
+
+@pytest.mark.sqlite("it is about HTTP")
 def test_urgent_data_closes_the_connection_with_one_line_in_the_log(shared: Process) -> None:
     lines, before = len(shared.log.splitlines()), shared.processor_time()
     with Wire(shared) as wire:

@@ -106,6 +106,7 @@ def keep(path: Path, count: int, user: str = "alice") -> None:
 WRONG = [
     *[("completed", value) for value in ("", "True", "1", "yes", "true ", "null", "true,false")],
     *[("q", value) for value in ("a" * 201, "\0", "a\0b")],
+    *[("tag", value) for value in ("", " ", "\u2003\xa0", "a" * 51, "a\0b")],
     *[
         ("sort", value)
         for value in (

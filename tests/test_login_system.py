@@ -566,6 +566,16 @@ def test_a_set_is_fetched_through_the_proxy_unless_its_host_is_this_machine_or_e
         assert directly[0][:2] == b"\x16\x03"  # TLS
 
 
+def test_the_proxy_is_not_asked_for_the_address_of_this_machine_in_ipv6(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with first_bytes() as (proxy_port, at_proxy):
+        set_proxy(monkeypatch, f"http://127.0.0.1:{proxy_port}")
+        with pytest.raises(OSError, match=r"refused|unreachable|assign"):
+            taskd.download("https://[::1]:9/jwks")
+    assert at_proxy == []
+
+
 def test_without_a_proxy_a_set_is_fetched_directly(monkeypatch: pytest.MonkeyPatch) -> None:
     with first_bytes() as (port, directly):
         set_proxy(monkeypatch, None)

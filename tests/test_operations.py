@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -314,10 +315,13 @@ def test_a_write_that_had_to_wait_in_another_thread_is_one_statement(
         with locked(tmp_path / "taskd.db"):
             wire.send(written("POST", TASKS, {"title": "x"}, user="alice"))
             assert server.request("GET", "/healthz").status_code == 200
+            time.sleep(0.1)
         assert wire.answer().status_code == 201
     found = samples(server.request("GET", "/metrics"))
     for statement in ("insert", "commit"):
         assert found["taskd_database_seconds_count", f"statement={statement}"] == 1
+    took = found["taskd_request_seconds_sum", "method=POST", "route=/api/{user_id}/tasks"]
+    assert took > 0.1, "all the time that the client waited"
     assert (
         found["taskd_requests_total", "method=POST", "route=/api/{user_id}/tasks", "status=201"]
         == 1
@@ -373,8 +377,8 @@ def test_a_database_that_cannot_be_used_is_counted_as_503(start: Start, tmp_path
 # --- Log lines ------------------------------------------------------------------------------------
 
 LINE = re.compile(
-    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO"
-    r" (?P<method>[A-Z-]+) (?P<route>\S+) (?P<status>\d{3}) \d+\.\dms"
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (?:INFO|ERROR)"
+    r" (?P<method>[A-Z-]+) (?P<route>\S+) (?P<status>\d{3}) (?P<ms>\d+\.\d)ms"
     r" id=(?P<id>[A-Za-z0-9._-]{1,64}) user=(?P<user>-|'[A-Za-z0-9._~%-]+')"
     r"( client=(?P<client>\S+))?( reason=\"[^\"]+\")?"
 )
@@ -572,6 +576,20 @@ def test_the_level_leaves_out_the_line_of_a_request(start: Start) -> None:
     assert server.request("GET", "/healthz").status_code == 200
     assert server.terminate() == 0
     assert lines(server) == []
+
+
+@pytest.mark.parametrize("level", ["info", "warning", "error"])
+def test_at_every_level_a_request_that_found_the_database_unusable_has_a_line_with_its_time(
+    start: Start, tmp_path: Path, level: str
+) -> None:
+    server = start(TASKD_LOG=level, before="taskd.LOCK_TIMEOUT = 0.5")
+    with locked(tmp_path / "taskd.db"):
+        assert server.request("POST", TASKS, {"title": "x"}, bearer()).status_code == 503
+    assert server.request("GET", "/healthz").status_code == 200
+    assert server.terminate() == 0
+    found = [match for line in lines(server) if (match := LINE.fullmatch(line))]
+    assert [line["status"] for line in found] == ["503", "200"][: 2 if level == "info" else 1]
+    assert 400 < float(found[0]["ms"]) < 10_000
 
 
 # --- Behind a proxy -------------------------------------------------------------------------------

@@ -232,6 +232,20 @@ def test_the_threads_are_as_many_as_the_table_says() -> None:
     assert threads["worker threads"] == "`TASKD_THREADS`"
 
 
+def test_the_limits_of_what_a_client_may_send_are_those_of_the_guide() -> None:
+    guide = (ROOT / "docs" / "self-hosting.md").read_text()
+    limits = {row[0]: row[1] for row in table("Without a proxy", "what", guide)}
+    head, body = f"{taskd.MAX_HEAD // 1024} KiB", f"{taskd.MAX_BODY // 1024} KiB"
+    wait = {state: f"{seconds:.0f} s" for state, seconds in taskd.DEADLINES.items()}
+    assert limits["a head"] == f"{head}, {taskd.MAX_HEADERS:,} lines, {wait['head']}"
+    assert limits["a body"] == f"{body}, {wait['body']}"
+    waiting = "an answer of which the client reads nothing, an idle connection"
+    assert limits[waiting] == f"{wait['reader']}, {wait['request']}"
+    lists = f"{taskd.MAX_LISTS_OF_USER} of a user, {taskd.MAX_LISTS} in all, 1 GiB"
+    assert limits["lists over 512 KiB that are being read"] == lists
+    assert limits["a write that waits for another process"] == f"{taskd.LOCK_TIMEOUT:.0f} s"
+
+
 def test_the_make_targets_that_are_named_exist(clone: Path) -> None:
     documents = README + (clone / "CONTRIBUTING.md").read_text()
     named = set(re.findall(r"`make ([a-z-]+)`", documents)) | {"run"}

@@ -217,6 +217,14 @@ def test_an_unusable_setting_stops_the_start_and_touches_nothing(
             assert len(secret) < 8 or secret not in line
 
 
+def test_the_setting_says_how_many_threads_there_are(start: Start) -> None:
+    few, many = (
+        len(list(Path(f"/proc/{start(TASKD_THREADS=number).popen.pid}/task").iterdir()))
+        for number in ("2", "40")
+    )
+    assert many - few == 38
+
+
 @pytest.mark.sqlite("it is about settings")
 def test_an_unusable_setting_in_the_dotenv_file_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TASKD_THREADS=none\n")

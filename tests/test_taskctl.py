@@ -1219,6 +1219,27 @@ def test_progress_shows_on_a_terminal_and_leaves_stdout_alone(tmp_path: Path) ->
     assert "%" in seen
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["backup", "copy.db"], "reading taskd.db"),
+        (["restore", "kept.db"], "reading kept.db"),
+        (["import", "tasks.jsonl"], "reading"),
+        (["copy", "sqlite:///kept.db", "sqlite:///new.db"], "copying"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_long_work_shows_its_progress_on_a_terminal(
+    taskctl: Taskctl, tmp_path: Path, arguments: list[str], shown: str
+) -> None:
+    taskctl("seed", "alice", "--count", "1000")
+    taskctl("backup", "kept.db")
+    (tmp_path / "tasks.jsonl").write_text(taskctl("export").stdout)
+    _, seen = on_a_terminal(tmp_path, *arguments, stream="stderr")
+    assert re.search(rf"{shown}.*100%", seen)
+    assert "\x1b[2K" in seen, "and removes it at the end"
+
+
 def test_no_progress_is_shown_without_a_terminal(taskctl: Taskctl) -> None:
     assert taskctl("seed", "alice", "--count", "2500").stderr == ""
 
@@ -1271,6 +1292,8 @@ def test_settings_shows_what_holds_and_masks_the_secrets(taskctl: Taskctl, tmp_p
 
 ROUTES = {
     ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/openapi.json"),
     ("GET", "/api/{user_id}/tasks"),
     ("POST", "/api/{user_id}/tasks"),
     ("GET", "/api/{user_id}/tasks/{id}"),
@@ -1402,6 +1425,10 @@ def knows_no_pages(environ: Environ) -> None:
     environ["QUERY_STRING"] = ""
 
 
+def is_not_ready(environ: Environ) -> None:
+    environ["PATH_INFO"] = environ["PATH_INFO"].replace("/readyz", "/docs/none")
+
+
 def lets_everybody_in(environ: Environ) -> None:
     if environ["PATH_INFO"].startswith("/api"):
         environ["HTTP_AUTHORIZATION"] = bearer(environ["PATH_INFO"].split("/")[2])["Authorization"]
@@ -1417,6 +1444,7 @@ SABOTAGE: dict[
     sends_what_is_known: "GET",
     changes_what_is_not_known: "PATCH",
     knows_no_pages: "GET",
+    is_not_ready: "GET",
     lets_everybody_in: "GET",
 }
 

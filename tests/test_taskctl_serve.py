@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -116,6 +117,9 @@ def test_it_prints_one_line_and_each_user_has_a_token_and_the_tasks_that_were_as
         answer = server.request("GET", path, headers=headers)
         assert (answer.status_code, len(answer.json)) == (200, 3)
         assert answer.headers["access-control-allow-origin"] == "http://localhost:5173"
+    assert len(told["secret"]) >= 32
+    claims = json.loads(base64.urlsafe_b64decode(told["tokens"]["alice"].split(".")[1] + "=="))
+    assert claims["exp"] - claims["iat"] == 24 * 3600
     minted = bearer("carol", secret=told["secret"])
     assert server.request("GET", "/api/carol/tasks", headers=minted).json == []
     assert_problem(

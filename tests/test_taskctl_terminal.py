@@ -26,11 +26,18 @@ TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 ODD = 'Buy "milk", =bread\nand butter'
 
 
-def on_a_terminal(directory: Path, *arguments: str, typed: str = "", status: int = 0) -> str:
+def on_a_terminal(
+    directory: Path,
+    *arguments: str,
+    typed: str = "",
+    status: int = 0,
+    variables: dict[str, str] = {},  # noqa: B006
+) -> str:
     """Return what a run of taskctl shows on a terminal of 80 columns."""
     ours, terminal = pty.openpty()
     streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    with launched(directory, *arguments, variables={"COLUMNS": "80"}, **streams) as process:
+    variables = {"COLUMNS": "80"} | variables
+    with launched(directory, *arguments, variables=variables, **streams) as process:
         os.close(terminal)
         seen = b""
         with contextlib.suppress(OSError):  # Linux says so when the last writer has gone
@@ -125,6 +132,24 @@ def test_what_passed_and_what_failed_have_colours_of_their_own(kept: Path) -> No
     assert "\x1b[32mok" in shown
     assert "\x1b[1;31mFAIL" in shown
     assert plain(shown)[-1] == "taskctl: 1 of 4 checks failed"
+    (kept / "taskd.db").chmod(0o640)
+    shown = on_a_terminal(kept, "check")
+    assert "\x1b[33mwarning" in shown
+    assert plain(shown)[-1] == "taskctl: all 4 checks passed, 1 warning"
+
+
+def test_each_call_of_smoke_has_the_colour_of_its_result_and_one_line(
+    kept: Path, start: Callable[..., Process]
+) -> None:
+    url = f"http://127.0.0.1:{start().port}"
+    shown = on_a_terminal(kept, "smoke", url)
+    lines, total = plain(shown)[1:-1], plain(shown)[-1]
+    assert total == f"taskctl: all {len(lines)} calls passed"
+    assert shown.count("\x1b[32mok") == len(lines)
+    assert max(map(len, lines)) <= 80
+    assert "\x1b[1;31mFAIL" in on_a_terminal(
+        kept, "smoke", url, variables={"BETTER_AUTH_SECRET": OTHER_SECRET}, status=1
+    )
 
 
 # --- Users ----------------------------------------------------------------------------------------

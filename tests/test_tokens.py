@@ -1192,6 +1192,7 @@ BAD_SETTINGS = [
         "https://a.example:1000000", "https://[::1", "https://[1::2::3]", "capacitor://", "file://",
         "javascript://x", "extension://x",
     )],
+    *[("TASKD_MAX_TASKS", bad) for bad in ("0", "00", "-1", "1.0", "1e3", "x", " 5", "9" * 17)],
     *[("TASKD_LOG", bad) for bad in ("verbose", "trace", "10", "info ", "infos", "x")],
 ]  # fmt: skip
 
@@ -1247,8 +1248,9 @@ def test_a_secret_is_in_no_representation_of_the_settings(no_dotenv):
         assert OLD not in text
 
 
-def test_a_secret_that_is_short_public_or_missing_says_how_to_make_one(no_dotenv):
-    for secret in ("short", "better-auth-secret-12345678901234567890"):
+def test_a_secret_that_cannot_be_used_says_how_to_make_one(no_dotenv):
+    public = "better-auth-secret-12345678901234567890"
+    for secret in ("short", public, " " * 40, "\udc80" * 40, PEM):
         with pytest.raises(taskd.SettingsError, match="make one with"):
             taskd.Settings.load({"BETTER_AUTH_SECRET": secret}, no_dotenv)
 
