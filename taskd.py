@@ -3292,12 +3292,10 @@ class ServerRequest:
         return io.BytesIO(self.body)
 
     def take_line(self, method: str, target: str, major: str, minor: str) -> None:
-        """Store the parts of a request line (RFC 9112, section 3). Raises 400 or 505."""
+        """Store the parts of a request line (RFC 9112, section 3), or raise 400."""
         self.command, self.version = method, "1.0" if (major, minor) == ("1", "0") else "1.1"
-        if major == "0":
-            raise malformed("HTTP/0.9 has no headers")
         if major != "1":
-            raise falcon.HTTPError(falcon.HTTP_505, description="send the request as HTTP/1.1")
+            raise malformed("no other major version of HTTP is served")
         if url := HTTP_URL.fullmatch(target):
             target = "/" + (url[1] or "").removeprefix("/")
         elif (method, target) == ("OPTIONS", "*"):

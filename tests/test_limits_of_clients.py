@@ -128,8 +128,8 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "version 1.2": (get(HOST, version="HTTP/1.2"), 200),
     "version 1.9": (get(HOST, version="HTTP/1.9"), 200),
     "version 0.9": (get(HOST, version="HTTP/0.9"), 400),
-    "version 2.0": (get(HOST, version="HTTP/2.0"), 505),
-    "version 3.0": (get(HOST, version="HTTP/3.0"), 505),
+    "version 2.0": (get(HOST, version="HTTP/2.0"), 400),
+    "version 3.0": (get(HOST, version="HTTP/3.0"), 400),
     "version 1.10": (get(HOST, version="HTTP/1.10"), 400),
     "version 1": (get(HOST, version="HTTP/1"), 400),
     "version 01.1": (get(HOST, version="HTTP/01.1"), 400),
@@ -214,7 +214,7 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
         post(b"0\r\n\r\n" + HIDDEN, CHUNKED, "Content-Length: 5", version="1.0"),
         400,
     ),
-    "chunks in 2.0": (post(b"0\r\n\r\n" + HIDDEN, CHUNKED, version="2.0"), 505),
+    "chunks in 2.0": (post(b"0\r\n\r\n" + HIDDEN, CHUNKED, version="2.0"), 400),
     "gzip": (post(b"", "Transfer-Encoding: gzip"), 400),
     "gzip, chunked": (post(b"0\r\n\r\n", "Transfer-Encoding: gzip, chunked"), 400),
     "chunked, gzip": (post(b"0\r\n\r\n", "Transfer-Encoding: chunked, gzip"), 400),
@@ -289,7 +289,7 @@ def test_each_request_of_the_corpora_has_its_answer(
         sent_in_vain(wire, sent + GOOD if status < 400 else sent)
         answer = wire.answer()
         assert answer.status_code == status, answer.text
-        if status in (400, 413, 431, 505):
+        if status in (400, 413, 431):
             assert_problem(answer, status)
             assert wire.is_closed(), "where the next request begins is not known"
         elif status < 300 and answer.headers.get("connection") != "close":
@@ -348,7 +348,6 @@ REFUSED: dict[int, bytes] = {
     400: b"POST /api/alice/tasks HTTP/1.1\r\n",
     413: b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n",
     431: b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 4100,
-    505: b"GET /healthz HTTP/2.0\r\nHost: x\r\n",
 }
 
 
@@ -385,21 +384,14 @@ def test_a_head_a_little_too_long_has_the_headers_of_what_comes_last_too(shared:
 
 @pytest.mark.sqlite("it is about HTTP")
 @pytest.mark.parametrize(
-    ("line", "status"),
-    [
-        (b"GET /a b HTTP/1.1", 400),
-        (b"GET /\x01 HTTP/1.1", 400),
-        (b"GET ftp://x/ HTTP/1.1", 400),
-        (b"GET / HTTP/2.0", 505),
-    ],
+    "line",
+    [b"GET /a b HTTP/1.1", b"GET /\x01 HTTP/1.1", b"GET ftp://x/ HTTP/1.1", b"GET / HTTP/2.0"],
 )
-def test_a_refusal_of_the_first_line_has_the_headers_too(
-    shared: Process, line: bytes, status: int
-) -> None:
+def test_a_refusal_of_the_first_line_has_the_headers_too(shared: Process, line: bytes) -> None:
     own = b"\r\nHost: x\r\nx-request-id: first-line\r\nOrigin: https://a.example\r\n\r\n"
     with Wire(shared) as wire:
         answer = wire.send(line + own).answer()
-    assert_problem(answer, status)
+    assert_problem(answer, 400)
     assert answer.headers["x-request-id"] == "first-line"
     assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
@@ -433,7 +425,8 @@ def test_a_refusal_of_a_header_has_the_cors_headers_of_the_origin_before_it(
 def test_a_refusal_of_another_version_is_an_http_1_1_answer(shared: Process) -> None:
     with Wire(shared) as wire:
         answer = wire.send(get(HOST, version="HTTP/2.0")).answer()
-    assert answer.line == "HTTP/1.1 505 HTTP Version Not Supported"
+    assert answer.line == "HTTP/1.1 400 Bad Request"
+    assert "no other major version" in assert_problem(answer, 400)["detail"]
 
 
 @pytest.mark.sqlite("it is about HTTP")
@@ -547,8 +540,12 @@ def test_bytes_that_are_not_http_are_one_line_in_the_log(shared: Process) -> Non
 def test_a_body_is_in_no_file(shared: Process) -> None:
     descriptors = Path(f"/proc/{shared.popen.pid}/fd")
 
-    def files() -> set[str]:
-        return {name for one in descriptors.iterdir() if (name := str(one.readlink()))[0] == "/"}
+    def files() -> set[Path]:
+        found = set()
+        for descriptor in descriptors.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a connection that is closed meanwhile
+                found.add(descriptor.readlink())
+        return {file for file in found if file.is_absolute()}
 
     before = files()
     with Wire(shared) as wire:
