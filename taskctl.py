@@ -1125,7 +1125,7 @@ def export(
 @app.command("import")
 def import_tasks(
     file: Annotated[str, Argument(help="JSON lines as export prints them; - reads stdin.")],
-    new: Annotated[bool, Option("--new", help="Each line is a new task, without an id.")] = False,
+    new: Annotated[bool, Option("--new", help="Each line is a new task; ids are ignored.")] = False,
 ) -> None:
     """Add tasks from JSON lines: all of them, or none if one is wrong. Ids are kept.
 
@@ -1485,7 +1485,7 @@ def smoke(
     url: Annotated[str | None, Argument(help="The server; else that of the settings.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call every route of a live server but /docs and /metrics, and leave nothing behind."""
+    """Call the API and the health checks of a live server, and delete what was created."""
     settings = Settings.load()
     client = SmokeClient(url := url or taskd.url_of(settings.host, settings.port), settings)
     try:
@@ -1552,7 +1552,7 @@ TOKEN_TTL = 24 * 3600  # seconds
 def serve(
     ephemeral: Annotated[bool, Option("--ephemeral", help="Required: all is temporary.")] = False,
     user: Annotated[list[str] | None, UserOption(help="A user to print a token for.")] = None,
-    seed: Annotated[int, Option(min=0, help="Believable tasks for each --user.")] = 0,
+    seed: Annotated[int, Option(min=0, help="How many tasks to add for each --user.")] = 0,
     port_file: Annotated[Path | None, Option(help="A file for the port.", dir_okay=False)] = None,
     given: Annotated[list[str] | None, Option("--set", help="A setting: TASKD_PORT=8123.")] = None,
 ) -> None:

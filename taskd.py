@@ -122,6 +122,7 @@ DOTENV = Path(".env")  # in the working directory
 MIN_SECRET = 32  # bytes; RFC 7518, section 3.2: an HS256 key is at least as long as the hash
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # Better Auth's default
 MAKE_ONE = "make one with: python taskctl.py init"
+REPLACE_IT = f"remove it, and {MAKE_ONE}"
 DATABASE = (
     r"sqlite:///(?!:memory:)[^?#\0-\x1f]+"
     r"|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?"
@@ -132,7 +133,7 @@ LOOPBACK = r"localhost|127\.[0-9.]+|\[?::1\]?"
 KEY_SET_URL = (  # of visible ASCII characters
     rf"(?=[!-~]+\Z)(?:(https|insecure\+http)://[^@/?#][^@]*|http://({LOOPBACK})(:[0-9]+)?(/.*)?)"
 )
-KEY_SETS = "https, or http to this machine: Better Auth's /api/auth/jwks"
+KEY_SETS = "https, or http to this machine, or insecure+http in a private network"
 ORIGIN = re.compile(
     r"((https?)://(?:\[([0-9a-f:]+)\]|[a-z0-9._-]+)"
     r"|(?:capacitor|ionic|tauri|[a-z-]+-extension)://[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?"
@@ -140,7 +141,7 @@ ORIGIN = re.compile(
 ORIGINS = "origins such as https://a.example, with commas"
 PROXIES = "IP addresses, with commas, or * for any"
 LEVELS = "debug|info|warning|error"
-TASK_LIMIT = "how many tasks a user may have, at most"
+TASK_LIMIT = "a whole number from 1: the most tasks that a user may have"
 SETTING_NAMES = ("TASKD", "BETTER_AUTH_S", "DATABASE_")  # how a setting's name begins
 
 
@@ -157,16 +158,16 @@ class SettingsError(Exception):
 
 def _secret(text: str) -> str:
     if text == PUBLIC_SECRET:
-        raise ValueError(f"is Better Auth's public default, which everybody knows; {MAKE_ONE}")
+        raise ValueError(f"is Better Auth's public default, which everybody knows; {REPLACE_IT}")
     if not text.strip():
-        raise ValueError(f"must not be only white space; {MAKE_ONE}")
+        raise ValueError(f"must not be only white space; {REPLACE_IT}")
     try:
         size = len(text.encode())
         jwt.get_algorithm_by_name("HS256").prepare_key(text)
     except (UnicodeEncodeError, jwt.InvalidKeyError):
-        raise ValueError(f"must be UTF-8 text, not a public or private key; {MAKE_ONE}") from None
+        raise ValueError(f"must be UTF-8 text, not a public or private key; {REPLACE_IT}") from None
     if size < MIN_SECRET:
-        raise ValueError(f"must be at least {MIN_SECRET} bytes long, not {size}; {MAKE_ONE}")
+        raise ValueError(f"must be at least {MIN_SECRET} bytes long, not {size}; {REPLACE_IT}")
     return text
 
 
@@ -240,7 +241,7 @@ class Settings:
     database_url: str = _env("DATABASE_URL", "sqlite:///taskd.db", DATABASES, DATABASE)
     host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", HOST_NAME)
     port: int = _env("TASKD_PORT", 8000, "a port, or 0 for any free one", "[0-9]{1,5}", _port)
-    threads: int = _env("TASKD_THREADS", 16, "from 2 to 99", "[2-9]|[1-9][0-9]", int)
+    threads: int = _env("TASKD_THREADS", 16, "worker threads, 2 to 99", "[2-9]|[1-9][0-9]", int)
     cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGINS, "", _origins)
     jwks_url: str | None = _env("TASKD_JWKS_URL", None, KEY_SETS, KEY_SET_URL, _key_set_url)
     issuer: str | None = _env("TASKD_ISSUER", None, "the iss that a token must have")
@@ -817,8 +818,8 @@ class Tokens:
     def mint(self, claims: Claims) -> str:
         """Return a token with these claims, signed with the first secret."""
         if not self._secrets:
-            missing = "BETTER_AUTH_SECRET is missing, without which no token can be signed"
-            raise SettingsError(f"{missing}; {MAKE_ONE}")
+            why = "and taskd cannot sign with the keys of TASKD_JWKS_URL; use the token of a login"
+            raise SettingsError(f"BETTER_AUTH_SECRET is missing, {why}")
         return jwt.encode(claims, self._secrets[0], "HS256")
 
     def _still_valid(self, key: jwt.PyJWK | None) -> bool:
@@ -2960,8 +2961,8 @@ class TaskCompleteResource:
 class ListFile(io.FileIO):
     """A list that is too long for memory, in a temporary file that is deleted when closed.
 
-    Raises Unavailable if the user, or all users together, have too many such files, if these are
-    too large together, or if the disk is full.
+    Raises Busy if the user, or all users together, have too many such files, or if these are too
+    large together, and Unavailable if the disk is full.
     """
 
     _lock = threading.RLock()  # the garbage collector may close a file in a thread that has it
@@ -2988,18 +2989,18 @@ class ListFile(io.FileIO):
 
     @classmethod
     def check(cls, user_id: str, too_many: bool = False) -> None:
-        """Raise Unavailable if the user has too many such files, or `too_many` is true."""
+        """Raise Busy if the user has too many such files, or `too_many` is true."""
         with cls._lock:
             of_user = [user for user, _ in cls._sizes if user == user_id]
             if too_many or len(of_user) >= MAX_LISTS_OF_USER:
-                raise Unavailable("a list this long", "too many of them are being read")
+                raise Busy("too many long lists are being read; wait until one ends", "busy")
 
     def _append(self, piece: Piece) -> None:
         self.size += len(piece)
         with self._lock:
             self._sizes[self._place] = self.size
             if sum(self._sizes.values()) > MAX_LIST_BYTES:
-                raise Unavailable("a list this long", "those being read take too much of the disk")
+                raise Busy("the long lists being read are too large; wait until one ends", "busy")
         while piece:
             piece = piece[self.write(piece) :]
 
@@ -3083,7 +3084,7 @@ def respond_with_task(resp: Response, stored: Stored | None) -> None:
 
 DETAILS = {
     404: "there is nothing at this path; tasks are at /api/{user_id}/tasks",
-    405: "this path does not know this method; the Allow header lists those that it knows",
+    405: "this path does not support this method; the Allow header lists those that it supports",
 }
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # older Pythons differ
 

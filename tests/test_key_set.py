@@ -189,8 +189,8 @@ def test_the_set_is_fetched_at_the_start(auth_server, make_app):
 def test_a_server_with_a_key_set_alone_cannot_mint(auth_server):
     with pytest.raises(taskd.SettingsError) as caught:
         taskd.Tokens(taskd.Settings(jwks_url=auth_server.url)).mint({"sub": "alice"})
-    missing = "BETTER_AUTH_SECRET is missing, without which no token can be signed"
-    assert str(caught.value) == f"{missing}; make one with: python taskctl.py init"
+    why = "and taskd cannot sign with the keys of TASKD_JWKS_URL; use the token of a login"
+    assert str(caught.value) == f"BETTER_AUTH_SECRET is missing, {why}"
 
 
 def test_without_a_key_set_a_token_of_better_auths_own_key_says_what_to_set(make_app):

@@ -789,11 +789,11 @@ def test_the_files_of_long_lists_are_bounded_in_number_and_together_in_size(
     monkeypatch.setattr(taskd, "MAX_LISTS", 3)
     monkeypatch.setattr(taskd, "MAX_LISTS_OF_USER", 2)
     monkeypatch.setattr(taskd, "MAX_LIST_BYTES", 10)
-    many = ("a list this long", "too many of them are being read")
-    large = ("a list this long", "those being read take too much of the disk")
+    many = ("too many long lists are being read; wait until one ends", "busy")
+    large = ("the long lists being read are too large; wait until one ends", "busy")
 
     def refusal(user: str, *pieces: bytes) -> tuple[object, ...]:
-        with pytest.raises(taskd.Unavailable) as caught:
+        with pytest.raises(taskd.Busy) as caught:
             taskd.ListFile(user, pieces)
         return caught.value.args
 

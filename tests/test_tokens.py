@@ -1251,7 +1251,7 @@ def test_a_secret_is_in_no_representation_of_the_settings(no_dotenv):
 def test_a_secret_that_cannot_be_used_says_how_to_make_one(no_dotenv):
     public = "better-auth-secret-12345678901234567890"
     for secret in ("short", public, " " * 40, "\udc80" * 40, PEM):
-        with pytest.raises(taskd.SettingsError, match="make one with"):
+        with pytest.raises(taskd.SettingsError, match="remove it, and make one with"):
             taskd.Settings.load({"BETTER_AUTH_SECRET": secret}, no_dotenv)
 
 
