@@ -200,7 +200,10 @@ def _key_set_url(text: str) -> str:
 
 
 def _origins(text: str) -> tuple[str, ...]:
-    return tuple(map(_origin, _split(text)))
+    try:
+        return tuple(map(_origin, _split(text)))
+    except ipaddress.AddressValueError as ex:
+        raise ValueError(f"must be {ORIGINS}: {ex}") from None
 
 
 def _origin(text: str) -> str:
@@ -241,7 +244,7 @@ class Settings:
     database_url: str = _env("DATABASE_URL", "sqlite:///taskd.db", DATABASES, DATABASE)
     host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", HOST_NAME)
     port: int = _env("TASKD_PORT", 8000, "a port, or 0 for any free one", "[0-9]{1,5}", _port)
-    threads: int = _env("TASKD_THREADS", 16, "worker threads, 2 to 99", "[2-9]|[1-9][0-9]", int)
+    threads: int = _env("TASKD_THREADS", 16, "a number from 2 to 99", "[2-9]|[1-9][0-9]", int)
     cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGINS, "", _origins)
     jwks_url: str | None = _env("TASKD_JWKS_URL", None, KEY_SETS, KEY_SET_URL, _key_set_url)
     issuer: str | None = _env("TASKD_ISSUER", None, "the iss that a token must have")
@@ -1269,8 +1272,7 @@ def wrong_parameter(name: str, values: list[str], is_utf8: bool = True) -> str |
         most = f"{MAX_TAGS} times" if name == REPEATABLE else "once"
         return f"must be given at most {most}, not {len(values)} times"
     try:
-        if pattern == DUE_DATE.pattern:
-            due_moment(values[0])
+        PARSED.get(name, str)(values[0])
         return None if all(re.fullmatch(pattern, value) for value in values) else rule
     except ValueError:
         return rule
@@ -1523,7 +1525,8 @@ def change_query(*names: str) -> Any:
 
 
 def _update(**values: Any) -> Any:
-    touched = {"updated_at": placeholder("now"), "version": peewee.SQL("version + 1")}
+    later = peewee.SQL("CASE WHEN updated_at > :now THEN updated_at ELSE :now END")
+    touched = {"updated_at": later, "version": peewee.SQL("version + 1")}
     return _returning(Task.update(**values, **touched).where(EXPECTED))
 
 
@@ -1572,15 +1575,15 @@ class TaskStore:
 
     @contextlib.contextmanager
     def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
-        """Limit how many searches (they read all of a user) run, and how long. Raises Busy."""
+        """Limit how many searches, which read all tasks of a user, run and how long; raise Busy."""
         if not self._is_search(user_id, listing):
             yield
             return
         if thread_state.in_event_loop:
             raise SearchWouldBlock
         _check_client()
-        end = time.monotonic() + SEARCH_TIME
         with self._search_place(user_id):
+            end = time.monotonic() + SEARCH_TIME
             try:
                 with self._database.deadline(SEARCH_TIME):
                     yield
@@ -1694,26 +1697,14 @@ class TaskStore:
         """Delete the task, and return it as it was."""
         return self._write(self._sql["remove"], conditions, user_id, task_id)
 
-    def begin(self) -> bool:
-        """Begin the event loop's transaction; return False while another one writes."""
-        return self._database.begin()
-
-    def commit(self) -> Future[bool]:
-        """Commit the event loop's transaction; the result is False if it was undone instead."""
-        return self._database.commit()
-
     def expire_keys(self) -> None:
         """Delete all expired idempotency keys, in batches so that no write waits long."""
         before = timestamp(datetime.now(UTC) - IDEMPOTENCY_WINDOW)
         while self._database.write(self._sql["expire_all"], before=before):
             pass
 
-    def check(self) -> None:
-        """Raise Unavailable unless the database answers and fits schema.sql."""
-        self._database.check()
-
     def close(self) -> None:
-        """Close this thread's connections."""
+        """Close this thread's connections; on PostgreSQL the idle ones of all threads."""
         self._database.close()
 
     def _run(self, name: str, values: dict[str, Any]) -> list[Row]:
@@ -1804,6 +1795,7 @@ TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = 4.0  # seconds that a write waits for a lock of another process
 LOCK_RETRY = 0.01  # seconds until what waits for such a lock is tried again
 WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's other writes
+MAX_LOG = 64 * 1024 * 1024  # bytes of SQLite's log; overlapping searches keep it from being emptied
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
 CONNECT_PATIENCE = 0.8  # seconds that requests wait for each new connection to PostgreSQL
@@ -1883,8 +1875,8 @@ class Sqlite(_LastWrite):
     def __init__(self, path: str, waiting: int) -> None:
         """Open the database; at most `waiting` threads wait to write. Raises DatabaseError."""
         prepare_database(path)
-        self._event_loop_connection = connect(path, timeout=0, cache=16)
-        self._writer = connect(path, timeout=0, cache=16, thread_safe=False)
+        self._event_loop_connection = connect(path, timeout=0, cache=16_000)
+        self._writer = connect(path, timeout=0, cache=16_000, thread_safe=False)
         self._worker_connection = connect(path, timeout=LOCK_TIMEOUT)
         self._path, self._opener = Path(path), threading.get_ident()
         self._anchor = connect(path, timeout=LOCK_TIMEOUT, thread_safe=False)
@@ -1935,6 +1927,7 @@ class Sqlite(_LastWrite):
     def deadline(self, seconds: float) -> Iterator[None]:
         """End this thread's statements with Unavailable after a time, or without their client."""
         self.run("SELECT 1")  # opens the connection, or raises Unavailable
+        self._empty_long_log()
         end, connection = time.monotonic() + seconds, self._here().connection()
 
         def is_over() -> bool:
@@ -1946,6 +1939,16 @@ class Sqlite(_LastWrite):
         finally:
             with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
                 connection.set_progress_handler(None, 0)
+
+    def _empty_long_log(self) -> None:
+        """Move a log that is too long into the database, or raise Busy while others read it."""
+        self._check_files()
+        if Path(f"{os.path.realpath(self._path)}-wal").stat().st_size > MAX_LOG:
+            self.run("PRAGMA busy_timeout = 0")
+            [[is_busy, *_]] = self.run("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.run(f"PRAGMA busy_timeout = {1000 * LOCK_TIMEOUT:.0f}")
+            if is_busy:
+                raise Busy("other searches must end first; send it again", "SQLite's log is long")
 
     def lock(self, user_id: str) -> None:
         """Lock out other creates of the user until the transaction ends; SQLite has one writer."""
@@ -2196,7 +2199,7 @@ class Postgres(_LastWrite):
         self._pool = self.peewee = PostgresPool(settings.database_url, **parameters)
         session = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
         self._pool.session_settings = session
-        self._queue = write_queue(max(1, settings.threads * 3 // 4))
+        self._queue = write_queue(settings.threads * 3 // 4)
         self._unusable = (peewee.PeeweeException, PsycopgError)
         try:
             self._prepare(settings.database)
@@ -2218,14 +2221,6 @@ class Postgres(_LastWrite):
         with self._connected():
             cursor = self._pool.execute_sql(sql, values)
             return cursor.fetchall() if cursor.description else []
-
-    def begin(self) -> bool:
-        """Return False: there is no transaction of the event loop."""
-        return False
-
-    def commit(self) -> Future[bool]:
-        """Not called: nothing runs in the event loop."""
-        raise NotImplementedError
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that writes; it is on disk when this returns."""
@@ -2386,14 +2381,14 @@ def _is_in_transaction(database: peewee.SqliteDatabase) -> bool:
 
 
 def connect(
-    path: str, timeout: float, cache: int = 2, thread_safe: bool = True
+    path: str, timeout: float, cache: int = 500, thread_safe: bool = True
 ) -> peewee.SqliteDatabase:
     """Return a database that opens a connection in each thread, or one for all if not thread_safe.
 
-    A connection waits `timeout` seconds for another's lock, and keeps up to `cache` MB of pages.
+    A connection waits `timeout` seconds for another's lock, and keeps up to `cache` kB of pages.
     """
     # Reads never wait, and a commit is on disk.
-    pragmas = {"journal_mode": "wal", "synchronous": "full", "cache_size": str(-1000 * cache)}
+    pragmas = {"journal_mode": "wal", "synchronous": "full", "cache_size": str(-cache)}
     existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # never creates an empty file
     threads: dict[str, Any] = {"thread_safe": thread_safe, "check_same_thread": thread_safe}
     return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout, **threads)
@@ -2661,7 +2656,7 @@ class TimedDatabase:
 
     def commit(self) -> Future[bool]:
         """Commit the writes of the event loop, and measure it with the flush of the disk."""
-        started, done = time.perf_counter(), self._database.commit()
+        started, done = time.perf_counter(), cast(Sqlite, self._database).commit()
         seconds = self._seconds.labels("commit")
         done.add_done_callback(lambda _: seconds.observe(time.perf_counter() - started))
         return done
@@ -2713,7 +2708,7 @@ class AuthMiddleware:
 
         WSGI decodes %2F, and a user id may have a slash.
         """
-        sent = req.env.get("REQUEST_URI", "").partition("?")[0]
+        sent = (req.env.get("REQUEST_URI") or req.env.get("RAW_URI", "")).partition("?")[0]
         req.context.decode = "%2f" in sent or "%2F" in sent
         if req.context.decode:
             req.path = sent.removesuffix("/")
@@ -2859,8 +2854,6 @@ class TaskResource:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
-        if not listing.limit:
-            ListFile.check(user_id)
         with self._store.turn(user_id, listing):
             tasks, rest = self._store.page(user_id, listing)
         if rest and not listing.limit:
@@ -2972,7 +2965,9 @@ class ListFile(io.FileIO):
         """Write all pieces into the file, which is then read from its beginning."""
         self._place, self.size = (user_id, id(self)), 0
         with self._lock:
-            self.check(user_id, len(self._sizes) >= MAX_LISTS)
+            of_user = [user for user, _ in self._sizes if user == user_id]
+            if len(self._sizes) >= MAX_LISTS or len(of_user) >= MAX_LISTS_OF_USER:
+                raise Busy("too many long lists are being read; wait until one ends", "busy")
             self._sizes[self._place] = 0
         try:
             with tempfile.TemporaryFile() as file:
@@ -2986,14 +2981,6 @@ class ListFile(io.FileIO):
             self.close()
             raise
         self.seek(0)
-
-    @classmethod
-    def check(cls, user_id: str, too_many: bool = False) -> None:
-        """Raise Busy if the user has too many such files, or `too_many` is true."""
-        with cls._lock:
-            of_user = [user for user, _ in cls._sizes if user == user_id]
-            if too_many or len(of_user) >= MAX_LISTS_OF_USER:
-                raise Busy("too many long lists are being read; wait until one ends", "busy")
 
     def _append(self, piece: Piece) -> None:
         self.size += len(piece)
@@ -3150,9 +3137,10 @@ HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
 class App(falcon.App):  # type: ignore[type-arg]
-    """The WSGI application, and the store that it answers from."""
+    """The WSGI application, and the store and the database that it answers from."""
 
     store: TaskStore
+    database: Database
 
     def __call__(self, env: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Answer a request. Falcon would answer 400 to unknown methods; 405 it has for TRACE."""
@@ -3178,10 +3166,11 @@ def create_app(settings: Settings) -> App:
     tokens.fetch_keys()
     metrics = Metrics() if settings.metrics else None
     cors = Cors(settings.cors_origins) if settings.cors_origins else None
-    store = TaskStore(metrics.timed(database) if metrics else database, settings.max_tasks)
+    database = metrics.timed(database) if metrics else database
+    store = TaskStore(database, settings.max_tasks)
     context, auth = RequestContext(settings.trusted_proxies), AuthMiddleware(tokens)
     app = App(middleware=list(filter(None, (context, metrics, cors, auth))))
-    app.store = store
+    app.store, app.database = store, database
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
@@ -3193,7 +3182,7 @@ def create_app(settings: Settings) -> App:
     app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
     app.add_route("/", RootResource())
     app.add_route("/healthz", HealthResource())
-    app.add_route("/readyz", HealthResource(store.check))
+    app.add_route("/readyz", HealthResource(database.check))
     if metrics:
         app.add_route("/metrics", metrics)
     app.add_route("/openapi.json", FileResource("openapi.json", falcon.MEDIA_JSON))
@@ -3282,7 +3271,6 @@ class ServerRequest:
     url_scheme, request_uri, path, query = "http", "/", "/", ""
     command, version = "-", "1.1"
     refusal: falcon.HTTPError | None = None
-    received: float  # when it was complete, as time.perf_counter() says
 
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
@@ -3351,7 +3339,7 @@ class RequestReader:
     """
 
     def __init__(self) -> None:
-        self._buffer = b""
+        self.unread, self.received = b"", 0.0  # when bytes came last, by time.perf_counter()
         self.next()
 
     def next(self) -> None:
@@ -3361,14 +3349,10 @@ class RequestReader:
         self._taken = self._chunks = self._length = 0
         self._lines: list[tuple[bytes, bytes]] = []
 
-    @property
-    def has_more(self) -> bool:
-        """Whether bytes after the request were received."""
-        return bool(self._buffer)
-
     def receive(self, data: bytes) -> None:
         """Parse until the request is complete or refused, or more bytes are needed."""
-        self._buffer += data
+        self.unread += data
+        self.received = time.perf_counter() if data else self.received
         try:
             while not self.complete and self._step():
                 pass
@@ -3386,7 +3370,7 @@ class RequestReader:
     def _refuse(self, refusal: falcon.HTTPError) -> None:
         """Refuse the request and close the connection: the next request's start is not known."""
         if self.waiting_for != "body":
-            found = FOR_REFUSALS.findall(self._buffer)[:2]
+            found = FOR_REFUSALS.findall(self.unread)[:2]
             unread = [line for line in found if line not in self._lines]
             self.request.take_headers(self._lines + unread)
         self.request.headers["CONNECTION"] = "close"
@@ -3394,20 +3378,20 @@ class RequestReader:
 
     def _take(self, size: int) -> bytes:
         """Remove bytes from the buffer. Raises 413 or 431 once the total exceeds the limit."""
-        taken = self._buffer[:size]
+        taken = self.unread[:size]
         self._taken += len(taken)
         if self._taken > (MAX_CHUNKED if self.waiting_for == "body" else MAX_HEAD):
             raise too_large() if self.waiting_for == "body" else head_too_large()
-        self._buffer = self._buffer[size:]
+        self.unread = self.unread[size:]
         return taken
 
     def _read_line(self) -> bool:
         """Read the request line; empty lines before it are ignored (RFC 9112, section 2.2)."""
-        self._take(len(self._buffer) - len(self._buffer.lstrip(b"\r\n")))
-        if not self._buffer:
+        self._take(len(self.unread) - len(self.unread.lstrip(b"\r\n")))
+        if not self.unread:
             return False
         self.waiting_for = "head"
-        line, newline, _ = self._buffer.partition(b"\n")
+        line, newline, _ = self.unread.partition(b"\n")
         found = REQUEST_LINE.fullmatch(line + newline) if newline else None
         if not found and (newline or not PRINTABLE.match(line)):
             raise malformed("its first line must be METHOD /path HTTP/1.1")
@@ -3425,7 +3409,7 @@ class RequestReader:
 
     def _read_fields(self) -> bool:
         """Pass header lines to llhttp, and nothing after them; return whether they have ended."""
-        received = self._tail + self._buffer
+        received = self._tail + self.unread
         end = received.find(b"\r\n\r\n")
         size = len(received) if end < 0 else end + 4
         piece = self._take(size - len(self._tail))
@@ -3435,7 +3419,7 @@ class RequestReader:
         except httptools.HttpParserUpgrade:
             pass  # taskd supports no other protocol, and ignores the Upgrade header
         except httptools.HttpParserError as ex:
-            self._buffer = received[:size]  # llhttp may not have passed its last headers yet
+            self.unread = received[:size]  # llhttp may not have passed its last headers yet
             raise malformed(str(ex).replace("`", "")) from None
         if len(self._lines) > MAX_HEADERS:
             raise head_too_large()
@@ -3461,7 +3445,7 @@ class RequestReader:
 
     def _read_chunks(self) -> bool:
         """Read all complete chunks in the buffer (RFC 9112, section 7.1)."""
-        data, body, at = self._buffer, self.request.body, 0
+        data, body, at = self.unread, self.request.body, 0
         while found := CHUNK_SIZE.match(data, at, at + MAX_CHUNK_LINE):
             start, size = found.end(), int(found[1] or b"0", 16)
             end = start + size
@@ -3500,7 +3484,8 @@ READS_BEFORE_PAUSE = 64  # reads of a request before a client that sends single 
 PAUSE = 0.05  # seconds
 CHECK_INTERVAL = 0.1  # seconds between two looks for connections whose deadline has passed
 SEND_BUDGET = 1024 * 1024  # bytes sent to one client before the others are served
-MAX_BATCH = 100  # writes that share a commit
+MAX_BATCH = 100  # writes; a batch that has as many is committed at the end of the round
+BATCH_TIME = 0.02  # seconds after which a batch is committed, even if each round adds a write
 ROUND_TIME = 0.02  # seconds of answering before the event loop looks at the sockets again
 MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
 MAX_UNSENT = 32 * 1024 * 1024  # bytes of all answers in memory that clients have not read yet
@@ -3510,7 +3495,8 @@ CONNECTIONS_OVER_LIMIT = 10  # accepted even when no other connection can be clo
 ACCEPTS_AT_ONCE = 500
 BACKLOG = 1024  # connections that the kernel accepts before taskd does
 DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are answered
-LAST_CALL = DRAIN_TIMEOUT - LOCK_TIMEOUT - 0.5  # the same until those that wait are rejected
+# Seconds after SIGTERM: a wait for a lock or a fetch that begins later could outlast the drain.
+LAST_CALL = DRAIN_TIMEOUT - max(LOCK_TIMEOUT, KEYS_WAIT) - 0.5
 IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
 READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
@@ -3538,7 +3524,7 @@ class ServerTask(waitress.task.WSGITask):
         """
         super().start()
         server, channel = self.channel.server, self.channel
-        closes = server.is_full and channel.reader.has_more
+        closes = server.is_full and bool(channel.reader.unread)
         if server.stopping:
             closes = not channel.has_more()
         if closes:
@@ -3548,7 +3534,8 @@ class ServerTask(waitress.task.WSGITask):
         """Return the WSGI environment, with the parser's error, if any, and when it was ready."""
         environ: dict[str, Any] = super().get_environment()
         environ["REQUEST_METHOD"] = self.request.command  # waitress has it in capitals
-        environ |= {"taskd.refusal": self.request.refusal, "taskd.received": self.request.received}
+        environ["taskd.refusal"] = self.request.refusal
+        environ["taskd.received"] = self.channel.reader.received
         return environ
 
     def build_response_header(self) -> bytes:
@@ -3558,7 +3545,7 @@ class ServerTask(waitress.task.WSGITask):
         elif self.version == "1.0":
             self.response_headers.append(("Connection", "keep-alive"))
         lines = [f"{name}: {value}" for name, value in self.response_headers]
-        first = f"HTTP/{self.version} {self.status}\r\nDate: {http_date(int(self.start_time))}"
+        first = f"HTTP/{self.version} {self.status}\r\nDate: {http_date(int(time.time()))}"
         return "\r\n".join([first, *lines, "\r\n"]).encode("latin-1")
 
     def write(self, data: bytes) -> None:
@@ -3623,11 +3610,11 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def has_more(self) -> bool:
         """Return whether another request, or some of it, was received."""
-        return self.reader.has_more or bool(self._peek())
+        return bool(self.reader.unread or self._peek())
 
     def has_left(self) -> bool:
         """Return whether the client has closed the connection; safe to call from any thread."""
-        return not self.reader.has_more and self._peek() == b""
+        return not self.reader.unread and self._peek() == b""
 
     def _peek(self) -> bytes | None:
         """Return the next byte, or b"" if the connection was closed, or None if nothing came."""
@@ -3671,7 +3658,6 @@ class ServerChannel(waitress.channel.HTTPChannel):
         reader, self._send_budget = self.reader, SEND_BUDGET
         reader.receive(data)
         if reader.complete:
-            reader.request.received = time.perf_counter()
             self.server.deadlines.move(self, self.waiting_for, None)
             self.waiting_for = None
             self.server.ready.append(self)
@@ -3695,8 +3681,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """
         task, self._send_budget = ServerTask(self, self.reader.request), SEND_BUDGET
         try:
-            if self.connected:
-                task.service()
+            task.service()
         except waitress.channel.ClientDisconnected:
             task.close_on_finish = True
         except Exception:
@@ -3728,12 +3713,12 @@ class ServerChannel(waitress.channel.HTTPChannel):
         self._reads = self._received = 0
         self._served = True
         self.wait_for("request")
-        if self.reader.has_more:
+        if self.reader.unread:
             self._receive(b"")
 
     def _end(self) -> None:
         """Close the connection; if the client may still send, half-close it (RFC 9112, 9.6)."""
-        if self.reader.request.refusal is None and not self.reader.has_more:
+        if self.reader.request.refusal is None and not self.reader.unread:
             self.handle_close()
             return
         with contextlib.suppress(OSError):
@@ -3763,13 +3748,14 @@ class ServerChannel(waitress.channel.HTTPChannel):
         return len(data)
 
     def _send_or_buffer(self, data: Any) -> None:
-        if not self.connected:  # the client has left while the disk was slow
-            return
-        sent = 0
-        if isinstance(data, bytes) and not self.total_outbufs_len:
-            sent = self.send(data, do_close=False)
-        if sent < len(data):
-            super().write_soon(data[sent:] if sent else data)
+        with self.outbuf_lock:  # the event loop takes it before it closes the socket
+            if not self.connected:  # the client has left
+                return
+            sent = 0
+            if isinstance(data, bytes) and not self.total_outbufs_len:
+                sent = self.send(data, do_close=False)
+            if sent < len(data):
+                super().write_soon(data[sent:] if sent else data)
 
     def _flush_outbufs_below_high_watermark(self) -> None:
         """Do not wait, as waitress would: at most one answer is buffered."""
@@ -3886,7 +3872,7 @@ class Server(waitress.server.TcpWSGIServer):
     channel_class = ServerChannel
 
     def __init__(self, app: App, **adjustments: Any) -> None:
-        self._app = app
+        self._database = cast(Sqlite, app.database)  # PostgreSQL never writes in the event loop
         self._searches = dispatcher(SEARCHES)
         self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self.deadlines, self.stopping = Deadlines(), False
@@ -3895,7 +3881,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._batch: Batch = []
         self._blocked: deque[tuple[float, ServerChannel]] = deque()  # writes, since when
         self._paused: list[ServerChannel | Server] = []
-        self._resume_at = self._next_warning = self._next_check = 0.0
+        self._resume_at = self._next_warning = self._next_check = self._commit_at = 0.0
         self._accept_pending = self._exits_soon = False
         super().__init__(app, dispatcher=dispatcher(adjustments["threads"]), **adjustments)
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
@@ -3984,10 +3970,11 @@ class Server(waitress.server.TcpWSGIServer):
         worked, end = bool(self._calls or self.ready), time.monotonic() + ROUND_TIME
         for _ in range(len(self._calls)):
             self._calls.popleft()()
-        begun, writes = bool(self._blocked) and self._retry_writes(), len(self._batch)
+        begun = bool(self._blocked) and self._retry_writes()
+        writes = len(self._batch)  # with those that `_retry_writes` has added
         while self.ready and time.monotonic() < end:
             self._answer(self.ready.popleft())
-        grows = writes < len(self._batch) < MAX_BATCH
+        grows = writes < len(self._batch) < MAX_BATCH and time.monotonic() < self._commit_at
         if (self._batch or begun) and not grows:
             self._commit()
         return worked
@@ -4018,6 +4005,8 @@ class Server(waitress.server.TcpWSGIServer):
             if thread_state.uncommitted is None:
                 self._answered(channel)
             else:
+                if not self._batch:
+                    self._commit_at = time.monotonic() + BATCH_TIME
                 self._batch.append((channel, thread_state.uncommitted))
         finally:
             thread_state.uncommitted = None
@@ -4029,7 +4018,7 @@ class Server(waitress.server.TcpWSGIServer):
         """
         begun = False
         with contextlib.suppress(WouldBlock):
-            begun = self._app.store.begin()
+            begun = self._database.begin()
         while self._blocked and (begun or self._exits_soon):
             self.ready.append(self._blocked.popleft()[1])
         thread_state.is_patient = False
@@ -4041,7 +4030,7 @@ class Server(waitress.server.TcpWSGIServer):
     def _commit(self) -> None:
         """Commit the writes of this round together, then send their answers."""
         batch, self._batch = self._batch, []
-        done = self._app.store.commit()
+        done = self._database.commit()
         if done.done():
             self._committed(batch, done.result())
             return

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import taskd
 
 Application = Callable[[taskd.App, dict[str, Any], Any], Iterable[bytes]]
 
 
-def commit(store: taskd.TaskStore) -> bool:
+def commit(database: taskd.Database) -> bool:
     """Commit what the event loop has written; return False if it was undone."""
     calls, taskd.thread_state.uncommitted = taskd.thread_state.uncommitted, None
-    stored = calls is None or store.commit().result()
+    stored = calls is None or cast(taskd.Sqlite, database).commit().result()
     for call in calls if calls and stored else ():
         call()
     return stored
@@ -30,7 +30,7 @@ def as_the_event_loop(application: Application) -> Application:
         taskd.thread_state.in_event_loop = True
         try:
             answer = application(self, dict(env), start_response)
-            if commit(self.store):
+            if commit(self.database):
                 return answer
         except taskd.WouldBlock:
             pass  # it runs again

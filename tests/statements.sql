@@ -28,7 +28,7 @@ SELECT COUNT(1)
 
 -- toggle
 UPDATE "task"
-  SET "updated_at" = :now, "version" = version + 1, "completed" = NOT completed
+  SET "updated_at" = CASE WHEN updated_at > :now THEN updated_at ELSE :now END, "version" = version + 1, "completed" = NOT completed
   WHERE ((("task"."user_id" = :user_id)
   AND ("task"."id" = :id))
   AND ((:match = '*' OR :match LIKE '%"' || version || '-' || updated_at || '"%')
@@ -80,7 +80,7 @@ SELECT "t1"."body", "t1"."answer"
 
 -- change title
 UPDATE "task"
-  SET "updated_at" = :now, "version" = version + 1, "title" = :title, "title_folded" = :title_folded
+  SET "updated_at" = CASE WHEN updated_at > :now THEN updated_at ELSE :now END, "version" = version + 1, "title" = :title, "title_folded" = :title_folded
   WHERE ((("task"."user_id" = :user_id)
   AND ("task"."id" = :id))
   AND ((:match = '*' OR :match LIKE '%"' || version || '-' || updated_at || '"%')
@@ -89,7 +89,7 @@ UPDATE "task"
 
 -- change description
 UPDATE "task"
-  SET "updated_at" = :now, "version" = version + 1, "description" = :description, "description_folded" = :description_folded
+  SET "updated_at" = CASE WHEN updated_at > :now THEN updated_at ELSE :now END, "version" = version + 1, "description" = :description, "description_folded" = :description_folded
   WHERE ((("task"."user_id" = :user_id)
   AND ("task"."id" = :id))
   AND ((:match = '*' OR :match LIKE '%"' || version || '-' || updated_at || '"%')
@@ -98,7 +98,7 @@ UPDATE "task"
 
 -- change completed
 UPDATE "task"
-  SET "updated_at" = :now, "version" = version + 1, "completed" = :completed
+  SET "updated_at" = CASE WHEN updated_at > :now THEN updated_at ELSE :now END, "version" = version + 1, "completed" = :completed
   WHERE ((("task"."user_id" = :user_id)
   AND ("task"."id" = :id))
   AND ((:match = '*' OR :match LIKE '%"' || version || '-' || updated_at || '"%')
@@ -107,7 +107,7 @@ UPDATE "task"
 
 -- change priority
 UPDATE "task"
-  SET "updated_at" = :now, "version" = version + 1, "priority" = :priority
+  SET "updated_at" = CASE WHEN updated_at > :now THEN updated_at ELSE :now END, "version" = version + 1, "priority" = :priority
   WHERE ((("task"."user_id" = :user_id)
   AND ("task"."id" = :id))
   AND ((:match = '*' OR :match LIKE '%"' || version || '-' || updated_at || '"%')
@@ -116,7 +116,7 @@ UPDATE "task"
 
 -- change due_date
 UPDATE "task"
-  SET "updated_at" = :now, "version" = version + 1, "due_date" = :due_date
+  SET "updated_at" = CASE WHEN updated_at > :now THEN updated_at ELSE :now END, "version" = version + 1, "due_date" = :due_date
   WHERE ((("task"."user_id" = :user_id)
   AND ("task"."id" = :id))
   AND ((:match = '*' OR :match LIKE '%"' || version || '-' || updated_at || '"%')
@@ -125,7 +125,7 @@ UPDATE "task"
 
 -- change tags
 UPDATE "task"
-  SET "updated_at" = :now, "version" = version + 1, "tags" = :tags, "tags_folded" = :tags_folded
+  SET "updated_at" = CASE WHEN updated_at > :now THEN updated_at ELSE :now END, "version" = version + 1, "tags" = :tags, "tags_folded" = :tags_folded
   WHERE ((("task"."user_id" = :user_id)
   AND ("task"."id" = :id))
   AND ((:match = '*' OR :match LIKE '%"' || version || '-' || updated_at || '"%')

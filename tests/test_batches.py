@@ -86,7 +86,7 @@ def loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
 def test_writes_share_a_transaction_and_its_commit(loop: Loop, path: Path) -> None:
     assert [loop.add("one"), loop.add("two", "key")] == [1, 2]
     assert stored(path) == {}
-    assert loop.store.commit().result()
+    assert loop.database.commit().result()
     assert [task["title"] for task in stored(path).values()] == ["one", "two"]
     assert [loop.statements.count(one) for one in ("BEGIN IMMEDIATE", "COMMIT")] == [1, 1]
 
@@ -98,7 +98,7 @@ def test_a_write_that_is_refused_leaves_the_others_of_its_batch(loop: Loop, path
     for key in ("a", None):
         with pytest.raises(taskd.TooManyTasks):
             loop.add("too many", key)
-    assert loop.store.commit().result()
+    assert loop.database.commit().result()
     assert [task["title"] for task in stored(path).values()] == ["one", "two", "three"]
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT name FROM idempotency_key").fetchall() == [
@@ -117,7 +117,7 @@ def test_a_write_sees_the_writes_before_it_in_its_batch_and_a_read_does_not(loop
     assert caught.value.args == (first.tag,)
     taskd.thread_state.uncommitted = None
     assert loop.store.get("alice", number) is None
-    assert loop.store.commit().result()
+    assert loop.database.commit().result()
     assert loop.store.get("alice", number) == first
 
 
@@ -130,16 +130,16 @@ def test_a_statement_that_fails_undoes_its_batch(loop: Loop, path: Path, how: st
         loop.add("bad")
     assert stored(path) == {}
     assert loop.add("two") == 1
-    assert loop.store.commit().result()
+    assert loop.database.commit().result()
 
 
 def test_a_commit_that_fails_undoes_its_batch(loop: Loop, path: Path) -> None:
     loop.add("one")
     loop.database._writer.execute_sql("ROLLBACK")  # a commit without a transaction fails
-    assert not loop.store.commit().result()
+    assert not loop.database.commit().result()
     assert stored(path) == {}
     assert loop.add("two") == 1
-    assert loop.store.commit().result()
+    assert loop.database.commit().result()
 
 
 @pytest.mark.parametrize("disk", ["fast", "slow"])
@@ -148,7 +148,7 @@ def test_only_where_commits_are_slow_another_thread_makes_them(
 ) -> None:
     monkeypatch.setattr(taskd, "SLOW_COMMIT", -1 if disk == "slow" else 99)
     loop.add("one")
-    assert loop.store.commit().result(DEADLINE)
+    assert loop.database.commit().result(DEADLINE)
     is_ours = loop.threads[loop.statements.index("COMMIT")] is threading.current_thread()
     assert is_ours == (disk == "fast")
 
@@ -160,7 +160,7 @@ def test_what_follows_a_write_waits_for_its_commit(loop: Loop) -> None:
     loop.add("one")
     taskd.when_on_disk(lambda: calls.append("written"))
     assert calls == ["read"]
-    assert event_loop.commit(loop.store)
+    assert event_loop.commit(loop.database)
     assert calls == ["read", "written"]
 
 

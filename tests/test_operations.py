@@ -154,7 +154,7 @@ def test_the_event_loop_checks_sqlite_by_itself_however_many_writes_wait(
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     assert isinstance(app.store._database, taskd.Sqlite)
     with app.store._database._turn:
-        app.store.check()
+        app.database.check()
 
 
 def test_a_damaged_database_is_not_ready(server: Process, tmp_path: Path) -> None:

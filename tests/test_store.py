@@ -633,7 +633,7 @@ def test_what_the_event_loop_writes_is_seen_when_it_is_committed(app):
         assert app.store.add("alice", new_task()).task.id == number
         taskd.thread_state.uncommitted = None
     assert titles(app.store) == []
-    assert app.store.commit().result()
+    assert app.database.commit().result()
     assert titles(app.store) == ["Buy milk"] * 3
 
 
@@ -650,7 +650,7 @@ def test_the_event_loop_adds_no_write_to_a_batch_that_is_being_committed(app, mo
         return execute(*statement)
 
     monkeypatch.setattr(database._writer, "execute_sql", commit_later)
-    committed = app.store.commit()
+    committed = app.database.commit()
     with pytest.raises(taskd.WriteWouldBlock):
         app.store.add("alice", new_task())
     assert titles(app.store) == []
@@ -667,14 +667,14 @@ def test_the_event_loop_lets_a_thread_that_writes_go_first(app):
     app.store.add("alice", new_task())
     with app.store._database._turn:
         app.store.add("alice", new_task())
-    commit(app.store)
+    commit(app.database)
     assert titles(app.store) == ["Buy milk"] * 2
 
 
 @pytest.mark.usefixtures("in_event_loop")
 def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path):
     app.store.add("alice", new_task())
-    commit(app.store)
+    commit(app.database)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
@@ -685,7 +685,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path):
     other.execute("ROLLBACK")
     other.close()
     assert app.store.add("alice", new_task()).task.id == 2
-    commit(app.store)
+    commit(app.database)
 
 
 # --- Waiting --------------------------------------------------------------------------------------
@@ -736,7 +736,7 @@ def test_the_connection_of_the_event_loop_caches_more_pages_and_waits_for_no_loc
         0,
     )
     assert (pragma(patient, "cache_size"), pragma(patient, "busy_timeout")) == (
-        -2000,
+        -500,
         taskd.LOCK_TIMEOUT * 1000,
     )
     for database in (in_event_loop, patient):
