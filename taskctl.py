@@ -159,8 +159,8 @@ def show_all(
 
 
 def show_csv(rows: list[Row]) -> None:
-    """Print rows as CSV with a header: null as nothing, and what is not text as in JSON."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    """Print rows as CSV (RFC 4180): null as nothing, and what is not text as in JSON."""
+    writer = csv.writer(sys.stdout)
     writer.writerows(row.keys() for row in rows[:1])
     for row in rows:
         values = row.values()
@@ -532,7 +532,7 @@ def columns(task: dict[str, Any]) -> dict[str, Any]:
 @app.command()
 def users(
     sort: Annotated[str, Option(help=f"{USER_ORDERS}; -tasks for most first.")] = "user_id",
-    limit: Annotated[int | None, Option(min=1, help="How many at most.")] = None,
+    limit: Annotated[int | None, Option(min=1, max=10**9, help="How many at most.")] = None,
     as_json: AsJson = False,
     nl: AsLines = False,
     as_csv: AsCsv = False,
@@ -631,7 +631,7 @@ def seed(
     as_json: AsJson = False,
 ) -> None:
     """Add believable tasks. The database is created if need be; tasks that are there stay."""
-    names = [*(user or ()), *(f"user-{number}" for number in range(1, users + 1))]
+    names = [*dict.fromkeys([*(user or ()), *(f"user-{n}" for n in range(1, users + 1))])]
     if not names:
         raise BadParameter("name a user, or say how many to make up: --users 3")
     database(create=True)
@@ -1080,7 +1080,7 @@ MAX_LINE = 1024 * 1024  # bytes; the largest possible task has 130,000, all esca
 MAX_ID = 2**53 - 1  # which JavaScript still reads exactly, and leaves room for new tasks
 TIME_RULE = "must be a time with its offset from UTC, such as 2026-11-20T21:00:00.000Z"
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
-# The members of an exported task that the server owns; the others are `taskd.NewTask`'s.
+# The members of an exported task that the server owns; the others are `taskd.NEW_TASK`'s.
 OWNED_MEMBERS: dict[str, tuple[Any, str]] = {
     "id": (
         Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)],
@@ -1190,7 +1190,7 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
 
 def parse_task(text: str, new: bool) -> dict[str, Any]:
     """Return the members of a task; a new one has no id, and a time that is missing is now."""
-    fields, members = taskd.parse_body(text, taskd.NewTask), msgspec.json.decode(text)
+    fields, members = taskd.parse_body(text, taskd.NEW_TASK), msgspec.json.decode(text)
     if not new:
         return {**fields, **owned(members, OWNED_MEMBERS)}
     given = [name for name in ("created_at", "updated_at") if members.get(name) is not None]
@@ -1299,7 +1299,7 @@ GIVE_URL = "give the DATABASE_URL of a database, env:VARIABLE or @FILE"
 @app.command()
 def copy(
     source: Annotated[str, Argument(help="A DATABASE_URL, env:VARIABLE or @FILE.")],
-    target: Annotated[str, Argument(help="Another, of a database without tasks.")],
+    target: Annotated[str, Argument(help="Another, of an empty database.")],
 ) -> None:
     """Copy everything into an empty database, from SQLite to PostgreSQL or back, and compare.
 
@@ -1312,8 +1312,8 @@ def copy(
         raise BadParameter("the two are the same")
     reading, writing = database(old), database(new, create=True)
     with reading.transaction(), writing.transaction(), progress() as bar:
-        if Task.select().count(writing.peewee):
-            raise Refused(f"{new.database} has tasks already; nothing was copied")
+        if any(model.select().count(writing.peewee) for model in OWNED):
+            raise Refused(f"{new.database} has tasks or keys already; nothing was copied")
         counts = [model.select().count(reading.peewee) for model in OWNED]
         advance = partial(bar.advance, bar.add_task("copying", total=3 * sum(counts)))
         copy_rows(reading.peewee, writing.peewee, advance)
@@ -1542,7 +1542,7 @@ def not_ready(url: str, timeout: float) -> str:
 # that another server has written since stays.
 REMOVE = """
 read -r _
-[ -e "$1/port" ] && [ "$(cat "$1/port")" = "$(cat "$2")" ] && rm -f -- "$2"
+[ -e "$1/port" ] && [ "$(cat "$1/port")" = "$(cat < "$2")" ] && rm -f -- "$2"
 rm -rf -- "$1"
 """
 TOKEN_TTL = 24 * 3600  # seconds
@@ -1613,7 +1613,7 @@ def announce(settings: Settings, port: int, users: list[str], port_file: Path | 
         "tokens": {user: tokens.mint(login(settings, user, TOKEN_TTL)) for user in users},
     }
     if port_file:  # whoever waits for it must not read it half written
-        written = Path(f"{port_file}.new")
+        written = Path(f"{port_file}.{secrets.token_hex(8)}")
         written.write_text(f"{port}\n")
         written.replace(port_file)
     print(json.dumps(shown), flush=True)

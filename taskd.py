@@ -200,10 +200,7 @@ def _key_set_url(text: str) -> str:
 
 
 def _origins(text: str) -> tuple[str, ...]:
-    try:
-        return tuple(map(_origin, _split(text)))
-    except ipaddress.AddressValueError as ex:
-        raise ValueError(f"must be {ORIGINS}: {ex}") from None
+    return tuple(map(_origin, _split(text)))
 
 
 def _origin(text: str) -> str:
@@ -212,7 +209,7 @@ def _origin(text: str) -> str:
         raise ValueError(f"must be {ORIGINS}")
     origin, scheme, address, port = found.groups()
     if address:
-        origin = f"{scheme}://[{ipaddress.IPv6Address(address)}]"
+        origin = f"{scheme}://[{_address(address)}]"
     if port and not 1 <= int(port) <= 65535:
         raise ValueError(f"must have ports from 1 to 65535, not {port}")
     default = {"http": 80, "https": 443}.get(scheme)
@@ -221,16 +218,20 @@ def _origin(text: str) -> str:
 
 def _addresses(text: str) -> tuple[str, ...]:
     """Return normalised IP addresses, or "*"."""
+    return ("*",) if text == "*" else tuple(map(_address, _split(text)))
+
+
+def _address(text: str) -> str:
     try:
-        return ("*",) if text == "*" else tuple(str(ipaddress.ip_address(a)) for a in _split(text))
+        return str(ipaddress.ip_address(text))
     except ValueError as ex:
-        raise ValueError(f"must be {PROXIES}: {ex}") from None
+        raise ValueError(f"must be written with valid IP addresses: {ex}") from None
 
 
-def _env(variable: str, default: Any, about: str, form: str = "", parse: Any = str) -> Any:
-    """Declare a setting: its variable, default and meaning, an expression that fits, and a type."""
+def _env(variable: str, default: Any, rule: str, pattern: str = "", parse: Any = str) -> Any:
+    """Declare a setting: variable, default, rule ("must be …"), pattern of its text, parser."""
     secret = variable.startswith("BETTER_AUTH_SECRET")
-    metadata = {"variable": variable, "about": about, "form": form or "(?s).+", "parse": parse}
+    metadata = {"variable": variable, "rule": rule, "pattern": pattern or "(?s).+", "parse": parse}
     metadata["secret"] = secret
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
@@ -270,7 +271,7 @@ class Settings:
 
     @property
     def database(self) -> str:
-        """The path of SQLite's file, or the database's address without its password."""
+        """The path of SQLite's file, or PostgreSQL's address without user, password and options."""
         if self.database_url.startswith("sqlite:"):
             return self.database_url.removeprefix("sqlite:///")
         return re.sub("//[^/@]*@", "//…@", self.database_url).partition("?")[0]
@@ -278,8 +279,8 @@ class Settings:
 
 def _parse(text: str, metadata: Mapping[str, Any]) -> Any:
     try:
-        if not re.fullmatch(metadata["form"], text):
-            raise ValueError(f"must be {metadata['about']}")
+        if not re.fullmatch(metadata["pattern"], text):
+            raise ValueError(f"must be {metadata['rule']}")
         return metadata["parse"](text)
     except ValueError as ex:
         raise SettingsError(f"{metadata['variable']} {ex}") from None
@@ -333,14 +334,14 @@ class AccessLogRecord(logging.LogRecord):
         self.fields = fields
 
     def getMessage(self) -> str:  # noqa: N802
-        """Return them as text; the user is percent-encoded, so that it cannot forge a field."""
-        field, user = self.fields, self.fields["user"]
+        """Return the fields as text; the user is percent-encoded, so that it cannot forge one."""
+        fields, user = self.fields, self.fields["user"]
         user = "-" if user is None else f"'{falcon.uri.encode_value(user)}'"
-        client = f" client={field['client']}" if "client" in field else ""
-        reason = field.get("reason", "").replace('"', "'")
+        client = f" client={fields['client']}" if "client" in fields else ""
+        reason = fields.get("reason", "").replace('"', "'")
         reason = f' reason="{reason}"' if reason else ""
-        what = f"{field['method']} {field['route']} {field['status']} {field['ms']:.1f}ms"
-        return f"{what} id={field['id']} user={user}{client}{reason}"
+        what = f"{fields['method']} {fields['route']} {fields['status']} {fields['ms']:.1f}ms"
+        return f"{what} id={fields['id']} user={user}{client}{reason}"
 
 
 def log_request(level: int, **fields: Any) -> None:
@@ -401,12 +402,12 @@ def configure_log(settings: Settings) -> None:
 # --- Threads --------------------------------------------------------------------------------------
 
 
-RETRY_AFTER = 2  # seconds
-PLACE_TIMEOUT = 0.25  # seconds that threads wait for a place while nobody gets or leaves one
+RETRY_AFTER = 2  # seconds until a client should try again
+PLACE_TIMEOUT = 0.25  # seconds in which no place is taken or freed, after which waiting ends
 
 
 class Unavailable(Exception):
-    """The database or the key set cannot be used now; says which, why, and when to retry."""
+    """The database, the key set or the disk cannot be used now; says which, why, when to retry."""
 
     def __init__(self, what: str, why: str, retry_after: int = RETRY_AFTER) -> None:
         super().__init__(what, why)
@@ -419,9 +420,10 @@ class WouldBlock(BaseException):
     One thread, the event loop, reads all requests and runs the application for each of them,
     because switching between Python threads costs more than a request. It must never wait. Code
     that would wait there raises this instead: the database for a lock or another server, the key
-    set for a fetch; and so does a statement that fails. Nothing has been changed yet, so the server
-    runs the request again from the start: in a worker thread, where `thread_state.in_event_loop` is
-    False and this is never raised, or, if there is an `until`, in the event loop when that is done.
+    set for a fetch. So do searches and long lists, which take long, and statements that fail.
+    Nothing has been changed, or it was rolled back, so the server runs the request again from the
+    start: in a worker thread, where `thread_state.in_event_loop` is False and this is never
+    raised; with `until`, in the event loop when that future is done; or where the subclass says.
     Everything before the first write to the database must therefore be safe to run twice.
     """
 
@@ -445,12 +447,12 @@ class BatchFailed(WouldBlock):
 
 
 class Busy(Unavailable):
-    """The user asks for more at once than is served; the arguments are a detail and a reason."""
+    """The user asks for more at once than is served; the first argument is the answer's detail."""
 
 
 class _ThreadState(threading.local):
     in_event_loop = False  # True in the thread that serves the sockets
-    is_patient = True  # False in the event loop when a write has waited for LOCK_TIMEOUT
+    write_timed_out = False  # True in the event loop for a write that has waited LOCK_TIMEOUT
     # In the event loop: what follows when the write of this request is on disk; None if it wrote
     # nothing. In other threads a write is on disk when it returns, and this is always None.
     uncommitted: list[Callable[[], object]] | None = None
@@ -462,7 +464,7 @@ thread_state = _ThreadState()
 
 
 class PlaceQueue:
-    """A limit of how many threads do something at once; others wait while it makes progress."""
+    """A limit on how many threads do something at once; others wait while places become free."""
 
     def __init__(
         self, places: int, refusal: Callable[[], Unavailable], timeout: float = math.inf
@@ -472,9 +474,10 @@ class PlaceQueue:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Wait for a place, at most `timeout` seconds, and while others get and leave places.
+        """Wait for a place, and free it at the end.
 
-        Raises the refusal, also if nobody got or left one for PLACE_TIMEOUT.
+        Raises the refusal after `timeout` seconds, or once PLACE_TIMEOUT has passed in which no
+        place was taken or freed.
         """
         end = time.monotonic() + self._timeout
         with self._changed:
@@ -590,7 +593,7 @@ class KeySet:
         return key
 
     def get(self, kid: str | None, alg: str) -> jwt.PyJWK | None:
-        """Return a key of a set that is fresh enough, without waiting."""
+        """Return a key if the set is fresh enough, without waiting; begin a fetch if it is old."""
         now = time.monotonic()
         if now - self._ended > (KEYS_RETRY if self._failure else KEYS_AGE):
             self.fetch()
@@ -724,8 +727,8 @@ def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
 
 def public_key(member: Any) -> jwt.PyJWK:
     """Return a member of a key set as a key; raises UnusableKey, or any error if malformed."""
-    names = [member.get("kid"), member.get("alg")] if isinstance(member, dict) else [member, 0]
-    if not all(isinstance(name, str | None) for name in names):
+    names = ("kid", "alg")
+    if not (isinstance(member, dict) and all(isinstance(member.get(n), str | None) for n in names)):
         raise UnusableKey("it is not an object, or its kid or alg is not a string")
     if not {"d", "k"}.isdisjoint(member):
         raise UnusableKey("it is private or secret: whoever can read the set can sign with it")
@@ -733,7 +736,7 @@ def public_key(member: Any) -> jwt.PyJWK:
         raise UnusableKey("its use is not sig")
     if "verify" not in member.get("key_ops", ["verify"]):
         raise UnusableKey("its key_ops do not have verify")
-    key = jwt.PyJWK(member) if (member.get("alg") or "EdDSA") in ASYMMETRIC else None
+    key = jwt.PyJWK(member) if member.get("alg") in (None, "", *ASYMMETRIC) else None
     if key is None or key.algorithm_name not in ASYMMETRIC:
         raise UnusableKey(f"its alg is not one of {', '.join(ASYMMETRIC)}")
     if weak := key.Algorithm.check_key_length(key.key):
@@ -812,7 +815,7 @@ class Tokens:
         try:
             return self._verify(token)
         except TokenError as ex:
-            if not self._key_set:  # which may have another key by now
+            if not self._key_set:  # a key set may have the missing key by the next request
                 if len(self._rejected) >= REJECTED_CACHE_SIZE:
                     self._rejected.clear()
                 self._rejected[token] = time.monotonic() + REJECTED_CACHE_AGE, str(ex)
@@ -896,7 +899,7 @@ DUE_DATE = re.compile(
     r"([Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9]))?"
 )
 MIDNIGHT = "T00:00:00.000Z"  # a day counts as its first moment in UTC
-CAPITAL = "A"  # case folding leaves none, so that no text that is searched for spans two tags
+TAG_SEPARATOR = "A"  # of tags_folded; case folding leaves no "A", so no search spans two tags
 
 to_json = msgspec.json.Encoder().encode
 parse_tags = msgspec.json.Decoder(list[str]).decode
@@ -915,12 +918,15 @@ class TagsField(peewee.TextField):
         """Return the array as a view shows it."""
         try:
             return parse_tags(value) if value != "[]" else []
-        except (ValueError, msgspec.DecodeError) as ex:
+        except ValueError as ex:
             raise Unavailable("the database", f"it is damaged: {ex}") from None
 
 
 def quoted(text: str) -> str:
-    """Return a text as a JSON string in which its own quotes and commas are escaped."""
+    """Return a text as a JSON string in which its own quotes and commas are escaped.
+
+    A tag in quotes is then found only as a whole tag, never across two tags.
+    """
     parts = (to_json(part).decode()[1:-1] for part in text.split('"'))
     return '"' + "\\u0022".join(parts).replace(",", "\\u002c") + '"'
 
@@ -928,7 +934,7 @@ def quoted(text: str) -> str:
 def parse_due_date(text: str) -> str:
     """Return a day as it is, or a time in UTC with milliseconds. Raises ValueError.
 
-    A leap second, which only the last minute of a month in UTC can have, is the next month's first.
+    A leap second is kept as the second after it, which must be the first second of a month in UTC.
     """
     found = DUE_DATE.fullmatch(text)
     if not found:
@@ -1042,33 +1048,33 @@ SEARCHED = [name for name, field in FIELDS.items() if field.searched]
 
 MAX_BODY = 64 * 1024  # bytes; the largest possible task has 51,000 in UTF-8
 MAX_DEPTH = 500  # arrays and objects within each other
-MAX_FAULTS = 20  # reported at once, each with at most so many characters of the field's name
-MAX_NAME = 100
+MAX_FAULTS = 20  # reported at once
+MAX_NAME = 100  # characters of the name of a field or parameter, in a message
 
 
 # What a body may set, with its default: `...` if it must be given, UNSET if it may be left out.
-NewTask = {name: field.default for name, field in FIELDS.items()}
-TaskChanges: dict[str, Any] = dict.fromkeys(FIELDS, UNSET)
-Completion: dict[str, Any] = {"completed": UNSET}
-OWNED = ("id", "user_id", "created_at", "updated_at")  # ignored: a task can be sent back whole
+NEW_TASK = {name: field.default for name, field in FIELDS.items()}
+TASK_CHANGES: dict[str, Any] = dict.fromkeys(FIELDS, UNSET)
+COMPLETION: dict[str, Any] = {"completed": UNSET}
 
 parse_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 PARSERS = {name: msgspec.json.Decoder(field.type).decode for name, field in FIELDS.items()}
 _types = {name: field.type for name, field in FIELDS.items()}
 _members = {"id": int, "user_id": str, **_types, "created_at": str, "updated_at": str}
 TaskView = msgspec.defstruct("TaskView", _members.items(), frozen=True)
+OWNED = _members.keys() - FIELDS.keys()  # ignored in bodies: a task can be sent back whole
 View = Any  # a TaskView, whose members follow from FIELDS
 
 
 class Fault(Struct, frozen=True):
-    """What is wrong with one field of a body."""
+    """What is wrong with one field of a body, one parameter or one header."""
 
     field: str
     message: str
 
 
 class Unprocessable(falcon.HTTPUnprocessableEntity):
-    """The body is JSON but not what is wanted; `faults` says what is wrong, field by field."""
+    """The request is readable but wrong; `faults` says what is wrong, field by field."""
 
     def __init__(self, faults: list[Fault]) -> None:
         detail = "; ".join(f"{fault.field} {fault.message}" for fault in faults)
@@ -1076,7 +1082,7 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
         self.faults = faults
 
 
-def read_body(req: Request, kind: dict[str, Any], body: bytes | None = None) -> dict[str, Any]:
+def read_body(req: Request, fields: dict[str, Any], body: bytes | None = None) -> dict[str, Any]:
     """Return the fields that the request's body sets, or raise 400, 413, 415 or 422."""
     body = raw_body(req) if body is None else body
     if not body:
@@ -1085,7 +1091,7 @@ def read_body(req: Request, kind: dict[str, Any], body: bytes | None = None) -> 
         detail = "send plain JSON in UTF-8, with the header Content-Type: application/json"
         raise falcon.HTTPUnsupportedMediaType(description=detail)
     try:
-        return parse_body(body.decode(), kind)
+        return parse_body(body.decode(), fields)
     except (msgspec.DecodeError, UnicodeDecodeError) as ex:
         raise falcon.HTTPBadRequest(description=f"the body must be JSON in UTF-8: {ex}") from None
 
@@ -1114,8 +1120,8 @@ def too_large() -> falcon.HTTPError:
     return falcon.HTTPContentTooLarge(description=f"send a body of at most {MAX_BODY} bytes")
 
 
-def parse_body(text: str, kind: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that a JSON object sets, and the defaults of this kind of body.
+def parse_body(text: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that a JSON object sets, and the defaults of those that it leaves out.
 
     Raises 422 with everything that is wrong, or msgspec.DecodeError if the text is not JSON.
     """
@@ -1126,10 +1132,10 @@ def parse_body(text: str, kind: dict[str, Any]) -> dict[str, Any]:
     except msgspec.ValidationError:
         msgspec.json.decode(text, type=msgspec.Raw)  # perhaps it is not JSON at all
         raise Unprocessable([Fault("body", "must be a JSON object")]) from None
-    given, faults = dict(kind), []
+    given, faults = dict(fields), []
     for name, value in members.items():
         try:
-            if name in kind:
+            if name in fields:
                 given[name] = parse_value(name, value)
             elif name not in OWNED:
                 raise ValueError("is not a field that can be set here")
@@ -1168,7 +1174,7 @@ def parse_value(name: str, value: msgspec.Raw) -> Any:
 # --- Requests -------------------------------------------------------------------------------------
 
 # Where a page ended: the value by which its last task was sorted, and its id.
-POSITION = tuple[str | int, int]
+Position = tuple[str | int, int]
 MAC_SIZE = 16  # bytes
 ORDERS = {"id": "id", "created_at": "created_at", "updated_at": "updated_at"} | {
     name: field.order for name, field in FIELDS.items() if field.order
@@ -1218,7 +1224,7 @@ IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
 
 
 class Listing(Struct, frozen=True):
-    """Which of a user's tasks, in which order, after which position; without a limit all."""
+    """The tasks of a user to list, their order, and the position to start after; no limit: all."""
 
     completed: bool | None = None
     q: str = ""
@@ -1228,7 +1234,7 @@ class Listing(Struct, frozen=True):
     due_after: str | None = None
     sort: str = "id"
     limit: int | None = None
-    after: POSITION | None = None
+    after: Position | None = None
 
     @property
     def is_by_id(self) -> bool:
@@ -1294,18 +1300,18 @@ class Cursors:
     def __init__(self, key: str) -> None:
         self._key = key.encode()
 
-    def write(self, after: POSITION, user_id: str, sort: str) -> str:
+    def write(self, after: Position, user_id: str, sort: str) -> str:
         """Return the cursor of a position."""
         position = to_json(after)
         mac = hmac.digest(self._key, to_json([user_id, sort]) + position, "sha256")[:MAC_SIZE]
         return base64.urlsafe_b64encode(mac + position).decode().rstrip("=")
 
-    def read(self, cursor: str, user_id: str, sort: str) -> POSITION | None:
+    def read(self, cursor: str, user_id: str, sort: str) -> Position | None:
         """Return the position, or None if this is not its cursor for this user and order."""
         try:
             position = jwt.utils.base64url_decode(cursor)[MAC_SIZE:]
-            after = msgspec.json.decode(position, type=POSITION)
-        except (ValueError, msgspec.DecodeError):
+            after = msgspec.json.decode(position, type=Position)
+        except ValueError:
             return None
         expected = self.write(after, user_id, sort)
         return after if hmac.compare_digest(cursor.encode(), expected.encode()) else None
@@ -1318,11 +1324,11 @@ class Conditions(Struct, frozen=True):
     none_match: str = ""
 
     def matches(self, tag: str) -> bool:
-        """Say whether If-Match has this entity tag."""
+        """Say whether If-Match allows this entity tag: it has it, is *, or was not sent."""
         return self.match == "*" or tag in self.match
 
     def known(self, tag: str) -> bool:
-        """Say whether If-None-Match has this entity tag."""
+        """Say whether If-None-Match has this entity tag, or is *."""
         return self.none_match == "*" or tag in self.none_match
 
 
@@ -1353,7 +1359,8 @@ def _entity_tags(req: Request, name: str) -> list[str] | None:
     if not re.fullmatch(ENTITY_TAGS, value):
         detail = f'send {name} as it was in an ETag: "1-…", or several with commas, or *'
         raise falcon.HTTPBadRequest(description=detail)
-    return re.findall(rf"(?:W/)?{OWN_ENTITY_TAG}", value)  # of others, LIKE would ignore the case
+    # Only tags of taskd's own form: the store compares tags with LIKE, which may ignore case.
+    return re.findall(rf"(?:W/)?{OWN_ENTITY_TAG}", value)
 
 
 def read_key(req: Request) -> str | None:
@@ -1465,7 +1472,7 @@ def search_columns(fields: dict[str, Any]) -> dict[str, str | None]:
 
 def _folded(value: str | list[str] | None) -> str | None:
     if isinstance(value, list):
-        return CAPITAL.join(tag.casefold() for tag in value)
+        return TAG_SEPARATOR.join(tag.casefold() for tag in value)
     return value and value.casefold()
 
 
@@ -1728,8 +1735,8 @@ def view(row: Row) -> View:
     return TaskView(*values)
 
 
-def _fill_page(rows: Iterable[Row], limit: int, room: int) -> tuple[bytes, POSITION | None]:
-    """Return the JSON of the first tasks, `limit` or `room` bytes, and where more follow."""
+def _fill_page(rows: Iterable[Row], limit: int, room: int) -> tuple[bytes, Position | None]:
+    """Return the JSON of at most `limit` tasks, of about `room` bytes, and where more follow."""
     tasks, after = list[bytes](), None
     for row in rows:
         if len(tasks) == limit or room <= 0:
@@ -1792,9 +1799,9 @@ SESSION = """
 BACKEND = "SELECT pg_backend_pid(), pg_postmaster_start_time()::text"  # what serves a session
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
-LOCK_TIMEOUT = 4.0  # seconds that a write waits for a lock of another process
-LOCK_RETRY = 0.01  # seconds until what waits for such a lock is tried again
-WRITE_TURN_TIMEOUT = 4.0  # seconds that it waits before that for this process's other writes
+LOCK_TIMEOUT = 4.0  # seconds that a write waits for SQLite's or PostgreSQL's lock
+LOCK_RETRY = 0.01  # seconds until a write that waits for SQLite's lock is tried again
+WRITE_TURN_TIMEOUT = 4.0  # seconds that a thread waits for other writes of this process
 MAX_LOG = 64 * 1024 * 1024  # bytes of SQLite's log; overlapping searches keep it from being emptied
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
@@ -1990,9 +1997,9 @@ class Sqlite(_LastWrite):
 
     def _join_batch(self) -> None:
         if not self.begin():
-            if thread_state.is_patient:
-                raise WriteWouldBlock
-            raise Unavailable("the database", "database is locked")
+            if thread_state.write_timed_out:
+                raise Unavailable("the database", "database is locked")
+            raise WriteWouldBlock
         if thread_state.uncommitted is None:
             thread_state.uncommitted = []
 
@@ -2058,10 +2065,13 @@ class Sqlite(_LastWrite):
         self._check_last_write()
 
     def _open_files(self) -> list[tuple[Path, os.stat_result]]:
-        """Open a connection that stays open, so that SQLite keeps its log, and return its files."""
+        """Open a connection that stays open, and return the files of the database and its log.
+
+        While a connection is open, SQLite does not delete the log.
+        """
         self._anchor.execute_sql("SELECT 1 FROM task LIMIT 1").fetchall()
-        log = os.path.realpath(self._path)
-        files = [file for file in map(Path, (f"{log}-wal", f"{log}-shm")) if file.exists()]
+        real = os.path.realpath(self._path)
+        files = [file for file in map(Path, (f"{real}-wal", f"{real}-shm")) if file.exists()]
         return [(file, file.stat()) for file in (self._path, *files)]
 
     def _has_its_files(self) -> bool:
@@ -2093,8 +2103,8 @@ class Sqlite(_LastWrite):
 class PostgresPool(peewee.PostgresqlDatabase):
     """Connections that are kept after use, and new ones, which a thread makes one by one.
 
-    A server that is silent lets that thread wait for seconds, and whoever needs a connection for
-    `patience`. The session settings override those of the role, the database and libpq.
+    If the server is silent, that thread waits for seconds; a request that needs a connection waits
+    for at most `patience`. The session settings override those of the role, the database and libpq.
     """
 
     session_settings: str
@@ -2312,7 +2322,7 @@ class Postgres(_LastWrite):
         """Reject a pooler that gives a session another connection for each transaction."""
         ours = self._pool.connection()
         if ours.execute(BACKEND).fetchone()[0] == ours.info.backend_pid:
-            return  # there is no pooler: it tells its clients another number
+            return  # no pooler is between: a pooler tells its clients another number
         with contextlib.closing(self._pool.new_connection()) as other:
             served = [one.execute(BACKEND, prepare=False).fetchone() for one in [ours, other] * 20]
         pairs = set(zip(served[::2], served[1::2], strict=True))
@@ -2402,7 +2412,8 @@ def prepare_database(path: str) -> None:
     """
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 is needed")
-    database = peewee.SqliteDatabase(path, timeout=LOCK_TIMEOUT)
+    # Absolute, because SQLite may take file:x for a URI.
+    database = peewee.SqliteDatabase(str(Path(path).absolute()), timeout=LOCK_TIMEOUT)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if not Path(path).is_file():
@@ -2496,14 +2507,14 @@ def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
 def _copy_beside(path: str, version: int) -> Path:
     """Copy the database to a file beside it, renamed when complete, and return its path."""
     copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-    part, journal = Path(f"{path}.part"), Path(f"{path}.part-journal")
+    part, journal = Path(f"{path}.part").absolute(), Path(f"{path}.part-journal")
     with contextlib.ExitStack() as cleanup:
         for left in (part, journal):  # left by a start that was killed
             left.unlink(missing_ok=True)
             cleanup.callback(left.unlink, missing_ok=True)
         os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         with (
-            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(Path(path).absolute())) as source,
             contextlib.closing(sqlite3.connect(part)) as target,
         ):
             source.backup(target)
@@ -2593,8 +2604,8 @@ class Metrics:
         self._requests = count("taskd_requests", "Requests.", (*what, "status"))
         self._seconds = seconds("taskd_request_seconds", "Time to answer.", what)
         self._written = count("taskd_tasks_written", "Tasks.", ("change",))
-        waited = "Time of a statement, transaction or shared commit, with the wait for its turn."
-        self._database_seconds = seconds("taskd_database_seconds", waited, ("statement",))
+        about = "Time of a statement, transaction or shared commit."
+        self._database_seconds = seconds("taskd_database_seconds", about, ("statement",))
         build = prometheus.Info("taskd_build", "What runs.", registry=registry)
         build.info({"version": __version__})
         prometheus.ProcessCollector(registry=registry)
@@ -2673,7 +2684,7 @@ class TimedDatabase:
         try:
             yield
         except WouldBlock:
-            blocked = True  # it runs again in another thread, and counts there
+            blocked = True  # the request runs again, and is measured then
             raise
         finally:
             if not blocked:
@@ -2709,8 +2720,8 @@ class AuthMiddleware:
         WSGI decodes %2F, and a user id may have a slash.
         """
         sent = (req.env.get("REQUEST_URI") or req.env.get("RAW_URI", "")).partition("?")[0]
-        req.context.decode = "%2f" in sent or "%2F" in sent
-        if req.context.decode:
+        req.context.is_encoded = "%2f" in sent or "%2F" in sent
+        if req.context.is_encoded:
             req.path = sent.removesuffix("/")
 
     def process_resource(
@@ -2726,14 +2737,15 @@ class AuthMiddleware:
             return  # a CORS preflight carries no token
         req.context.user = user = self._authenticate(req)
         asked, path = params.pop("user_id", ""), req.env["PATH_INFO"]
-        asked = falcon.uri.decode(asked, unquote_plus=False) if req.context.decode else asked
+        if req.context.is_encoded:
+            asked = falcon.uri.decode(asked, unquote_plus=False)
         # Bytes that are not UTF-8 are U+FFFD in the parameter, but not in the path.
         if asked != user.id or user.id.encode().decode("latin-1") not in path:
             detail = "this token is not for the user in the URL; use your own user id"
             raise falcon.HTTPForbidden(description=detail)
 
     def _authenticate(self, req: Request) -> User:
-        """Return the user of the Authorization header (RFC 6750, 2.1), or raise 401 (3)."""
+        """Return the user of the Authorization header, or raise 401 (RFC 6750, sections 2.1, 3)."""
         scheme, _, token = (req.get_header("Authorization") or "").partition(" ")
         error = ""
         try:
@@ -2771,7 +2783,7 @@ class RequestContext:
             raise req.context.refusal
 
     def _client(self, req: Request) -> str:
-        """Return the client's address as the trusted proxy reports it, and use its prefix."""
+        """Return the client's address, and use the path prefix, that the trusted proxy reports."""
         if self._proxies != ("*",) and req.remote_addr not in self._proxies:
             return str(req.remote_addr)
         prefix = req.get_header("X-Forwarded-Prefix") or ""
@@ -2783,10 +2795,10 @@ class RequestContext:
         return forwarded if ADDRESS.fullmatch(forwarded) else str(req.remote_addr)
 
     def process_response(self, req: Request, resp: Response, resource: object, ok: bool) -> None:
-        """Log the request: never its token, its query or its body."""
+        """Log the request without its token, query and body, and complete Allow for OPTIONS."""
         allow = resp.get_header("Allow")
         if req.method == "OPTIONS" and allow and "OPTIONS" not in allow:
-            resp.set_header("Allow", f"{allow}, OPTIONS")  # as a 405 says it
+            resp.set_header("Allow", f"{allow}, OPTIONS")  # as in the Allow of a 405
             resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
         when_on_disk(partial(self._log, req, resp))
 
@@ -2868,7 +2880,7 @@ class TaskResource:
     def on_post_collection(self, req: Request, resp: Response) -> None:
         """Create a task, or answer again a create that is repeated with its Idempotency-Key."""
         key = read_key(req)
-        stored = self._store.add(req.context.user.id, read_body(req, NewTask), key)
+        stored = self._store.add(req.context.user.id, read_body(req, NEW_TASK), key)
         if stored is None:
             used = "was used for another task; send a new one with a new task"
             raise Unprocessable([Fault("Idempotency-Key", used)])
@@ -2880,8 +2892,8 @@ class TaskResource:
 
     def on_get(self, req: Request, resp: Response, task_id: str) -> None:
         """Answer with a task, or 304 if the caller has its current version."""
-        task, conditions = parse_task_id(task_id), read_conditions(req)
-        stored = found_or_404(self._store.get(req.context.user.id, task))
+        number, conditions = parse_task_id(task_id), read_conditions(req)
+        stored = found_or_404(self._store.get(req.context.user.id, number))
         if not conditions.matches(stored.tag):
             raise Changed(stored.tag)
         respond_with_task(resp, stored)
@@ -2890,14 +2902,14 @@ class TaskResource:
 
     def on_put(self, req: Request, resp: Response, task_id: str) -> None:
         """Change the fields that the body names."""
-        task, conditions = parse_task_id(task_id), read_conditions(req)
-        changes = read_body(req, TaskChanges)
-        respond_with_task(resp, self._store.change(req.context.user.id, task, changes, conditions))
+        number, conditions = parse_task_id(task_id), read_conditions(req)
+        changes, user_id = read_body(req, TASK_CHANGES), req.context.user.id
+        respond_with_task(resp, self._store.change(user_id, number, changes, conditions))
 
     def on_delete(self, req: Request, resp: Response, task_id: str) -> None:
         """Delete a task, and answer with it as it was."""
-        task, conditions = parse_task_id(task_id), read_conditions(req)
-        respond_with_task(resp, self._store.remove(req.context.user.id, task, conditions))
+        number, conditions = parse_task_id(task_id), read_conditions(req)
+        respond_with_task(resp, self._store.remove(req.context.user.id, number, conditions))
 
     on_head_collection = on_get_collection
     on_head = on_get
@@ -2915,6 +2927,7 @@ class TaskResource:
 
     def _list_all(self, req: Request, resp: Response, pieces: Iterator[Piece]) -> None:
         """Answer with all pieces: from memory, or from a file if they are too many."""
+        ListFile.check(req.context.user.id)  # before the rest is read
         if thread_state.in_event_loop:
             raise WouldBlock
         start, size = list[Piece](), 0
@@ -2942,12 +2955,13 @@ class TaskCompleteResource:
 
     def on_patch(self, req: Request, resp: Response, task_id: str) -> None:
         """Toggle completion, or set it to what the body says."""
-        task, conditions, body = parse_task_id(task_id), read_conditions(req), raw_body(req)
-        user_id, given = req.context.user.id, read_body(req, Completion, body) if body else {}
+        number, conditions, body = parse_task_id(task_id), read_conditions(req), raw_body(req)
+        given = read_body(req, COMPLETION, body) if body else {}
+        user_id = req.context.user.id
         if given:
-            stored = self._store.change(user_id, task, given, conditions)
+            stored = self._store.change(user_id, number, given, conditions)
         else:
-            stored = self._store.toggle(user_id, task, conditions)
+            stored = self._store.toggle(user_id, number, conditions)
         respond_with_task(resp, stored)
 
 
@@ -2965,9 +2979,7 @@ class ListFile(io.FileIO):
         """Write all pieces into the file, which is then read from its beginning."""
         self._place, self.size = (user_id, id(self)), 0
         with self._lock:
-            of_user = [user for user, _ in self._sizes if user == user_id]
-            if len(self._sizes) >= MAX_LISTS or len(of_user) >= MAX_LISTS_OF_USER:
-                raise Busy("too many long lists are being read; wait until one ends", "busy")
+            self.check(user_id)
             self._sizes[self._place] = 0
         try:
             with tempfile.TemporaryFile() as file:
@@ -2981,6 +2993,14 @@ class ListFile(io.FileIO):
             self.close()
             raise
         self.seek(0)
+
+    @classmethod
+    def check(cls, user_id: str) -> None:
+        """Raise Busy if the user, or all users together, have too many such files."""
+        with cls._lock:
+            of_user = [user for user, _ in cls._sizes if user == user_id]
+            if len(cls._sizes) >= MAX_LISTS or len(of_user) >= MAX_LISTS_OF_USER:
+                raise Busy("too many long lists are being read; wait until one ends", "busy")
 
     def _append(self, piece: Piece) -> None:
         self.size += len(piece)
@@ -3097,7 +3117,7 @@ HTTP_ERRORS: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
 
 @cache
 def phrase(status: int) -> str:
-    """Return the phrase of a status (RFC 9110): the title of an error, and in its status line."""
+    """Return the status phrase (RFC 9110), which is an error's title and in its status line."""
     return TITLES.get(status) or HTTPStatus(status).phrase
 
 
@@ -3143,7 +3163,10 @@ class App(falcon.App):  # type: ignore[type-arg]
     database: Database
 
     def __call__(self, env: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Answer a request. Falcon would answer 400 to unknown methods; 405 it has for TRACE."""
+        """Answer a request; an unknown method is handled as TRACE.
+
+        Falcon answers an unknown method with 400, but TRACE, which no route has, with 405.
+        """
         if env["REQUEST_METHOD"] not in METHODS:
             env["REQUEST_METHOD"], env["taskd.method"] = "TRACE", "unknown"
 
@@ -3197,8 +3220,7 @@ def warn_about(settings: Settings) -> None:
     if DOTENV.exists() and DOTENV.stat().st_mode & 0o007:
         log.warning("%s can be read or changed by every user: chmod 600 %s", DOTENV, DOTENV)
     if settings.jwks_url and not (settings.issuer and settings.audience):
-        without = "TASKD_JWKS_URL without TASKD_ISSUER and TASKD_AUDIENCE"
-        log.warning("%s accepts tokens meant for other services", without)
+        log.warning("without TASKD_ISSUER and TASKD_AUDIENCE tokens of other services are accepted")
 
 
 def expire_keys_hourly(store: TaskStore) -> None:
@@ -3309,8 +3331,8 @@ class ServerRequest:
 
     def check_headers(self) -> None:
         """Raise 400 or 413 for headers that llhttp accepts and taskd does not."""
-        host = self.headers.get("HOST")
-        if self.version == "1.1" if host is None else not re.fullmatch(HOST, host):
+        host = self.headers.get("HOST", "" if self.version == "1.1" else "none")  # 1.0 needs none
+        if not re.fullmatch(HOST, host):
             raise malformed("there must be one Host header, with a host and perhaps a port")
         coding = self.headers.get("TRANSFER_ENCODING", "").lower()
         if coding and (coding != "chunked" or self.version == "1.0"):
@@ -3523,11 +3545,9 @@ class ServerTask(waitress.task.WSGITask):
         At the limit of connections do it when one follows, so that the connection makes room.
         """
         super().start()
-        server, channel = self.channel.server, self.channel
-        closes = server.is_full and bool(channel.reader.unread)
-        if server.stopping:
-            closes = not channel.has_more()
-        if closes:
+        channel, server = self.channel, self.channel.server
+        makes_room = server.is_full and channel.reader.unread and not server.stopping
+        if makes_room or (server.stopping and not channel.has_more()):
             self.request.headers["CONNECTION"] = "close"
 
     def get_environment(self) -> dict[str, Any]:
@@ -3565,15 +3585,16 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
         "request" -> "head" -> "body" -> None -> "reader" -> "request", or "end" and closed
 
-    In None the connection is polled for nothing, so that no other request is read; only a reset
-    is noticed. The next request is read when the client has read the whole answer: at most one
-    answer is in memory. `service`, `answer` and what they call to send run in the event loop or
-    in a worker thread; everything else runs in the event loop only.
+    In None no other request is read. The next one is read when the client has read the whole
+    answer: at most one answer is in memory. The connection of a request that has to wait is polled
+    for nothing, so that only a reset is noticed; most are answered before the next poll.
+    `answer`, `has_more`, `has_left` and what sends also run in worker threads, `service` only
+    there; everything else runs in the event loop only.
     """
 
     outbufs: list[Any]
     waiting_for: str | None = None
-    _events = _send_budget = _reads = _received = _queued = 0
+    _events = _send_budget = _reads = _received = _least_undelivered = 0
     _served = _closes = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -3594,7 +3615,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self.server.poll.unregister(self._fileno)
         super().del_channel(map)
 
-    def wait_for(self, what: str | None) -> None:
+    def wait_for(self, what: str) -> None:
         """Change the state, and start its deadline."""
         if self._fileno is None:
             return  # the connection was closed meanwhile
@@ -3647,7 +3668,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def resume(self) -> None:
         """Poll again after a pause."""
         if self.connected:
-            self._queued = min(self._queued, self._unacknowledged())
+            self._least_undelivered = min(self._least_undelivered, self._undelivered())
             self.watch(EVENTS.get(self.waiting_for, READABLE))
 
     def handle_expt(self) -> None:
@@ -3659,7 +3680,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         reader.receive(data)
         if reader.complete:
             self.server.deadlines.move(self, self.waiting_for, None)
-            self.waiting_for = None
+            self.waiting_for = None  # not by `wait_for`: most are answered before the next poll
             self.server.ready.append(self)
             return
         if reader.waiting_for == "body" and reader.request.expects_continue:
@@ -3701,8 +3722,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return
         if self.total_outbufs_len:
             self.wait_for("reader")
-            self._queued = self._unacknowledged()
-            self.server.pause(self)  # until the client's system has taken what it buffers
+            self._least_undelivered = self._undelivered()
+            self.server.pause(self)  # measure again when the client's system has buffered some
             return
         if self.outbufs[-1].buf:  # waitress would keep the answer's memory
             self.outbufs = [waitress.buffers.OverflowableBuffer(MAX_IN_MEMORY)]
@@ -3764,7 +3785,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Return how many bytes are buffered in memory until the client reads them."""
         return sum(len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
 
-    def _unacknowledged(self) -> int:
+    def _undelivered(self) -> int:
         """Return how many bytes the kernel has not delivered to the client yet."""
         try:
             size = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
@@ -3779,8 +3800,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def expire(self) -> None:
         """Close the connection because its deadline has passed, unless it made progress."""
-        if self.waiting_for == "reader" and self._unacknowledged() < self._queued:
-            self._queued = self._unacknowledged()
+        if self.waiting_for == "reader" and self._undelivered() < self._least_undelivered:
+            self._least_undelivered = self._undelivered()
             self.wait_for("reader")  # the client has read some of it
         elif self.waiting_for == "end" or (self.waiting_for == "request" and self._served):
             self.handle_close()
@@ -3809,13 +3830,9 @@ class FairQueue:
             self._requests[user] = channels
         return channel
 
-    def __bool__(self) -> bool:
-        """Return whether a request waits."""
-        return bool(self._requests)
-
     def __len__(self) -> int:
-        """Return how many requests wait."""
-        return sum(map(len, self._requests.values()))
+        """Return how many users have a request that waits."""
+        return len(self._requests)
 
 
 class Deadlines:
@@ -3908,7 +3925,10 @@ class Server(waitress.server.TcpWSGIServer):
         self._paused.append(paused)
 
     def handle_accept(self) -> None:
-        """Accept connections later: events of this round may mean descriptors used again."""
+        """Accept connections after this round, which may have an event for one that makes room.
+
+        A new connection would get the descriptor of the closed one, and then its event.
+        """
         self._accept_pending = True
 
     def stop(self, *_: object) -> None:
@@ -3922,8 +3942,10 @@ class Server(waitress.server.TcpWSGIServer):
         thread_state.in_event_loop = True
         while not self.stopping:
             self._serve_once(timeout=1)
-        for _ in range(BACKLOG // ACCEPTS_AT_ONCE + 1):  # the connections in the backlog
-            self._serve_once(timeout=0)  # a connection with a request makes no room for others
+        # The connections in the backlog. Requests are read before each `_accept`: at the limit it
+        # closes a connection that waits for its client, never one whose request was received.
+        for _ in range(BACKLOG // ACCEPTS_AT_ONCE + 1):
+            self._serve_once(timeout=0)
             self._accept()
         self.poll.unregister(self._fileno)
         self.del_channel()
@@ -3938,16 +3960,16 @@ class Server(waitress.server.TcpWSGIServer):
         started = last = time.monotonic()
         while (now := time.monotonic()) < min(started + DRAIN_TIMEOUT, last + IDLE_BEFORE_EXIT):
             if now > started + LAST_CALL and not self._exits_soon:
-                self._recall()
+                self._take_back_queued()
             worked = self._serve_once(timeout=IDLE_BEFORE_EXIT / 5)
             channels = self.active_channels.values()
             if worked or any(channel.waiting_for in (None, "reader") for channel in channels):
                 last = time.monotonic()
 
-    def _recall(self) -> None:
-        """Take the requests that no thread has begun back into the event loop, which rejects them.
+    def _take_back_queued(self) -> None:
+        """Run the requests that no thread has begun in the event loop, and reject those that block.
 
-        They and those that would block from now on could still wait when the process ends.
+        They, and those that would block from now on, could still wait when the process ends.
         """
         self._exits_soon = True
         for threads in (self.task_dispatcher, self._searches):
@@ -3985,7 +4007,7 @@ class Server(waitress.server.TcpWSGIServer):
         except WouldBlock as ex:
             channel.watch(0)
             if isinstance(ex, BatchFailed):
-                self._committed([*self._batch, (channel, [])], stored=False)
+                self._end_batch([*self._batch, (channel, [])], stored=False)
                 self._batch = []
             elif self._exits_soon:
                 detail = "the server is stopping; send the request again"
@@ -4012,19 +4034,20 @@ class Server(waitress.server.TcpWSGIServer):
             thread_state.uncommitted = None
 
     def _retry_writes(self) -> bool:
-        """Run the writes that wait if a batch can begin, which is returned; else the oldest.
+        """Begin a batch for the writes that wait, and return whether it began.
 
-        Run them all when the server exits soon.
+        Otherwise run those that have waited for LOCK_TIMEOUT; unless a batch can begin now, they
+        are answered 503. When the server exits soon, run all; those that would block are rejected.
         """
         begun = False
         with contextlib.suppress(WouldBlock):
             begun = self._database.begin()
         while self._blocked and (begun or self._exits_soon):
             self.ready.append(self._blocked.popleft()[1])
-        thread_state.is_patient = False
+        thread_state.write_timed_out = True
         while self._blocked and self._blocked[0][0] < time.monotonic() - LOCK_TIMEOUT:
             self._answer(self._blocked.popleft()[1])
-        thread_state.is_patient = True
+        thread_state.write_timed_out = False
         return begun
 
     def _commit(self) -> None:
@@ -4032,14 +4055,14 @@ class Server(waitress.server.TcpWSGIServer):
         batch, self._batch = self._batch, []
         done = self._database.commit()
         if done.done():
-            self._committed(batch, done.result())
+            self._end_batch(batch, done.result())
             return
         for channel, _ in batch:
             channel.watch(0)
-        committed = partial(self._committed, batch)
+        committed = partial(self._end_batch, batch)
         done.add_done_callback(lambda _: self._call_soon(partial(committed, done.result())))
 
-    def _committed(self, batch: Batch, stored: bool) -> None:
+    def _end_batch(self, batch: Batch, stored: bool) -> None:
         """Answer the requests of a batch, or run them again in worker threads if it failed."""
         for channel, calls in batch:
             if stored:
@@ -4096,7 +4119,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.pause(self)
 
     def _make_room(self, before: float) -> bool:
-        """Close the connection that has waited longest for its client, since then or before."""
+        """Close the connection that has waited longest, since before this time; return whether."""
         channel = self.deadlines.longest(before)
         if channel:
             channel.handle_close()
@@ -4109,7 +4132,7 @@ class Server(waitress.server.TcpWSGIServer):
 # --- Start ----------------------------------------------------------------------------------------
 
 BALANCE_INTERVAL = 1.0  # seconds in which the use of the processors is measured
-LESS_BUSY = 0.25  # seconds of it that others must use less of the processor that taskd moves to
+LESS_BUSY = 0.25  # seconds by which others must use a processor less for taskd to move to it
 
 
 def connection_limit(threads: int) -> int:
@@ -4210,7 +4233,7 @@ def parse_arguments(arguments: list[str]) -> None:
 
     rows = [(field.metadata, field.default) for field in dataclasses.fields(Settings)]
     settings = (
-        f"  {meta['variable']:20}  {meta['about']}{f' ({default})' if default else ''}\n"
+        f"  {meta['variable']:20}  {meta['rule']}{f' ({default})' if default else ''}\n"
         for meta, default in rows
     )
     parser = argparse.ArgumentParser(

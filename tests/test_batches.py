@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import email.utils
+import itertools
 import json
 import re
+import selectors
 import sqlite3
 import threading
 import time
@@ -72,7 +75,7 @@ class Loop:
 
 
 def new_task(title: str) -> dict[str, Any]:
-    return taskd.parse_body(json.dumps({"title": title}), taskd.NewTask)
+    return taskd.parse_body(json.dumps({"title": title}), taskd.NEW_TASK)
 
 
 @pytest.fixture
@@ -237,6 +240,92 @@ def test_a_write_that_waited_too_long_for_a_lock_is_unavailable(start: Start, pa
                 assert int(answer.headers["retry-after"]) > 0
         assert wires[0].send(creates(1)[0]).answer().status_code == 201
     assert len(stored(path)) == 1
+
+
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "closed"])
+def test_a_request_whose_client_has_left_is_done_and_logged(
+    server: Process, path: Path, reset: bool
+) -> None:
+    wires = [Wire(server) for _ in range(5)]
+    with locked(path):
+        for wire, create in zip(wires, creates(5), strict=True):
+            wire.send(create)
+        assert server.request("GET", "/healthz").status_code == 200
+        for wire in wires:
+            wire.reset() if reset else wire.close()
+        assert server.request("GET", "/healthz").status_code == 200
+    until(lambda: server.log.count("POST /api/{user_id}/tasks 201") == 5, "a line for each")
+    assert len(stored(path)) == 5
+
+
+def commits_of_a_mixed_load(server: Process) -> float:
+    """Send requests over 50 connections for a second, one in twenty a create."""
+    requests = [written("GET", "/api/alice/tasks?limit=1", user="alice")] * 19 + creates(1)
+    turns, end = itertools.cycle(requests), time.monotonic() + 1
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for wire in [stack.enter_context(Wire(server)) for _ in range(50)]:
+            selector.register(wire.send(next(turns)).socket, selectors.EVENT_READ, wire)
+        while time.monotonic() < end:
+            for key, _ in selector.select():
+                assert key.data.answer().status_code < 300
+                key.data.send(next(turns))
+    metrics = server.request("GET", "/metrics").text
+    return float(re.findall(r'seconds_count{statement="commit"} (.+)', metrics)[0])
+
+
+def test_a_batch_is_committed_after_a_while_although_each_round_adds_a_write(start: Start) -> None:
+    short, long = (
+        commits_of_a_mixed_load(start(before=f"taskd.BATCH_TIME = {seconds}", TASKD_METRICS="1"))
+        for seconds in (0, 10)
+    )
+    assert short > 2 * long
+
+
+def test_an_answer_is_dated_when_it_is_made(server: Process, path: Path) -> None:
+    with Wire(server) as wire:
+        with locked(path):
+            wire.send(creates(1)[0])
+            time.sleep(1.1)
+            released = int(time.time())
+        dated = email.utils.parsedate_to_datetime(wire.answer().headers["date"])
+    assert dated.timestamp() >= released
+
+
+def test_the_time_of_a_pipelined_request_starts_when_it_was_received(
+    server: Process, path: Path
+) -> None:
+    with Wire(server) as wire:
+        with locked(path):
+            wire.send(creates(1)[0] + written("GET", "/healthz"))
+            time.sleep(0.3)
+        assert [wire.answer().status_code for _ in range(2)] == [201, 200]
+    times = re.findall(r" (?:201|200) ([0-9.]+)ms", server.log)
+    assert len(times) == 2
+    assert all(float(milliseconds) >= 300 for milliseconds in times)
+
+
+SENDS_SLOWLY = """
+send = taskd.ServerChannel.send
+def slow(self, *arguments, **options):
+    if not thread_state.in_event_loop:
+        descriptor = self._fileno
+        time.sleep(0.3)
+        if self._fileno != descriptor:
+            log.error("closed while it sends")
+    return send(self, *arguments, **options)
+taskd.ServerChannel.send = slow
+"""
+
+
+def test_a_connection_is_not_closed_while_a_worker_thread_sends(start: Start) -> None:
+    server = start(before=SENDS_SLOWLY)
+    with Wire(server) as wire:
+        wire.send(written("GET", "/api/alice/tasks?q=x", user="alice"))
+        until(lambda: " 200 " in server.log, "it is answered")
+        wire.reset()
+        assert server.request("GET", "/healthz").status_code == 200
+    assert server.terminate() == 0
+    assert "ERROR" not in server.log
 
 
 def test_a_lock_is_not_kept_for_a_client_that_has_left(server: Process, path: Path) -> None:

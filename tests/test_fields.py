@@ -440,7 +440,7 @@ def test_a_user_with_many_tasks_is_sorted_and_filtered_in_a_thread_for_searches(
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     slow = [taskd.Listing(sort="title"), taskd.Listing(priority="low"), taskd.Listing(tags=("a",))]
-    new = taskd.parse_body(json.dumps({"title": "x"}), taskd.NewTask)
+    new = taskd.parse_body(json.dumps({"title": "x"}), taskd.NEW_TASK)
     for count in (taskd.CHUNK, 1):
         for _ in range(count):
             app.store.add("alice", new)

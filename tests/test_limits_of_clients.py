@@ -894,7 +894,8 @@ def test_a_queue_takes_a_request_of_each_user_in_turn() -> None:
         queue.append(Queued(name[0], name))
     taken = [queue.popleft().name for _ in range(2)]
     queue.append(Queued("d", "d1"))
-    taken += [queue.popleft().name for _ in range(len(queue))]
+    while queue:
+        taken.append(queue.popleft().name)
     assert taken == ["a1", "b1", "c1", "a2", "b2", "d1", "a3"]
     assert not queue
 

@@ -30,9 +30,9 @@ LIST, ONE, DONE = (
 )
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 BODY_TYPES = {
-    "NewTask": taskd.NewTask,
-    "TaskChanges": taskd.TaskChanges,
-    "Completion": taskd.Completion,
+    "NewTask": taskd.NEW_TASK,
+    "TaskChanges": taskd.TASK_CHANGES,
+    "Completion": taskd.COMPLETION,
 }
 OWNED = {"id", "user_id", "created_at", "updated_at"}
 ON_EVERY_ANSWER = {"X-Request-ID"}

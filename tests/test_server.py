@@ -36,6 +36,7 @@ from support import (
     empty,
     environment,
     locked,
+    sql,
     stored,
     token,
     until,
@@ -215,6 +216,20 @@ def test_an_unusable_setting_stops_the_start_and_touches_nothing(
     if value and "SECRET" in variable:
         for secret in re.split(r"[,:]", value):
             assert len(secret) < 8 or secret not in line
+
+
+def test_updated_at_is_never_earlier_than_before(server: Process) -> None:
+    made, future = server.request("POST", TASKS, milk(), bearer()), "2999-01-01T00:00:00.000Z"
+    sql(database_of(server), f"UPDATE task SET updated_at = '{future}'")
+    for method, path, body in (("PUT", "", {"title": "x"}), ("PATCH", "/complete", None)):
+        answer = server.request(method, f"{TASKS}/{made.json['id']}{path}", body, bearer())
+        assert answer.json["updated_at"] == future
+    assert answer.headers["etag"] == f'"3-{future}"'
+
+
+def test_a_wait_that_begins_before_the_last_call_ends_before_the_drain() -> None:
+    longest = max(taskd.LOCK_TIMEOUT, taskd.KEYS_WAIT)
+    assert 3 < taskd.LAST_CALL < taskd.DRAIN_TIMEOUT - longest
 
 
 def test_the_setting_says_how_many_threads_there_are(start: Start) -> None:

@@ -624,7 +624,7 @@ def titles(store: taskd.TaskStore) -> list[str]:
 
 
 def new_task(title: str = "Buy milk") -> dict[str, object]:
-    return taskd.parse_body(json.dumps({"title": title}), taskd.NewTask)
+    return taskd.parse_body(json.dumps({"title": title}), taskd.NEW_TASK)
 
 
 @pytest.mark.usefixtures("in_event_loop")
@@ -724,6 +724,27 @@ def test_only_so_many_writes_wait(path, monkeypatch):
 
 def pragma(database: peewee.SqliteDatabase, name: str) -> object:
     return database.execute_sql(f"PRAGMA {name}").fetchone()[0]
+
+
+def test_a_search_waits_until_a_log_that_is_too_long_is_emptied(app, path, monkeypatch):
+    monkeypatch.setattr(taskd, "MAX_LOG", 4096)
+    search, log = taskd.Listing(q="x"), path.with_name("taskd.db-wal")
+
+    def search_alone() -> None:
+        with app.store.turn("alice", search):
+            app.store.page("alice", search)
+
+    with connected(path) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT 1 FROM task").fetchall()
+        for _ in range(3):
+            app.store.add("alice", new_task())
+        with pytest.raises(taskd.Busy, match="other searches must end first"):
+            search_alone()
+        assert log.stat().st_size > 4096
+    search_alone()
+    assert log.stat().st_size == 0
+    assert pragma(app.store._database._worker_connection, "busy_timeout") == 4000
 
 
 def test_the_connection_of_the_event_loop_caches_more_pages_and_waits_for_no_lock(app):

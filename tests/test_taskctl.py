@@ -1212,6 +1212,12 @@ def on_a_terminal(
     return written, seen.decode()
 
 
+def test_a_user_who_is_named_twice_is_seeded_once(taskctl: Taskctl) -> None:
+    arguments = ["seed", "user-1", "bob", "bob", "--users", "2", "--count", "3", "--json"]
+    assert data(taskctl(*arguments)) == {"users": 3, "tasks": 9}
+    assert data(taskctl("stats", "--json"))["users"] == 3
+
+
 def test_progress_shows_on_a_terminal_and_leaves_stdout_alone(tmp_path: Path) -> None:
     data_written, seen = on_a_terminal(tmp_path, "seed", "alice", "--json", stream="stderr")
     assert json.loads(data_written) == {"users": 1, "tasks": 20}

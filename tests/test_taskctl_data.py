@@ -1375,6 +1375,19 @@ def test_a_copy_has_all_that_the_original_has_and_never_uses_an_id_again(
     assert listed(other, "alice")[-1]["id"] == last + 1
 
 
+def test_a_copy_into_a_database_with_keys_alone_is_refused(
+    taskctl: Taskctl, start: Start, tmp_path: Path
+) -> None:
+    server = start(DATABASE_URL="sqlite:///keys.db")
+    keyed = bearer() | {"Idempotency-Key": "k"}
+    made = server.request("POST", path_of("alice"), {"title": "x"}, keyed).json["id"]
+    server.request("DELETE", path_of("alice", made), headers=bearer())
+    assert server.terminate() == 0
+    taskctl("seed", "alice")
+    message = one_line(taskctl("copy", "sqlite:///taskd.db", "sqlite:///keys.db"), 1)
+    assert message.endswith("keys.db has tasks or keys already; nothing was copied")
+
+
 def test_a_copy_without_tasks_uses_no_id_again_either(taskctl: Taskctl, start: Start) -> None:
     server = start()
     last = add(server)["id"]
@@ -1394,7 +1407,7 @@ def test_a_copy_without_tasks_uses_no_id_again_either(taskctl: Taskctl, start: S
         (
             ["sqlite:///taskd.db", "sqlite:///full.db"],
             1,
-            "full.db has tasks already; nothing was copied",
+            "full.db has tasks or keys already; nothing was copied",
         ),
     ],
 )

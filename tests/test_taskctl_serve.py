@@ -179,7 +179,7 @@ def test_it_ends_with_a_socket_as_stdin_and_when_that_was_at_its_end_from_the_st
         (["--ephemeral", "--set", "TASKD_PORT"], 2, "VARIABLE=VALUE"),
         (["--ephemeral", *NO_SECRET], 2, "leaves no secret"),
         (["--ephemeral", "--port-file", "."], 2, "is a directory"),
-        (["--ephemeral", "--port-file", "nowhere/port"], 1, "nowhere/port.new: No such file"),
+        (["--ephemeral", "--port-file", "nowhere/port"], 1, "taskctl: nowhere/port"),
     ],
 )
 def test_what_it_cannot_do_is_refused_and_leaves_nothing_behind(
@@ -192,6 +192,19 @@ def test_what_it_cannot_do_is_refused_and_leaves_nothing_behind(
     assert (answer.returncode, answer.stdout) == (status, "")
     assert words in " ".join(answer.stderr.split())
     assert list(temporary.iterdir()) == list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["-", "-z", "a b"])
+def test_a_port_file_of_an_odd_name_is_removed_and_its_neighbours_stay(
+    serve: Serve, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / f"{name}.new").write_text("precious")
+    server = serve(f"--port-file={name}")
+    assert (tmp_path / name).read_text() == f"{server.port}\n"
+    server.close_stdin()
+    assert server.popen.wait(DEADLINE) == 0
+    until(lambda: not (tmp_path / name).exists(), "it is removed")
+    assert (tmp_path / f"{name}.new").read_text() == "precious"
 
 
 def test_a_port_file_that_another_has_written_stays(serve: Serve, tmp_path: Path) -> None:

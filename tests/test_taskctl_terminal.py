@@ -58,7 +58,7 @@ def plain(shown: str) -> list[str]:
 
 def new(**fields: object) -> dict[str, object]:
     """Return the fields of a new task."""
-    return taskd.parse_body(json.dumps(fields), taskd.NewTask)
+    return taskd.parse_body(json.dumps(fields), taskd.NEW_TASK)
 
 
 @pytest.fixture
@@ -173,7 +173,9 @@ def test_users_are_sorted_and_limited(
     assert [user["user_id"] for user in json.loads(answer.stdout)] == users
 
 
-@pytest.mark.parametrize("options", [["--sort", "title"], ["--sort", ""], ["--limit", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--sort", "title"], ["--sort", ""], ["--limit", "0"], ["--limit", "9" * 20]]
+)
 def test_another_order_of_users_is_wrong_usage(
     taskctl: Taskctl, kept: Path, options: list[str]
 ) -> None:
@@ -199,6 +201,17 @@ def test_csv_has_a_header_and_reads_back_as_what_was_kept(taskctl: Taskctl, kept
     assert [row["description"] for row in read] == ["2 litres", ""]
     assert [json.loads(row["completed"]) for row in read] == [False, True]
     assert [row["created_at"] for row in read] == [row["created_at"] for row in rows]
+
+
+def test_csv_keeps_a_carriage_return(taskctl: Taskctl, tmp_path: Path) -> None:
+    (tmp_path / "new.jsonl").write_text(json.dumps({"user_id": "a\rb", "title": "x\ry"}))
+    taskctl("init")
+    taskctl("import", "--new", "new.jsonl")
+    for command, row in (["tasks", "a\rb"], ["1", "a\rb", "x\ry"]), (["users"], ["a\rb", "1", "0"]):
+        with launched(tmp_path, *command, "--csv", text=False) as process:
+            written = process.stdout.read().decode()
+        [_, read] = csv.reader(io.StringIO(written, newline=""))
+        assert read[:3] == row
 
 
 # --- Settings, verify, smoke ----------------------------------------------------------------------
