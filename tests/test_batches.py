@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import itertools
 import json
 import re
@@ -279,16 +278,6 @@ def test_a_batch_is_committed_after_a_while_although_each_round_adds_a_write(sta
         for seconds in (0, 10)
     )
     assert short > 2 * long
-
-
-def test_an_answer_is_dated_when_it_is_made(server: Process, path: Path) -> None:
-    with Wire(server) as wire:
-        with locked(path):
-            wire.send(creates(1)[0])
-            time.sleep(1.1)
-            released = int(time.time())
-        dated = email.utils.parsedate_to_datetime(wire.answer().headers["date"])
-    assert dated.timestamp() >= released
 
 
 def test_the_time_of_a_pipelined_request_starts_when_it_was_received(

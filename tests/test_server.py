@@ -688,6 +688,22 @@ def test_the_date_of_an_answer_is_that_at_which_it_was_made(
         assert before <= parsedate_to_datetime(date).timestamp() <= time.time()
 
 
+SEARCHES_SLOWLY = """
+page = TaskStore.page
+def slow(self, *arguments):
+    time.sleep(1.1)
+    return page(self, *arguments)
+TaskStore.page = slow
+"""
+
+
+@SAME_ON_ALL
+def test_an_answer_that_takes_long_has_the_date_of_its_end(start: Start) -> None:
+    server, before = start(before=SEARCHES_SLOWLY), int(time.time())
+    answer = server.request("GET", f"{TASKS}?q=x", headers=bearer())
+    assert parsedate_to_datetime(answer.headers["date"]).timestamp() > before
+
+
 def test_a_connection_serves_many_requests(server: Process) -> None:
     with Wire(server) as wire:
         for number in range(1, 21):
