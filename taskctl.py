@@ -73,7 +73,6 @@ from urllib.parse import urlsplit
 try:
     import msgspec
     import peewee
-    from dotenv import dotenv_values
     from jwt.utils import base64url_decode
     from peewee import EXCLUDED, fn
     from rich.console import Console
@@ -141,7 +140,7 @@ def show_all(
     hidden: tuple[str, ...] = (),
     total: str = "",
 ) -> None:
-    """Print rows as JSON, JSON lines or CSV, or else a table, with its total on a terminal."""
+    """Print rows as JSON, JSON lines or CSV, or else a table; say the total to people."""
     if as_json:
         print(json.dumps(rows))
     elif nl:
@@ -263,7 +262,7 @@ def signing_secrets(settings: Settings) -> list[str]:
 
 def is_postgresql(settings: Settings) -> bool:
     """Say whether the database is PostgreSQL's and not a file of SQLite's."""
-    return "://" in settings.database
+    return settings.database_url.startswith("postgresql:")
 
 
 def exists(settings: Settings) -> bool:
@@ -308,7 +307,7 @@ def write_secret() -> None:
 @app.command()
 def settings(as_json: AsJson = False) -> None:
     """Show the effective settings, and where each comes from. Secrets are masked."""
-    effective, dotenv, shown = Settings.load(), dotenv_values(DOTENV, interpolate=False), {}
+    effective, dotenv, shown = Settings.load(), taskd.read_dotenv(DOTENV), {}
     for field in dataclasses.fields(effective):
         variable, value = field.metadata["variable"], getattr(effective, field.name)
         value = "(set)" if field.metadata["secret"] and value else without_password(value)
@@ -507,7 +506,7 @@ OLDEST, LAST_CHANGE = fn.MIN(Task.created_at), fn.MAX(Task.updated_at)
 
 
 def require_database(settings: Settings) -> None:
-    """Raise Refused if the database is a file that does not exist, or has no tables."""
+    """Raise Refused if SQLite's file does not exist, or PostgreSQL has no tables of taskd."""
     if not exists(settings):
         made = "make it with: python taskctl.py init"
         raise Refused(f"there is no database {settings.database}; {made}")
@@ -550,12 +549,12 @@ def users(
     show_all(found, as_json, nl, as_csv, wide, total=counted(len(found), "user"))
 
 
-def check_filter(context: CallbackParam, value: Any) -> Any:
+def check_filter(parameter: CallbackParam, value: Any) -> Any:
     """Return the value of a filter, or reject what taskd would reject as a parameter of lists."""
     values = value if isinstance(value, list) else [str(value)]
     if taskd.SURROGATE.search("".join(values)):
         raise BadParameter("must be UTF-8")
-    if value not in (None, []) and (wrong := taskd.wrong_parameter(context.name or "", values)):
+    if value not in (None, []) and (wrong := taskd.wrong_parameter(parameter.name or "", values)):
         raise BadParameter(wrong)
     return value
 
@@ -645,7 +644,7 @@ def add_believable(users: list[str], count: int, random_seed: int, bar: Progress
     chance = random.Random(random_seed)  # noqa: S311  nothing secret is drawn from it
     job = bar.add_task("seeding", total=len(users) * count)
     for tasks in peewee.chunked(believable(users, count, chance), BATCH):
-        Task.insert_many(map(columns, tasks)).execute()  # one statement, so all of them or none
+        Task.insert_many(map(columns, tasks)).execute()  # one statement: all of a batch or none
         bar.advance(job, len(tasks))
 
 
@@ -680,6 +679,7 @@ EXCLUSIVE = (  # keeps the lock until the connection is closed
     *("PRAGMA busy_timeout = 0", "PRAGMA journal_mode = DELETE", "PRAGMA synchronous = EXTRA"),
     *("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"),
 )
+SEQUENCE = "pg_get_serial_sequence(%s, 'id')::regclass"  # of a table's ids, in PostgreSQL
 SKIP_HELP = "How many ids to leave unused, for tasks created since the backup and lost."
 SKIP_IDS = "so that none is used again, restore once more with --skip-ids"
 DATABASE_ERRORS = (peewee.DatabaseError, sqlite3.DatabaseError)
@@ -693,17 +693,17 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
     require_database(settings)
     if file == "-" and sys.stdout.isatty():
         raise Refused("a database is not written to a terminal; send stdout to a file or a program")
-    beside = Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
-    if file != "-" and os.path.lexists(beside):
-        raise Refused(f"{beside} exists already, and is never overwritten")
-    with unfinished(beside) as copy:
+    target = Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
+    if file != "-" and os.path.lexists(target):
+        raise Refused(f"{target} exists already, and is never overwritten")
+    with unfinished(target) as copy:
         copy_database(database, copy, f"{database} cannot be backed up")
         if file == "-":
             with copy.open("rb") as whole:
                 shutil.copyfileobj(whole, sys.stdout.buffer)
         else:
-            publish(copy, beside)
-            say(f"backed up {database} to {beside}, {beside.stat().st_size} bytes")
+            publish(copy, target)
+            say(f"backed up {database} to {target}, {target.stat().st_size} bytes")
 
 
 @app.command()
@@ -804,7 +804,7 @@ def publish(file: Path, path: Path) -> None:
         path.hardlink_to(file)
     except FileExistsError:
         raise Refused(f"{path} exists already, and is never overwritten") from None
-    except OSError:  # a file system without links, such as that of a memory stick
+    except OSError:  # a file system without links, such as a memory stick's; this could overwrite
         file.rename(path)
     sync(path.parent)
 
@@ -825,23 +825,23 @@ def connect(path: Path, mode: str = "mode=rw") -> peewee.SqliteDatabase:
 
 
 def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
-    """Yield a database to read, and again if its file changed meanwhile without SQLite's locks.
+    """Yield the database for reading, and once more after each change that SQLite did not lock.
 
     Nothing beside the database is created or changed: files left by a user who can only read would
     stop taskd's writes. If there is a log but no server, SQLite would create an index for it, so
     database and log are copied beside `scratch` and read there.
     """
     for _ in range(ATTEMPTS):
-        # A server has it open, or had when it was killed.
-        locked, before = Path(f"{path}-shm").exists(), fingerprint(path)
-        mode = "mode=ro" if locked else "immutable=1"
+        # It exists while a server has the database open, or after one was killed.
+        in_use, before = Path(f"{path}-shm").exists(), fingerprint(path)
+        mode = "mode=ro" if in_use else "immutable=1"
         with contextlib.ExitStack() as stack:
             source = path
-            if not locked and any(Path(f"{path}{log}").exists() for log in LOGS):
+            if not in_use and any(Path(f"{path}{log}").exists() for log in LOGS):
                 source, mode = stack.enter_context(unfinished(scratch)), "mode=rw"
                 copy_files(path, source)
             yield stack.enter_context(contextlib.closing(connect(source, mode)))
-        if locked or fingerprint(path) == before:
+        if in_use or fingerprint(path) == before:
             return
     raise Refused(f"{path} cannot be read: another program goes on writing to it")
 
@@ -936,7 +936,7 @@ def last_id(database: peewee.Database, model: type[peewee.Model]) -> int:
     """Return the last id that a row of a table was given, also if it was deleted since; or 0."""
     query = "SELECT MAX(seq) FROM sqlite_sequence WHERE name = ?"
     if not isinstance(database, peewee.SqliteDatabase):
-        query = "SELECT pg_sequence_last_value(pg_get_serial_sequence(%s, 'id')::regclass)"
+        query = f"SELECT pg_sequence_last_value({SEQUENCE})"
     return database.execute_sql(query, (model._meta.table_name,)).fetchone()[0] or 0
 
 
@@ -953,8 +953,7 @@ def raise_last_id(database: peewee.Database, model: type[peewee.Model], last: in
         with database.atomic() as locking:
             database.execute_sql(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
             last = max(last, last_id(database, model))
-            query = "SELECT setval(pg_get_serial_sequence(%s, 'id'), %s)"
-            database.execute_sql(query, (table, last))
+            database.execute_sql(f"SELECT setval({SEQUENCE}, %s)", (table, last))
             locking.rollback()
 
 
@@ -987,7 +986,7 @@ def check(as_json: AsJson = False) -> None:
     Each line says ok, warning (it works, but should be changed) or FAIL, and what to do about it.
     """
     settings = Settings.load()
-    Tokens(settings)
+    Tokens(settings)  # raises SettingsError if nothing can verify a token
     findings = [
         *(("warning", message.split()[0], message) for message in taskd.misspelt()),
         *check_secrets(settings),
@@ -1024,7 +1023,7 @@ def check_database(settings: Settings) -> Findings:
         path = followed(name)
         for file in readings(path, Path(tempfile.gettempdir(), path.name)):
             result, found = look_into(file, name)
-            if result != "FAIL":
+            if result != "FAIL":  # a change during the check may look like damage
                 break
         yield result, settings.database_url, found
 
@@ -1078,14 +1077,12 @@ def check_key_set(settings: Settings) -> Findings:
 
 MAX_LINE = 1024 * 1024  # bytes; the largest possible task has 130,000, all escaped
 MAX_ID = 2**53 - 1  # which JavaScript still reads exactly, and leaves room for new tasks
+ID_RULE = f"must be a whole number from 1 to {MAX_ID}"
 TIME_RULE = "must be a time with its offset from UTC, such as 2026-11-20T21:00:00.000Z"
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 # The members of an exported task that the server owns; the others are `taskd.NEW_TASK`'s.
 OWNED_MEMBERS: dict[str, tuple[Any, str]] = {
-    "id": (
-        Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)],
-        f"must be a whole number from 1 to {MAX_ID}",
-    ),
+    "id": (Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)], ID_RULE),
     "user_id": (Annotated[str, msgspec.Meta(min_length=1)], "must be a string that is not empty"),
     "created_at": (Time, TIME_RULE),
     "updated_at": (Time, TIME_RULE),
@@ -1139,31 +1136,31 @@ def import_tasks(
     Incoming.create_table()
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as lines:
         stage_lines(lines, new)
-    if new:
-        with opened.transaction():
-            return say(f"{insert_new()} imported")
     with opened.transaction():
-        refuse_repeated_ids()
-        own = Incoming.id.between(*own_ids(opened.peewee))
-        last = Incoming.select(fn.COALESCE(fn.MAX(Incoming.id), 0)).where(own).scalar()
-        raise_last_id(opened.peewee, Task, last)  # first, so that nobody creates a task with one
-        refuse_taken_ids()
-        imported, there, updated, older = compared()
-        if merge() != imported + updated:
-            raise Refused("tasks were changed meanwhile; nothing was imported; repeat it")
+        done = f"{insert_new()} imported" if new else import_by_id(opened.peewee)
+    say(done)
+
+
+def import_by_id(database: peewee.Database) -> str:
+    """Write the lines under their ids, and return in words what was done. Raises Refused."""
+    refuse_repeated_ids()
+    own = Incoming.id.between(*own_ids(database))
+    last = Incoming.select(fn.COALESCE(fn.MAX(Incoming.id), 0)).where(own).scalar()
+    raise_last_id(database, Task, last)  # first, so that nobody creates a task with one
+    refuse_taken_ids()
+    imported, there, updated, older = compared()
+    if merge() != imported + updated:
+        raise Refused("tasks were changed meanwhile; nothing was imported; repeat it")
     left = f", {older} skipped: the existing task is newer" if older else ""
-    say(f"{imported} imported, {there} already there, {updated} updated{left}")
+    return f"{imported} imported, {there} already there, {updated} updated{left}"
 
 
 def own_ids(database: peewee.Database) -> tuple[int, int]:
     """Return the smallest and the largest id that a new task can get: a partition has a range."""
     if isinstance(database, peewee.SqliteDatabase):
         return 1, MAX_ID
-    query = (
-        "SELECT seqmin, seqmax FROM pg_sequence"
-        " WHERE seqrelid = pg_get_serial_sequence('task', 'id')::regclass"
-    )
-    smallest, largest = database.execute_sql(query).fetchone()
+    query = f"SELECT seqmin, seqmax FROM pg_sequence WHERE seqrelid = {SEQUENCE}"  # noqa: S608
+    smallest, largest = database.execute_sql(query, ("task",)).fetchone()
     return smallest, largest
 
 
@@ -1182,6 +1179,7 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
     for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 1):
         if line.strip():
             try:
+                # A new task has no id yet, and the column needs one.
                 yield {"line": number, "id": number, **columns(parse_task(line.decode(), new))}
             except (taskd.Unprocessable, ValueError) as ex:
                 fault = getattr(ex, "description", f"it must be JSON in UTF-8: {ex}")
@@ -1189,17 +1187,18 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
 
 
 def parse_task(text: str, new: bool) -> dict[str, Any]:
-    """Return the members of a task; a new one has no id, and a time that is missing is now."""
+    """Return the members of a task; a new one has no id, and gets the times that it lacks."""
     fields, members = taskd.parse_body(text, taskd.NEW_TASK), msgspec.json.decode(text)
     if not new:
-        return {**fields, **owned(members, OWNED_MEMBERS)}
+        return {**fields, **parse_owned_members(members, OWNED_MEMBERS)}
     given = [name for name in ("created_at", "updated_at") if members.get(name) is not None]
-    known = owned(members, ["user_id", *given])
-    created = known.get("created_at", taskd.timestamp(datetime.now(UTC)))
+    known = parse_owned_members(members, ["user_id", *given])
+    now = taskd.timestamp(datetime.now(UTC))
+    created = known.get("created_at") or known.get("updated_at") or now
     return {**fields, "created_at": created, "updated_at": created, **known}
 
 
-def owned(members: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def parse_owned_members(members: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return members that the server owns, with times as it writes them. Raises Unprocessable."""
     found = {}
     for name in names:
@@ -1246,6 +1245,7 @@ def merge() -> int:
     lines = Incoming.select(*(getattr(Incoming, field.name) for field in fields))
     update = {field: getattr(EXCLUDED, field.name) for field in fields}
     same = (EXCLUDED.user_id == Task.user_id) & (EXCLUDED.created_at == Task.created_at)
+    # Without WHERE, SQLite would take ON CONFLICT for the ON of a join.
     query = Task.insert_from(lines.where(peewee.SQL("TRUE")), fields).on_conflict(
         conflict_target=[Task.id],
         update=update | {Task.version: Task.version + 1},
@@ -1306,8 +1306,7 @@ def copy(
     Stop taskd first. Every user of the machine can read a password on a command line: put such a
     URL into an environment variable (env:VARIABLE) or into a file (@FILE).
     """
-    urls = [given_url(source), given_url(target)]
-    old, new = (Settings.load({**os.environ, "DATABASE_URL": url}) for url in urls)
+    old, new = settings_with(source), settings_with(target)
     if old.database_url == new.database_url:
         raise BadParameter("the two are the same")
     reading, writing = database(old), database(new, create=True)
@@ -1325,8 +1324,8 @@ def copy(
     say(f"counts and checksums agree; that of the tasks is {checksums[0]}")
 
 
-def given_url(text: str) -> str:
-    """Return a URL that is given as it is, in an environment variable, or in a file."""
+def settings_with(text: str) -> Settings:
+    """Return the settings with a URL that is given as it is, in a variable, or in a file."""
     url = text
     if text.startswith("env:"):
         url = os.environ.get(text.removeprefix("env:"), "")
@@ -1334,7 +1333,7 @@ def given_url(text: str) -> str:
         url = os.fsdecode(Path(text[1:]).read_bytes()).strip()
     if not url or taskd.SURROGATE.search(url):
         raise BadParameter(f"{text!r} is empty, not set, or not in UTF-8; {GIVE_URL}")
-    return url
+    return Settings.load({**os.environ, "DATABASE_URL": url})
 
 
 def batches(model: Any, database: peewee.Database, advance: Advance) -> Iterator[list[Row]]:
@@ -1372,6 +1371,8 @@ def checksum(model: type[peewee.Model], database: peewee.Database, advance: Adva
 NEW_TASK: Row = {"title": "Try every route", "description": "with taskctl smoke"}
 NEW_TASK |= {"priority": "high", "due_date": "2026-12-01", "tags": ["smoke"]}
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+PORTS = {"http": 80, "https": 443}
+NO_LOGIN = "; the server has another secret, issuer or audience than these settings"
 MAX_TIMEOUT = 86400  # seconds that a socket waits; some systems take no more than 24 days
 BAD_ANSWERS = (OSError, http.client.HTTPException, ValueError, RecursionError)
 
@@ -1381,9 +1382,10 @@ def connection_to(url: str, timeout: float) -> tuple[http.client.HTTPConnection,
     try:
         parts = urlsplit(url)
         connection = CONNECTIONS[parts.scheme if parts.hostname else ""]
-        prefix = parts.path.rstrip("/")
-        return connection(parts.hostname or "", parts.port, timeout=timeout), prefix
-    except (KeyError, ValueError):
+        # Without a port, http.client takes the end of ::1 for one.
+        port = PORTS[parts.scheme] if parts.port is None else parts.port
+        return connection(parts.hostname or "", port, timeout=timeout), parts.path.rstrip("/")
+    except (KeyError, ValueError, http.client.InvalidURL):
         raise BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}") from None
 
 
@@ -1499,8 +1501,7 @@ def smoke(
         show_all(client.results, as_json)
         forget_keys(settings, client.id)
     statuses = {row["status"] for row in client.results if row["expected"] != 401}
-    secret = "; the server has another secret than these settings" if statuses == {200, 401} else ""
-    conclude(client.results, "call", as_json, secret)
+    conclude(client.results, "call", as_json, NO_LOGIN if statuses == {200, 401} else "")
 
 
 def forget_keys(settings: Settings, user: str) -> None:
@@ -1579,8 +1580,7 @@ def serve(
                 add_believable(user or [], seed, RANDOM_SEED, bar)
         taskd.configure_log(settings)
         port = listener.getsockname()[1]
-        if port_file:
-            (directory / "port").write_text(f"{port}\n")
+        (directory / "port").write_text(f"{port}\n")
         announce(settings, port, user or [], port_file)
         end_with_stdin()
         taskd.serve(application, listener, settings)
@@ -1591,12 +1591,11 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
     """Return settings with these VARIABLE=VALUE, a database in this directory and a new secret."""
     known = {field.metadata["variable"] for field in dataclasses.fields(Settings)}
     values = {"BETTER_AUTH_SECRET": secrets.token_urlsafe(32), "TASKD_PORT": "0"}
-    values["TASKD_LOG"] = "warning"
+    values |= {"TASKD_LOG": "warning", "DATABASE_URL": f"sqlite:///{directory / 'taskd.db'}"}
     for name, equals, value in (text.partition("=") for text in given):
         if not equals or name not in known - {"DATABASE_URL"}:
             raise BadParameter(f"--set takes VARIABLE=VALUE, but not DATABASE_URL: {name!r}")
         values[name] = value
-    values["DATABASE_URL"] = f"sqlite:///{directory / 'taskd.db'}"
     settings = Settings.load(values, directory / ".env")
     if not signing_secrets(settings):
         raise BadParameter("--set BETTER_AUTH_SECRET= leaves no secret; give one, or leave it out")
@@ -1621,7 +1620,7 @@ def announce(settings: Settings, port: int, users: list[str], port_file: Path | 
 
 def end_with_stdin() -> None:
     """Terminate when stdin ends, if it is a pipe or a socket: a sign that the starter has ended."""
-    mode = os.fstat(0).st_mode if sys.stdin else 0  # None when it was closed at the start
+    mode = os.fstat(0).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         threading.Thread(target=terminate_after_stdin, daemon=True).start()
 
@@ -1637,22 +1636,32 @@ def terminate_after_stdin() -> None:
 # --- Main -----------------------------------------------------------------------------------------
 
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+
+
+def end(number: int, _: object) -> None:
+    """Exit, so that unfinished files are removed; another signal does not interrupt that."""
+    for one in ENDS:
+        signal.signal(one, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run a command; if it fails, print the reason as one line on stderr."""
     with taskd.standard_streams("taskctl"):
-        for number in (signal.SIGTERM, signal.SIGHUP):  # unfinished files are removed
+        for number in ENDS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                signal.signal(number, lambda received, _: sys.exit(128 + received))
+                signal.signal(number, end)
         taskd.log.addHandler(logging.NullHandler())  # a command says itself what failed
         try:
             with at_end:
-                app(prog_name="taskctl")
+                app(prog_name="taskctl")  # always raises SystemExit
         except (Refused, taskd.SettingsError, taskd.DatabaseError) as ex:
             status, reason = 1 if isinstance(ex, Refused) else 2, str(ex)
         except taskd.Unavailable as ex:
             status, reason = 1, "{} cannot be used: {}".format(*ex.args)
         except (*DATABASE_ERRORS, taskd.Unstorable) as ex:
-            why = str(ex.__cause__ or ex).partition("\n")[0]  # PostgreSQL's are several lines
+            why = taskd.first_line(ex.__cause__ or ex)  # PostgreSQL's messages have several
             status, reason = 1, f"the database cannot be used: {why}"
         except OSError as ex:
             status, reason = 1, f"{ex.filename or 'the output'}: {ex.strerror}"

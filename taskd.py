@@ -287,10 +287,11 @@ def _parse(text: str, metadata: Mapping[str, Any]) -> Any:
 
 
 def _given(environ: Mapping[str, str], dotenv: Path) -> dict[str, str]:
-    return _read_dotenv(dotenv) | {name: value for name, value in environ.items() if value}
+    return read_dotenv(dotenv) | {name: value for name, value in environ.items() if value}
 
 
-def _read_dotenv(path: Path) -> dict[str, str]:
+def read_dotenv(path: Path) -> dict[str, str]:
+    """Return the variables that a .env file sets; none if it does not exist."""
     try:
         if not path.exists():
             return {}
@@ -1802,7 +1803,7 @@ TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = 4.0  # seconds that a write waits for SQLite's or PostgreSQL's lock
 LOCK_RETRY = 0.01  # seconds until a write that waits for SQLite's lock is tried again
 WRITE_TURN_TIMEOUT = 4.0  # seconds that a thread waits for other writes of this process
-MAX_LOG = 64 * 1024 * 1024  # bytes of SQLite's log; overlapping searches keep it from being emptied
+MAX_LOG = 16 * 1024  # pages (of 4 KiB) of SQLite's log; searches that overlap make it longer
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
 CONNECT_PATIENCE = 0.8  # seconds that requests wait for each new connection to PostgreSQL
@@ -1934,7 +1935,7 @@ class Sqlite(_LastWrite):
     def deadline(self, seconds: float) -> Iterator[None]:
         """End this thread's statements with Unavailable after a time, or without their client."""
         self.run("SELECT 1")  # opens the connection, or raises Unavailable
-        self._empty_long_log()
+        self._check_log()
         end, connection = time.monotonic() + seconds, self._here().connection()
 
         def is_over() -> bool:
@@ -1947,14 +1948,15 @@ class Sqlite(_LastWrite):
             with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
                 connection.set_progress_handler(None, 0)
 
-    def _empty_long_log(self) -> None:
-        """Move a log that is too long into the database, or raise Busy while others read it."""
+    def _check_log(self) -> None:
+        """Move a log that is too long into the database; raise Busy if other searches prevent it.
+
+        SQLite writes to the beginning of its log again when no reader needs what is there.
+        """
         self._check_files()
-        if Path(f"{os.path.realpath(self._path)}-wal").stat().st_size > MAX_LOG:
-            self.run("PRAGMA busy_timeout = 0")
-            [[is_busy, *_]] = self.run("PRAGMA wal_checkpoint(TRUNCATE)")
-            self.run(f"PRAGMA busy_timeout = {1000 * LOCK_TIMEOUT:.0f}")
-            if is_busy:
+        if Path(f"{os.path.realpath(self._path)}-wal").stat().st_size > 4096 * MAX_LOG:
+            [[_, pages, moved]] = self.run("PRAGMA wal_checkpoint")
+            if moved < pages > MAX_LOG:
                 raise Busy("other searches must end first; send it again", "SQLite's log is long")
 
     def lock(self, user_id: str) -> None:
@@ -2370,7 +2372,7 @@ def for_postgresql(statement: str) -> str:
     return re.sub(r"(?<! AS) TEXT\b", ' TEXT COLLATE "C"', statement)
 
 
-def first_line(ex: Exception) -> str:
+def first_line(ex: BaseException) -> str:
     """Return the first line of an exception's message, or its type if it has none."""
     return (str(ex).splitlines() or [type(ex).__name__])[0]
 
@@ -2866,6 +2868,8 @@ class TaskResource:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
+        if listing == Listing(sort=listing.sort):  # of all tasks
+            ListFile.check(user_id)
         with self._store.turn(user_id, listing):
             tasks, rest = self._store.page(user_id, listing)
         if rest and not listing.limit:
@@ -2927,7 +2931,6 @@ class TaskResource:
 
     def _list_all(self, req: Request, resp: Response, pieces: Iterator[Piece]) -> None:
         """Answer with all pieces: from memory, or from a file if they are too many."""
-        ListFile.check(req.context.user.id)  # before the rest is read
         if thread_state.in_event_loop:
             raise WouldBlock
         start, size = list[Piece](), 0
@@ -2979,7 +2982,7 @@ class ListFile(io.FileIO):
         """Write all pieces into the file, which is then read from its beginning."""
         self._place, self.size = (user_id, id(self)), 0
         with self._lock:
-            self.check(user_id)
+            self.check(user_id, len(self._sizes) >= MAX_LISTS)
             self._sizes[self._place] = 0
         try:
             with tempfile.TemporaryFile() as file:
@@ -2995,11 +2998,11 @@ class ListFile(io.FileIO):
         self.seek(0)
 
     @classmethod
-    def check(cls, user_id: str) -> None:
-        """Raise Busy if the user, or all users together, have too many such files."""
+    def check(cls, user_id: str, too_many: bool = False) -> None:
+        """Raise Busy if the user has too many such files, or `too_many` is true."""
         with cls._lock:
             of_user = [user for user, _ in cls._sizes if user == user_id]
-            if len(cls._sizes) >= MAX_LISTS or len(of_user) >= MAX_LISTS_OF_USER:
+            if too_many or len(of_user) >= MAX_LISTS_OF_USER:
                 raise Busy("too many long lists are being read; wait until one ends", "busy")
 
     def _append(self, piece: Piece) -> None:

@@ -32,11 +32,11 @@ ROOT = Path(__file__).parent.parent
 LISTENING = r'^(?:\{.*"message": ")?taskd: listening on http://.*:(\d+)'
 
 # Tests whose processes are not measured for coverage: they are about processor time, or cannot
-# write to the directory of its data.
+# write to the directory of the coverage data.
 UNMEASURED = ("test_costs.py", "cannot_be_entered")
 
 
-# Imports of a fork server before it forks; taskctl itself imports them only if needed.
+# Run once by a fork server, so that no child has to: taskctl loads parts of Typer and Rich late.
 PREPARE = {
     "taskd": "",
     "taskctl": """

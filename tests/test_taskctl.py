@@ -201,9 +201,7 @@ def refusal(answer: Answer, status: int = 1) -> str:
 
 def parts(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a token's header and claims."""
-    header, claims, _ = (
-        base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in text.split(".")
-    )
+    header, claims = parts_as_sent(text)
     return json.loads(header), json.loads(claims)
 
 
@@ -307,6 +305,8 @@ USAGE_ERRORS = {
     "smoke: a port that cannot be": ["smoke", "http://127.0.0.1:99999"],
     "smoke: a port that is no number": ["smoke", "http://127.0.0.1:http"],
     "smoke: half an address": ["smoke", "http://[::1"],
+    "smoke: a space in the host": ["smoke", "http://a b"],
+    "wait: a space in the host": ["wait", "http://a b"],
 }
 
 
@@ -668,11 +668,17 @@ def test_verify_shows_what_a_refused_token_says_as_unverified(taskctl: Taskctl) 
     assert shown["unverified"] == {"header": header, "claims": claims}
 
 
-@pytest.mark.parametrize("text", ["x", "a.b", "A.A.A", "!.!.!", "a" * 50, "W10.W10.x"])
-def test_verify_shows_nothing_where_there_is_nothing_to_show(taskctl: Taskctl, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        *((text, "") for text in ("x", "a.b", "A.A.A", "!.!.!", "a" * 50)),
+        ("W10.W10.x", "header (unverified)  []\nclaims (unverified)  []\n"),
+    ],
+)
+def test_verify_shows_only_what_can_be_read(taskctl: Taskctl, text: str, shown: str) -> None:
     answer = taskctl("verify", text)
     assert refusal(answer)
-    assert "Traceback" not in answer.stdout + answer.stderr
+    assert answer.stdout == shown
 
 
 @pytest.mark.parametrize(
@@ -1561,14 +1567,6 @@ def test_what_is_not_json_in_a_claim_is_text(taskctl: Taskctl, claim: str) -> No
     answer = taskctl("verify", "--json", sign({"alg": "HS256"}, odd))
     shown = json.loads(answer.stdout, parse_constant=pytest.fail)["claims"]
     assert shown == {"sub": "alice", "exp": 2**40, "x": claim.partition("=")[2]}
-
-
-def test_smoke_against_a_dead_port_is_one_line_that_names_it(taskctl: Taskctl) -> None:
-    with dead_port() as port:
-        answer = taskctl("smoke", f"http://127.0.0.1:{port}")
-    assert answer.returncode == 1
-    assert answer.stdout.strip() == ""
-    assert re.fullmatch(rf"taskctl: [^\n]*http://127\.0\.0\.1:{port}[^\n]*\n", answer.stderr)
 
 
 # --- Trouble --------------------------------------------------------------------------------------

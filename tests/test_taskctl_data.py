@@ -1089,7 +1089,8 @@ def test_new_tasks_are_imported_without_ids_and_times(
     assert ids == list(range(first["id"], first["id"] + 9))
     titles = [task["title"] for task in exported[1:]]
     assert titles == [line["title"] for line in NEW_LINES] * 2
-    milk, dig, _, tea = exported[1:5]
+    milk, dig, old, tea = exported[1:5]
+    assert old["created_at"] == old["updated_at"] == "2020-01-01T00:00:00.000Z"
     assert before <= milk["created_at"] == milk["updated_at"]
     assert (dig["user_id"], dig["tags"]) == ("bob", ["x"])
     assert dig["created_at"] == dig["updated_at"] == "2020-01-01T00:00:00.000Z"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import signal
@@ -12,15 +11,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import taskctl as program
 from cluster import free_port
 from processes import ROOT, Process, environment
-from test_taskctl import Taskctl, fork_server, run
+from test_taskctl import Taskctl, answering, dead_port, fork_server, http_answer, run
 from tokens import OTHER_SECRET, bearer
 from waiting import DEADLINE, until
 from wire import assert_problem
@@ -229,49 +228,48 @@ def test_wait_returns_when_the_server_is_ready(
     waiting = threading.Thread(target=lambda: answers.append(taskctl("wait", url, *longest)))
     url, answers = f"http://127.0.0.1:{port}/", []
     waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive(), "it waits until a server is there"
     start(TASKD_PORT=str(port))
     waiting.join(DEADLINE)
     [answer] = answers
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
 
 
-class NotReady(BaseHTTPRequestHandler):
-    """A handler that answers like a server without its database."""
-
-    def do_GET(self) -> None:
-        self.send_error(503, "Service Unavailable", "the database is away")
-
-    def log_message(self, *_: object) -> None:
-        """Log nothing."""
-
-
-@contextlib.contextmanager
-def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
-    with HTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server.server_port
-        server.shutdown()
-
-
 def test_wait_says_in_one_line_why_a_server_was_not_ready_in_time(taskctl: Taskctl) -> None:
-    with served(NotReady) as port, socket.create_server(("127.0.0.1", 0)) as silent:
-        for number, why in [
-            (free_port(), "Connection refused"),
-            (port, "/readyz answers 503: "),
-            (silent.getsockname()[1], "timed out"),
+    away = answering(http_answer(b"the database is away", "503 Service Unavailable"))
+    with away as url, dead_port() as port, socket.create_server(("127.0.0.1", 0)) as silent:
+        for address, why in [
+            (f"http://127.0.0.1:{port}", "Connection refused"),
+            (url, "/readyz answers 503: the database is away"),
+            (f"http://127.0.0.1:{silent.getsockname()[1]}", "timed out"),
         ]:
-            answer = taskctl("wait", f"http://127.0.0.1:{number}", "--timeout", "0s")
+            answer = taskctl("wait", address, "--timeout", "0s")
             assert (answer.returncode, answer.stdout) == (1, "")
-            assert answer.stderr.startswith(
-                f"taskctl: http://127.0.0.1:{number} is not ready after 0s: {why}"
-            )
-            assert answer.stderr.count("\n") == 1
+            assert answer.stderr == f"taskctl: {address} is not ready after 0s: {why}\n"
+
+
+@pytest.mark.parametrize("url", ["http://[::1]", "http://[2001:db8::abcd]", "https://127.0.0.1"])
+def test_an_address_without_a_port_has_that_of_its_scheme(url: str) -> None:
+    connection, prefix = program.connection_to(url, timeout=1)
+    assert (connection.host, connection.port, prefix) == (
+        url.partition("//")[2].strip("[]"),
+        443 if url.startswith("https") else 80,
+        "",
+    )
 
 
 @pytest.mark.parametrize(
-    "arguments", [["ftp://x"], ["127.0.0.1:8000"], ["http://x", "--timeout", "soon"]]
+    ("arguments", "words"),
+    [
+        (["ftp://x"], "URL must look like"),
+        (["127.0.0.1:8000"], "URL must look like"),
+        (["http://x", "--timeout", "soon"], "a duration must look like"),
+    ],
 )
 def test_wait_rejects_a_bad_address_and_a_bad_duration(
-    taskctl: Taskctl, arguments: list[str]
+    taskctl: Taskctl, arguments: list[str], words: str
 ) -> None:
-    assert taskctl("wait", *arguments).returncode == 2
+    answer = taskctl("wait", *arguments)
+    assert answer.returncode == 2
+    assert words in " ".join(answer.stderr.split())
