@@ -68,7 +68,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import string
 import sys
 import tempfile
 import termios
@@ -84,7 +83,7 @@ from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, cast
-from urllib.parse import SplitResult, quote, unquote_to_bytes, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote_to_bytes, urlencode, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakValueDictionary
 
@@ -975,8 +974,6 @@ class Field(Struct, frozen=True, kw_only=True):
 
     type: Any  # in a body
     rule: str  # the message where a body breaks it
-    about: str  # the description in openapi.json
-    example: Any
     column: Callable[[], peewee.Field] = partial(peewee.TextField, null=True)
     default: Any = ...  # of a new task, which must have the field if this is `...`
     normalise: Callable[[Any], Any] | None = None  # raises ValueError where the rule is broken
@@ -988,8 +985,6 @@ FIELDS = {
     "title": Field(
         type=Title,
         rule="must be a string of 1 to 200 characters",
-        about="1 to 200 characters, not only white space, no U+0000; stored exactly as sent.",
-        example="Buy milk",
         column=peewee.TextField,
         searched=True,
         order="title",
@@ -997,24 +992,15 @@ FIELDS = {
     "description": Field(
         type=Annotated[str, Meta(max_length=10_000)] | None,
         rule="must be a string of at most 10,000 characters, or null",
-        about="At most 10,000 characters, no U+0000; null for none.",
-        example="2 litres",
         default=None,
         searched=True,
     ),
     "completed": Field(
-        type=bool,
-        rule="must be true or false",
-        about="Whether the task is done.",
-        example=False,
-        column=peewee.BooleanField,
-        default=False,
+        type=bool, rule="must be true or false", column=peewee.BooleanField, default=False
     ),
     "priority": Field(
         type=Literal["low", "medium", "high"] | None,
         rule="must be low, medium or high, or null",
-        about="How important the task is; null for not said.",
-        example="high",
         default=None,
         order="CASE priority WHEN 'low' THEN '1' WHEN 'medium' THEN '2' WHEN 'high' THEN '3' END",
     ),
@@ -1022,9 +1008,6 @@ FIELDS = {
         type=Annotated[str, Meta(pattern=f"^{DUE_DATE.pattern}$")] | None,
         rule="must be a day such as 2026-12-01, a time with its offset from UTC such as"
         " 2026-12-01T09:00:00Z, or null",
-        about="RFC 3339: a day, kept as it is, or a time, kept in UTC with milliseconds;"
-        " null for none.",
-        example="2026-12-01",
         default=None,
         normalise=parse_due_date,
         order=f"due_date || SUBSTR('{MIDNIGHT}', LENGTH(due_date) - 9)",
@@ -1033,9 +1016,6 @@ FIELDS = {
         type=Annotated[list[Tag], Meta(max_length=20, extra_json_schema={"uniqueItems": True})],
         rule="must be an array of at most 20 different strings of 1 to 50 characters,"
         " none of them blank",
-        about="At most 20, each 1 to 50 characters, not only white space, no U+0000, none twice;"
-        " in the order sent.",
-        example=["home"],
         column=TagsField,
         default=[],
         normalise=each_once,
@@ -1099,7 +1079,7 @@ def read_body(req: Request, fields: dict[str, Any], body: bytes | None = None) -
 
 def is_plain_json(req: Request) -> bool:
     """Say whether the headers declare JSON in UTF-8; other parameters have no effect (RFC 8259)."""
-    kind, parameters = falcon.parse_header(req.content_type or "")
+    kind, parameters = falcon.parse_header((req.content_type or "")[:256])  # quotes make it slow
     return (
         kind.lower() == "application/json"
         and parameters.get("charset", "utf-8").lower() in ("utf-8", "utf8")
@@ -1609,7 +1589,9 @@ class TaskStore:
         filters = listing.priority, listing.tags, listing.due_before, listing.due_after
         if listing.is_by_id and not any(filters):
             return False
-        return bool(self._database.run(self._sql["long"], user_id=user_id))
+        with contextlib.suppress(WouldBlock):  # then it runs where searches do
+            return bool(self._database.run(self._sql["long"], user_id=user_id))
+        return True
 
     def _search_place(self, user_id: str) -> contextlib.AbstractContextManager[None]:
         detail = "other searches of yours are still running; wait until one ends"
@@ -1673,8 +1655,9 @@ class TaskStore:
                 self._run("answer", values | {"answer": to_json(stored.task).decode()})
                 return stored
             # Without a row, another process has created the task first.
-            [(known, answer)] = found or self._run("replay", values)
-        return _replayed(answer) if known == body else None
+            for known, answer in found or self._run("replay", values):
+                return _replayed(answer) if known == body else None
+            raise Unavailable("the database", "the key of this create was deleted meanwhile")
 
     def _add_within_limit(self, values: dict[str, Any]) -> Stored:
         if self._max_tasks is not None:
@@ -1794,9 +1777,9 @@ INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
 SESSION = """
     SET statement_timeout = {:.0f}; SET lock_timeout = {:.0f};
     SET default_transaction_isolation = 'read committed'; SET quote_all_identifiers = off;
-    SELECT set_config('synchronous_commit', 'on', FALSE)
-        WHERE current_setting('synchronous_commit') = 'off'
-"""  # in milliseconds; a commit is on disk before it is answered
+    SELECT set_config('synchronous_commit',
+        COALESCE(NULLIF(current_setting('synchronous_commit'), 'off'), 'on'), FALSE)
+"""  # in milliseconds; a commit is on disk before it is answered, whatever is set later
 BACKEND = "SELECT pg_backend_pid(), pg_postmaster_start_time()::text"  # what serves a session
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
@@ -2242,8 +2225,13 @@ class Postgres(_LastWrite):
 
     def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
-        with self._connected():
-            yield from self._pool.cursor().stream(sql, values)
+        with (
+            self._connected(),
+            self._pool.transaction(),
+            self._pool.connection().cursor("rows") as cursor,  # the server keeps the rows
+        ):
+            cursor.execute(sql, values)
+            yield from cursor
 
     def lock(self, user_id: str) -> None:
         """Lock out other creates of the user that lock too, until the transaction ends."""
@@ -2571,7 +2559,7 @@ def portable_definitions(database: peewee.Database) -> set[str]:
     for table in TABLES:
         for column in database.get_columns(table):
             kind = column.data_type.upper().replace("BIGINT", "INTEGER")
-            required = "" if column.null or column.primary_key else " NOT NULL"
+            required = "" if column.null or column.name == "id" else " NOT NULL"
             parts.add(f"{table}.{column.name} {kind}{required}")
         indexes = database.get_indexes(table)
         parts |= {f"index on {table} ({', '.join(index.columns)})" for index in indexes}
@@ -3106,7 +3094,7 @@ HTTP_ERRORS: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
         description=ex.args[0], retry_after=ex.retry_after
     ),
     Unstorable: lambda ex: falcon.HTTPForbidden(
-        description="this user id cannot be stored here: it is too long or contains U+0000"
+        description="this user id, or it with the key, cannot be stored: too long or contains U+0000"
     ),
     TooManyTasks: lambda ex: falcon.HTTPForbidden(
         description=f"you have {ex} tasks, and this server allows no more; delete one first"
@@ -3255,7 +3243,8 @@ def wsgi() -> App:
 # --- HTTP -----------------------------------------------------------------------------------------
 
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
-MAX_HEADERS = 4096  # header lines
+MAX_TARGET = 16 * 1024  # bytes; the longest query that taskd understands has about 15,000
+MAX_HEADERS = 256  # header lines
 MAX_TAIL = 300  # bytes of a head that are kept: its end may come in pieces, and so may an Origin
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
 MAX_CHUNKS = 20 * 1024  # not counting runs of chunks of one byte
@@ -3266,6 +3255,7 @@ FOR_REFUSALS = re.compile(rb"(?im)^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$")
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
+PERCENT_ENCODED = {code: f"%{code:02X}" for code in range(128, 256)}
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size with its extensions
 CHUNK_SIZE = re.compile(  # possessive: it takes time in proportion to the bytes
     rb"(?=[0-9A-Fa-f])0*+([0-9A-Fa-f]{0,8}+)(?:[ \t]*+;[ \t]*+[!-~][\t\x20-\x7e\x80-\xff]*+)?\r\n"
@@ -3281,7 +3271,8 @@ def malformed(why: str) -> falcon.HTTPError:
 def head_too_large() -> falcon.HTTPError:
     """Return the error for a request line and headers that exceed a limit."""
     return falcon.HTTPRequestHeaderFieldsTooLarge(
-        description=f"send a head of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines"
+        description=f"send a head of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines,"
+        f" and in it a path with a query of at most {MAX_TARGET} bytes"
     )
 
 
@@ -3306,8 +3297,10 @@ class ServerRequest:
         return io.BytesIO(self.body)
 
     def take_line(self, method: str, target: str, major: str, minor: str) -> None:
-        """Store the parts of a request line (RFC 9112, section 3), or raise 400."""
+        """Store the parts of a request line (RFC 9112, section 3), or raise 400 or 431."""
         self.command, self.version = method, "1.0" if (major, minor) == ("1", "0") else "1.1"
+        if len(target) > MAX_TARGET:
+            raise head_too_large()
         if major != "1":
             raise malformed("no other major version of HTTP is served")
         if url := HTTP_URL.fullmatch(target):
@@ -3316,11 +3309,12 @@ class ServerRequest:
             target = "/"  # the server itself
         elif not target.startswith("/"):
             raise malformed("the target must be a path, or an http URL")
+        path = target.partition("#")[0].partition("?")[0].encode("latin-1")
+        self.path = unquote_to_bytes(path).decode("latin-1")
         if not target.isascii():  # Falcon would read the query as Latin-1
-            target = quote(target, string.printable, "latin-1")
+            target = target.translate(PERCENT_ENCODED)
         self.request_uri = target.partition("#")[0]
-        path, _, self.query = self.request_uri.partition("?")
-        self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
+        self.query = self.request_uri.partition("?")[2]
 
     def take_headers(self, lines: Iterable[tuple[bytes, bytes]]) -> None:
         """Store the headers under their WSGI names; headers of the same name become a list."""
@@ -3373,6 +3367,11 @@ class RequestReader:
         self._step: Callable[[], bool] = self._read_line
         self._taken = self._chunks = self._length = 0
         self._lines: list[tuple[bytes, bytes]] = []
+
+    def clear(self) -> None:
+        """Free what was received; the reader refers to itself, so it would be freed much later."""
+        self.next()
+        self.unread = b""
 
     def receive(self, data: bytes) -> None:
         """Parse until the request is complete or refused, or more bytes are needed."""
@@ -3616,6 +3615,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
         if self._fileno is not None:
             self.server.deadlines.move(self, self.waiting_for, None)
             self.server.poll.unregister(self._fileno)
+        if self.waiting_for:  # no thread answers its request
+            self.reader.clear()
         super().del_channel(map)
 
     def wait_for(self, what: str) -> None:

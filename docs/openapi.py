@@ -50,6 +50,26 @@ OWNED: dict[str, dict[str, Any]] = {
     "updated_at": TIME | {"description": "When it last changed."},
 }
 
+# The description and an example of each field.
+FIELDS: dict[str, tuple[str, Any]] = {
+    "title": (
+        "1 to 200 characters, not only white space, no U+0000; stored exactly as sent.",
+        "Buy milk",
+    ),
+    "description": ("At most 10,000 characters, no U+0000; null for none.", "2 litres"),
+    "completed": ("Whether the task is done.", False),
+    "priority": ("How important the task is; null for not said.", "high"),
+    "due_date": (
+        "RFC 3339: a day, kept as it is, or a time, kept in UTC with milliseconds; null for none.",
+        "2026-12-01",
+    ),
+    "tags": (
+        "At most 20, each 1 to 50 characters, not only white space, no U+0000, none twice;"
+        " in the order sent.",
+        ["home"],
+    ),
+}
+
 
 def schema_of(kind: Any) -> dict[str, Any]:
     """Return the schema of a type, with null among its types and portable patterns."""
@@ -77,7 +97,7 @@ def schema_of_json(schema: dict[str, Any]) -> dict[str, Any]:
 def fields(*names: str) -> dict[str, Any]:
     """Return the properties of these fields."""
     return {
-        name: schema_of(taskd.FIELDS[name].type) | {"description": taskd.FIELDS[name].about}
+        name: schema_of(taskd.FIELDS[name].type) | {"description": FIELDS[name][0]}
         for name in names
     }
 
@@ -186,7 +206,7 @@ def examples(node: Any) -> Iterator[dict[str, Any]]:
 
 def complete(task: dict[str, Any]) -> dict[str, Any]:
     """Return an example of a task with all its members, in their order."""
-    given = {name: field.example for name, field in taskd.FIELDS.items()} | task
+    given = {name: example for name, (_, example) in FIELDS.items()} | task
     return {name: given[name] for name in taskd.TaskView.__struct_fields__}
 
 
@@ -215,7 +235,7 @@ def generate(document: dict[str, Any]) -> dict[str, Any]:
         task.update(whole)
     create = document["paths"][TASKS]["post"]["requestBody"]
     full = create["content"]["application/json"]["examples"]["full"]
-    full["value"] = {name: field.example for name, field in taskd.FIELDS.items()}
+    full["value"] = {name: example for name, (_, example) in FIELDS.items()}
     return document
 
 

@@ -288,19 +288,17 @@ def test_a_user_who_has_only_keys_can_be_purged(
 
 
 @pytest.mark.both_engines
-@pytest.mark.parametrize("name", ["file:abc", "file:abc%20d", "file:abc?mode=memory"])
+@pytest.mark.parametrize("name", ["file:abc", "file:abc%20d", "data://abc"])
 def test_a_path_that_looks_like_a_uri_is_taken_as_it_is(
     taskctl: Taskctl, tmp_path: Path, name: str
 ) -> None:
     url = {"DATABASE_URL": f"sqlite:///{name}"}
-    if "?" in name:
-        assert taskctl("seed", "alice", **url).returncode == 2
-        return
+    (tmp_path / "data:").mkdir()
     for command in (["seed", "alice"], ["backup", "copy.db"], ["check"], ["restore", "copy.db"]):
         assert taskctl(*command, **url).returncode == 0, command
     made = {path.name for path in tmp_path.iterdir()}
     assert not {"abc", "abc d"} & made
-    assert {name, "copy.db"} <= made
+    assert "copy.db" in made
     assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 

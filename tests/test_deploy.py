@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from cryptography import x509
@@ -415,6 +416,17 @@ def test_any_user_id_goes_through_a_proxy(proxy: Proxy, user: str) -> None:
     assert (
         proxy.request("GET", created.headers["location"], None, bearer(user)).json == created.json
     )
+
+
+def test_the_link_of_a_long_query_goes_through_a_proxy(proxy: Proxy) -> None:
+    tags = ["\u4e00" * 49 + str(number) for number in range(10)]
+    for _ in range(2):
+        task = {"title": "x", "tags": tags}
+        assert proxy.request("POST", "/api/alice/tasks", task, bearer()).status_code == 201
+    query = urlencode({"limit": 1, "tag": tags}, doseq=True)
+    answer = proxy.request("GET", f"/api/alice/tasks?{query}", None, bearer())
+    assert answer.status_code == 200
+    assert len(answer.headers["link"]) > 4096
 
 
 def test_the_headers_are_taskds_own(proxy: Proxy) -> None:

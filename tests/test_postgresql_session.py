@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -19,9 +21,10 @@ from typing import Any
 import psycopg
 import pytest
 
+import taskd
 from cluster import Cluster, _exists, free_port
 from conftest import DIRECTORY
-from support import DEADLINE, Process, at_once, bearer, until, written
+from support import DEADLINE, SECRET, Process, at_once, bearer, until, written
 from test_postgresql import create, made, run
 
 pytestmark = pytest.mark.postgresql
@@ -133,6 +136,66 @@ def test_defaults_of_the_role_change_nothing(empty: str, start: Start) -> None:
     with closing(psycopg.connect(empty, options="-c statement_timeout=0")) as session:
         [(plan,)] = session.execute("SELECT current_setting('synchronous_commit')").fetchall()
     assert plan == "off", "it was the default of the database"
+
+
+def test_a_commit_is_on_disk_even_if_the_server_is_told_otherwise_later(
+    empty: str, tmp_path: Path
+) -> None:
+    settings = taskd.Settings(secret=SECRET, database_url=empty)
+    with closing(taskd.open_database(settings)) as database:
+        shown = "SELECT current_setting('synchronous_commit'), pg_backend_pid()"
+        [(before, backend)] = database.run(shown)
+        execute(empty, "ALTER SYSTEM SET synchronous_commit = off", "SELECT pg_reload_conf()")
+        try:
+            server = "SELECT setting FROM pg_file_settings WHERE name = 'synchronous_commit'"
+            until(lambda: execute(empty, "SHOW synchronous_commit") == [("off",)], server)
+            assert database.run(shown) == [(before, backend)] == [("on", backend)]
+        finally:
+            execute(empty, "ALTER SYSTEM RESET synchronous_commit", "SELECT pg_reload_conf()")
+
+
+def test_rows_of_a_server_that_stops_are_waited_for_once(empty: str) -> None:
+    settings = taskd.Settings(secret=SECRET, database_url=empty)
+    with closing(taskd.Postgres(settings, statement_timeout=8)) as database:
+        database._pool.answer_timeout = 0.5
+        with closing(database.rows("SELECT generate_series(1, 1000)")) as rows:
+            assert next(rows) == (1,)
+        [[backend]] = database.run("SELECT pg_backend_pid()")
+        assert len(database._pool._idle) == 1, "it is used again"
+        os.kill(backend, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            with pytest.raises(taskd.Unavailable):
+                list(database.rows("SELECT generate_series(1, 1000)"))
+            assert time.monotonic() - started < 1.2, "one time-out, and not three"
+        finally:
+            os.kill(backend, signal.SIGCONT)
+
+
+def test_sorted_lists_run_in_the_threads_for_searches(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = taskd.Settings(secret=SECRET, database_url=empty)
+    with closing(taskd.open_database(settings)) as database:
+        store, listing = taskd.TaskStore(database), taskd.Listing(sort="title")
+        with store.turn("alice", listing):
+            assert store.page("alice", listing) == (b"[]", None)
+        monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
+        with pytest.raises(taskd.SearchWouldBlock), store.turn("alice", listing):
+            pass
+
+
+def test_a_role_that_may_only_read_finds_that_the_schema_fits(empty: str, tmp_path: Path) -> None:
+    with closing(taskd.open_database(taskd.Settings(secret=SECRET, database_url=empty))):
+        pass
+    role = f"reader_{time.monotonic_ns()}"
+    execute(empty, f"CREATE ROLE {role} LOGIN")
+    execute(empty, f"GRANT SELECT ON task, idempotency_key, about TO {role}")
+    url = f"{empty}?user={role}" if "@" not in empty else re.sub("//[^@]*@", f"//{role}@", empty)
+    for command in ("stats", "users", "check"):
+        ended = run(tmp_path, "taskctl", command, DATABASE_URL=url)
+        assert "does not fit" not in ended.stdout + ended.stderr
+        assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])

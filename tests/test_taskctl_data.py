@@ -1066,6 +1066,28 @@ def test_of_the_task_and_the_line_the_newer_one_stays(taskctl: Taskctl, server: 
     assert listed(server, "alice") == [here[0], given[1], here[2], here[3]]
 
 
+FULL_DISK = """
+import resource
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+"""
+
+
+@pytest.mark.parametrize("options", [["--new"], []])
+def test_an_import_that_cannot_be_stored_does_not_say_that_it_is_done(
+    taskctl: Taskctl, tmp_path: Path, options: list[str]
+) -> None:
+    taskctl("init")
+    long = (MILK | {"id": number, "description": "x" * 9000} for number in range(1, 41))
+    (tmp_path / "tasks.jsonl").write_text(lines(*long))
+    with launched(tmp_path, "import", "tasks.jsonl", *options, before=FULL_DISK) as process:
+        said = process.stderr.read()
+        assert process.wait(DEADLINE) == 1
+    assert said.startswith("taskctl: the database cannot be used")
+    assert "imported" not in said
+    assert stored(tmp_path / "taskd.db") == {}
+
+
 NEW_LINES: list[dict[str, Any]] = [
     {"user_id": "alice", "title": "Buy milk"},
     {"user_id": "bob", "title": "Dig", "tags": ["x"], "created_at": "2020-01-01T01:00:00+01:00"},
