@@ -2461,6 +2461,7 @@ def migrate(database: peewee.Database, version: int, translate: Callable[[str], 
 
 def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
     database.register_function(lambda text: text and text.casefold(), "casefold", 1)
+    database.execute_sql("PRAGMA busy_timeout = 60000")  # another start may be migrating it
     database.execute_sql("BEGIN IMMEDIATE")
     version = schema_version(database)  # another process may have migrated it meanwhile
     copy = _copy_beside(path, version) if 0 < version < VERSION else None
@@ -2495,7 +2496,13 @@ def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
 
 
 def _copy_beside(path: str, version: int) -> Path:
-    """Copy the database to a file beside it, renamed when complete, and return its path."""
+    """Copy the database to a file beside it, renamed when complete, and return its path.
+
+    Raises OperationalError without the space for this copy and for the migration.
+    """
+    needed = Path(path).stat().st_size * (6 if version == 1 else 3)
+    if shutil.disk_usage(Path(path).parent).free < needed:
+        raise peewee.OperationalError(f"database or disk is full: {needed} bytes must be free")
     copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     part, journal = Path(f"{path}.part").absolute(), Path(f"{path}.part-journal")
     with contextlib.ExitStack() as cleanup:
@@ -2509,6 +2516,7 @@ def _copy_beside(path: str, version: int) -> Path:
         ):
             source.backup(target)
         part.rename(copy)
+    log.info("%s is kept as %s before its migration", path, copy)
     return copy
 
 
@@ -3094,7 +3102,7 @@ HTTP_ERRORS: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
         description=ex.args[0], retry_after=ex.retry_after
     ),
     Unstorable: lambda ex: falcon.HTTPForbidden(
-        description="this user id, or it with the key, cannot be stored: too long or contains U+0000"
+        description="this user id, or it and the key, cannot be stored: too long or contains U+0000"
     ),
     TooManyTasks: lambda ex: falcon.HTTPForbidden(
         description=f"you have {ex} tasks, and this server allows no more; delete one first"
@@ -3270,10 +3278,8 @@ def malformed(why: str) -> falcon.HTTPError:
 
 def head_too_large() -> falcon.HTTPError:
     """Return the error for a request line and headers that exceed a limit."""
-    return falcon.HTTPRequestHeaderFieldsTooLarge(
-        description=f"send a head of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines,"
-        f" and in it a path with a query of at most {MAX_TARGET} bytes"
-    )
+    limits = f"{MAX_HEAD} bytes and {MAX_HEADERS} lines, and a path of at most {MAX_TARGET} bytes"
+    return falcon.HTTPRequestHeaderFieldsTooLarge(description=f"send a head of at most {limits}")
 
 
 def header_key(name: bytes) -> str:
@@ -3367,11 +3373,6 @@ class RequestReader:
         self._step: Callable[[], bool] = self._read_line
         self._taken = self._chunks = self._length = 0
         self._lines: list[tuple[bytes, bytes]] = []
-
-    def clear(self) -> None:
-        """Free what was received; the reader refers to itself, so it would be freed much later."""
-        self.next()
-        self.unread = b""
 
     def receive(self, data: bytes) -> None:
         """Parse until the request is complete or refused, or more bytes are needed."""
@@ -3615,8 +3616,9 @@ class ServerChannel(waitress.channel.HTTPChannel):
         if self._fileno is not None:
             self.server.deadlines.move(self, self.waiting_for, None)
             self.server.poll.unregister(self._fileno)
-        if self.waiting_for:  # no thread answers its request
-            self.reader.clear()
+        if self.waiting_for:  # no thread uses the reader, which refers to itself and is freed late
+            self.reader.next()
+            self.reader.unread = b""
         super().del_channel(map)
 
     def wait_for(self, what: str) -> None:

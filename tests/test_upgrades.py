@@ -238,10 +238,37 @@ def version_1(path: Path, journal: str) -> None:
         database.execute(f"PRAGMA journal_mode = {journal}")
 
 
+@pytest.fixture
+def seems_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the check before a migration find room, so that the disk becomes full in it."""
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage("/"))
+
+
+@pytest.mark.sqlite("the disk is the server's")
+def test_a_migration_does_not_begin_without_the_space_for_it(
+    disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = disk / "taskd.db"
+    version_1(path, "WAL")
+    before, size = tasks(path), path.stat().st_size // 1024
+    resize(disk, int(6.9 * size))
+    with pytest.raises(taskd.DatabaseError, match=r"disk is full: [0-9]+ bytes must be free"):
+        taskd.prepare_database(str(path))
+    assert [file.name for file in disk.iterdir() if ".v1-" in file.name] == []
+    assert sql(path, "SELECT count(*) FROM sqlite_master WHERE name = 'about'") == [(0,)]
+    caplog.set_level("INFO", "taskd")
+    resize(disk, int(7.3 * size))
+    taskd.prepare_database(str(path))
+    [copy] = disk.glob("taskd.db.v1-*")
+    assert caplog.messages == [f"{path} is kept as {copy} before its migration"]
+    assert tasks(path) == before == tasks(copy)
+
+
 @pytest.mark.sqlite("the disk is the server's")
 @pytest.mark.parametrize("journal", ["WAL", "DELETE"])
 def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
-    disk: Path, journal: str
+    disk: Path, journal: str, seems_empty: None
 ) -> None:
     path = disk / "taskd.db"
     version_1(path, journal)
@@ -261,7 +288,8 @@ def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
         shutil.copy(path, alone)  # without the files beside it
         assert tasks(alone) == before
         alone.unlink()
-    assert set(messages) == {f"{path} cannot be opened: database or disk is full"}
+    said = f"{path} cannot be opened: "
+    assert set(messages) <= {f"{said}database or disk is full", f"{said}disk I/O error"}
     assert len(messages) > 2
     resize(disk, 32 * 1024)
     assert tasks(path) == before
@@ -273,7 +301,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_migration_loses_nothing(
 @pytest.mark.sqlite("the disk is the server's")
 @pytest.mark.slow
 def test_a_migration_that_cannot_leave_the_log_for_want_of_room_says_so_and_is_whole_with_it(
-    disk: Path, caplog: pytest.LogCaptureFixture
+    disk: Path, caplog: pytest.LogCaptureFixture, seems_empty: None
 ) -> None:
     saved, path, warned = disk / "saved", disk / "taskd.db", []
     version_1(saved, "WAL")
