@@ -75,6 +75,14 @@ for (let one = arguments[0].closest("details"); one; one = one.parentElement.clo
 """
 
 
+TWO_FRAMES = "return new Promise((end) => requestAnimationFrame(() => requestAnimationFrame(end)))"
+COVERED = """
+const target = document.getElementById(arguments[0]).getBoundingClientRect();
+const card = document.querySelector(".login").getBoundingClientRect();
+return !(target.top >= card.bottom && target.top < innerHeight);
+"""
+
+
 class Page:
     """The page, used with a keyboard."""
 
@@ -276,6 +284,13 @@ def test_a_person_can_narrow_sort_and_page_a_list(page):
     )
     shown = page.find("#try-listTasks ~ .result pre").get_property("textContent")
     assert [task["title"] for task in json.loads(shown)] == ["Süße Birnen & Äpfel"]
+    assert page.run("return document.activeElement.className") == "result"
+    assert "after=" in page.curl("listTasks") or page.find("#try-listTasks-after").get_property(
+        "value"
+    )
+    page.find("#try-listTasks-sort option[value='id']").click()
+    assert page.find("#try-listTasks-after").get_property("value") == ""
+    page.find("#try-listTasks-sort option[value='-id']").click()
     assert "link" not in page.headers("listTasks")
     assert page.complaints() == []
 
@@ -390,6 +405,16 @@ def test_a_token_that_cannot_be_sent_is_reported(page):
         "If-None-Match holds a character that no header can."
         in page.find("#try-readTask ~ .result").text
     )
+    for call, field in [("listTasks", "q"), ("createTask", "body")]:
+        page.paste(f"#try-{call}-user_id", "alice")
+        page.run("document.querySelector(arguments[0]).value = 'x\\ud800'", f"#try-{call}-{field}")
+        assert page.send(call)[0] == "Not sent"
+        assert "half a character" in page.find(f"#try-{call} ~ .result").text
+    page.run("document.querySelector('#try-listTasks-q').value = ''")
+    page.paste("#token", "日本.日本.日本")
+    assert page.send("readTask")[0] == "Not sent"
+    assert "The token holds a character" in page.find("#try-readTask ~ .result").text
+    page.paste("#token", "")
     assert page.run(HOSTS)[0] == 2, "nothing was sent"
     page.paste("#try-listTasks-user_id", "alice")
     page.server.kill()
@@ -448,8 +473,49 @@ def test_every_text_can_be_read(page, scheme):
     assert [one for one in contrasts if one[0] < 4.5] == []
 
 
-def test_nothing_is_wider_than_the_window(page):
+def test_a_token_with_line_breaks_is_the_token(page):
+    text = token("alice", exp=int(time.time()) + FIVE_HOURS)
+    page.paste("#token", f"{text[:60]}\n{text[60:120]} \n{text[120:]}")
+    assert page.send("listTasks") == ("200 OK", "[]")
+
+
+def test_a_blank_header_is_blank_in_the_curl_command_too(page):
     page.log_in("alice")
+    page.paste("#try-createTask-Idempotency-Key", "   ")
+    assert page.send("createTask")[0] == "400 Bad Request"
+    assert "--header 'Idempotency-Key;'" in page.curl("createTask")
+
+
+def test_a_call_that_is_opened_later_is_about_the_new_task_too(page):
+    page.log_in("alice")
+    for _ in range(2):
+        page.send("createTask")
+    page.open_everything()
+    ids = page.run(
+        "return [...document.querySelectorAll('input[name=task_id]')].map((one) => one.value)"
+    )
+    assert set(ids) == {"2"}
+
+
+def test_an_address_that_is_not_percent_encoded_well_is_harmless(page):
+    page.open("/docs#%")
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("width", [320, 640, 1280])
+def test_the_card_of_a_long_user_id_covers_no_heading_that_a_link_leads_to(page, width):
+    page.size(width, 640)
+    page.log_in("verylongfirstname.lastname@subdomain.of-a-rather-long-example-company.org" * 3)
+    page.run(TWO_FRAMES)  # the page measures the card
+    for name in ("createTask", "errors", "rules", "schema-Task"):
+        page.run("location.hash = arguments[0]", name)
+        page.run(TWO_FRAMES)
+        assert page.run(COVERED, name) is False, name
+    page.emulate("clearDeviceMetricsOverride")
+
+
+def test_nothing_is_wider_than_the_window(page):
+    page.log_in("mWQkGHM2wDBvYwKNq8XOZmCUWAGRTMEo" * 4)
     page.paste("#try-createTask-body", json.dumps({"title": "W" * 200, "description": "W" * 5000}))
     page.send("createTask")
     page.send("listTasks")
