@@ -287,7 +287,6 @@ def test_a_user_who_has_only_keys_can_be_purged(
     assert one_line(taskctl("purge", "carol", "--yes", **url), 1) == "carol has no tasks"
 
 
-@pytest.mark.both_engines
 @pytest.mark.parametrize("name", ["file:abc", "file:abc%20d", "data://abc"])
 def test_a_path_that_looks_like_a_uri_is_taken_as_it_is(
     taskctl: Taskctl, tmp_path: Path, name: str
@@ -302,6 +301,7 @@ def test_a_path_that_looks_like_a_uri_is_taken_as_it_is(
     assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.both_engines
 def test_smoke_leaves_no_key_behind(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
     url = {"DATABASE_URL": database_url(tmp_path / "taskd.db")}
     assert taskctl("smoke", f"http://127.0.0.1:{server.port}", **url).returncode == 0

@@ -285,9 +285,7 @@ def test_a_person_can_narrow_sort_and_page_a_list(page):
     shown = page.find("#try-listTasks ~ .result pre").get_property("textContent")
     assert [task["title"] for task in json.loads(shown)] == ["Süße Birnen & Äpfel"]
     assert page.run("return document.activeElement.className") == "result"
-    assert "after=" in page.curl("listTasks") or page.find("#try-listTasks-after").get_property(
-        "value"
-    )
+    assert page.find("#try-listTasks-after").get_property("value") != ""
     page.find("#try-listTasks-sort option[value='id']").click()
     assert page.find("#try-listTasks-after").get_property("value") == ""
     page.find("#try-listTasks-sort option[value='-id']").click()

@@ -451,11 +451,11 @@ DEAR: dict[str, tuple[bytes, float]] = {
     "white space": (get(HOST, f"X:{' ' * 65_000}y"), 0.02),
     "tabs and DEL": (get(HOST, "X:" + "\t" * 30_000 + "\x7f"), 0.02),
     "a URL of digits": (b"GET a://" + b"4" * 65_000 + b" x\r\n\r\n", 0.02),
-    "a port of digits": (get(HOST, target=f"http://x:{'4' * 65_000}"), 0.02),
+    "a port of digits": (get(HOST, target=f"http://x:{'4' * 16_000}"), 0.02),
     "headers of one letter": (get(HOST, *["a:"] * 16_000), 0.02),
-    "one header many times": (get(HOST, *["Accept: a"] * 4000), 0.02),
+    "one header many times": (get(HOST, *["Accept: a"] * 250), 0.02),
     "many options": (get(HOST, "Connection: " + "," * 64_000), 0.02),
-    "many slashes": (get(HOST, target="/" * 65_000), 0.02),
+    "many slashes": (get(HOST, target="/" * 16_000), 0.02),
     "a quoted Content-Type": (
         written(
             "POST",
@@ -467,10 +467,10 @@ DEAR: dict[str, tuple[bytes, float]] = {
         ),
         0.02,
     ),
-    "bytes beyond ASCII": (get(HOST, target="/" + "\x80" * 16_000), 0.002),
-    "many lines": (get(HOST, *(f"{number:x}:" for number in range(250))), 0.002),
-    "an encoded path": (get(HOST, target="/" + "%41" * 21_000), 0.02),
-    "a query of parameters": (get(HOST, target="/healthz?" + "a=1&" * 16_000), 0.02),
+    "bytes beyond ASCII": (get(HOST, target="/" + "\x80" * 16_000), 0.005),
+    "many lines": (get(HOST, *(f"{number:x}:" for number in range(250))), 0.005),
+    "an encoded path": (get(HOST, target="/" + "%41" * 5_400), 0.02),
+    "a query of parameters": (get(HOST, target="/healthz?" + "a=1&" * 4_000), 0.02),
     "170,000 chunks of a byte": (post(b"1\r\nx\r\n" * 170_000, CHUNKED), 0.05),
     "60,000 chunks of a byte": (post(b"1\r\n \r\n" * 60_000 + b"0\r\n\r\n", CHUNKED), 0.05),
     "30,000 chunks of two bytes": (post(b"2\r\n  \r\n" * 30_000 + b"0\r\n\r\n", CHUNKED), 0.05),
@@ -485,12 +485,14 @@ DEAR: dict[str, tuple[bytes, float]] = {
 @pytest.mark.sqlite("it is about HTTP")
 @pytest.mark.parametrize(("sent", "bound"), DEAR.values(), ids=DEAR)
 def test_no_request_costs_more_than_its_bound(shared: Process, sent: bytes, bound: float) -> None:
+    rounds = 100 if bound < 0.01 else 10  # the kernel counts in steps of 10 ms
     before = shared.processor_time()
-    for _ in range(10):  # the kernel counts in steps of 10 ms
+    for _ in range(rounds):
         with Wire(shared) as wire:
             sent_in_vain(wire, sent)
             wire.answer()
-    assert shared.processor_time() - before < 10 * bound + 0.01
+    used = shared.processor_time() - before
+    assert round(100 * used) <= round(100 * rounds * bound) + 1
 
 
 @pytest.mark.sqlite("it is about HTTP")

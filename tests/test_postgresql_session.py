@@ -138,17 +138,16 @@ def test_defaults_of_the_role_change_nothing(empty: str, start: Start) -> None:
     assert plan == "off", "it was the default of the database"
 
 
-def test_a_commit_is_on_disk_even_if_the_server_is_told_otherwise_later(
-    empty: str, tmp_path: Path
-) -> None:
+def test_a_commit_is_on_disk_even_if_the_server_is_told_otherwise_later(empty: str) -> None:
     settings = taskd.Settings(secret=SECRET, database_url=empty)
     with closing(taskd.open_database(settings)) as database:
         shown = "SELECT current_setting('synchronous_commit'), pg_backend_pid()"
         [(before, backend)] = database.run(shown)
         execute(empty, "ALTER SYSTEM SET synchronous_commit = off", "SELECT pg_reload_conf()")
         try:
-            server = "SELECT setting FROM pg_file_settings WHERE name = 'synchronous_commit'"
-            until(lambda: execute(empty, "SHOW synchronous_commit") == [("off",)], server)
+            until(
+                lambda: execute(empty, "SHOW synchronous_commit") == [("off",)], "it is turned off"
+            )
             assert database.run(shown) == [(before, backend)] == [("on", backend)]
         finally:
             execute(empty, "ALTER SYSTEM RESET synchronous_commit", "SELECT pg_reload_conf()")

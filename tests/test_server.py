@@ -232,6 +232,7 @@ def test_a_wait_that_begins_before_the_last_call_ends_before_the_drain() -> None
     assert 3 < taskd.LAST_CALL < taskd.DRAIN_TIMEOUT - longest
 
 
+@pytest.mark.sqlite("it is about settings")
 def test_the_setting_says_how_many_threads_there_are(start: Start) -> None:
     few, many = (
         len(list(Path(f"/proc/{start(TASKD_THREADS=number).popen.pid}/task").iterdir()))

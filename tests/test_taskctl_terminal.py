@@ -27,11 +27,7 @@ ODD = 'Buy "milk", =bread\nand butter'
 
 
 def on_a_terminal(
-    directory: Path,
-    *arguments: str,
-    typed: str = "",
-    status: int = 0,
-    variables: dict[str, str] = {},  # noqa: B006
+    directory: Path, *arguments: str, typed: str = "", status: int = 0, **variables: str
 ) -> str:
     """Return what a run of taskctl shows on a terminal of 80 columns."""
     ours, terminal = pty.openpty()
@@ -148,7 +144,7 @@ def test_each_call_of_smoke_has_the_colour_of_its_result_and_one_line(
     assert shown.count("\x1b[32mok") == len(lines)
     assert max(map(len, lines)) <= 80
     assert "\x1b[1;31mFAIL" in on_a_terminal(
-        kept, "smoke", url, variables={"BETTER_AUTH_SECRET": OTHER_SECRET}, status=1
+        kept, "smoke", url, status=1, BETTER_AUTH_SECRET=OTHER_SECRET
     )
 
 
@@ -176,7 +172,7 @@ def test_users_are_sorted_and_limited(
 @pytest.mark.parametrize(
     "options", [["--sort", "title"], ["--sort", ""], ["--limit", "0"], ["--limit", "9" * 20]]
 )
-def test_another_order_of_users_is_wrong_usage(
+def test_an_order_or_a_limit_of_users_that_cannot_be_is_wrong_usage(
     taskctl: Taskctl, kept: Path, options: list[str]
 ) -> None:
     answer = taskctl("users", *options)
