@@ -1313,13 +1313,14 @@ def copy(
     with reading.transaction(), writing.transaction(), progress() as bar:
         if any(model.select().count(writing.peewee) for model in OWNED):
             raise Refused(f"{new.database} has tasks or keys already; nothing was copied")
-        counts = [model.select().count(reading.peewee) for model in OWNED]
-        advance = partial(bar.advance, bar.add_task("copying", total=3 * sum(counts)))
+        rows = sum(model.select().count(reading.peewee) for model in OWNED)
+        advance = partial(bar.advance, bar.add_task("copying", total=3 * rows))
         copy_rows(reading.peewee, writing.peewee, advance)
         checksums = [checksum(model, reading.peewee, advance) for model in OWNED]
         if checksums != [checksum(model, writing.peewee, advance) for model in OWNED]:
             why = "the copy differs from the original, perhaps because someone wrote to it"
             raise Refused(f"{why}; nothing was copied")
+        counts = [model.select().count(writing.peewee) for model in OWNED]
     say(f"copied {owned_rows(*counts)} from {old.database} to {new.database}")
     say(f"counts and checksums agree; that of the tasks is {checksums[0]}")
 
@@ -1636,12 +1637,9 @@ def terminate_after_stdin() -> None:
 # --- Main -----------------------------------------------------------------------------------------
 
 
-ENDS = (signal.SIGTERM, signal.SIGHUP)
-
-
 def end(number: int, _: object) -> None:
     """Exit, so that unfinished files are removed; another signal does not interrupt that."""
-    for one in ENDS:
+    for one in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
     sys.exit(128 + number)
 
@@ -1649,7 +1647,7 @@ def end(number: int, _: object) -> None:
 def main() -> None:
     """Run a command; if it fails, print the reason as one line on stderr."""
     with taskd.standard_streams("taskctl"):
-        for number in ENDS:
+        for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, end)
         taskd.log.addHandler(logging.NullHandler())  # a command says itself what failed

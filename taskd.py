@@ -1775,9 +1775,9 @@ UNUSABLE = ("DatabaseError", "OperationalError")  # other classes of errors are 
 UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
 INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
 SESSION = """
-    SET statement_timeout = {:.0f}; SET lock_timeout = {:.0f};
-    SET default_transaction_isolation = 'read committed'; SET quote_all_identifiers = off;
-    SELECT set_config('synchronous_commit',
+    SET statement_timeout = {:.0f}; SET idle_in_transaction_session_timeout = 0;
+    SET lock_timeout = {:.0f}; SET default_transaction_isolation = 'read committed';
+    SET quote_all_identifiers = off; SELECT set_config('synchronous_commit',
         COALESCE(NULLIF(current_setting('synchronous_commit'), 'off'), 'on'), FALSE)
 """  # in milliseconds; a commit is on disk before it is answered, whatever is set later
 BACKEND = "SELECT pg_backend_pid(), pg_postmaster_start_time()::text"  # what serves a session
@@ -1932,7 +1932,7 @@ class Sqlite(_LastWrite):
                 connection.set_progress_handler(None, 0)
 
     def _check_log(self) -> None:
-        """Move a log that is too long into the database; raise Busy if other searches prevent it.
+        """Move a log that is too long into the database; raise Busy if other readers prevent it.
 
         SQLite writes to the beginning of its log again when no reader needs what is there.
         """
@@ -1940,7 +1940,7 @@ class Sqlite(_LastWrite):
         if Path(f"{os.path.realpath(self._path)}-wal").stat().st_size > 4096 * MAX_LOG:
             [[_, pages, moved]] = self.run("PRAGMA wal_checkpoint")
             if moved < pages > MAX_LOG:
-                raise Busy("other searches must end first; send it again", "SQLite's log is long")
+                raise Busy("other readers must end first; send it again", "SQLite's log is long")
 
     def lock(self, user_id: str) -> None:
         """Lock out other creates of the user until the transaction ends; SQLite has one writer."""
@@ -2230,6 +2230,7 @@ class Postgres(_LastWrite):
             self._pool.transaction(),
             self._pool.connection().cursor("rows") as cursor,  # the server keeps the rows
         ):
+            cursor.itersize = 1001  # rows in a statement: a page is one, for its time-out
             cursor.execute(sql, values)
             yield from cursor
 
@@ -2389,6 +2390,7 @@ def connect(
     """
     # Reads never wait, and a commit is on disk.
     pragmas = {"journal_mode": "wal", "synchronous": "full", "cache_size": str(-cache)}
+    pragmas["journal_size_limit"] = str(4096 * MAX_LOG)  # or a log that was longer stays so
     existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # never creates an empty file
     threads: dict[str, Any] = {"thread_safe": thread_safe, "check_same_thread": thread_safe}
     return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout, **threads)
@@ -3251,7 +3253,7 @@ def wsgi() -> App:
 # --- HTTP -----------------------------------------------------------------------------------------
 
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
-MAX_TARGET = 16 * 1024  # bytes; the longest query that taskd understands has about 15,000
+MAX_TARGET = 20 * 1024  # bytes; the longest query that taskd understands has about 16,300
 MAX_HEADERS = 256  # header lines
 MAX_TAIL = 300  # bytes of a head that are kept: its end may come in pieces, and so may an Origin
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
@@ -3278,7 +3280,7 @@ def malformed(why: str) -> falcon.HTTPError:
 
 def head_too_large() -> falcon.HTTPError:
     """Return the error for a request line and headers that exceed a limit."""
-    limits = f"{MAX_HEAD} bytes and {MAX_HEADERS} lines, and a path of at most {MAX_TARGET} bytes"
+    limits = f"{MAX_HEAD} bytes and {MAX_HEADERS} lines, with path and query in {MAX_TARGET}"
     return falcon.HTTPRequestHeaderFieldsTooLarge(description=f"send a head of at most {limits}")
 
 
@@ -3641,7 +3643,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def has_left(self) -> bool:
         """Return whether the client has closed the connection; safe to call from any thread."""
-        return not self.reader.unread and self._peek() == b""
+        return not self.connected or (not self.reader.unread and self._peek() == b"")
 
     def _peek(self) -> bytes | None:
         """Return the next byte, or b"" if the connection was closed, or None if nothing came."""
@@ -3794,8 +3796,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def _undelivered(self) -> int:
         """Return how many bytes the kernel has not delivered to the client yet."""
         try:
-            size = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
-            return int.from_bytes(size, sys.byteorder)
+            queued = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
+            return int.from_bytes(queued, sys.byteorder)
         except OSError:
             return 0
 
@@ -3898,8 +3900,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._database = cast(Sqlite, app.database)  # PostgreSQL never writes in the event loop
         self._searches = dispatcher(SEARCHES)
         self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
-        self.deadlines, self.stopping = Deadlines(), False
-        self.ready = FairQueue()
+        self.deadlines, self.ready, self.stopping = Deadlines(), FairQueue(), False
         self._calls: deque[Callable[[], None]] = deque()
         self._batch: Batch = []
         self._blocked: deque[tuple[float, ServerChannel]] = deque()  # writes, since when
@@ -3987,8 +3988,7 @@ class Server(waitress.server.TcpWSGIServer):
         """Run one round of the event loop; return whether a request was answered."""
         if self._blocked or self._paused:
             timeout = min(timeout, LOCK_RETRY if self._blocked else PAUSE)
-        if self.ready or self._batch:
-            timeout = 0
+        timeout = 0 if self.ready or self._batch else timeout
         for descriptor, events in self.poll.poll(timeout * POLL_SECOND):
             if descriptor in self._map:
                 wasyncore.readwrite(self._map[descriptor], events)

@@ -195,8 +195,8 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "255 headers": (get(HOST, *["X: y"] * 254), 200),
     "256 headers": (get(HOST, *["X: y"] * 255), 200),
     "257 headers": (get(HOST, *["X: y"] * 256), 431),
-    "a target of 16 KiB": (get(HOST, target="/healthz?" + "a" * (2**14 - 9)), 200),
-    "a longer target": (get(HOST, target="/healthz?" + "a" * (2**14 - 8)), 431),
+    "a target of 20 KiB": (get(HOST, target="/healthz?" + "a" * (20 * 1024 - 9)), 200),
+    "a longer target": (get(HOST, target="/healthz?" + "a" * (20 * 1024 - 8)), 431),
     "an upgrade": (get(HOST, "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings"), 200),
     # lengths
     "two lengths": (post(MILK, "Content-Length: 21", "Content-Length: 21"), 400),

@@ -739,7 +739,7 @@ def test_a_search_is_rejected_until_a_log_that_is_too_long_can_be_emptied(app, p
         other.execute("SELECT 1 FROM task").fetchall()
         for _ in range(3):
             app.store.add("alice", new_task())
-        with pytest.raises(taskd.Busy, match="other searches must end first"):
+        with pytest.raises(taskd.Busy, match="other readers must end first"):
             search_alone()
     search_alone()
     before = (path.with_name("taskd.db-wal").stat().st_size - 32) // 4120  # pages in the log
