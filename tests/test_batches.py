@@ -298,6 +298,28 @@ def test_the_time_of_a_pipelined_request_starts_when_it_was_received(
     assert all(float(milliseconds) >= 250 for milliseconds in times)
 
 
+WATCHES_ITS_CLIENT = """
+page = TaskStore.page
+def watch(self, *arguments):
+    end = time.monotonic() + 10
+    while not thread_state.client_has_left() and time.monotonic() < end:
+        time.sleep(0.01)
+    log.warning("the client has left: %s", time.monotonic() < end)
+    return page(self, *arguments)
+TaskStore.page = watch
+"""
+
+
+@pytest.mark.parametrize("more", [b"", b"G"], ids=["nothing more", "some of another request"])
+def test_a_search_is_told_that_its_client_has_left(start: Start, more: bytes) -> None:
+    server = start(before=WATCHES_ITS_CLIENT)
+    with Wire(server) as wire:
+        wire.send(written("GET", "/api/alice/tasks?q=x", user="alice") + more)
+        assert server.request("GET", "/healthz").status_code == 200
+        wire.reset()
+    until(lambda: "the client has left: True" in server.log, "it is told")
+
+
 SENDS_SLOWLY = """
 send = taskd.ServerChannel.send
 def slow(self, *arguments, **options):

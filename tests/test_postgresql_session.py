@@ -171,6 +171,18 @@ def test_rows_of_a_server_that_stops_are_waited_for_once(empty: str) -> None:
             os.kill(backend, signal.SIGCONT)
 
 
+def test_a_page_has_the_time_of_one_statement(empty: str) -> None:
+    settings = taskd.Settings(secret=SECRET, database_url=empty)
+    slow = "SELECT n, pg_sleep(0.002) FROM generate_series(1, 1001) n"
+    with (
+        closing(taskd.open_database(settings)) as database,
+        pytest.raises(taskd.Unavailable),
+        database.deadline(0.5),
+        closing(database.rows(slow)) as rows,
+    ):
+        list(rows)
+
+
 def test_sorted_lists_run_in_the_threads_for_searches(
     empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
