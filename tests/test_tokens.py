@@ -873,7 +873,7 @@ def test_a_token_passes_where_the_url_is_its_users_and_the_tasks_are_theirs(clie
         ("alice", "alice"),
     ],
 )
-@pytest.mark.parametrize("variable", ["REQUEST_URI", "RAW_URI"])  # of taskd and granian; gunicorn
+@pytest.mark.parametrize("variable", ["REQUEST_URI", "RAW_URI"])  # of taskd and uWSGI; of gunicorn
 def test_a_slash_is_part_of_a_user_id_where_it_is_encoded_and_only_there(
     client, user, subject, rest, variable
 ):
