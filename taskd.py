@@ -4084,7 +4084,7 @@ class Server(waitress.server.TcpWSGIServer):
         if channel.waiting_for == "reader":
             unsent = {one: one.unsent() for one in self.deadlines.since["reader"]}
             while sum(unsent.values()) > MAX_UNSENT:
-                slowest = next(iter(unsent))
+                slowest = max(unsent, key=unsent.__getitem__)
                 slowest.close_early("others need the memory of its unread answer")
                 del unsent[slowest]
 
