@@ -1937,7 +1937,7 @@ class Sqlite(_LastWrite):
         SQLite writes to the beginning of its log again when no reader needs what is there.
         """
         self._check_files()
-        if Path(f"{os.path.realpath(self._path)}-wal").stat().st_size > 4096 * MAX_LOG:
+        if any(file.stat().st_size > 4096 * MAX_LOG for file, _ in self._files[1:]):
             [[_, pages, moved]] = self.run("PRAGMA wal_checkpoint")
             if moved < pages > MAX_LOG:
                 raise Busy("other readers must end first; send it again", "SQLite's log is long")
@@ -3556,7 +3556,7 @@ class ServerTask(waitress.task.WSGITask):
             self.request.headers["CONNECTION"] = "close"
 
     def get_environment(self) -> dict[str, Any]:
-        """Return the WSGI environment, with the parser's error, if any, and when it was ready."""
+        """Return the WSGI environment, with the parser's error, if any, and the time of receipt."""
         environ: dict[str, Any] = super().get_environment()
         environ["REQUEST_METHOD"] = self.request.command  # waitress has it in capitals
         environ["taskd.refusal"] = self.request.refusal

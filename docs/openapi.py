@@ -69,6 +69,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
         ["home"],
     ),
 }
+EXAMPLE = {name: example for name, (_, example) in FIELDS.items()}
 
 
 def schema_of(kind: Any) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def examples(node: Any) -> Iterator[dict[str, Any]]:
 
 def complete(task: dict[str, Any]) -> dict[str, Any]:
     """Return an example of a task with all its members, in their order."""
-    given = {name: example for name, (_, example) in FIELDS.items()} | task
+    given = EXAMPLE | task
     return {name: given[name] for name in taskd.TaskView.__struct_fields__}
 
 
@@ -235,7 +236,7 @@ def generate(document: dict[str, Any]) -> dict[str, Any]:
         task.update(whole)
     create = document["paths"][TASKS]["post"]["requestBody"]
     full = create["content"]["application/json"]["examples"]["full"]
-    full["value"] = {name: example for name, (_, example) in FIELDS.items()}
+    full["value"] = EXAMPLE
     return document
 
 
