@@ -2605,7 +2605,7 @@ class Metrics:
         self._seconds = seconds("taskd_request_seconds", "Time to answer.", what)
         self._written = count("taskd_tasks_written", "Tasks.", ("change",))
         about = "Time of a statement, transaction or shared commit."
-        self._database_seconds = seconds("taskd_database_seconds", about, ("statement",))
+        self.database_seconds = seconds("taskd_database_seconds", about, ("statement",))
         build = prometheus.Info("taskd_build", "What runs.", registry=registry)
         build.info({"version": __version__})
         prometheus.ProcessCollector(registry=registry)
@@ -2613,25 +2613,18 @@ class Metrics:
     def process_response(self, req: Request, resp: Response, resource: object, ok: bool) -> None:
         """Count and time a request. Errors are logged and never affect the response."""
         if not req.context.refusal:
-            when_on_disk(partial(self._try_to_count, req, resp))
-
-    def _try_to_count(self, req: Request, resp: Response) -> None:
-        try:
-            self._count(req, resp)
-        except Exception:
-            log.exception("the metrics lack a request", extra={"id": req.context.id})
+            when_on_disk(partial(self._count, req, resp))
 
     def _count(self, req: Request, resp: Response) -> None:
         what = req.uri_template or "-", method_of(req)
-        self._requests.labels(*what, resp.status_code).inc()
-        self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
-        is_change = req.method in CHANGES and resp.status_code in (200, 201)
-        if is_change and not resp.get_header("Idempotency-Replayed"):
-            self._written.labels(CHANGES[req.method]).inc()
-
-    def timed(self, database: Database) -> Database:
-        """Return the database with its statements timed."""
-        return cast(Database, TimedDatabase(database, self._database_seconds))
+        try:
+            self._requests.labels(*what, resp.status_code).inc()
+            self._seconds.labels(*what).observe(time.perf_counter() - req.context.started)
+            is_change = req.method in CHANGES and resp.status_code in (200, 201)
+            if is_change and not resp.get_header("Idempotency-Replayed"):
+                self._written.labels(CHANGES[req.method]).inc()
+        except Exception:
+            log.exception("the metrics lack a request", extra={"id": req.context.id})
 
     def on_get(self, req: Request, resp: Response) -> None:
         """Answer with all metrics in Prometheus's text format."""
@@ -3186,11 +3179,12 @@ def header_name(name: str) -> str:
 
 def create_app(settings: Settings) -> App:
     """Return the WSGI application, put together. Raises SettingsError or DatabaseError."""
-    tokens, database = Tokens(settings), open_database(settings)
+    tokens = Tokens(settings)
+    database: Any = open_database(settings)
     tokens.fetch_keys()
     metrics = Metrics() if settings.metrics else None
     cors = Cors(settings.cors_origins) if settings.cors_origins else None
-    database = metrics.timed(database) if metrics else database
+    database = TimedDatabase(database, metrics.database_seconds) if metrics else database
     store = TaskStore(database, settings.max_tasks)
     context, auth = RequestContext(settings.trusted_proxies), AuthMiddleware(tokens)
     app = App(middleware=list(filter(None, (context, metrics, cors, auth))))
