@@ -1585,7 +1585,6 @@ def serve(
         announce(settings, port, user or [], port_file)
         end_with_stdin()
         taskd.serve(application, listener, settings)
-        application.store.close()
 
 
 def ephemeral_settings(directory: Path, given: list[str]) -> Settings:

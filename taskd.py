@@ -1694,10 +1694,6 @@ class TaskStore:
         while self._database.write(self._sql["expire_all"], before=before):
             pass
 
-    def close(self) -> None:
-        """Close this thread's connections; on PostgreSQL the idle ones of all threads."""
-        self._database.close()
-
     def _run(self, name: str, values: dict[str, Any]) -> list[Row]:
         return self._database.run(self._sql[name], **values)
 
@@ -3218,20 +3214,20 @@ def warn_about(settings: Settings) -> None:
         log.warning("without TASKD_ISSUER and TASKD_AUDIENCE tokens of other services are accepted")
 
 
-def expire_keys_hourly(store: TaskStore) -> None:
+def expire_keys_hourly(app: App) -> None:
     """Delete old idempotency keys, and the text in them, at the start and then every hour."""
     while True:
         try:
-            store.expire_keys()
+            app.store.expire_keys()
         except Unavailable as ex:
             log.warning("old idempotency keys stay for another hour: %s", ex.args[1])
-        store.close()  # an open connection could keep SQLite's log from being checkpointed
+        app.database.close()  # an open connection could keep SQLite's log from being checkpointed
         time.sleep(EXPIRY_INTERVAL)
 
 
-def start_expiry(store: TaskStore) -> None:
+def start_expiry(app: App) -> None:
     """Delete old idempotency keys in a thread of its own."""
-    threading.Thread(target=expire_keys_hourly, args=(store,), daemon=True).start()
+    threading.Thread(target=expire_keys_hourly, args=(app,), daemon=True).start()
 
 
 def wsgi() -> App:
@@ -3240,7 +3236,7 @@ def wsgi() -> App:
     configure_log(settings)
     warn_about(settings)
     app = create_app(settings)
-    start_expiry(app.store)
+    start_expiry(app)
     return app
 
 
@@ -4159,7 +4155,7 @@ def url_of(host: str, port: int) -> str:
 
 
 def serve(app: App, listener: socket.socket, settings: Settings) -> None:
-    """Serve the application on waitress until SIGTERM or SIGINT."""
+    """Serve the application on waitress until SIGTERM or SIGINT, then close its database."""
     # No line shows these; other WSGI servers may log them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     server = Server(
@@ -4184,6 +4180,7 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     server.run()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    app.database.close()
 
 
 def use_one_processor() -> None:
@@ -4302,11 +4299,10 @@ def main() -> None:
             print("taskd:", *str(ex).splitlines(), file=sys.stderr)
             sys.exit(2)
         warn_about(settings)
-        start_expiry(app.store)
+        start_expiry(app)
         if sys.platform == "linux" and settings.database_url.startswith("postgresql:"):
             threading.Thread(target=use_one_processor, daemon=True).start()
         serve(app, listener, settings)
-        app.store.close()
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., taskd.App]]:
     yield make
     taskd.thread_state.in_event_loop = True  # only the event loop closes its writer
     for app in made:
-        app.store.close()
+        app.database.close()
 
 
 @pytest.fixture

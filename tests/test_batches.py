@@ -80,7 +80,7 @@ def loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     made = Loop(path)
     yield made
-    made.store.close()
+    made.database.close()
 
 
 def test_writes_share_a_transaction_and_its_commit(loop: Loop, path: Path) -> None:
@@ -367,7 +367,7 @@ def test_a_lock_is_not_kept_for_a_client_that_has_left(server: Process, path: Pa
 @pytest.fixture
 def slow_disk(make_app: Callable[..., taskd.App], start: Start, path: Path) -> SlowDisk:
     """Start a taskd whose flushes, listed in the file trace, take so many seconds more."""
-    make_app().store.close()  # the flushes of the first start are done
+    make_app().database.close()  # the flushes of the first start are done
 
     def start_slow(seconds: float) -> Process:
         delay = f"inject=fsync,fdatasync:delay_exit={1_000_000 * seconds:.0f}"

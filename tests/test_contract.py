@@ -96,7 +96,7 @@ def settled(tmp_path_factory):
     alice = Person(testing.TestClient(app), "alice")
     alice.add()
     yield alice
-    app.store.close()
+    app.database.close()
 
 
 # --- Section 2: a task ----------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_ids_are_never_used_again_after_a_restart_either(make_app):
     first = Person(testing.TestClient(make_app()), "alice")
     assert [first.add()["id"] for _ in range(3)] == [1, 2, 3]
     assert first.call("DELETE", "/3").status_code == 200
-    first.client.app.store.close()
+    first.client.app.database.close()
     second = Person(testing.TestClient(make_app()), "alice")
     assert second.add()["id"] == 4
 
@@ -564,7 +564,7 @@ def test_concurrent_toggles_each_count(app, alice):
         try:
             return [alice.call("PATCH", "/1/complete").json["completed"] for _ in range(25)]
         finally:
-            app.store.close()
+            app.database.close()
 
     with ThreadPoolExecutor(4) as pool:
         states = [state for states in pool.map(toggle, range(4)) for state in states]
@@ -1136,7 +1136,7 @@ def emptied(tmp_path_factory):
 
     yield emptied
     for app, _ in made.values():
-        app.store.close()
+        app.database.close()
 
 
 @pytest.fixture
@@ -1152,7 +1152,7 @@ def answer(make_app, emptied, tmp_path, monkeypatch):
         if name == "broken":
             monkeypatch.setattr(app.store, "page", broken)
         if name == "unavailable":
-            app.store.close()
+            app.database.close()
             move_away(tmp_path / "taskd.db")
         headers = (headers or {}) | options.get("headers", {})
         response = alice.call(method, path, **(options | {"headers": headers}))

@@ -601,7 +601,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     client.simulate_post("/api/alice/tasks", json={"title": "x"})
     yield client
-    app.store.close()
+    app.database.close()
 
 
 @pytest.mark.sqlite("it is about a header")

@@ -806,7 +806,7 @@ MOMENTS = {
 def test_whatever_a_create_was_doing_when_it_died_repeating_it_makes_one_task(
     start: Start, make_app: Callable[..., taskd.App], path: Path, call: str, number: int, done: bool
 ) -> None:
-    make_app().store.close()  # the writes of the start are done
+    make_app().database.close()  # the writes of the start are done
     only = [] if call == "sendto" else ["-P", f"{path}-wal"]
     inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
     server = start(before=traced("-o", f"{path}.trace", *only, *inject))

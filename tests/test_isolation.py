@@ -107,7 +107,7 @@ class Isolation(RuleBasedStateMachine):
         self.model: dict[str, list[dict[str, Any]]] = {user: [] for user in USERS}
 
     def teardown(self) -> None:
-        self.app.store.close()
+        self.app.database.close()
         release(Path(self.directory.name, "taskd.db"))
         self.directory.cleanup()
 

@@ -179,7 +179,7 @@ def test_every_connection_writes_ahead_and_syncs_fully(app, alice, path):
                     for database in databases(app.store)
                 ]
             finally:
-                app.store.close()
+                app.database.close()
 
         assert pool.submit(pragmas).result() == [(2,)] * len(databases(app.store))
 
@@ -461,7 +461,7 @@ def test_a_write_waits_for_a_lock_that_goes_away_in_time(app, alice, path):
         try:
             return alice.call("PATCH", "/1/complete")
         finally:
-            app.store.close()
+            app.database.close()
 
     with connected(path) as other, ThreadPoolExecutor(1) as pool:
         other.execute("BEGIN IMMEDIATE")
@@ -516,7 +516,7 @@ def test_a_full_database_is_503_for_what_needs_room_and_recovers(app, alice):
 
 def test_a_database_that_is_away_is_503_and_comes_back_without_a_restart(app, alice, path):
     task = alice.add()
-    app.store.close()
+    app.database.close()
     away = path.parent.with_name("away")
     path.parent.rename(away)
     try:
@@ -534,7 +534,7 @@ def test_a_database_that_is_away_is_503_and_comes_back_without_a_restart(app, al
 
 def test_a_database_file_that_is_away_is_not_replaced_by_an_empty_one(app, alice, path):
     task = alice.add()
-    app.store.close()
+    app.database.close()
     path.rename(path.with_name("away.db"))
     assert_unavailable(alice.call("GET"))
     assert_unavailable(alice.call("POST", json={"title": "x"}))
@@ -545,17 +545,17 @@ def test_a_database_file_that_is_away_is_not_replaced_by_an_empty_one(app, alice
 
 def test_a_damaged_database_is_503_and_recovers_when_it_is_mended(app, alice, path):
     task = alice.add()
-    app.store.close()
+    app.database.close()
     good = path.read_bytes()
     for damaged in (b"x" * len(good), good[:100] + b"\xff" * (len(good) - 100), good[:50]):
         path.write_bytes(damaged)
         assert_unavailable(alice.call("GET"))
         for response in every_write(alice, 1):
             assert_unavailable(response)
-        app.store.close()
+        app.database.close()
         path.write_bytes(good)
         assert alice.call("GET").json == [task]
-        app.store.close()
+        app.database.close()
 
 
 def test_a_full_disk_is_503_and_the_server_goes_on_when_there_is_room_again(server):
@@ -593,7 +593,7 @@ def test_concurrent_writers_of_one_process_never_meet_a_locked_database(app, ali
         try:
             return [alice.call("PATCH", "/1/complete").status_code for _ in range(20)]
         finally:
-            app.store.close()
+            app.database.close()
 
     with ThreadPoolExecutor(6) as pool:
         statuses = [status for statuses in pool.map(write, range(6)) for status in statuses]
@@ -602,8 +602,8 @@ def test_concurrent_writers_of_one_process_never_meet_a_locked_database(app, ali
 
 def test_a_store_can_be_closed_twice_and_used_again(app, alice):
     alice.add()
-    app.store.close()
-    app.store.close()
+    app.database.close()
+    app.database.close()
     assert len(alice.call("GET").json) == 1
     assert SECRET not in repr(app.store)
 
@@ -616,7 +616,7 @@ def in_event_loop(app, monkeypatch):
     """Let this thread be the event loop, which must not wait."""
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     yield
-    app.store.close()
+    app.database.close()
 
 
 def titles(store: taskd.TaskStore) -> list[str]:
@@ -707,7 +707,7 @@ def test_only_so_many_writes_wait(path, monkeypatch):
     store = taskd.TaskStore(database)
     with ThreadPoolExecutor(1) as another:
         database._turn.acquire()
-        waiting = another.submit(lambda: (store.add("alice", new_task()), store.close()))
+        waiting = another.submit(lambda: (store.add("alice", new_task()), database.close()))
         deadline = time.monotonic() + DEADLINE
         while database._queue._free and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -719,7 +719,7 @@ def test_only_so_many_writes_wait(path, monkeypatch):
         database._turn.release()
         assert waiting.result(DEADLINE)[0].task.id == 1
     assert store.add("alice", new_task()).task.id == 2
-    store.close()
+    database.close()
 
 
 def pragma(database: peewee.SqliteDatabase, name: str) -> object:

@@ -1485,7 +1485,7 @@ def broken_server(app: taskd.App, sabotage: Callable[[Environ], None]) -> Iterat
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
-            pool.submit(app.store.close)  # the connection of that thread
+            pool.submit(app.database.close)  # the connection of that thread
 
 
 @pytest.mark.parametrize("sabotage", SABOTAGE, ids=lambda sabotage: sabotage.__name__)

@@ -65,7 +65,7 @@ def kept(tmp_path: Path) -> Path:
     store.add("bob", new(title="Sleep"))
     store.add("alice", new(title=ODD, description="2 litres"))
     store.add("alice", new(title="Rest", completed=True))
-    store.close()
+    database.close()
     return tmp_path
 
 

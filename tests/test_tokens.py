@@ -56,7 +56,7 @@ def client(tmp_path_factory):
     client = testing.TestClient(app)
     client.simulate_post("/api/alice/tasks", headers=bearer("alice"), json={"title": "Milk"})
     yield client
-    app.store.close()
+    app.database.close()
 
 
 class WhoAmI:
