@@ -310,7 +310,7 @@ def settings(as_json: AsJson = False) -> None:
     effective, dotenv, shown = Settings.load(), taskd.read_dotenv(DOTENV), {}
     for field in dataclasses.fields(effective):
         variable, value = field.metadata["variable"], getattr(effective, field.name)
-        value = "(set)" if field.metadata["secret"] and value else without_password(value)
+        value = "(set)" if value and not field.repr else without_password(value)
         source = str(DOTENV) if dotenv.get(variable) else "default"
         source = "environment" if os.environ.get(variable) else source
         shown[variable] = value if as_json else f"{printable(value)}  ({source})"

@@ -227,30 +227,28 @@ def _address(text: str) -> str:
         raise ValueError(f"must be written with valid IP addresses: {ex}") from None
 
 
-def _env(variable: str, default: Any, rule: str, pattern: str = "", parse: Any = str) -> Any:
+def _env(variable: str, default: Any, rule: str, pattern: str = "(?s).+", parse: Any = str) -> Any:
     """Declare a setting: variable, default, rule ("must be …"), pattern of its text, parser."""
-    secret = variable.startswith("BETTER_AUTH_SECRET")
-    metadata = {"variable": variable, "rule": rule, "pattern": pattern or "(?s).+", "parse": parse}
-    metadata["secret"] = secret
-    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+    metadata = {"variable": variable, "rule": rule, "pattern": pattern, "parse": parse}
+    return dataclasses.field(default=default, metadata=metadata, repr="SECRET" not in variable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What an operator can change; each setting is declared once."""
 
-    secret: str | None = _env("BETTER_AUTH_SECRET", None, "shared with Better Auth", "", _secret)
-    secrets: tuple[str, ...] = _env("BETTER_AUTH_SECRETS", (), '"2:new,1:old"', "", _secrets)
+    secret: str | None = _env("BETTER_AUTH_SECRET", None, "shared with Better Auth", parse=_secret)
+    secrets: tuple[str, ...] = _env("BETTER_AUTH_SECRETS", (), '"2:new,1:old"', parse=_secrets)
     database_url: str = _env("DATABASE_URL", "sqlite:///taskd.db", DATABASES, DATABASE)
     host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", HOST_NAME)
     port: int = _env("TASKD_PORT", 8000, "a port, or 0 for any free one", "[0-9]{1,5}", _port)
     threads: int = _env("TASKD_THREADS", 16, "a number from 2 to 99", "[2-9]|[1-9][0-9]", int)
-    cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGINS, "", _origins)
+    cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGINS, parse=_origins)
     jwks_url: str | None = _env("TASKD_JWKS_URL", None, KEY_SETS, KEY_SET_URL, _key_set_url)
     issuer: str | None = _env("TASKD_ISSUER", None, "the iss that a token must have")
     audience: str | None = _env("TASKD_AUDIENCE", None, "the aud that a token must have")
     metrics: bool | None = _env("TASKD_METRICS", None, "1 or 0", "[01]", lambda text: text == "1")
-    trusted_proxies: tuple[str, ...] = _env("TASKD_TRUSTED_PROXY", (), PROXIES, "", _addresses)
+    trusted_proxies: tuple[str, ...] = _env("TASKD_TRUSTED_PROXY", (), PROXIES, parse=_addresses)
     max_tasks: int | None = _env("TASKD_MAX_TASKS", None, TASK_LIMIT, "[1-9][0-9]{0,15}", int)
     log_level: str = _env("TASKD_LOG", "info", "one of " + LEVELS, LEVELS)
     log_format: str | None = _env("TASKD_LOG_FORMAT", None, "text or json", "text|json")
