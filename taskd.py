@@ -1777,9 +1777,9 @@ SESSION = """
 BACKEND = "SELECT pg_backend_pid(), pg_postmaster_start_time()::text"  # what serves a session
 MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
 TABLES = tuple(model._meta.table_name for model in MODELS)
-LOCK_TIMEOUT = 4.0  # seconds that a write waits for SQLite's or PostgreSQL's lock
+# Seconds that a write waits for other threads of this process, and then for the database's lock.
+LOCK_TIMEOUT = 4.0
 LOCK_RETRY = 0.01  # seconds until a write that waits for SQLite's lock is tried again
-WRITE_TURN_TIMEOUT = 4.0  # seconds that a thread waits for other writes of this process
 MAX_LOG = 16 * 1024  # pages (of 4 KiB) of SQLite's log; searches that overlap make it longer
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
@@ -1962,7 +1962,7 @@ class Sqlite(_LastWrite):
             yield
             return
         with self._queue.place():  # SQLite's own busy handler is unfair to threads that wait
-            if not self._turn.acquire(timeout=WRITE_TURN_TIMEOUT):
+            if not self._turn.acquire(timeout=LOCK_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
         try:
             self._check_files()

@@ -47,7 +47,6 @@ def path(tmp_path):
 def small_patience(monkeypatch):
     """Make applications wait briefly for a lock; name this fixture before `app`."""
     monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.05)
-    monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", 0.05)
 
 
 @contextmanager
@@ -692,7 +691,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path):
 
 
 def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):
-    monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", 0.05)
+    monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.05)
     for _ in range(3):  # each gives its place in the queue back
         with app.store._database._turn, pytest.raises(taskd.Unavailable) as caught:
             app.store.add("alice", new_task())
@@ -701,7 +700,7 @@ def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, mon
 
 
 def test_only_so_many_writes_wait(path, monkeypatch):
-    monkeypatch.setattr(taskd, "WRITE_TURN_TIMEOUT", DEADLINE)
+    monkeypatch.setattr(taskd, "LOCK_TIMEOUT", DEADLINE)
     monkeypatch.setattr(taskd, "PLACE_TIMEOUT", 0.05)
     database = taskd.Sqlite(str(path), waiting=1)
     store = taskd.TaskStore(database)
