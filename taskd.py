@@ -1762,6 +1762,9 @@ def _replayed(answer: str) -> Stored:
 SCHEMA = shipped("schema.sql")
 MIGRATIONS = shipped("migrations")
 VERSION = 3  # of the schema; migrations/N.sql makes version N from the one before it
+# A statement of a script, up to a semicolon at the end of a line, where a comment may follow.
+# sqlite3's `executescript` would commit first.
+STATEMENT = re.compile(r"(?ms).+?;(?: *--[^\n]*)?$")
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 MIN_SQLITE = (3, 35)  # the first with RETURNING
 MIN_FREE_SPACE = 256 * 1024  # bytes of free space; below it SQLite cannot store every task
@@ -2446,8 +2449,9 @@ def migrate(database: peewee.Database, version: int, translate: Callable[[str], 
     """Run the scripts from this version to the newest, or schema.sql for version 0."""
     numbers = range(version + 1, VERSION + 1)
     scripts = [MIGRATIONS / f"{number}.sql" for number in numbers] if version else [SCHEMA]
-    for statement in itertools.chain(*map(statements, scripts)):
-        database.execute_sql(translate(statement))
+    for script in scripts:
+        for statement in re.findall(STATEMENT, script.read_text()):
+            database.execute_sql(translate(statement))
     if not About.update(version=VERSION).execute(database):
         About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
 
@@ -2511,16 +2515,6 @@ def _copy_beside(path: str, version: int) -> Path:
         part.rename(copy)
     log.info("%s is kept as %s before its migration", path, copy)
     return copy
-
-
-def statements(script: Path) -> Iterator[str]:
-    """Yield the statements of an SQL script; sqlite3's `executescript` would commit first."""
-    statement = ""
-    for line in script.read_text().splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
 
 
 def schema_differences(database: peewee.Database, describe: Callable[[Any], set[str]]) -> str:
