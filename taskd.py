@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -768,6 +769,12 @@ def _header(token: str) -> dict[str, Any]:
     return header
 
 
+def bearer_token(authorization: str) -> str:
+    """Return the token in the value of an Authorization header, or "" (RFC 6750, section 2.1)."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip(" ") if scheme.lower() == "bearer" else ""
+
+
 class Tokens:
     """Verify JWTs (RFC 7519): HS256 with the shared secret, or signed with a key of the key set."""
 
@@ -1353,13 +1360,15 @@ def read_key(req: Request) -> str | None:
 
 # --- Store ----------------------------------------------------------------------------------------
 
-CHUNK = 100  # tasks of a list that are read and sent at once
-SORTED_CHUNK = 20_000  # the same where reading a chunk sorts all tasks of the user
-MAX_CHUNK = 4 * 1024 * 1024  # bytes of JSON, after which such a chunk ends
-MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page ends
+CHUNK = 100  # tasks that the first part of a list has
+LONG_CHUNK = 20_000  # tasks that each other part has, and all parts of a sorted list
+MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page or a part of a list ends
+MAX_SORTED = 4 * MAX_PAGE  # the same for a sorted list: each part sorts all tasks of the user
 SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
+OTHER_SEARCHES = "other searches of yours are still running; wait until one ends"
+EXPIRY_PAUSE = 0.05  # seconds between two deletions of old keys, in which other writes begin
 IDEMPOTENCY_WINDOW = timedelta(hours=24)  # in which a create can be repeated with its key
 DIGESTED = ("title", "description", "completed")  # part of the digest even with their defaults
 CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
@@ -1433,6 +1442,7 @@ SHOWN = [getattr(Task, name) for name in TaskView.__struct_fields__]
 CONVERTERS: dict[Any, Any] = {peewee.BooleanField: bool, TagsField: TagsField().python_value}
 CONVERTED = [(n, CONVERTERS[kind]) for n, kind in enumerate(map(type, SHOWN)) if kind in CONVERTERS]
 Row = tuple[Any, ...]
+Page = tuple[bytes, Listing | None]  # tasks as a JSON array, and where more follow
 
 
 class Stored(Struct, frozen=True):
@@ -1482,8 +1492,10 @@ def queries() -> dict[str, Any]:
     new = {name: placeholder(name) for name in names}
     key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
     old = IdempotencyKey.created_at < placeholder("before")
-    some_old = IdempotencyKey.select(IdempotencyKey.id).where(old).limit(peewee.SQL("500"))
-    expired = IdempotencyKey.delete().where(IdempotencyKey.id.in_(some_old))
+    by_age = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id)
+    expired = IdempotencyKey.delete().where(
+        IdempotencyKey.id.in_(by_age.limit(peewee.SQL("500"))), old
+    )
     claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
     theirs = Task.select(Task.id).where(owned_by_user(Task))
     counted = theirs.limit(placeholder("limit"))
@@ -1560,25 +1572,32 @@ class TaskStore:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def turn(self, user_id: str, listing: Listing) -> Iterator[None]:
-        """Limit how many searches, which read all tasks of a user, run and how long; raise Busy."""
+    def turn(self, user_id: str, listing: Listing) -> Iterator[Callable[[Listing], Page]]:
+        """Yield the function that reads pages; raise Busy if the user has too many searches."""
         if not self._is_search(user_id, listing):
-            yield
+            yield partial(self.page, user_id)
             return
         if thread_state.in_event_loop:
             raise SearchWouldBlock
         _check_client()
-        with self._search_place(user_id):
-            end = time.monotonic() + SEARCH_TIME
-            try:
-                with self._database.deadline(SEARCH_TIME):
-                    yield
-            except Unavailable as ex:
-                _check_client()
-                if time.monotonic() < end:
-                    raise
-                detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
-                raise Busy(detail, str(ex)) from ex
+        with self._lock:
+            new = PlaceQueue(SEARCHES_OF_USER, partial(Busy, OTHER_SEARCHES, "busy"), PLACE_TIMEOUT)
+            places = self._searches.setdefault(user_id, new)
+        with places.place():
+            yield partial(self._search, user_id)
+
+    def _search(self, user_id: str, listing: Listing) -> Page:
+        """Read a page, or raise Busy after SEARCH_TIME or without the client."""
+        end = time.monotonic() + SEARCH_TIME
+        try:
+            with self._database.deadline(SEARCH_TIME):
+                return self.page(user_id, listing, end)
+        except Unavailable as ex:
+            _check_client()
+            if time.monotonic() < end:
+                raise
+            detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
+            raise Busy(detail, str(ex)) from ex
 
     def _is_search(self, user_id: str, listing: Listing) -> bool:
         """Say whether a page reads texts, or each task of a user who has more than CHUNK."""
@@ -1591,32 +1610,26 @@ class TaskStore:
             return bool(self._database.run(self._sql["long"], user_id=user_id))
         return True
 
-    def _search_place(self, user_id: str) -> contextlib.AbstractContextManager[None]:
-        detail = "other searches of yours are still running; wait until one ends"
-        new = PlaceQueue(SEARCHES_OF_USER, partial(Busy, detail, "busy"), PLACE_TIMEOUT)
-        with self._lock:
-            return self._searches.setdefault(user_id, new).place()
-
-    def page(self, user_id: str, listing: Listing) -> tuple[bytes, Listing | None]:
+    def page(self, user_id: str, listing: Listing, end: float = math.inf) -> Page:
         """Return the JSON array of the user's tasks, and the listing of those that follow.
 
-        With a limit they are at most so many, and about MAX_PAGE bytes; without one they are the
-        next CHUNK, or SORTED_CHUNK where each chunk sorts all tasks again.
+        With a limit they are at most so many; without one they are the next part of a list.
+        Raises Unavailable if a page of many statements is not whole at `end` (time.monotonic).
         """
-        size = listing.limit or (CHUNK if listing.is_by_id else SORTED_CHUNK)
+        size = listing.limit or (LONG_CHUNK if listing.after or not listing.is_by_id else CHUNK)
         sql, values = self._page_statement(listing)
         values |= {"user_id": user_id, "limit": size + 1}
-        room = MAX_PAGE if listing.limit else MAX_CHUNK
+        room = MAX_PAGE if listing.limit or listing.is_by_id else MAX_SORTED
         if size <= CHUNK:
             found = self._database.run(sql, **values)
             tasks = [view(row) for row in found[:size]]
             after = (found[size - 1][-1], tasks[-1].id) if len(found) > size else None
             page = to_json(tasks)
             if len(page) > room:
-                page, after = _fill_page(found, size, room)
+                page, after = _fill(found, size, room, end)
         else:
             with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
-                page, after = _fill_page(rows, size, room)
+                page, after = _fill(rows, size, room, end)
         return page, after and msgspec.structs.replace(listing, after=after)
 
     def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
@@ -1690,7 +1703,7 @@ class TaskStore:
         """Delete all expired idempotency keys, in batches so that no write waits long."""
         before = timestamp(datetime.now(UTC) - IDEMPOTENCY_WINDOW)
         while self._database.write(self._sql["expire_all"], before=before):
-            pass
+            time.sleep(EXPIRY_PAUSE)
 
     def _run(self, name: str, values: dict[str, Any]) -> list[Row]:
         return self._database.run(self._sql[name], **values)
@@ -1713,12 +1726,14 @@ def view(row: Row) -> View:
     return TaskView(*values)
 
 
-def _fill_page(rows: Iterable[Row], limit: int, room: int) -> tuple[bytes, Position | None]:
+def _fill(rows: Iterable[Row], limit: int, room: int, end: float) -> tuple[bytes, Position | None]:
     """Return the JSON of at most `limit` tasks, of about `room` bytes, and where more follow."""
     tasks, after = list[bytes](), None
     for row in rows:
         if len(tasks) == limit or room <= 0:
             break
+        if time.monotonic() > end:
+            raise Unavailable("the database", "it takes too long")
         task = view(row)
         tasks.append(to_json(task))
         after, room = (row[-1], task.id), room - len(tasks[-1])
@@ -1782,13 +1797,16 @@ MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by
 TABLES = tuple(model._meta.table_name for model in MODELS)
 # Seconds that a write waits for other threads of this process, and then for the database's lock.
 LOCK_TIMEOUT = 4.0
+MIGRATION_TIMEOUT = 60.0  # seconds that a start waits for another one, which may be migrating
 LOCK_RETRY = 0.01  # seconds until a write that waits for SQLite's lock is tried again
 MAX_LOG = 16 * 1024  # pages (of 4 KiB) of SQLite's log; searches that overlap make it longer
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
 TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
+ROWS_AT_ONCE = 50  # read from PostgreSQL; all columns of a task together have up to 45 kB
 CONNECT_PATIENCE = 0.8  # seconds that requests wait for each new connection to PostgreSQL
 TRANSACTION = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
 SAVEPOINT = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
+MANY_WRITES = partial(Unavailable, "the database", "too many writes are waiting")
 SLOW_COMMIT = 0.002  # seconds; if commits take longer, the event loop does not wait for them
 
 
@@ -1813,11 +1831,6 @@ def open_database(settings: Settings, statement_timeout: float = 2 * LOCK_TIMEOU
 def compiled(query: peewee.Query, database: peewee.Database) -> str:
     """Return the SQL of a query all of whose values are parameters."""
     return str(database.get_sql_context().sql(query).query()[0])
-
-
-def write_queue(places: int) -> PlaceQueue:
-    """Return places for threads that write: fewer than threads, so that reads always find one."""
-    return PlaceQueue(places, partial(Unavailable, "the database", "too many writes are waiting"))
 
 
 class _LastWrite:
@@ -1875,7 +1888,7 @@ class Sqlite(_LastWrite):
                     raise DatabaseError(f"{path} cannot be opened: {ex}") from None
                 time.sleep(LOCK_RETRY)  # SQLite itself does not wait to begin its log
         self.peewee = self._worker_connection  # for taskctl's own queries
-        self._queue, self._turn = write_queue(waiting), threading.Lock()
+        self._queue, self._turn = PlaceQueue(waiting, MANY_WRITES), threading.Lock()
         self._committing, self._commit_time = False, 0.0  # seconds
 
     def compile(self, query: peewee.Query) -> str:
@@ -2158,7 +2171,7 @@ class PostgresPool(peewee.PostgresqlDatabase):
         for last in (False, False, False, False, True):
             connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
             self._prefer(connection.info)
-            connection.wait = partial(connection.wait, timeout=self.answer_timeout)
+            connection.wait = lambda gen, w=connection.wait: w(gen, timeout=self.answer_timeout)
             try:  # after connecting: PgBouncer refuses settings in the start-up packet
                 connection.execute(self.session_settings)
                 return connection
@@ -2188,15 +2201,15 @@ class Postgres(_LastWrite):
         self._pool = self.peewee = PostgresPool(settings.database_url, **parameters)
         session = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
         self._pool.session_settings = session
-        self._queue = write_queue(settings.threads * 3 // 4)
+        # Fewer places than threads, so that reads always find a thread.
+        self._queue = PlaceQueue(settings.threads * 3 // 4, MANY_WRITES)
         self._unusable = (peewee.PeeweeException, PsycopgError)
         try:
             self._prepare(settings.database)
         except (*self._unusable, ValueError) as ex:
+            self.close()
             why = first_line(ex)
             raise DatabaseError(f"{settings.database} cannot be opened: {why}") from None
-        finally:
-            self.close()
         if statement_timeout:
             self._pool.answer_timeout, self._pool.patience = statement_timeout + 1, CONNECT_PATIENCE
 
@@ -2224,9 +2237,9 @@ class Postgres(_LastWrite):
             self._pool.transaction(),
             self._pool.connection().cursor("rows") as cursor,  # the server keeps the rows
         ):
-            cursor.itersize = 1001  # rows in a statement: a page is one, for its time-out
             cursor.execute(sql, values)
-            yield from cursor
+            while rows := cursor.fetchmany(ROWS_AT_ONCE):
+                yield from rows
 
     def lock(self, user_id: str) -> None:
         """Lock out other creates of the user that lock too, until the transaction ends."""
@@ -2458,7 +2471,7 @@ def migrate(database: peewee.Database, version: int, translate: Callable[[str], 
 
 def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
     database.register_function(lambda text: text and text.casefold(), "casefold", 1)
-    database.execute_sql("PRAGMA busy_timeout = 60000")  # another start may be migrating it
+    database.execute_sql(f"PRAGMA busy_timeout = {1000 * MIGRATION_TIMEOUT:.0f}")
     database.execute_sql("BEGIN IMMEDIATE")
     version = schema_version(database)  # another process may have migrated it meanwhile
     copy = _copy_beside(path, version) if 0 < version < VERSION else None
@@ -2576,8 +2589,6 @@ def method_of(req: Request) -> str:
 class Metrics:
     """Prometheus metrics, labelled by route template and kind of statement, never by user."""
 
-    public = True
-
     def __init__(self) -> None:
         import prometheus_client as prometheus  # loaded only where metrics are asked for
 
@@ -2686,11 +2697,11 @@ HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(, ?[A-Za-z0-9!#$%&'*+.^_
 class AuthMiddleware:
     """Let a request for a user's tasks pass only with that user's token.
 
-    The user is left on `req.context.user`.
+    The user is left on `req.context.user`. Only the routes in `public` need no token.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens, public: Iterable[str]) -> None:
+        self._tokens, self._public = tokens, frozenset(public)
 
     def process_request(self, req: Request, resp: Response) -> None:
         """Route by the path as it was sent if a slash is encoded in it.
@@ -2707,11 +2718,10 @@ class AuthMiddleware:
     ) -> None:
         """Raise 401 without a good token, 403 for another user's URL.
 
-        This runs after routing, because the router reads `//api/...` as `/api/...`. Every resource
-        is private unless it says otherwise, and no resource learns the user from the URL: the
-        token's `sub` takes its place.
+        This runs after routing, because the router reads `//api/...` as `/api/...`. No resource
+        learns the user from the URL: the token's `sub` takes its place.
         """
-        if req.method == "OPTIONS" or getattr(resource, "public", False):
+        if req.method == "OPTIONS" or req.uri_template in self._public:
             return  # a CORS preflight carries no token
         req.context.user = user = self._authenticate(req)
         asked, path = params.pop("user_id", ""), req.env["PATH_INFO"]
@@ -2724,10 +2734,9 @@ class AuthMiddleware:
 
     def _authenticate(self, req: Request) -> User:
         """Return the user of the Authorization header, or raise 401 (RFC 6750, sections 2.1, 3)."""
-        scheme, _, token = (req.get_header("Authorization") or "").partition(" ")
-        error = ""
+        token, error = bearer_token(req.get_header("Authorization") or ""), ""
         try:
-            if scheme.lower() == "bearer" and (token := token.strip(" ")):
+            if token:
                 return self._tokens.verify(token)
             reason = "send the header Authorization: Bearer <JWT>, with the token from your login"
         except TokenError as ex:
@@ -2825,7 +2834,7 @@ NO_TASK = "you have no task with this id"
 MAX_LIST_IN_MEMORY = 512 * 1024  # bytes; a longer list goes into a file, which its client reads
 MAX_LISTS = 32  # such files at a time
 MAX_LISTS_OF_USER = 8
-MAX_LIST_BYTES = 1024 * 1024 * 1024  # in all of them
+MAX_LIST_BYTES = 2 * 1024 * 1024 * 1024  # in all of them; half of it in those of a user
 Piece = bytes | memoryview
 DOCS_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
@@ -2846,11 +2855,11 @@ class TaskResource:
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
         if listing == Listing(sort=listing.sort):  # of all tasks
             ListFile.check(user_id)
-        with self._store.turn(user_id, listing):
-            tasks, rest = self._store.page(user_id, listing)
-        if rest and not listing.limit:
-            self._list_all(req, resp, self._pieces(user_id, tasks, rest))
-            return
+        with self._store.turn(user_id, listing) as read:
+            tasks, rest = read(listing)
+            if rest and not listing.limit:
+                self._list_all(req, resp, json_pieces(read, tasks, rest))
+                return
         resp.data = tasks
         if rest and rest.after:
             cursor = self._cursors.write(rest.after, user_id, rest.sort)
@@ -2894,16 +2903,6 @@ class TaskResource:
     on_head_collection = on_get_collection
     on_head = on_get
     on_patch = on_put
-
-    def _pieces(self, user_id: str, tasks: bytes, rest: Listing | None) -> Iterator[Piece]:
-        """Yield the JSON array of these tasks and the rest, read piece by piece."""
-        yield memoryview(tasks)[:-1]
-        while rest:
-            with self._store.turn(user_id, rest):
-                tasks, rest = self._store.page(user_id, rest)
-            yield b"," if tasks != b"[]" else b""
-            yield memoryview(tasks)[1:-1]
-        yield b"]"
 
     def _list_all(self, req: Request, resp: Response, pieces: Iterator[Piece]) -> None:
         """Answer with all pieces: from memory, or from a file if they are too many."""
@@ -2980,12 +2979,15 @@ class ListFile(io.FileIO):
             of_user = [user for user, _ in cls._sizes if user == user_id]
             if too_many or len(of_user) >= MAX_LISTS_OF_USER:
                 raise Busy("too many long lists are being read; wait until one ends", "busy")
+        if of_user and thread_state.in_event_loop:  # probably this list is long too
+            raise WouldBlock
 
     def _append(self, piece: Piece) -> None:
         self.size += len(piece)
         with self._lock:
             self._sizes[self._place] = self.size
-            if sum(self._sizes.values()) > MAX_LIST_BYTES:
+            own = sum(size for (user, _), size in self._sizes.items() if user == self._place[0])
+            if max(2 * own, sum(self._sizes.values())) > MAX_LIST_BYTES:
                 raise Busy("the long lists being read are too large; wait until one ends", "busy")
         while piece:
             piece = piece[self.write(piece) :]
@@ -3000,8 +3002,6 @@ class ListFile(io.FileIO):
 class HealthResource:
     """Liveness: the process answers. Or readiness: a check does not raise Unavailable."""
 
-    public = True
-
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self._check = check
 
@@ -3014,8 +3014,6 @@ class HealthResource:
 
 class FileResource:
     """A public file that belongs to taskd."""
-
-    public = True
 
     def __init__(self, name: str, content_type: str) -> None:
         self._content, self._content_type = shipped(name).read_bytes(), content_type
@@ -3031,13 +3029,23 @@ class FileResource:
 class RootResource:
     """The root, where a browser starts."""
 
-    public = True
-
     def on_get(self, req: Request, resp: Response) -> None:
         """Redirect to the page that describes the API."""
         resp.status, resp.location = falcon.HTTP_307, f"{req.root_path}/docs"
 
     on_head = on_get
+
+
+def json_pieces(
+    read: Callable[[Listing], Page], tasks: bytes, rest: Listing | None
+) -> Iterator[Piece]:
+    """Yield the JSON array of these tasks and the rest, read piece by piece."""
+    yield memoryview(tasks)[:-1]
+    while rest:
+        tasks, rest = read(rest)
+        yield b"," if tasks != b"[]" else b""
+        yield memoryview(tasks)[1:-1]
+    yield b"]"
 
 
 def parse_task_id(text: str) -> int:
@@ -3130,36 +3138,25 @@ def handle_unexpected(req: Request, resp: Response, ex: Exception, params: objec
 
 # --- App ------------------------------------------------------------------------------------------
 
-METHODS = frozenset(falcon.HTTP_METHODS)
 EXPIRY_INTERVAL = 3600  # seconds between two deletions of old idempotency keys
-HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 
 
 class App(falcon.App):  # type: ignore[type-arg]
-    """The WSGI application, and the store and the database that it answers from."""
+    """The WSGI application, and the parts that it is made of; `public` paths need no token."""
 
+    tokens: Tokens
     store: TaskStore
     database: Database
+    public: dict[str, Any]
 
     def __call__(self, env: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Answer a request; an unknown method is handled as TRACE.
 
         Falcon answers an unknown method with 400, but TRACE, which no route has, with 405.
         """
-        if env["REQUEST_METHOD"] not in METHODS:
+        if env["REQUEST_METHOD"] not in falcon.HTTP_METHODS:
             env["REQUEST_METHOD"], env["taskd.method"] = "TRACE", "unknown"
-
-        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
-            named = [(header_name(name), value) for name, value in headers]
-            return start_response(status, named, *more)
-
-        return super().__call__(env, start)
-
-
-@cache
-def header_name(name: str) -> str:
-    """Return a header's name as it is documented; Falcon has it in lower case."""
-    return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.split("-"))
+        return super().__call__(env, start_response)
 
 
 def create_app(settings: Settings) -> App:
@@ -3171,9 +3168,16 @@ def create_app(settings: Settings) -> App:
     cors = Cors(settings.cors_origins) if settings.cors_origins else None
     database = TimedDatabase(database, metrics.database_seconds) if metrics else database
     store = TaskStore(database, settings.max_tasks)
-    context, auth = RequestContext(settings.trusted_proxies), AuthMiddleware(tokens)
+    public = {
+        "/": RootResource(),
+        "/healthz": HealthResource(),
+        "/readyz": HealthResource(database.check),
+        "/openapi.json": FileResource("openapi.json", falcon.MEDIA_JSON),
+        "/docs": FileResource("docs/api.html", falcon.MEDIA_HTML),
+    } | ({"/metrics": metrics} if metrics else {})
+    context, auth = RequestContext(settings.trusted_proxies), AuthMiddleware(tokens, public)
     app = App(middleware=list(filter(None, (context, metrics, cors, auth))))
-    app.store, app.database = store, database
+    app.tokens, app.store, app.database, app.public = tokens, store, database, public
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
@@ -3183,13 +3187,8 @@ def create_app(settings: Settings) -> App:
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
     app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
-    app.add_route("/", RootResource())
-    app.add_route("/healthz", HealthResource())
-    app.add_route("/readyz", HealthResource(database.check))
-    if metrics:
-        app.add_route("/metrics", metrics)
-    app.add_route("/openapi.json", FileResource("openapi.json", falcon.MEDIA_JSON))
-    app.add_route("/docs", FileResource("docs/api.html", falcon.MEDIA_HTML))
+    for path, answer in public.items():
+        app.add_route(path, answer)
     return app
 
 
@@ -3437,6 +3436,7 @@ class RequestReader:
         request = self.request
         request.take_headers(self._lines)
         request.check_headers()
+        self._lines = []  # the request has them
         self.waiting_for, self._taken = "body", 0
         self._length = request.content_length
         chunked = request.headers.pop("TRANSFER_ENCODING", None)
@@ -3494,12 +3494,13 @@ MAX_BATCH = 100  # writes; a batch that has as many is committed at the end of t
 BATCH_TIME = 0.02  # seconds after which a batch is committed, even if each round adds a write
 ROUND_TIME = 0.02  # seconds of answering before the event loop looks at the sockets again
 MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
-MAX_UNSENT = 32 * 1024 * 1024  # bytes of all answers in memory that clients have not read yet
+# Bytes in memory of all requests that are not whole and answers that are not read yet.
+MAX_HELD = 32 * 1024 * 1024
 MAX_IN_MEMORY = 4 * 1024 * 1024  # bytes of an answer above which waitress would use a file
 MAX_CONNECTIONS = 16_000
 CONNECTIONS_OVER_LIMIT = 10  # accepted even when no other connection can be closed
 ACCEPTS_AT_ONCE = 500
-BACKLOG = 1024  # connections that the kernel accepts before taskd does
+BACKLOG = 4096  # connections that the kernel accepts before taskd does
 DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are answered
 # Seconds after SIGTERM: a wait for a lock or a fetch that begins later could outlast the drain.
 LAST_CALL = DRAIN_TIMEOUT - max(LOCK_TIMEOUT, KEYS_WAIT) - 0.5
@@ -3515,7 +3516,14 @@ DEADLINES = {  # what a connection waits for from its client: seconds
 }
 # What a connection is polled for in these states; in the others READABLE.
 EVENTS = {"reader": select.POLLOUT, "end": select.POLLIN, None: 0}
+HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 http_date = lru_cache(1)(waitress.utilities.build_http_date)
+
+
+@cache
+def header_name(name: str) -> str:
+    """Return a header's name as it is documented; Falcon has it in lower case."""
+    return "-".join(HEADER_WORDS.get(word, word.capitalize()) for word in name.split("-"))
 
 
 class ServerTask(waitress.task.WSGITask):
@@ -3548,7 +3556,7 @@ class ServerTask(waitress.task.WSGITask):
             self.set_close_on_finish()
         elif self.version == "1.0":
             self.response_headers.append(("Connection", "keep-alive"))
-        lines = [f"{name}: {value}" for name, value in self.response_headers]
+        lines = [f"{header_name(name)}: {value}" for name, value in self.response_headers]
         first = f"HTTP/{self.version} {self.status}\r\nDate: {http_date(int(time.time()))}"
         return "\r\n".join([first, *lines, "\r\n"]).encode("latin-1")
 
@@ -3678,9 +3686,12 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     @property
     def user(self) -> str:
-        """The user in the path, whose token the request must have; otherwise the route's name."""
-        route, _, rest = self.reader.request.path.strip("/").partition("/")
-        return rest.partition("/")[0] or route
+        """Whose turn the request takes: its user's, a public path's, or that of all strangers."""
+        request, app = self.reader.request, self.server.application
+        try:
+            return str(app.tokens.verify(bearer_token(request.headers.get("AUTHORIZATION", ""))).id)
+        except (TokenError, Unavailable, WouldBlock):
+            return request.path if request.path in app.public else ""
 
     def answer(self) -> None:
         """Run the application. Raises WouldBlock in the event loop if it has to wait.
@@ -3701,7 +3712,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Answer the request in a worker thread."""
         thread_state.client_has_left = self.has_left
         self.answer()
-        self.server.finish(self)
+        self.server.call_soon(self.answered)
 
     def answered(self) -> None:
         """Continue after (a part of) the answer was sent: with the rest, or the next request."""
@@ -3768,9 +3779,10 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def _flush_outbufs_below_high_watermark(self) -> None:
         """Do not wait, as waitress would: at most one answer is buffered."""
 
-    def unsent(self) -> int:
-        """Return how many bytes are buffered in memory until the client reads them."""
-        return sum(len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
+    def held(self) -> int:
+        """Return how many bytes of its request and answer are in memory."""
+        unread = (len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
+        return self._received + sum(unread)
 
     def _undelivered(self) -> int:
         """Return how many bytes the kernel has not delivered to the client yet."""
@@ -3895,11 +3907,7 @@ class Server(waitress.server.TcpWSGIServer):
         """Whether each new connection has to replace another one."""
         return len(self.active_channels) >= int(self.adj.connection_limit)
 
-    def finish(self, channel: ServerChannel) -> None:
-        """Have the event loop continue after an answer; called by worker threads."""
-        self._call_soon(partial(self._answered, channel))
-
-    def _call_soon(self, call: Callable[[], None]) -> None:
+    def call_soon(self, call: Callable[[], None]) -> None:
         """Call a function in the event loop; safe to call from any thread."""
         self._calls.append(call)
         self.trigger.pull_trigger()
@@ -4007,10 +4015,10 @@ class Server(waitress.server.TcpWSGIServer):
                 self.task_dispatcher.add_task(channel)
             else:
                 again = partial(self.ready.append, channel)
-                ex.until.add_done_callback(lambda _: self._call_soon(again))
+                ex.until.add_done_callback(lambda _: self.call_soon(again))
         else:
             if thread_state.uncommitted is None:
-                self._answered(channel)
+                channel.answered()
             else:
                 if not self._batch:
                     self._commit_at = time.monotonic() + BATCH_TIME
@@ -4045,7 +4053,7 @@ class Server(waitress.server.TcpWSGIServer):
         for channel, _ in batch:
             channel.watch(0)
         committed = partial(self._end_batch, batch)
-        done.add_done_callback(lambda _: self._call_soon(partial(committed, done.result())))
+        done.add_done_callback(lambda _: self.call_soon(partial(committed, done.result())))
 
     def _end_batch(self, batch: Batch, stored: bool) -> None:
         """Answer the requests of a batch, or run them again in worker threads if it failed."""
@@ -4053,19 +4061,10 @@ class Server(waitress.server.TcpWSGIServer):
             if stored:
                 for call in calls:
                     call()
-                self._answered(channel)
+                channel.answered()
             else:
                 channel.watch(0)
                 self.task_dispatcher.add_task(channel)
-
-    def _answered(self, channel: ServerChannel) -> None:
-        channel.answered()
-        if channel.waiting_for == "reader":
-            unsent = {one: one.unsent() for one in self.deadlines.since["reader"]}
-            while sum(unsent.values()) > MAX_UNSENT:
-                slowest = max(unsent, key=unsent.__getitem__)
-                slowest.close_early("others need the memory of its unread answer")
-                del unsent[slowest]
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -4073,10 +4072,21 @@ class Server(waitress.server.TcpWSGIServer):
             self._next_check = now + CHECK_INTERVAL
             for channel in list(self.deadlines.overdue()):
                 channel.expire()
+            self._limit_memory()
         if self._paused and now >= self._resume_at:
             resumed, self._paused = self._paused, []
             for paused in resumed:
                 paused.resume()
+
+    def _limit_memory(self) -> None:
+        """Close the connections that hold most, if all together hold more than MAX_HELD."""
+        since = self.deadlines.since
+        held = {one: one.held() for kind in ("head", "body", "reader") for one in since[kind]}
+        excess = sum(held.values()) - MAX_HELD
+        for channel in sorted(held, key=held.__getitem__, reverse=True) if excess > 0 else []:
+            if excess > 0:
+                channel.close_early("others need the memory of its request or answer")
+                excess -= held[channel]
 
     def resume(self) -> None:
         """Accept connections again after a pause."""
@@ -4147,6 +4157,9 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     """Serve the application on waitress until SIGTERM or SIGINT, then close its database."""
     # No line shows these; other WSGI servers may log them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    # M_ARENA_MAX of mallopt(3): two pools of memory, each of which keeps what its threads free.
+    with contextlib.suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(-8, 2)
     server = Server(
         app,
         _sock=listener,

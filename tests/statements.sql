@@ -54,10 +54,11 @@ DELETE
 -- expire_all
 DELETE
   FROM "idempotency_key"
-  WHERE ("idempotency_key"."id" IN (SELECT "idempotency_key"."id"
+  WHERE (("idempotency_key"."id" IN (SELECT "idempotency_key"."id"
   FROM "idempotency_key" AS "idempotency_key"
-  WHERE ("idempotency_key"."created_at" < :before)
+  ORDER BY "idempotency_key"."id"
   LIMIT 500))
+  AND ("idempotency_key"."created_at" < :before))
   RETURNING "idempotency_key"."id";
 
 -- claim

@@ -272,6 +272,22 @@ def test_many_old_keys_go_a_few_at_a_time(start: Start, tmp_path: Path) -> None:
     until(lambda: sql(path, "SELECT count(*) FROM idempotency_key") == [(0,)], "all are deleted")
 
 
+def test_while_many_old_keys_go_tasks_are_created(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "taskd.db"
+    assert start().terminate() == 0
+    old = taskd.timestamp(datetime.now(UTC) - timedelta(hours=25))
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 60000)"
+    columns = "idempotency_key (user_id, name, body, answer, created_at)"
+    sql(path, f"INSERT INTO {columns} {numbers} SELECT 'x', 'k' || i, '', '', '{old}' FROM n")
+    server = start()
+    for _ in range(5):
+        before = server.processor_time()
+        body = {"title": "Buy milk"}
+        assert server.request("POST", TASKS, body, bearer()).status_code == 201
+        assert server.processor_time() - before < 0.3
+    assert sql(path, "SELECT count(*) FROM idempotency_key") != [(0,)]
+
+
 @pytest.mark.both_engines
 def test_a_user_who_has_only_keys_can_be_purged(
     taskctl: Taskctl, server: Process, tmp_path: Path

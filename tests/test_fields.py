@@ -449,7 +449,7 @@ def test_a_user_with_many_tasks_is_sorted_and_filtered_in_a_thread_for_searches(
                 with pytest.raises(taskd.SearchWouldBlock), app.store.turn("alice", listing):
                     pass
             else:
-                with app.store.turn("alice", listing):
-                    assert app.store.page("alice", listing)
+                with app.store.turn("alice", listing) as read:
+                    assert read(listing)
         with app.store.turn("alice", taskd.Listing(completed=False, sort="-id")):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import itertools
 import json
@@ -603,8 +604,8 @@ def test_a_sorted_list_that_is_read_in_several_chunks_is_whole(
             due_date=[None, "2026-12-01"][number % 2],
         )
     expected = listed(alice, sort=sort)
-    monkeypatch.setattr(taskd, "SORTED_CHUNK", tasks)
-    monkeypatch.setattr(taskd, "MAX_CHUNK", size)
+    monkeypatch.setattr(taskd, "LONG_CHUNK", tasks)
+    monkeypatch.setattr(taskd, "MAX_SORTED", size)
     assert listed(alice, sort=sort) == expected
     assert len(expected) == 30
 
@@ -735,17 +736,24 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def page(self, *arguments: Any) -> Any:
-        self._pages -= 1
-        if self._pages == 0:
-            self._fail()
-        return self._store.page(*arguments)
+    @contextlib.contextmanager
+    def turn(self, user_id: str, listing: taskd.Listing) -> Iterator[Callable[..., Any]]:
+        with self._store.turn(user_id, listing) as read:
+
+            def read_or_fail(listing: taskd.Listing) -> Any:
+                self._pages -= 1
+                if self._pages == 0:
+                    self._fail()
+                return read(listing)
+
+            yield read_or_fail
 
 
 @pytest.mark.parametrize("pages", [2, 150])
 def test_a_list_whose_tasks_all_vanish_in_the_middle_is_an_array_all_the_same(
-    app: taskd.App, tmp_path: Path, pages: int
+    app: taskd.App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:
+    monkeypatch.setattr(taskd, "LONG_CHUNK", taskd.CHUNK)
     keep(tmp_path / "taskd.db", 20_000)
     store: Any = Failing(app.store, pages, lambda: sql(tmp_path / "taskd.db", "DELETE FROM task"))
     resource = taskd.TaskResource(store)
@@ -756,8 +764,9 @@ def test_a_list_whose_tasks_all_vanish_in_the_middle_is_an_array_all_the_same(
 
 @pytest.mark.parametrize("pages", [2, 150])
 def test_a_database_that_fails_in_the_middle_of_a_list_is_503(
-    app: taskd.App, tmp_path: Path, pages: int
+    app: taskd.App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:
+    monkeypatch.setattr(taskd, "LONG_CHUNK", taskd.CHUNK)
     keep(tmp_path / "taskd.db", 20_000)
 
     def fail() -> None:
@@ -788,7 +797,7 @@ def test_the_files_of_long_lists_are_bounded_in_number_and_together_in_size(
 ) -> None:
     monkeypatch.setattr(taskd, "MAX_LISTS", 3)
     monkeypatch.setattr(taskd, "MAX_LISTS_OF_USER", 2)
-    monkeypatch.setattr(taskd, "MAX_LIST_BYTES", 10)
+    monkeypatch.setattr(taskd, "MAX_LIST_BYTES", 12)
     many = ("too many long lists are being read; wait until one ends", "busy")
     large = ("the long lists being read are too large; wait until one ends", "busy")
 
@@ -800,11 +809,13 @@ def test_the_files_of_long_lists_are_bounded_in_number_and_together_in_size(
     with taskd.ListFile("alice", [b"12", b"34"]) as first, taskd.ListFile("alice", []) as second:
         assert (first.size, first.read(), second.size, second.read()) == (4, b"1234", 0, b"")
         assert refusal("alice") == many
-        assert refusal("bob", b"123", b"4567") == large
         with taskd.ListFile("bob", [b"123", b"456"]):
             assert refusal("carol") == many
-    with taskd.ListFile("alice", [b"1234567890"]) as whole:
-        assert whole.size == 10
+    with taskd.ListFile("alice", [b"1234"]), taskd.ListFile("bob", [b"123"]):
+        assert refusal("carol", b"123", b"456") == large
+        assert refusal("alice", b"123") == large, "a user has half of the room"
+    with taskd.ListFile("alice", [b"123456"]) as whole:
+        assert whole.size == 6
     whole.close()  # again
     with pytest.warns(ResourceWarning):
         taskd.ListFile("alice", [b"1"])  # nobody has it: it is closed

@@ -207,7 +207,7 @@ def test_a_newer_database_is_refused_in_one_line_and_left_as_it_was(
 def test_a_database_that_somebody_is_writing_to_is_refused_and_left_as_it_was(
     make_app: Callable[..., taskd.App], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(taskd, "MIGRATION_TIMEOUT", 0.1)
     make_old(path)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

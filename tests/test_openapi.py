@@ -364,7 +364,8 @@ def said_in_process(app: taskd.App, alice: Any, bob: Any) -> Iterator[Any]:
     for body in (b"x", b"", b" " * 70_000):
         yield alice.call("POST", body=body, headers=JSON)
     yield alice.call("POST", body=b"x", headers={"Content-Type": "text/plain"})
-    with app.store._search_place("alice"), app.store._search_place("alice"):
+    search = "alice", taskd.Listing(q="x")
+    with app.store.turn(*search), app.store.turn(*search):
         yield alice.call("GET", params={"q": "x"})
 
 

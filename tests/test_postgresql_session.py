@@ -171,16 +171,19 @@ def test_rows_of_a_server_that_stops_are_waited_for_once(empty: str) -> None:
             os.kill(backend, signal.SIGCONT)
 
 
-def test_a_page_has_the_time_of_one_statement(empty: str) -> None:
-    settings = taskd.Settings(secret=SECRET, database_url=empty)
-    slow = "SELECT n, pg_sleep(0.002) FROM generate_series(1, 1001) n"
-    with (
-        closing(taskd.open_database(settings)) as database,
-        pytest.raises(taskd.Unavailable),
-        database.deadline(0.5),
-        closing(database.rows(slow)) as rows,
-    ):
-        list(rows)
+def test_a_start_needs_one_connection_however_long_that_takes(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = taskd.PostgresPool.new_connection
+
+    def connect_slowly(pool: taskd.PostgresPool) -> Any:
+        time.sleep(taskd.CONNECT_PATIENCE + 0.3)
+        return connect(pool)
+
+    monkeypatch.setattr(taskd.PostgresPool, "new_connection", connect_slowly)
+    app = taskd.create_app(taskd.Settings(secret=SECRET, database_url=empty))
+    with closing(app.database):
+        assert app.store.get("alice", 1) is None
 
 
 def test_sorted_lists_run_in_the_threads_for_searches(
@@ -189,8 +192,8 @@ def test_sorted_lists_run_in_the_threads_for_searches(
     settings = taskd.Settings(secret=SECRET, database_url=empty)
     with closing(taskd.open_database(settings)) as database:
         store, listing = taskd.TaskStore(database), taskd.Listing(sort="title")
-        with store.turn("alice", listing):
-            assert store.page("alice", listing) == (b"[]", None)
+        with store.turn("alice", listing) as read:
+            assert read(listing) == (b"[]", None)
         monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
         with pytest.raises(taskd.SearchWouldBlock), store.turn("alice", listing):
             pass

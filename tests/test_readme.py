@@ -244,7 +244,13 @@ def test_the_limits_of_what_a_client_may_send_are_those_of_the_guide() -> None:
     assert limits["a body"] == f"{body}, {wait['body']}"
     waiting = "an answer of which the client reads nothing, an idle connection"
     assert limits[waiting] == f"{wait['reader']}, {wait['request']}"
-    lists = f"{taskd.MAX_LISTS_OF_USER} of a user, {taskd.MAX_LISTS} in all, 1 GiB"
+    held = "requests that are not whole and answers that are not read, in memory"
+    assert limits[held] == f"{taskd.MAX_HELD >> 20} MiB in all"
+    room = taskd.MAX_LIST_BYTES >> 30
+    lists = (
+        f"{taskd.MAX_LISTS_OF_USER} of a user, {taskd.MAX_LISTS} in all;"
+        f" {room // 2} GiB of a user, {room} GiB in all"
+    )
     assert limits["lists over 512 KiB that are being read"] == lists
     assert limits["a write that waits for another process"] == f"{taskd.LOCK_TIMEOUT:.0f} s"
 

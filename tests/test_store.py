@@ -730,8 +730,8 @@ def test_a_search_is_rejected_until_a_log_that_is_too_long_can_be_emptied(app, p
     search, database = taskd.Listing(q="x"), app.store._database
 
     def search_alone() -> None:
-        with app.store.turn("alice", search):
-            app.store.page("alice", search)
+        with app.store.turn("alice", search) as read:
+            read(search)
 
     with connected(path) as other:
         other.execute("BEGIN")
