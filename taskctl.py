@@ -306,7 +306,7 @@ def write_secret() -> None:
 
 @app.command()
 def settings(as_json: AsJson = False) -> None:
-    """Show the effective settings, and where each comes from. Secrets are masked."""
+    """Show the effective settings, and, without --json, where each comes from; masks secrets."""
     effective, dotenv, shown = Settings.load(), taskd.read_dotenv(DOTENV), {}
     for field in dataclasses.fields(effective):
         variable, value = field.metadata["variable"], getattr(effective, field.name)
@@ -555,7 +555,7 @@ def check_filter(parameter: CallbackParam, value: Any) -> Any:
     if taskd.SURROGATE.search("".join(values)):
         raise BadParameter("must be UTF-8")
     if value not in (None, []) and (wrong := taskd.wrong_parameter(parameter.name or "", values)):
-        raise BadParameter(wrong)
+        raise BadParameter(wrong.partition(", in which + ")[0])  # that is for a URL
     return value
 
 
@@ -1417,6 +1417,7 @@ class SmokeClient:
         for path in ("/healthz", "/readyz"):
             call("GET", path, 200, shows={"status": "ok"})
         call("GET", "/openapi.json", 200, shows={"openapi": "3.1.0"})
+        call("HEAD", "/docs", 200)
         call("GET", tasks, 401)
         self._headers["Authorization"] = f"Bearer {self._token}"
         call("GET", "/api/somebody-else/tasks", 403)
@@ -1594,7 +1595,7 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
     values |= {"TASKD_LOG": "warning", "DATABASE_URL": f"sqlite:///{directory / 'taskd.db'}"}
     for name, equals, value in (text.partition("=") for text in given):
         if not equals or name not in known - {"DATABASE_URL"}:
-            raise BadParameter(f"--set takes VARIABLE=VALUE, but not DATABASE_URL: {name!r}")
+            raise BadParameter(f"--set takes VARIABLE=VALUE of a setting, not {name!r}")
         values[name] = value
     settings = Settings.load(values, directory / ".env")
     if not signing_secrets(settings):

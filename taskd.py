@@ -138,7 +138,7 @@ ORIGIN = re.compile(
     r"((https?)://(?:\[([0-9a-f:]+)\]|[a-z0-9._-]+)"
     r"|(?:capacitor|ionic|tauri|[a-z-]+-extension)://[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?"
 )
-ORIGINS = "origins such as https://a.example, with commas"
+ORIGINS = "origins such as https://a.example, in lower case, without a path, with commas"
 PROXIES = "IP addresses, with commas, or * for any"
 LEVELS = "debug|info|warning|error"
 TASK_LIMIT = "a whole number from 1: the most tasks that a user may have"
@@ -516,6 +516,7 @@ COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, 7.
 LOGIN_TYPES = ("jwt", "at+jwt")
 NO_KEY_SET = "signed with Better Auth's own key, which is not known here: set TASKD_JWKS_URL"
 ASYMMETRIC = ["EdDSA", "ES256", "ES512", "RS256", "PS256"]  # what Better Auth's plugin offers
+MALFORMED = "the token is malformed, or its exp, nbf or iat is not a number"
 TOKEN_ERRORS: dict[type[Exception], str] = {
     jwt.InvalidTokenError: "the header's typ, kid, crit or b64 is not that of a login token",
     jwt.ExpiredSignatureError: "the token has expired; log in again",
@@ -784,10 +785,11 @@ class Tokens:
         self._key_set = KeySet(settings.jwks_url) if settings.jwks_url else None
         if not self._secrets and not self._key_set:
             raise SettingsError(f"BETTER_AUTH_SECRET is missing; {MAKE_ONE}")
-        issuer, audience = settings.issuer, settings.audience
+        issuer, aud = settings.issuer, settings.audience
         # PyJWT refuses any token with an aud unless told otherwise, and Better Auth's have one.
-        verifier = jwt.PyJWT({"require": ["sub", "exp"], "verify_aud": audience is not None})
-        self._claims = partial(verifier.decode, issuer=issuer, audience=audience, leeway=LEEWAY)
+        options: Any = {"require": ["sub", "exp"], "verify_aud": bool(aud), "verify_jti": False}
+        decode = jwt.PyJWT(options).decode
+        self._claims = partial(decode, issuer=issuer, audience=aud, leeway=LEEWAY)
         self._verified: dict[str, tuple[float, jwt.PyJWK | None, User]] = {}
         self._rejected: dict[str, tuple[float, str]] = {}
 
@@ -845,7 +847,7 @@ class Tokens:
             why = "this is not a JWT but perhaps a session token; get a JWT from /api/auth/token"
             raise TokenError(why)
         if not COMPACT_JWS.fullmatch(token):
-            why = "this is not a JWT: it must be three base64url parts with dots between them"
+            why = "this is not a JWT: three base64url parts with dots, in one Authorization header"
             raise TokenError(why)
         try:
             header = _header(token)
@@ -855,7 +857,7 @@ class Tokens:
             why = f"the {ex.claim} claim is missing: this is not the token of a login"
             raise TokenError(why) from None
         except (jwt.InvalidTokenError, ValueError) as ex:
-            raise TokenError(TOKEN_ERRORS.get(type(ex), "the token is malformed")) from None
+            raise TokenError(TOKEN_ERRORS.get(type(ex), MALFORMED)) from None
 
     def _decode(self, token: str, alg: object, kid: str | None) -> tuple[Claims, jwt.PyJWK | None]:
         """Return the claims, and the key of the key set that signed them, if it was one.
@@ -1012,7 +1014,7 @@ FIELDS = {
     "due_date": Field(
         type=Annotated[str, Meta(pattern=f"^{DUE_DATE.pattern}$")] | None,
         rule="must be a day such as 2026-12-01, a time with its offset from UTC such as"
-        " 2026-12-01T09:00:00Z, or null",
+        " 2026-12-01T09:00:00Z, or null, and exist in the years 0001 to 9999",
         default=None,
         normalise=parse_due_date,
         order=f"due_date || SUBSTR('{MIDNIGHT}', LENGTH(due_date) - 9)",
@@ -1071,7 +1073,7 @@ class Unprocessable(falcon.HTTPUnprocessableEntity):
 def read_body(req: Request, fields: dict[str, Any], body: bytes | None = None) -> dict[str, Any]:
     """Return the fields that the request's body sets, or raise 400, 413, 415 or 422."""
     body = raw_body(req) if body is None else body
-    if not body:
+    if not body.strip():
         raise falcon.HTTPBadRequest(description="send a JSON object as the body")
     if not is_plain_json(req):
         detail = "send plain JSON in UTF-8, with the header Content-Type: application/json"
@@ -1353,7 +1355,7 @@ def read_key(req: Request) -> str | None:
     """Return the Idempotency-Key, or None; raise 400 if it is malformed."""
     key = req.get_header("Idempotency-Key")
     if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
-        detail = "Idempotency-Key must be 1 to 255 visible ASCII characters"
+        detail = "send one Idempotency-Key, of 1 to 255 visible ASCII characters"
         raise falcon.HTTPBadRequest(description=detail)
     return key
 
@@ -3213,18 +3215,13 @@ def expire_keys_hourly(app: App) -> None:
         time.sleep(EXPIRY_INTERVAL)
 
 
-def start_expiry(app: App) -> None:
-    """Delete old idempotency keys in a thread of its own."""
-    threading.Thread(target=expire_keys_hourly, args=(app,), daemon=True).start()
-
-
 def wsgi() -> App:
     """Return the application with the environment's settings, for other WSGI servers."""
     settings = Settings.load()
     configure_log(settings)
     warn_about(settings)
     app = create_app(settings)
-    start_expiry(app)
+    threading.Thread(target=expire_keys_hourly, args=[app], daemon=True).start()
     return app
 
 
@@ -4301,7 +4298,7 @@ def main() -> None:
             print("taskd:", *str(ex).splitlines(), file=sys.stderr)
             sys.exit(2)
         warn_about(settings)
-        start_expiry(app)
+        threading.Thread(target=expire_keys_hourly, args=[app], daemon=True).start()
         if sys.platform == "linux" and settings.database_url.startswith("postgresql:"):
             threading.Thread(target=use_one_processor, daemon=True).start()
         serve(app, listener, settings)

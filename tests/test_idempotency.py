@@ -313,7 +313,7 @@ BAD_KEYS = [
     "ключ".encode().decode("latin-1"),
 ]
 CONTROLS = ["a\x01b", "a\x0bb", "a\x1fb", "a\x7fb", "\x7f", "\x85", "a\rb"]
-FORM = "Idempotency-Key must be 1 to 255 visible ASCII characters"
+FORM = "send one Idempotency-Key, of 1 to 255 visible ASCII characters"
 
 
 @pytest.mark.parametrize("key", [key.replace(" ", "") for key in GOOD_KEYS])

@@ -221,7 +221,7 @@ def test_the_chapters_that_are_named_are_those_of_the_code(clone: Path) -> None:
 
 def test_the_functions_that_are_named_exist() -> None:
     named = re.findall(r"`([A-Za-z_.]+)\(\)`", LAYOUT)
-    assert {"Server.run", "KeySet.fetch", "start_expiry", "owned_by_user"} <= set(named)
+    assert {"Server.run", "KeySet.fetch", "main", "owned_by_user"} <= set(named)
     for name in named:
         assert callable(operator.attrgetter(name)(taskd)), name
 

@@ -460,8 +460,8 @@ def test_requests_that_were_pipelined_before_sigterm_are_answered_in_order(
 def test_pipelined_writes_that_wait_longer_than_the_end_lasts_are_all_answered(
     start: Start, tmp_path: Path
 ) -> None:
-    # A second instead of nine: two waits for the lock fit into it, and the third does not.
-    times = "taskd.LOCK_TIMEOUT, taskd.LAST_CALL, taskd.DRAIN_TIMEOUT = 0.4, 0.5, 1.0"
+    # Two seconds instead of nine: two waits for the lock fit into it, and the third does not.
+    times = "taskd.LOCK_TIMEOUT, taskd.LAST_CALL, taskd.DRAIN_TIMEOUT = 0.8, 1.0, 2.0"
     server = start(before=times)
     with contextlib.ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in range(40)]

@@ -535,7 +535,7 @@ def test_neither_the_token_nor_the_secret_is_in_a_401(client):
         (EXTENSIONS["typ 7"], "the header's typ, kid, crit or b64 is not that of a login token"),
         (
             FORM["null"],
-            "this is not a JWT: it must be three base64url parts with dots between them",
+            "this is not a JWT: three base64url parts with dots, in one Authorization header",
         ),
         (
             FORM["a session token of Better Auth"],
@@ -543,6 +543,9 @@ def test_neither_the_token_nor_the_secret_is_in_a_401(client):
         ),
         (FORM["one character more than may be"], "the token is longer than 16384 characters"),
         (PARTS["header null"], "the token is malformed"),
+        (token("alice", exp=[]), "or its exp, nbf or iat is not a number"),
+        (token("alice", nbf="x"), "or its exp, nbf or iat is not a number"),
+        (token("alice", iat="x"), "or its exp, nbf or iat is not a number"),
     ],
 )
 def test_the_reason_names_what_is_wrong(client, bad, reason):
@@ -668,6 +671,11 @@ def test_clocks_may_differ_by_no_more(client, seconds):
     assert status_for(client, sign(HS256, claims(exp=now - seconds))) == 401
     assert status_for(client, sign(HS256, claims(nbf=now + seconds))) == 401
     assert status_for(client, sign(HS256, claims(iat=now + seconds))) == 401
+
+
+@pytest.mark.parametrize("other", [{"jti": 1}, {"jti": None}, {"jti": ""}, {"nonce": []}])
+def test_a_claim_that_taskd_does_not_use_may_be_anything(client, other):
+    assert status_for(client, sign(HS256, claims(**other))) == 200
 
 
 @pytest.mark.parametrize(
