@@ -580,21 +580,40 @@ def test_a_head_that_does_not_come_is_not_waited_for(proxy: Proxy) -> None:
             assert b" 200 " not in connection.sock.recv(1000)
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+
+
+def curled(proxy: Proxy, version: str, path: str, *options: str) -> str:
+    """Make a call with curl, and return the answer's body, status, content type and version."""
+    url = f"https://{NAME}:{proxy.port}{path}"
+    where = ["--insecure", "--resolve", f"{NAME}:{proxy.port}:127.0.0.1"]
+    shown = ["--write-out", " %{http_code} %{content_type} %{http_version}"]
+    command = ["curl", "--silent", version, *where, *shown, *options, url]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_curl
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
-def test_a_header_of_white_space_costs_taskd_little(
-    proxy: Proxy, certificate: tuple[Path, Path], version: str
-) -> None:
+def test_a_header_of_white_space_costs_taskd_little(proxy: Proxy, version: str) -> None:
     white = f"X: a{' ' * 11_000}b{TAB * 11_000}c"
-    url = f"https://{NAME}:{proxy.port}/healthz"
-    options = ["--cacert", str(certificate[0]), "--resolve", f"{NAME}:{proxy.port}:127.0.0.1"]
-    shown = ["-H", white, "-w", " %{http_code} %{http_version}", url]
     before = proxy.taskd.processor_time()
     for _ in range(5):
-        command = ["curl", "-s", version, *options, *shown]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert answer.stdout == f'{{"status": "ok"}} 200 {version[6:]}'
+        answer = curled(proxy, version, "/healthz", "--header", white)
+        assert answer == f'{{"status": "ok"}} 200 application/json {version[6:]}'
     assert proxy.taskd.processor_time() - before < 5 * 0.02 + 0.01
+
+
+@needs_curl
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+@pytest.mark.parametrize("path", ["/api/alice/tasks", "/"])
+def test_a_body_that_is_too_large_is_refused_in_each_version_of_http(
+    proxy: Proxy, path: str, version: str
+) -> None:
+    body = proxy.home / "body"
+    body.write_bytes(b"x" * (MAX_BODY + 1))
+    answer = curled(proxy, version, path, "--data-binary", f"@{body}")
+    assert answer.endswith(f" 413 application/problem+json {version[6:]}"), answer
+    assert '"status": 413' in answer or '"status":413' in answer
 
 
 def test_a_long_list_comes_whole(proxy: Proxy) -> None:

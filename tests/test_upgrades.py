@@ -25,7 +25,7 @@ Start = Callable[..., Process]
 MakeApp = Callable[..., taskd.App]
 TESTS = ROOT / "tests"
 ON_SQLITE_ONLY = pytest.mark.sqlite("PostgreSQL began with version 2")
-VERSIONS = [pytest.param(1, marks=ON_SQLITE_ONLY), 2]
+VERSIONS = [pytest.param(1, marks=ON_SQLITE_ONLY), *range(2, taskd.VERSION)]
 ANSWER = "SELECT user_id, name, answer FROM idempotency_key ORDER BY id"
 COLUMNS = "id, user_id, title, description, completed, created_at, updated_at"
 # The bodies of the creates with a key in the saved databases of version 2.
