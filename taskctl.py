@@ -587,7 +587,7 @@ def tasks(
         q=q,
         priority=priority,
         tags=tuple(tag or ()),
-        due_before=due_before and taskd.due_moment(due_before),
+        due_before=due_before and taskd.PARSED["due_before"](due_before),
         sort=sort,
         limit=limit,
     )

@@ -156,18 +156,18 @@ class SettingsError(Exception):
     """A setting is missing or unusable; the message names the variable and says what to do."""
 
 
-def _secret(text: str) -> str:
+def _secret(text: str, advice: str = REPLACE_IT) -> str:
     if text == PUBLIC_SECRET:
-        raise ValueError(f"is Better Auth's public default, which everybody knows; {REPLACE_IT}")
+        raise ValueError(f"is Better Auth's public default, which everybody knows; {advice}")
     if not text.strip():
-        raise ValueError(f"must not be only white space; {REPLACE_IT}")
+        raise ValueError(f"must not be only white space; {advice}")
     try:
         size = len(text.encode())
         jwt.get_algorithm_by_name("HS256").prepare_key(text)
     except (UnicodeEncodeError, jwt.InvalidKeyError):
-        raise ValueError(f"must be UTF-8 text, not a public or private key; {REPLACE_IT}") from None
+        raise ValueError(f"must be UTF-8 text, not a public or private key; {advice}") from None
     if size < MIN_SECRET:
-        raise ValueError(f"must be at least {MIN_SECRET} bytes long, not {size}; {REPLACE_IT}")
+        raise ValueError(f"must be at least {MIN_SECRET} bytes long, not {size}; {advice}")
     return text
 
 
@@ -178,7 +178,7 @@ def _secrets(text: str) -> tuple[str, ...]:
         if not re.fullmatch("[0-9]+", version) or version in secrets:
             form = '"2:new,1:old", with a different whole number before each secret'
             raise ValueError(f"must look like {form}")
-        secrets[version] = _secret(secret.strip())
+        secrets[version] = _secret(secret.strip(), f"replace its secret {version}")
     return tuple(secrets.values())
 
 
@@ -1190,7 +1190,8 @@ PARAMETERS = {
 }
 PARSED: dict[str, Callable[[str], Any]] = {  # the others are taken as they are
     "completed": lambda text: text == "true",
-    "due_before": due_moment,
+    # Between two milliseconds, the earlier one is before it.
+    "due_before": lambda text: due_moment(text) + "~" * bool(re.search(r"\.\d{3}\d*[1-9]", text)),
     "due_after": due_moment,
     "limit": int,
 }
@@ -1218,7 +1219,7 @@ class Listing(Struct, frozen=True):
     q: str = ""
     priority: str | None = None
     tags: tuple[str, ...] = ()
-    due_before: str | None = None  # as due_moment returns it
+    due_before: str | None = None  # as PARSED has it
     due_after: str | None = None
     sort: str = "id"
     limit: int | None = None

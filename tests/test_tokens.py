@@ -1262,6 +1262,9 @@ def test_a_secret_that_cannot_be_used_says_how_to_make_one(no_dotenv):
     for secret in ("short", public, " " * 40, "\udc80" * 40, PEM):
         with pytest.raises(taskd.SettingsError, match="remove it, and make one with"):
             taskd.Settings.load({"BETTER_AUTH_SECRET": secret}, no_dotenv)
+        if secret != PEM:
+            with pytest.raises(taskd.SettingsError, match=r"; replace its secret 1$"):
+                taskd.Settings.load({"BETTER_AUTH_SECRETS": f"2:{NEW},1:{secret}"}, no_dotenv)
 
 
 @pytest.mark.parametrize(
