@@ -306,7 +306,7 @@ def write_secret() -> None:
 
 @app.command()
 def settings(as_json: AsJson = False) -> None:
-    """Show the effective settings, and, without --json, where each comes from; masks secrets."""
+    """Show the effective settings with secrets masked, and where each comes from (not as JSON)."""
     effective, dotenv, shown = Settings.load(), taskd.read_dotenv(DOTENV), {}
     for field in dataclasses.fields(effective):
         variable, value = field.metadata["variable"], getattr(effective, field.name)
@@ -1595,7 +1595,7 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
     values |= {"TASKD_LOG": "warning", "DATABASE_URL": f"sqlite:///{directory / 'taskd.db'}"}
     for name, equals, value in (text.partition("=") for text in given):
         if not equals or name not in known - {"DATABASE_URL"}:
-            raise BadParameter(f"--set takes VARIABLE=VALUE of a setting, not {name!r}")
+            raise BadParameter(f"--set VARIABLE=VALUE is for settings, not DATABASE_URL: {name!r}")
         values[name] = value
     settings = Settings.load(values, directory / ".env")
     if not signing_secrets(settings):

@@ -75,7 +75,7 @@ import termios
 import threading
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
 from datetime import UTC, date, datetime, timedelta
@@ -805,14 +805,20 @@ class Tokens:
         nothing else: Better Auth signs e-mail links with the same secret, and they name a user by
         `userId` and `email`.
         """
-        until, key, user = self._verified.get(token, (0, None, None))
-        if user is None or until <= time.time() or not self._still_valid(key):
-            user, key = self._verify_unless_rejected(token)
-            until = min(user.expires + LEEWAY, time.time() + TOKEN_CACHE_AGE)
-            if len(self._verified) >= TOKEN_CACHE_SIZE:
-                self._verified.clear()
-            self._verified[token] = (until, key, user)
+        if known := self.known(token):
+            return known
+        user, key = self._verify_unless_rejected(token)
+        until = min(user.expires + LEEWAY, time.time() + TOKEN_CACHE_AGE)
+        if len(self._verified) >= TOKEN_CACHE_SIZE:
+            self._verified.clear()
+        self._verified[token] = (until, key, user)
         return user
+
+    def known(self, token: str) -> User | None:
+        """Return the user of a token that was verified before and is still valid."""
+        until, key, user = self._verified.get(token, (0, None, None))
+        gone = key and self._key_set and self._key_set.get(key.key_id, key.algorithm_name) != key
+        return user if until > time.time() and not gone else None
 
     def _verify_unless_rejected(self, token: str) -> tuple[User, jwt.PyJWK | None]:
         """Verify a token, or reject it for the reason for which it was rejected just now."""
@@ -834,11 +840,6 @@ class Tokens:
             why = "and taskd cannot sign with the keys of TASKD_JWKS_URL; use the token of a login"
             raise SettingsError(f"BETTER_AUTH_SECRET is missing, {why}")
         return jwt.encode(claims, self._secrets[0], "HS256")
-
-    def _still_valid(self, key: jwt.PyJWK | None) -> bool:
-        """Say whether the key set still has the key with which a token was verified."""
-        known = self._key_set
-        return not key or not known or known.get(key.key_id, key.algorithm_name) is key
 
     def _verify(self, token: str) -> tuple[User, jwt.PyJWK | None]:
         if len(token) > MAX_TOKEN:
@@ -1331,8 +1332,6 @@ def read_conditions(req: Request) -> Conditions:
     (RFC 9110, section 8.8.3.2). A tag that taskd did not make fits neither.
     """
     match, none_match = _entity_tags(req, "If-Match"), _entity_tags(req, "If-None-Match")
-    if match is none_match is None:
-        return ANY
     return Conditions(
         "*" if match is None else " ".join(tag for tag in match if not tag.startswith("W/")),
         " ".join(tag.removeprefix("W/") for tag in none_match or ()),
@@ -1371,7 +1370,6 @@ SEARCHES = 4  # of all users at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
 OTHER_SEARCHES = "other searches of yours are still running; wait until one ends"
-EXPIRY_PAUSE = 0.05  # seconds between two deletions of old keys, in which other writes begin
 IDEMPOTENCY_WINDOW = timedelta(hours=24)  # in which a create can be repeated with its key
 DIGESTED = ("title", "description", "completed")  # part of the digest even with their defaults
 CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
@@ -1446,6 +1444,7 @@ CONVERTERS: dict[Any, Any] = {peewee.BooleanField: bool, TagsField: TagsField().
 CONVERTED = [(n, CONVERTERS[kind]) for n, kind in enumerate(map(type, SHOWN)) if kind in CONVERTERS]
 Row = tuple[Any, ...]
 Page = tuple[bytes, Listing | None]  # tasks as a JSON array, and where more follow
+ReadPage = Callable[[Listing], Page]
 
 
 class Stored(Struct, frozen=True):
@@ -1495,10 +1494,8 @@ def queries() -> dict[str, Any]:
     new = {name: placeholder(name) for name in names}
     key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
     old = IdempotencyKey.created_at < placeholder("before")
-    by_age = IdempotencyKey.select(IdempotencyKey.id).order_by(IdempotencyKey.id)
-    expired = IdempotencyKey.delete().where(
-        IdempotencyKey.id.in_(by_age.limit(peewee.SQL("500"))), old
-    )
+    some = IdempotencyKey.select(IdempotencyKey.id).where(old).order_by(IdempotencyKey.id)
+    span = IdempotencyKey.id.between(placeholder("first"), placeholder("last"))
     claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
     theirs = Task.select(Task.id).where(owned_by_user(Task))
     counted = theirs.limit(placeholder("limit"))
@@ -1513,7 +1510,8 @@ def queries() -> dict[str, Any]:
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
         "expire": IdempotencyKey.delete().where(key & old),
-        "expire_all": expired.returning(IdempotencyKey.id),
+        "old": some.limit(peewee.SQL("500")),
+        "expire_all": IdempotencyKey.delete().where(old & span),
         "claim": claimed.returning(IdempotencyKey.id),
         "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
@@ -1575,14 +1573,14 @@ class TaskStore:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def turn(self, user_id: str, listing: Listing) -> Iterator[Callable[[Listing], Page]]:
+    def turn(self, user_id: str, listing: Listing) -> Iterator[ReadPage]:
         """Yield the function that reads pages; raise Busy if the user has too many searches."""
         if not self._is_search(user_id, listing):
             yield partial(self.page, user_id)
             return
         if thread_state.in_event_loop:
             raise SearchWouldBlock
-        _check_client()
+        check_client()
         with self._lock:
             new = PlaceQueue(SEARCHES_OF_USER, partial(Busy, OTHER_SEARCHES, "busy"), PLACE_TIMEOUT)
             places = self._searches.setdefault(user_id, new)
@@ -1593,10 +1591,10 @@ class TaskStore:
         """Read a page, or raise Busy after SEARCH_TIME or without the client."""
         end = time.monotonic() + SEARCH_TIME
         try:
-            with self._database.deadline(SEARCH_TIME):
+            with self._database.deadline(end):
                 return self.page(user_id, listing, end)
         except Unavailable as ex:
-            _check_client()
+            check_client()
             if time.monotonic() < end:
                 raise
             detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
@@ -1617,7 +1615,7 @@ class TaskStore:
         """Return the JSON array of the user's tasks, and the listing of those that follow.
 
         With a limit they are at most so many; without one they are the next part of a list.
-        Raises Unavailable if a page of many statements is not whole at `end` (time.monotonic).
+        Raises Unavailable at `end` (time.monotonic) if `deadline` is the same.
         """
         size = listing.limit or (LONG_CHUNK if listing.after or not listing.is_by_id else CHUNK)
         sql, values = self._page_statement(listing)
@@ -1629,10 +1627,11 @@ class TaskStore:
             after = (found[size - 1][-1], tasks[-1].id) if len(found) > size else None
             page = to_json(tasks)
             if len(page) > room:
-                page, after = _fill(found, size, room, end)
+                page, after = _fill_page(found, size, room)
         else:
-            with contextlib.closing(self._database.rows(sql, **values)) as rows:  # or it goes on
-                page, after = _fill(rows, size, room, end)
+            # An iterator that is not closed goes on.
+            with contextlib.closing(self._database.rows(sql, end, **values)) as rows:
+                page, after = _fill_page(rows, size, room)
         return page, after and msgspec.structs.replace(listing, after=after)
 
     def _page_statement(self, listing: Listing) -> tuple[str, dict[str, Any]]:
@@ -1705,8 +1704,12 @@ class TaskStore:
     def expire_keys(self) -> None:
         """Delete all expired idempotency keys, in batches so that no write waits long."""
         before = timestamp(datetime.now(UTC) - IDEMPOTENCY_WINDOW)
-        while self._database.write(self._sql["expire_all"], before=before):
-            time.sleep(EXPIRY_PAUSE)
+        ids: list[Row] = [(0,)]  # the first write shows /readyz whether one is possible
+        while ids:
+            span = {"first": ids[0][0], "last": ids[-1][0]}
+            self._database.write(self._sql["expire_all"], before=before, **span)
+            time.sleep(0.05)  # other writes begin
+            ids = self._database.run(self._sql["old"], before=before)  # without a lock
 
     def _run(self, name: str, values: dict[str, Any]) -> list[Row]:
         return self._database.run(self._sql[name], **values)
@@ -1716,7 +1719,7 @@ class TaskStore:
     ) -> Stored | None:
         values |= msgspec.structs.asdict(conditions) | {"now": timestamp(datetime.now(UTC))}
         stored = _first_stored(self._database.write(sql, user_id=user_id, id=task_id, **values))
-        if not stored and conditions is not ANY and (other := self.get(user_id, task_id)):
+        if not stored and conditions != ANY and (other := self.get(user_id, task_id)):
             raise Changed(other.tag)
         return stored
 
@@ -1729,14 +1732,12 @@ def view(row: Row) -> View:
     return TaskView(*values)
 
 
-def _fill(rows: Iterable[Row], limit: int, room: int, end: float) -> tuple[bytes, Position | None]:
+def _fill_page(rows: Iterable[Row], limit: int, room: int) -> tuple[bytes, Position | None]:
     """Return the JSON of at most `limit` tasks, of about `room` bytes, and where more follow."""
     tasks, after = list[bytes](), None
     for row in rows:
         if len(tasks) == limit or room <= 0:
             break
-        if time.monotonic() > end:
-            raise Unavailable("the database", "it takes too long")
         task = view(row)
         tasks.append(to_json(task))
         after, room = (row[-1], task.id), room - len(tasks[-1])
@@ -1750,7 +1751,7 @@ def _stored(row: Row) -> Stored:
     return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
 
 
-def _check_client() -> None:
+def check_client() -> None:
     """Raise Busy if the client has closed the connection."""
     if thread_state.client_has_left():
         raise Busy("keep the connection open until the search is answered", "the client has left")
@@ -1788,7 +1789,6 @@ MIN_SQLITE = (3, 35)  # the first with RETURNING
 MIN_FREE_SPACE = 256 * 1024  # bytes of free space; below it SQLite cannot store every task
 UNUSABLE = ("DatabaseError", "OperationalError")  # other classes of errors are faults of taskd
 UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
-INDEX_ROW_TOO_LONG = "54000"  # PostgreSQL's program_limit_exceeded
 SESSION = """
     SET statement_timeout = {:.0f}; SET idle_in_transaction_session_timeout = 0;
     SET lock_timeout = {:.0f}; SET default_transaction_isolation = 'read committed';
@@ -1804,8 +1804,6 @@ MIGRATION_TIMEOUT = 60.0  # seconds that a start waits for another one, which ma
 LOCK_RETRY = 0.01  # seconds until a write that waits for SQLite's lock is tried again
 MAX_LOG = 16 * 1024  # pages (of 4 KiB) of SQLite's log; searches that overlap make it longer
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
-TIMED_OUT = ("57014", "55P03")  # PostgreSQL's codes of statement_timeout and lock_timeout
-ROWS_AT_ONCE = 50  # read from PostgreSQL; all columns of a task together have up to 45 kB
 CONNECT_PATIENCE = 0.8  # seconds that requests wait for each new connection to PostgreSQL
 TRANSACTION = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
 SAVEPOINT = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
@@ -1905,7 +1903,7 @@ class Sqlite(_LastWrite):
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             self._fail(ex)
 
-    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
+    def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
         try:
             with contextlib.closing(self._here().connection().execute(sql, values)) as cursor:
@@ -1925,11 +1923,11 @@ class Sqlite(_LastWrite):
         raise Unavailable("the database", str(ex)) from ex
 
     @contextlib.contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
-        """End this thread's statements with Unavailable after a time, or without their client."""
+    def deadline(self, end: float) -> Iterator[None]:
+        """End this thread's statements with Unavailable at a time, or without their client."""
         self.run("SELECT 1")  # opens the connection, or raises Unavailable
         self._check_log()
-        end, connection = time.monotonic() + seconds, self._here().connection()
+        connection = self._here().connection()
 
         def is_over() -> bool:
             return time.monotonic() > end or thread_state.client_has_left()
@@ -2171,17 +2169,15 @@ class PostgresPool(peewee.PostgresqlDatabase):
 
     def new_connection(self) -> Any:
         """Return a connection that is not one of the pool's."""
-        for last in (False, False, False, False, True):
-            connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
-            self._prefer(connection.info)
-            connection.wait = lambda gen, w=connection.wait: w(gen, timeout=self.answer_timeout)
-            try:  # after connecting: PgBouncer refuses settings in the start-up packet
-                connection.execute(self.session_settings)
-                return connection
-            except BaseException as ex:
-                connection.close()
-                if last or getattr(ex, "sqlstate", None) not in TIMED_OUT:
-                    raise  # otherwise a very short time-out of the role has ended it
+        connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
+        self._prefer(connection.info)
+        connection.wait = lambda gen, w=connection.wait: w(gen, timeout=self.answer_timeout)
+        try:  # after connecting: PgBouncer refuses settings in the start-up packet
+            connection.execute(self.session_settings)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _prefer(self, server: Any) -> None:
         """Try this server first from now on: the one that the URL names first may be silent."""
@@ -2233,27 +2229,32 @@ class Postgres(_LastWrite):
         with self._remembered(), self._connected(), self._queue.place():
             return self.run(sql, **values)
 
-    def rows(self, sql: str, **values: Any) -> Generator[tuple[Any, ...]]:
-        """Read a statement's rows one by one, until the iterator is closed."""
+    def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[tuple[Any, ...]]:
+        """Read a statement's rows one by one, until the iterator is closed; each batch by `end`."""
         with (
             self._connected(),
             self._pool.transaction(),
             self._pool.connection().cursor("rows") as cursor,  # the server keeps the rows
         ):
             cursor.execute(sql, values)
-            while rows := cursor.fetchmany(ROWS_AT_ONCE):
+            while rows := cursor.fetchmany(50):  # a task has up to 45 kB
                 yield from rows
+                if end < math.inf:
+                    self._limit_statement(end)
 
     def lock(self, user_id: str) -> None:
         """Lock out other creates of the user that lock too, until the transaction ends."""
         self.run("SELECT pg_advisory_xact_lock(hashtextextended(%(user_id)s, 0))", user_id=user_id)
 
     @contextlib.contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
-        """End each of this thread's statements with Unavailable when it takes longer."""
+    def deadline(self, end: float) -> Iterator[None]:
+        """End this thread's next statement, and each batch of rows, with Unavailable at a time."""
         with self._connected(), self._pool.atomic():
-            self.run(f"SET LOCAL statement_timeout = {1000 * seconds:.0f}")
+            self._limit_statement(end)
             yield
+
+    def _limit_statement(self, end: float) -> None:
+        self.run(f"SET LOCAL statement_timeout = {max(1, 1000 * (end - time.monotonic())):.0f}")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -2276,9 +2277,9 @@ class Postgres(_LastWrite):
         except self._unusable as ex:
             original = getattr(ex, "orig", None) or ex.__cause__ or ex.__context__
             code = getattr(original or ex, "sqlstate", None)
-            if isinstance(ex, peewee.DataError) or code == INDEX_ROW_TOO_LONG:
+            if isinstance(ex, peewee.DataError) or code == "54000":  # too long for an index
                 raise Unstorable from ex
-            if code not in TIMED_OUT:
+            if code not in ("57014", "55P03"):  # statement_timeout, lock_timeout
                 # This connection too: after a restart of PostgreSQL none of them works, and one to
                 # a server that has become a standby reads but does not write.
                 self._pool.close_idle()
@@ -2652,10 +2653,10 @@ class TimedDatabase:
         with self._timed(sql):
             return self._database.write(sql, **values)
 
-    def rows(self, sql: str, **values: Any) -> Generator[Row]:
+    def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[Row]:
         """Read a statement's rows one by one."""
         with self._timed(sql):
-            yield from self._database.rows(sql, **values)
+            yield from self._database.rows(sql, end, **values)
 
     def commit(self) -> Future[bool]:
         """Commit the writes of the event loop, and measure it with the flush of the disk."""
@@ -3039,12 +3040,11 @@ class RootResource:
     on_head = on_get
 
 
-def json_pieces(
-    read: Callable[[Listing], Page], tasks: bytes, rest: Listing | None
-) -> Iterator[Piece]:
+def json_pieces(read: ReadPage, tasks: bytes, rest: Listing | None) -> Iterator[Piece]:
     """Yield the JSON array of these tasks and the rest, read piece by piece."""
     yield memoryview(tasks)[:-1]
     while rest:
+        check_client()
         tasks, rest = read(rest)
         yield b"," if tasks != b"[]" else b""
         yield memoryview(tasks)[1:-1]
@@ -3350,7 +3350,7 @@ class RequestReader:
         self.request, self.complete, self.waiting_for = ServerRequest(), False, "request"
         self._step: Callable[[], bool] = self._read_line
         self._taken = self._chunks = self._length = 0
-        self._lines: list[tuple[bytes, bytes]] = []
+        self.lines: list[tuple[bytes, bytes]] = []
 
     def receive(self, data: bytes) -> None:
         """Parse until the request is complete or refused, or more bytes are needed."""
@@ -3364,18 +3364,14 @@ class RequestReader:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Store a header (a callback of llhttp)."""
-        self._lines.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        """Note that the headers have ended (a callback of llhttp)."""
-        self._ended = True
+        self.lines.append((name, value))
 
     def _refuse(self, refusal: falcon.HTTPError) -> None:
         """Refuse the request and close the connection: the next request's start is not known."""
         if self.waiting_for != "body":
             found = FOR_REFUSALS.findall(self.unread)[:2]
-            unread = [line for line in found if line not in self._lines]
-            self.request.take_headers(self._lines + unread)
+            unread = [line for line in found if line not in self.lines]
+            self.request.take_headers(self.lines + unread)
         self.request.headers["CONNECTION"] = "close"
         self.request.refusal, self.complete = refusal, True
 
@@ -3408,7 +3404,7 @@ class RequestReader:
     def _begin_fields(self, step: Callable[[], bool]) -> None:
         self._llhttp = httptools.HttpRequestParser(self)
         self._llhttp.feed_data(b"PUT / HTTP/1.1\r\n")
-        self._tail, self._ended, self._step = b"\r\n", False, step
+        self._tail, self._step = b"\r\n", step
 
     def _read_fields(self) -> bool:
         """Pass header lines to llhttp, and nothing after them; return whether they have ended."""
@@ -3424,17 +3420,17 @@ class RequestReader:
         except httptools.HttpParserError as ex:
             self.unread = received[:size]  # llhttp may not have passed its last headers yet
             raise malformed(str(ex).replace("`", "")) from None
-        if len(self._lines) > MAX_HEADERS:
+        if len(self.lines) > MAX_HEADERS:
             raise head_too_large()
-        return self._ended
+        return end >= 0
 
     def _read_head(self) -> bool:
         if not self._read_fields():
             return False
         request = self.request
-        request.take_headers(self._lines)
+        request.take_headers(self.lines)
         request.check_headers()
-        self._lines = []  # the request has them
+        self.lines = []  # the request has them
         self.waiting_for, self._taken = "body", 0
         self._length = request.content_length
         chunked = request.headers.pop("TRANSFER_ENCODING", None)
@@ -3511,6 +3507,7 @@ DEADLINES = {  # what a connection waits for from its client: seconds
     "body": 30.0,
     "reader": 60.0,  # the client to read some of its answer
     "end": 10.0,  # the client to close
+    None: math.inf,
 }
 # What a connection is polled for in these states; in the others READABLE.
 EVENTS = {"reader": select.POLLOUT, "end": select.POLLIN, None: 0}
@@ -3544,9 +3541,8 @@ class ServerTask(waitress.task.WSGITask):
         """Return the WSGI environment, with the parser's error, if any, and the time of receipt."""
         environ: dict[str, Any] = super().get_environment()
         environ["REQUEST_METHOD"] = self.request.command  # waitress has it in capitals
-        environ["taskd.refusal"] = self.request.refusal
-        environ["taskd.received"] = self.channel.reader.received
-        return environ
+        request, received = self.request, self.channel.reader.received
+        return environ | {"taskd.refusal": request.refusal, "taskd.received": received}
 
     def build_response_header(self) -> bytes:
         """Return the status line and headers; waitress needs five times as long for them."""
@@ -3601,7 +3597,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def del_channel(self, map: Any = None) -> None:  # noqa: A002
         """Remove the connection from everything that refers to it, before it is closed."""
         if self._fileno is not None:
-            self.server.deadlines.move(self, self.waiting_for, None)
+            self.server.deadlines.since[self.waiting_for].pop(self, None)
             self.server.poll.unregister(self._fileno)
         if self.waiting_for:  # no thread uses the reader, which refers to itself and is freed late
             self.reader.next()
@@ -3684,12 +3680,15 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     @property
     def user(self) -> str:
-        """Whose turn the request takes: its user's, a public path's, or that of all strangers."""
+        """Whose turn the request takes: that of its user, of a public path, or of all strangers.
+
+        A token is not verified before its turn: new ones, with the bad ones, have a turn together.
+        """
         request, app = self.reader.request, self.server.application
-        try:
-            return str(app.tokens.verify(bearer_token(request.headers.get("AUTHORIZATION", ""))).id)
-        except (TokenError, Unavailable, WouldBlock):
-            return request.path if request.path in app.public else ""
+        token = bearer_token(request.headers.get("AUTHORIZATION", ""))
+        if user := app.tokens.known(token):
+            return str(user.id)
+        return request.path if request.path in app.public else "new"[: len(token)]
 
     def answer(self) -> None:
         """Run the application. Raises WouldBlock in the event loop if it has to wait.
@@ -3699,10 +3698,9 @@ class ServerChannel(waitress.channel.HTTPChannel):
         task, self._send_budget = ServerTask(self, self.reader.request), SEND_BUDGET
         try:
             task.service()
-        except waitress.channel.ClientDisconnected:
-            task.close_on_finish = True
-        except Exception:
-            log.exception("unhandled exception outside the application")
+        except Exception as ex:
+            if not isinstance(ex, waitress.channel.ClientDisconnected):
+                log.exception("unhandled exception outside the application")
             task.close_on_finish = True
         self._closes = task.close_on_finish
 
@@ -3740,6 +3738,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
+        self.reader.next()  # the request is not needed, and what still comes is discarded
+        self.reader.unread = b""
         self.wait_for("end")
 
     def handle_write(self) -> None:
@@ -3780,7 +3780,8 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def held(self) -> int:
         """Return how many bytes of its request and answer are in memory."""
         unread = (len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
-        return self._received + sum(unread)
+        headers = len(self.reader.request.headers) + len(self.reader.lines)
+        return self._received + 200 * headers + sum(unread)  # Python's strings need so much more
 
     def _undelivered(self) -> int:
         """Return how many bytes the kernel has not delivered to the client yet."""
@@ -3836,14 +3837,12 @@ class Deadlines:
     """When each connection entered its state; in each state the oldest one is first."""
 
     def __init__(self) -> None:
-        self.since = {kind: OrderedDict[ServerChannel, float]() for kind in DEADLINES}
+        self.since = {state: OrderedDict[ServerChannel, float]() for state in DEADLINES}
 
     def move(self, channel: ServerChannel, before: str | None, now: str | None) -> None:
-        """Note that a connection changes its state now; None has no deadline."""
-        if before:
-            self.since[before].pop(channel, None)
-        if now:
-            self.since[now][channel] = time.monotonic()
+        """Note that a connection changes its state now."""
+        self.since[before].pop(channel, None)
+        self.since[now][channel] = time.monotonic()
 
     def overdue(self) -> Iterator[ServerChannel]:
         """Yield the connections whose deadline has passed."""
@@ -3856,7 +3855,8 @@ class Deadlines:
 
     def longest(self, before: float) -> ServerChannel | None:
         """Return the connection that has waited longest, if it has since before that time."""
-        firsts = [next(iter(waiting.items())) for waiting in self.since.values() if waiting]
+        waits = [waiting for state, waiting in self.since.items() if state and waiting]
+        firsts = [next(iter(waiting.items())) for waiting in waits]
         channel, since = min(firsts, key=operator.itemgetter(1), default=(None, before))
         return channel if since < before else None
 
@@ -4077,14 +4077,18 @@ class Server(waitress.server.TcpWSGIServer):
                 paused.resume()
 
     def _limit_memory(self) -> None:
-        """Close the connections that hold most, if all together hold more than MAX_HELD."""
+        """If all connections hold more than MAX_HELD, close those of the users who hold most."""
         since = self.deadlines.since
-        held = {one: one.held() for kind in ("head", "body", "reader") for one in since[kind]}
-        excess = sum(held.values()) - MAX_HELD
-        for channel in sorted(held, key=held.__getitem__, reverse=True) if excess > 0 else []:
-            if excess > 0:
-                channel.close_early("others need the memory of its request or answer")
-                excess -= held[channel]
+        waiting = [*since["head"], *since["body"], *since["reader"]]
+        excess = sum(one.held() for one in (*waiting, *since[None])) - MAX_HELD
+        if excess > 0:
+            of_user = Counter[str]()
+            for one in waiting:
+                of_user[one.user] += one.held()
+            waiting.sort(key=lambda one: (of_user[one.user], one.held()))
+        while waiting and excess > 0:
+            excess -= waiting[-1].held()
+            waiting.pop().close_early("others need the memory of its request or answer")
 
     def resume(self) -> None:
         """Accept connections again after a pause."""
@@ -4156,8 +4160,7 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     # No line shows these; other WSGI servers may log them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # M_ARENA_MAX of mallopt(3): two pools of memory, each of which keeps what its threads free.
-    with contextlib.suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).mallopt(-8, 2)
+    getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(-8, 2)  # only glibc has it
     server = Server(
         app,
         _sock=listener,

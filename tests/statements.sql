@@ -51,15 +51,19 @@ DELETE
   AND ("idempotency_key"."name" = :name))
   AND ("idempotency_key"."created_at" < :before));
 
+-- old
+SELECT "t1"."id"
+  FROM "idempotency_key" AS "t1"
+  WHERE ("t1"."created_at" < :before)
+  ORDER BY "t1"."id"
+  LIMIT 500;
+
 -- expire_all
 DELETE
   FROM "idempotency_key"
-  WHERE (("idempotency_key"."id" IN (SELECT "idempotency_key"."id"
-  FROM "idempotency_key" AS "idempotency_key"
-  ORDER BY "idempotency_key"."id"
-  LIMIT 500))
-  AND ("idempotency_key"."created_at" < :before))
-  RETURNING "idempotency_key"."id";
+  WHERE (("idempotency_key"."created_at" < :before)
+  AND ("idempotency_key"."id" BETWEEN :first
+  AND :last));
 
 -- claim
 INSERT INTO "idempotency_key" ("user_id", "name", "body", "answer", "created_at")

@@ -261,6 +261,20 @@ def test_old_keys_go_without_anybody_creating_even_behind_two_from_the_future(
 
 
 @pytest.mark.both_engines
+def test_old_keys_go_behind_any_number_from_the_future(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "taskd.db"
+    assert start().terminate() == 0
+    future = taskd.timestamp(datetime.now(UTC) + timedelta(hours=50))
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 700)"
+    columns = "idempotency_key (user_id, name, body, answer, created_at)"
+    sql(path, f"INSERT INTO {columns} {numbers} SELECT 'x', 'k' || i, '', '', '{future}' FROM n")
+    for hours in (25, 30):
+        plant_key(path, "carol", hours)
+    start()
+    until(lambda: sql(path, "SELECT count(*) FROM idempotency_key") == [(700,)], "they are deleted")
+
+
+@pytest.mark.both_engines
 def test_many_old_keys_go_a_few_at_a_time(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "taskd.db"
     assert start().terminate() == 0

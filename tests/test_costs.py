@@ -148,7 +148,7 @@ def test_a_search_that_takes_too_long_is_refused_and_the_next_one_is_served(
     app, alice, tmp_path, monkeypatch
 ):
     fill(tmp_path / "taskd.db", "alice", 2000)
-    monkeypatch.setattr(taskd, "SEARCH_TIME", 0.005)
+    monkeypatch.setattr(taskd, "SEARCH_TIME", 0.001)
     for query in ("q=nothing", "q=zebra&limit=1000", "q=nothing&sort=-title&completed=false"):
         refused = alice.call("GET", query_string=query)
         assert_problem(refused, 503)
@@ -161,23 +161,25 @@ def test_a_search_that_takes_too_long_is_refused_and_the_next_one_is_served(
     assert alice.call("POST", json={"title": "Buy milk"}).status_code == 201
 
 
-@pytest.mark.both_engines
+@pytest.mark.postgresql("SQLite reads all rows with one statement")
 def test_all_statements_of_a_search_together_have_its_time(app, alice, monkeypatch):
     for _ in range(101):
         alice.add()
     rows = app.database.rows
 
-    def slow_rows(sql: str, **values: Any) -> Iterator[Any]:
-        with contextlib.closing(rows(sql, **values)) as several:
-            for row in several:
-                time.sleep(0.005)
-                yield row
+    def slow_rows(sql: str, end: float, **values: Any) -> Iterator[Any]:
+        slow = sql.replace("ORDER BY", "AND pg_sleep(0.01) IS NOT NULL ORDER BY", 1)
+        yield from rows(slow, end, **values)
 
     monkeypatch.setattr(app.database, "rows", slow_rows)
     query = "q=milk&limit=1000"
+    started = time.monotonic()
     assert len(alice.call("GET", query_string=query).json) == 101
-    monkeypatch.setattr(taskd, "SEARCH_TIME", 0.2)
+    assert time.monotonic() - started > 1
+    monkeypatch.setattr(taskd, "SEARCH_TIME", 0.8)  # enough for the first rows, not for all
+    started = time.monotonic()
     assert "took over" in assert_problem(alice.call("GET", query_string=query), 503)["detail"]
+    assert time.monotonic() - started < 1.0
 
 
 @pytest.mark.parametrize("q", ["a" * 200, "\U0001f600" * 200])
@@ -252,14 +254,15 @@ def test_searches_and_pages_of_one_user_keep_nobody_else_waiting(start, tmp_path
                 answer = server.request(method, path, body, bearer("bob"))
                 assert answer.status_code in (200, 201), (path, answer.text)
                 assert time.monotonic() - started < seconds, path
-    assert {answer.status_code for answer in answers} <= {200, 503}
+    statuses = {answer.status_code for answer in answers}
+    assert statuses in ({200}, {200, 503})
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
     assert max(len(answer.content) for answer in answers) < MEGABYTE * 1.1
     assert peak_memory(server) < 200
     assert "Traceback" not in server.log
 
 
-LISTS = ["q=lorem", "sort=-title", "", "q=zebra&sort=updated_at"]
+LISTS = ["q=lorem", "q=lorem", "sort=-title", ""]
 
 
 @pytest.mark.slow
@@ -268,7 +271,7 @@ def test_long_lists_of_one_user_keep_nobody_else_waiting(start, tmp_path, monkey
     for number in range(20):
         body = {"title": f"Buy milk {number}"}
         assert server.request("POST", "/api/bob/tasks", body, bearer("bob")).status_code == 201
-    fill(tmp_path / "taskd.db", "alice", 2_000)
+    fill(tmp_path / "taskd.db", "alice", 5_000)
     monkeypatch.setattr("test_costs.GREEDY", LISTS)
     answers: list[Any] = []
     with greedy(server, 8, answers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -856,7 +857,8 @@ def test_of_clients_that_do_not_read_those_that_hold_most_memory_are_closed(star
 def test_requests_that_are_sent_in_part_take_bounded_memory(start: Start) -> None:
     server = start()
     assert server.request("GET", "/healthz").status_code == 200
-    head = post(b"x" * 65_000, *(f"X-{number}: {'x' * 230}" for number in range(240)))[:-1000]
+    lines = [f"X-{number}: {'x' * 230}" for number in range(240)]
+    head = post(b"x" * 64_000, "Content-Length: 65000", *lines)
     before = memory(server)
     with connected(server, 700) as wires:
         for wire in wires:
@@ -867,6 +869,49 @@ def test_requests_that_are_sent_in_part_take_bounded_memory(start: Start) -> Non
         assert memory(server) - before < 120 * 1024 * 1024
         assert server.request("POST", TASKS, {"title": "Buy milk"}, bearer()).status_code == 201
     assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("part", ["half of a head", "a head, and no body"])
+@pytest.mark.sqlite("it is not about the database")
+def test_short_headers_count_with_the_memory_that_they_take(start: Start, part: str) -> None:
+    server = start(before="taskd.MAX_HELD = 2 * 1024 * 1024")
+    head = post(b"", "Content-Length: 1", *(f"a{number}:" for number in range(240)))
+    with connected(server, 100) as wires:  # 2 kB each, and 25 times as much in Python
+        for wire in wires:
+            with contextlib.suppress(OSError):  # it is closed
+                wire.send(head[:-3] if part == "half of a head" else head)
+        until(lambda: "others need the memory" in server.log, "some are closed")
+        another_is_served(server)
+
+
+@pytest.mark.sqlite("it is not about the database")
+def test_a_user_who_sends_a_task_is_not_closed_for_another_who_holds_more(start: Start) -> None:
+    server = start(before="taskd.MAX_HELD = 1024 * 1024")
+    body = json.dumps({"title": "Buy milk", "description": "x" * 9_000}).encode().ljust(40_000)
+    size = f"Content-Length: {len(body)}"
+    sent = written("POST", "/api/bob/tasks", body, JSON, size, user="bob")
+    for user in ("alice", "bob"):
+        assert server.request("GET", f"/api/{user}/tasks", None, bearer(user)).status_code == 200
+    with Wire(server) as bob, connected(server, 350) as wires:
+        bob.send(sent[:-10])
+        for wire in wires:
+            with contextlib.suppress(OSError):  # it is closed
+                wire.send(post(b"x" * 4_000, "Content-Length: 5000"))
+        until(lambda: "others need the memory" in server.log, "some are closed")
+        assert bob.send(sent[-10:]).answer().status_code == 201
+
+
+@pytest.mark.sqlite("it is not about the database")
+def test_a_connection_that_only_waits_for_its_end_keeps_no_request(start: Start) -> None:
+    server = start()
+    assert server.request("GET", "/healthz").status_code == 200
+    before = memory(server)
+    with connected(server, 700) as wires:
+        for wire in wires:  # the byte more keeps the connection open until its client ends it
+            size = "Content-Length: 65000"
+            wire.send(post(b"x" * 65_000, size, "Connection: close") + b"x")
+            assert wire.answer().status_code == 400
+        assert memory(server) - before < 20 * 1024 * 1024
 
 
 SLOW_LISTS = """
@@ -945,8 +990,8 @@ def test_a_burst_of_strangers_delays_no_user_whatever_paths_they_ask_for(
     start: Start, user: str
 ) -> None:
     server = start()
-    query = "a%FF&" * 4000
-    with connected(server, 300) as wires, Wire(server) as other, Wire(server) as probe:
+    query = "a%FF&" * 700  # in one read, so that all are queued before the first is answered
+    with connected(server, 900) as wires, Wire(server) as other, Wire(server) as probe:
         for wire in (other, probe):
             assert wire.send(GOOD).answer().status_code == 200
         server.popen.send_signal(signal.SIGSTOP)  # so that all of it comes at once

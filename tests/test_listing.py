@@ -779,6 +779,17 @@ def test_a_database_that_fails_in_the_middle_of_a_list_is_503(
     assert taskd.ListFile._sizes == {}
 
 
+def test_a_long_list_is_not_read_to_its_end_when_its_client_has_left(
+    app: taskd.App, alice: Person, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path / "taskd.db", 20_000)
+    monkeypatch.setattr(taskd.thread_state, "client_has_left", lambda: True, raising=False)
+    for query in ("", "sort=-title", "q=note"):
+        assert_problem(alice.call("GET", query_string=query), 503)
+    assert taskd.ListFile._sizes == {}
+    assert len(alice.call("GET", query_string="limit=9").json) == 9
+
+
 def test_a_disk_without_room_for_a_long_list_is_503(
     app: taskd.App, alice: Person, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

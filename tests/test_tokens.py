@@ -673,6 +673,18 @@ def test_clocks_may_differ_by_no_more(client, seconds):
     assert status_for(client, sign(HS256, claims(iat=now + seconds))) == 401
 
 
+def test_a_token_is_known_when_it_was_verified_and_as_long_as_it_is_valid(app, monkeypatch):
+    good, bad = token("alice"), token("alice", secret="x" * 32)
+    assert app.tokens.known(good) is None, "no turn is taken before it is verified"
+    assert app.tokens.verify(good) == app.tokens.known(good)
+    with pytest.raises(taskd.TokenError):
+        app.tokens.verify(bad)
+    assert app.tokens.known(bad) is None
+    later = time.time() + 2 * 24 * 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert app.tokens.known(good) is None
+
+
 @pytest.mark.parametrize("other", [{"jti": 1}, {"jti": None}, {"jti": ""}, {"nonce": []}])
 def test_a_claim_that_taskd_does_not_use_may_be_anything(client, other):
     assert status_for(client, sign(HS256, claims(**other))) == 200
