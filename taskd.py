@@ -1708,8 +1708,8 @@ class TaskStore:
         while ids:
             span = {"first": ids[0][0], "last": ids[-1][0]}
             self._database.write(self._sql["expire_all"], before=before, **span)
-            time.sleep(0.05)  # other writes begin
             ids = self._database.run(self._sql["old"], before=before)  # without a lock
+            time.sleep(0.05 if ids else 0)  # other writes begin
 
     def _run(self, name: str, values: dict[str, Any]) -> list[Row]:
         return self._database.run(self._sql[name], **values)
