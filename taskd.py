@@ -1150,8 +1150,7 @@ def parse_value(name: str, value: msgspec.Raw) -> Any:
         given = PARSERS[name](value)
         normalised = field.normalise(given) if field.normalise and given is not None else given
     except ValueError:
-        is_text = bytes(value).startswith(b'"')
-        blank = is_text and not msgspec.json.decode(value, type=str).strip()
+        blank = bytes(value)[:1] == b'"' and not msgspec.json.decode(value, type=str).strip()
         reason = "must not be blank" if blank and field.type is Title else field.rule
         raise ValueError(reason) from None
     texts = given if isinstance(given, list) else [given]
@@ -1362,7 +1361,7 @@ def read_key(req: Request) -> str | None:
 
 # --- Store ----------------------------------------------------------------------------------------
 
-CHUNK = 100  # tasks that the first part of a list has
+CHUNK = 100  # tasks of the first part of a list; a longer page is read row by row
 LONG_CHUNK = 20_000  # tasks that each other part has, and all parts of a sorted list
 MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page or a part of a list ends
 MAX_SORTED = 4 * MAX_PAGE  # the same for a sorted list: each part sorts all tasks of the user
@@ -1615,7 +1614,7 @@ class TaskStore:
         """Return the JSON array of the user's tasks, and the listing of those that follow.
 
         With a limit they are at most so many; without one they are the next part of a list.
-        Raises Unavailable at `end` (time.monotonic) if `deadline` is the same.
+        Within a `deadline`, `end` is the time of that.
         """
         size = listing.limit or (LONG_CHUNK if listing.after or not listing.is_by_id else CHUNK)
         sql, values = self._page_statement(listing)
@@ -2169,15 +2168,17 @@ class PostgresPool(peewee.PostgresqlDatabase):
 
     def new_connection(self) -> Any:
         """Return a connection that is not one of the pool's."""
-        connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
-        self._prefer(connection.info)
-        connection.wait = lambda gen, w=connection.wait: w(gen, timeout=self.answer_timeout)
-        try:  # after connecting: PgBouncer refuses settings in the start-up packet
-            connection.execute(self.session_settings)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        for attempt in range(5):  # a very short time-out of the role may end it
+            connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
+            self._prefer(connection.info)
+            connection.wait = lambda gen, w=connection.wait: w(gen, timeout=self.answer_timeout)
+            try:  # after connecting: PgBouncer refuses settings in the start-up packet
+                connection.execute(self.session_settings)
+                return connection
+            except BaseException as ex:
+                connection.close()
+                if attempt == 4 or getattr(ex, "sqlstate", None) != "57014":
+                    raise
 
     def _prefer(self, server: Any) -> None:
         """Try this server first from now on: the one that the URL names first may be silent."""
@@ -3488,7 +3489,7 @@ MAX_BATCH = 100  # writes; a batch that has as many is committed at the end of t
 BATCH_TIME = 0.02  # seconds after which a batch is committed, even if each round adds a write
 ROUND_TIME = 0.02  # seconds of answering before the event loop looks at the sockets again
 MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
-# Bytes in memory of all requests that are not whole and answers that are not read yet.
+# Bytes in memory of all requests that are not answered, and of answers that are not read, yet.
 MAX_HELD = 32 * 1024 * 1024
 MAX_IN_MEMORY = 4 * 1024 * 1024  # bytes of an answer above which waitress would use a file
 MAX_CONNECTIONS = 16_000
@@ -3507,7 +3508,6 @@ DEADLINES = {  # what a connection waits for from its client: seconds
     "body": 30.0,
     "reader": 60.0,  # the client to read some of its answer
     "end": 10.0,  # the client to close
-    None: math.inf,
 }
 # What a connection is polled for in these states; in the others READABLE.
 EVENTS = {"reader": select.POLLOUT, "end": select.POLLIN, None: 0}
@@ -3537,12 +3537,12 @@ class ServerTask(waitress.task.WSGITask):
         if makes_room or (server.stopping and not channel.has_more()):
             self.request.headers["CONNECTION"] = "close"
 
-    def get_environment(self) -> dict[str, Any]:
+    def get_environment(self) -> Any:
         """Return the WSGI environment, with the parser's error, if any, and the time of receipt."""
-        environ: dict[str, Any] = super().get_environment()
-        environ["REQUEST_METHOD"] = self.request.command  # waitress has it in capitals
-        request, received = self.request, self.channel.reader.received
-        return environ | {"taskd.refusal": request.refusal, "taskd.received": received}
+        environ, reader = super().get_environment(), self.channel.reader
+        environ["REQUEST_METHOD"] = reader.request.command  # waitress has it in capitals
+        environ |= {"taskd.refusal": reader.request.refusal, "taskd.received": reader.received}
+        return environ
 
     def build_response_header(self) -> bytes:
         """Return the status line and headers; waitress needs five times as long for them."""
@@ -3837,7 +3837,7 @@ class Deadlines:
     """When each connection entered its state; in each state the oldest one is first."""
 
     def __init__(self) -> None:
-        self.since = {state: OrderedDict[ServerChannel, float]() for state in DEADLINES}
+        self.since = {state: OrderedDict[ServerChannel, float]() for state in (*DEADLINES, None)}
 
     def move(self, channel: ServerChannel, before: str | None, now: str | None) -> None:
         """Note that a connection changes its state now."""
@@ -3846,16 +3846,16 @@ class Deadlines:
 
     def overdue(self) -> Iterator[ServerChannel]:
         """Yield the connections whose deadline has passed."""
-        for kind, waiting in self.since.items():
-            latest = time.monotonic() - DEADLINES[kind]
-            for channel, since in waiting.items():
+        for state, seconds in DEADLINES.items():
+            latest = time.monotonic() - seconds
+            for channel, since in self.since[state].items():
                 if since >= latest:
                     break
                 yield channel
 
     def longest(self, before: float) -> ServerChannel | None:
         """Return the connection that has waited longest, if it has since before that time."""
-        waits = [waiting for state, waiting in self.since.items() if state and waiting]
+        waits = [self.since[state] for state in DEADLINES if self.since[state]]
         firsts = [next(iter(waiting.items())) for waiting in waits]
         channel, since = min(firsts, key=operator.itemgetter(1), default=(None, before))
         return channel if since < before else None

@@ -246,6 +246,14 @@ def plant_key(path: Path, user: str, hours: float) -> None:
     sql(path, f"INSERT INTO {columns} VALUES (?, ?, '', 'secret text', ?)", user, str(hours), when)
 
 
+def plant_keys(path: Path, count: int, hours: float) -> None:
+    """Insert so many keys of this age at once."""
+    when = taskd.timestamp(datetime.now(UTC) - timedelta(hours=hours))
+    numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})"
+    columns = "idempotency_key (user_id, name, body, answer, created_at)"
+    sql(path, f"INSERT INTO {columns} {numbers} SELECT 'x', 'k' || i, '', '', '{when}' FROM n")
+
+
 @pytest.mark.both_engines
 def test_old_keys_go_without_anybody_creating_even_behind_two_from_the_future(
     start: Start, tmp_path: Path
@@ -264,10 +272,7 @@ def test_old_keys_go_without_anybody_creating_even_behind_two_from_the_future(
 def test_old_keys_go_behind_any_number_from_the_future(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "taskd.db"
     assert start().terminate() == 0
-    future = taskd.timestamp(datetime.now(UTC) + timedelta(hours=50))
-    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 700)"
-    columns = "idempotency_key (user_id, name, body, answer, created_at)"
-    sql(path, f"INSERT INTO {columns} {numbers} SELECT 'x', 'k' || i, '', '', '{future}' FROM n")
+    plant_keys(path, 700, -50)
     for hours in (25, 30):
         plant_key(path, "carol", hours)
     start()
@@ -278,10 +283,7 @@ def test_old_keys_go_behind_any_number_from_the_future(start: Start, tmp_path: P
 def test_many_old_keys_go_a_few_at_a_time(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "taskd.db"
     assert start().terminate() == 0
-    old = taskd.timestamp(datetime.now(UTC) - timedelta(hours=25))
-    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1200)"
-    columns = "idempotency_key (user_id, name, body, answer, created_at)"
-    sql(path, f"INSERT INTO {columns} {numbers} SELECT 'x', 'k' || i, '', '', '{old}' FROM n")
+    plant_keys(path, 1200, 25)
     start()
     until(lambda: sql(path, "SELECT count(*) FROM idempotency_key") == [(0,)], "all are deleted")
 
@@ -289,10 +291,7 @@ def test_many_old_keys_go_a_few_at_a_time(start: Start, tmp_path: Path) -> None:
 def test_while_many_old_keys_go_tasks_are_created(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "taskd.db"
     assert start().terminate() == 0
-    old = taskd.timestamp(datetime.now(UTC) - timedelta(hours=25))
-    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 60000)"
-    columns = "idempotency_key (user_id, name, body, answer, created_at)"
-    sql(path, f"INSERT INTO {columns} {numbers} SELECT 'x', 'k' || i, '', '', '{old}' FROM n")
+    plant_keys(path, 60_000, 25)
     server = start()
     for _ in range(5):
         before = server.processor_time()

@@ -255,7 +255,7 @@ def test_searches_and_pages_of_one_user_keep_nobody_else_waiting(start, tmp_path
                 assert answer.status_code in (200, 201), (path, answer.text)
                 assert time.monotonic() - started < seconds, path
     statuses = {answer.status_code for answer in answers}
-    assert statuses in ({200}, {200, 503})
+    assert statuses == {200, 503} or (support.postgresql and statuses == {200})
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
     assert max(len(answer.content) for answer in answers) < MEGABYTE * 1.1
     assert peak_memory(server) < 200

@@ -290,6 +290,7 @@ class Proxy:
     ) -> None:
         self.taskd, self.home = taskd, home
         self.port, self.plain_port = free_ports(2)
+        self.certificate = certificate[0]
         self._trust = ssl.create_default_context(cafile=str(certificate[0]))
         command = {"nginx": self._nginx, "caddy": self._caddy}[program](*certificate)
         self._log = (home / "proxy.log").open("wb")
@@ -586,7 +587,7 @@ needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not in
 def curled(proxy: Proxy, version: str, path: str, *options: str) -> str:
     """Make a call with curl, and return the answer's body, status, content type and version."""
     url = f"https://{NAME}:{proxy.port}{path}"
-    where = ["--insecure", "--resolve", f"{NAME}:{proxy.port}:127.0.0.1"]
+    where = ["--cacert", str(proxy.certificate), "--resolve", f"{NAME}:{proxy.port}:127.0.0.1"]
     shown = ["--write-out", " %{http_code} %{content_type} %{http_version}"]
     command = ["curl", "--silent", version, *where, *shown, *options, url]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

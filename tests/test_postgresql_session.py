@@ -108,7 +108,7 @@ def test_a_search_path_without_a_schema_is_refused_in_one_line(empty: str, tmp_p
 
 ROLE = (  # defaults that a role or a database may have
     "default_transaction_isolation = 'serializable'",
-    "statement_timeout = '20ms'",
+    "statement_timeout = '1ms'",
     "synchronous_commit = off",
     "client_encoding = 'LATIN1'",
     "standard_conforming_strings = off",

@@ -236,7 +236,7 @@ def test_the_limits_of_what_a_client_may_send_are_those_of_the_guide() -> None:
     guide = (ROOT / "docs" / "self-hosting.md").read_text()
     limits = {row[0]: row[1] for row in table("Without a proxy", "what", guide)}
     head, body = f"{taskd.MAX_HEAD // 1024} KiB", f"{taskd.MAX_BODY // 1024} KiB"
-    wait = {state: f"{seconds:.0f} s" for state, seconds in taskd.DEADLINES.items() if state}
+    wait = {state: f"{seconds:.0f} s" for state, seconds in taskd.DEADLINES.items()}
     assert limits["a head"] == (
         f"{head}, {taskd.MAX_HEADERS:,} lines, {wait['head']};"
         f" its path with the query {taskd.MAX_TARGET // 1024} KiB"
