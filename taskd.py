@@ -324,29 +324,17 @@ def _nearest(name: str, names: list[str]) -> str:
 # --- Log ------------------------------------------------------------------------------------------
 
 
-class AccessLogRecord(logging.LogRecord):
-    """A request in the log."""
+class AccessLogFields(dict[str, Any]):
+    """What the log has of a request, in the order in which JSON shows it; `user` may be None."""
 
-    def __init__(self, level: int, fields: dict[str, Any]) -> None:
-        """Take the fields in the order in which JSON shows them."""
-        super().__init__(log.name, level, __file__, 0, "", None, None)
-        self.fields = fields
-
-    def getMessage(self) -> str:  # noqa: N802
-        """Return the fields as text; the user is percent-encoded, so that it cannot forge one."""
-        fields, user = self.fields, self.fields["user"]
-        user = "-" if user is None else f"'{falcon.uri.encode_value(user)}'"
-        client = f" client={fields['client']}" if "client" in fields else ""
-        reason = fields.get("reason", "").replace('"', "'")
+    def __str__(self) -> str:
+        """Return it as text; the user is percent-encoded, so that it cannot forge a field."""
+        user = "-" if self["user"] is None else f"'{falcon.uri.encode_value(self['user'])}'"
+        client = f" client={self['client']}" if "client" in self else ""
+        reason = self.get("reason", "").replace('"', "'")
         reason = f' reason="{reason}"' if reason else ""
-        what = f"{fields['method']} {fields['route']} {fields['status']} {fields['ms']:.1f}ms"
-        return f"{what} id={fields['id']} user={user}{client}{reason}"
-
-
-def log_request(level: int, **fields: Any) -> None:
-    """Log a request; the user is None where it is not known."""
-    if log.isEnabledFor(level):
-        log.handle(AccessLogRecord(level, fields))
+        what = f"{self['method']} {self['route']} {self['status']} {self['ms']:.1f}ms"
+        return f"{what} id={self['id']} user={user}{client}{reason}"
 
 
 class TextLines(logging.Formatter):
@@ -371,8 +359,8 @@ class JsonLines(TextLines):
     def format(self, record: logging.LogRecord) -> str:
         """Return a line with a request's fields, or with a message and perhaps a traceback."""
         line: dict[str, Any] = {"time": self.formatTime(record), "level": record.levelname}
-        if isinstance(record, AccessLogRecord):
-            line |= record.fields
+        if isinstance(record.args, AccessLogFields):
+            line |= record.args
         else:
             line["message"] = record.getMessage()
             line |= {"id": record.id} if hasattr(record, "id") else {}  # the request's
@@ -2240,8 +2228,7 @@ class Postgres(_LastWrite):
             cursor.execute(sql, values)
             while rows := cursor.fetchmany(50):  # a task has up to 45 kB
                 yield from rows
-                if end < math.inf:
-                    self._limit_statement(end)
+                self._limit_statement(end)
 
     def lock(self, user_id: str) -> None:
         """Lock out other creates of the user that lock too, until the transaction ends."""
@@ -2255,7 +2242,12 @@ class Postgres(_LastWrite):
             yield
 
     def _limit_statement(self, end: float) -> None:
-        self.run(f"SET LOCAL statement_timeout = {max(1, 1000 * (end - time.monotonic())):.0f}")
+        """End the transaction's next statement at a time, which may be never."""
+        if (seconds := end - time.monotonic()) < math.inf:
+            limit = max(0, math.ceil(1000 * seconds))  # 0 is none: the cursor can still be closed
+            self.run(f"SET LOCAL statement_timeout = {limit}")
+        if seconds <= 0:
+            raise Unavailable("the database", "the time for its statements has passed")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -2796,8 +2788,7 @@ class RequestContext:
 
     def _log(self, req: Request, resp: Response) -> None:
         context = req.context
-        log_request(
-            logging.ERROR if context.get("unavailable") else logging.INFO,
+        fields = AccessLogFields(
             method=method_of(req),
             route=req.uri_template or "-",
             status=resp.status_code,
@@ -2807,6 +2798,7 @@ class RequestContext:
             **({"client": context.client} if self._proxies else {}),
             **({"reason": context.reason} if "reason" in context else {}),
         )
+        log.log(logging.ERROR if context.get("unavailable") else logging.INFO, "%s", fields)
 
 
 class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
@@ -3492,7 +3484,7 @@ MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client ca
 # Bytes in memory of all requests that are not answered, and of answers that are not read, yet.
 MAX_HELD = 32 * 1024 * 1024
 MAX_IN_MEMORY = 4 * 1024 * 1024  # bytes of an answer above which waitress would use a file
-MAX_CONNECTIONS = 16_000
+MAX_CONNECTIONS = 2000  # if each sends a whole request at once, others wait for less than 1 s
 CONNECTIONS_OVER_LIMIT = 10  # accepted even when no other connection can be closed
 ACCEPTS_AT_ONCE = 500
 BACKLOG = 4096  # connections that the kernel accepts before taskd does

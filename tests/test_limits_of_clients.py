@@ -736,6 +736,17 @@ def test_more_connections_than_descriptors_lock_no_client_out(start: Start, sent
 
 
 @pytest.mark.sqlite("it is about HTTP")
+def test_more_connections_than_allowed_close_the_oldest_whatever_descriptors_are_free(
+    start: Start,
+) -> None:
+    server = start(before="taskd.MAX_CONNECTIONS = 30")
+    with connected(server, 40) as wires:
+        another_is_served(server)
+        assert [wire.is_closed() for wire in wires[:10]] == [True] * 10
+        assert wires[-1].send(GOOD).answer().status_code == 200
+
+
+@pytest.mark.sqlite("it is about HTTP")
 def test_names_of_headers_are_not_kept(shared: Process) -> None:
     before = memory(shared)
     for number in range(300):

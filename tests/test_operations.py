@@ -397,7 +397,9 @@ def test_a_line_has_the_time_to_the_millisecond(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(taskd.time, "time", lambda: 1795208401.123456)
     monkeypatch.setattr(taskd.time, "time_ns", lambda: 1795208401_123456000)  # since Python 3.13
     fields = {"method": "GET", "route": "-", "status": 404, "ms": 0.5, "id": "mine", "user": None}
-    request = taskd.AccessLogRecord(logging.INFO, fields)
+    request = logging.makeLogRecord(
+        {"levelname": "INFO", "msg": "%s", "args": taskd.AccessLogFields(fields)}
+    )
     line = "2026-11-20T21:00:01.123Z INFO GET - 404 0.5ms id=mine user=-"
     assert taskd.TextLines().format(request) == line
 
@@ -462,7 +464,9 @@ def test_a_request_takes_tenths_of_a_millisecond_and_gets_an_id_of_16_digits(
     with caplog.at_level("INFO", logger="taskd"):
         for _ in range(10):
             alice.call("GET")
-    seen = [record.fields for record in caplog.records if isinstance(record, taskd.AccessLogRecord)]
+    seen = [
+        record.args for record in caplog.records if isinstance(record.args, taskd.AccessLogFields)
+    ]
     assert len(seen) == 10
     for request in seen:
         assert request["ms"] == round(request["ms"], 1)
