@@ -316,7 +316,7 @@ def misspelt(environ: Mapping[str, str] = os.environ, dotenv: Path = DOTENV) -> 
 
 def _nearest(name: str, names: list[str]) -> str:
     ours = name.upper().startswith("TASKD")
-    nearest = difflib.get_close_matches(name.upper(), names, 1, 0.6 if ours else 0.9)
+    nearest = difflib.get_close_matches(name.upper(), names, 1, 0.7 if ours else 0.9)
     hint = f": is {nearest[0]} meant?" if nearest else ""
     return f"{name} is not a setting, and is ignored{hint}" if ours or nearest else ""
 
@@ -2411,6 +2411,7 @@ def prepare_database(path: str) -> None:
     # Absolute, because SQLite may take file:x for a URI.
     database = peewee.SqliteDatabase(str(Path(path).absolute()), timeout=LOCK_TIMEOUT)
     try:
+        Path(path).parent.stat()  # its error names a directory that is missing
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         if not Path(path).is_file():
             raise OSError("it is not a regular file")

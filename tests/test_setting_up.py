@@ -25,6 +25,7 @@ NAMES = {
     "taskd_port": "TASKD_PORT",
     "TASKD_JWKS": "TASKD_JWKS_URL",
     "TASKD_LOGFORMAT": "TASKD_LOG_FORMAT",
+    "TASKD_LOG_LEVEL": "TASKD_LOG",
     "BETTER_AUTH_SECERT": "BETTER_AUTH_SECRET",
     "DATABASE_URI": "DATABASE_URL",
 }
@@ -46,9 +47,10 @@ def test_a_misspelt_name_is_told_with_the_nearest(
 
 def test_a_name_that_resembles_none_is_told_only_if_it_is_taskds_own(tmp_path: Path) -> None:
     others = ("BETTER_AUTH_URL", "DATABASE_HOST", "BETTER_AUTH_TRUSTED_ORIGINS", "PATH", "PORT")
-    given = dict.fromkeys((*others, "TASKD_QQQQQQQ"), "x") | {"TASKD_EMPTY": ""}
+    given = dict.fromkeys((*others, "TASKD_QQQQQQQ", "TASKD_WORKERS"), "x") | {"TASKD_EMPTY": ""}
     assert taskd.misspelt(given, tmp_path / ".env") == [
-        "TASKD_QQQQQQQ is not a setting, and is ignored"
+        "TASKD_QQQQQQQ is not a setting, and is ignored",
+        "TASKD_WORKERS is not a setting, and is ignored",
     ]
 
 

@@ -286,7 +286,7 @@ def test_a_file_that_is_not_a_database_is_rejected_and_not_changed(make_app, pat
 
 
 def test_a_directory_that_does_not_exist_is_refused_and_not_made(make_app, tmp_path):
-    with pytest.raises(taskd.DatabaseError, match="nowhere"):
+    with pytest.raises(taskd.DatabaseError, match=r": .*nowhere.$"):  # and not the file in it
         make_app(database_url=f"sqlite:///{tmp_path}/nowhere/taskd.db")
     assert list(tmp_path.iterdir()) == []
 
