@@ -1,7 +1,9 @@
 """taskd: a JWT-protected task API for many users, in one file.
 
-Better Auth logs people in; taskd verifies the token that it issues and serves only that user's
-tasks. A request passes through the chapters in one direction; each uses only those above it:
+Better Auth, or another issuer of JWTs, logs people in; taskd verifies their tokens and serves each
+user only that user's tasks. Each chapter uses only chapters above it, so a request enters at the
+end of the file and passes upwards: Server, HTTP, App, Middleware, Resources, Requests and Bodies,
+Store, Database. The other chapters are used on the way.
 
 | chapter    | knows                                                                           |
 |------------|---------------------------------------------------------------------------------|
@@ -123,24 +125,24 @@ MIN_SECRET = 32  # bytes; RFC 7518, section 3.2: an HS256 key is at least as lon
 PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # Better Auth's default
 MAKE_ONE = "make one with: python taskctl.py init"
 REPLACE_IT = f"remove it, and {MAKE_ONE}"
-DATABASE = (
+DATABASE_PATTERN = (
     r"sqlite:///(?!:memory:)[^?#\0-\x1f]+"
     r"|postgresql://([^\s\0/@]*@)?[^\s\0/@]*(/[^\s\0@?]*)?(\?[^\s\0]*)?"
 )
-DATABASES = "sqlite:/// and the path of a file, or postgresql://user:password@host/name"
-HOST_NAME = r"[\w.:%-]+"
+DATABASE_RULE = "sqlite:/// and the path of a file, or postgresql://user:password@host/name"
+HOST_PATTERN = r"[\w.:%-]+"
 LOOPBACK = r"localhost|127\.[0-9.]+|\[?::1\]?"
-KEY_SET_URL = (  # of visible ASCII characters
+KEY_SET_PATTERN = (  # of visible ASCII characters
     rf"(?=[!-~]+\Z)(?:(https|insecure\+http)://[^@/?#][^@]*|http://({LOOPBACK})(:[0-9]+)?(/.*)?)"
 )
-KEY_SETS = "https, or http to this machine, or insecure+http in a private network"
-ORIGIN = re.compile(
+KEY_SET_RULE = "https, or http to this machine, or insecure+http in a private network"
+ORIGIN_PATTERN = re.compile(
     r"((https?)://(?:\[([0-9a-f:]+)\]|[a-z0-9._-]+)"
     r"|(?:capacitor|ionic|tauri|[a-z-]+-extension)://[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?"
 )
-ORIGINS = "origins such as https://a.example, in lower case, without a path, with commas"
-PROXIES = "IP addresses, with commas, or * for any"
-LEVELS = "debug|info|warning|error"
+ORIGIN_RULE = "origins such as https://a.example, in lower case, without a path, with commas"
+PROXY_RULE = "IP addresses, with commas, or * for any"
+LOG_LEVELS = "debug|info|warning|error"
 TASK_LIMIT = "a whole number from 1: the most tasks that a user may have"
 SETTING_NAMES = ("TASKD", "BETTER_AUTH_S", "DATABASE_")  # how a setting's name begins
 
@@ -205,8 +207,8 @@ def _origins(text: str) -> tuple[str, ...]:
 
 def _origin(text: str) -> str:
     """Return an origin as browsers send it: without the scheme's own port (RFC 6454, section 6)."""
-    if not (found := ORIGIN.fullmatch(text)):
-        raise ValueError(f"must be {ORIGINS}")
+    if not (found := ORIGIN_PATTERN.fullmatch(text)):
+        raise ValueError(f"must be {ORIGIN_RULE}")
     origin, scheme, address, port = found.groups()
     if address:
         origin = f"{scheme}://[{_address(address)}]"
@@ -240,18 +242,18 @@ class Settings:
 
     secret: str | None = _env("BETTER_AUTH_SECRET", None, "shared with Better Auth", parse=_secret)
     secrets: tuple[str, ...] = _env("BETTER_AUTH_SECRETS", (), '"2:new,1:old"', parse=_secrets)
-    database_url: str = _env("DATABASE_URL", "sqlite:///taskd.db", DATABASES, DATABASE)
-    host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", HOST_NAME)
+    database_url: str = _env("DATABASE_URL", "sqlite:///taskd.db", DATABASE_RULE, DATABASE_PATTERN)
+    host: str = _env("TASKD_HOST", "127.0.0.1", "a host name or address to listen on", HOST_PATTERN)
     port: int = _env("TASKD_PORT", 8000, "a port, or 0 for any free one", "[0-9]{1,5}", _port)
     threads: int = _env("TASKD_THREADS", 16, "a number from 2 to 99", "[2-9]|[1-9][0-9]", int)
-    cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGINS, parse=_origins)
-    jwks_url: str | None = _env("TASKD_JWKS_URL", None, KEY_SETS, KEY_SET_URL, _key_set_url)
+    cors_origins: tuple[str, ...] = _env("TASKD_CORS_ORIGINS", (), ORIGIN_RULE, parse=_origins)
+    jwks_url: str | None = _env("TASKD_JWKS_URL", None, KEY_SET_RULE, KEY_SET_PATTERN, _key_set_url)
     issuer: str | None = _env("TASKD_ISSUER", None, "the iss that a token must have")
     audience: str | None = _env("TASKD_AUDIENCE", None, "the aud that a token must have")
     metrics: bool | None = _env("TASKD_METRICS", None, "1 or 0", "[01]", lambda text: text == "1")
-    trusted_proxies: tuple[str, ...] = _env("TASKD_TRUSTED_PROXY", (), PROXIES, parse=_addresses)
+    trusted_proxies: tuple[str, ...] = _env("TASKD_TRUSTED_PROXY", (), PROXY_RULE, parse=_addresses)
     max_tasks: int | None = _env("TASKD_MAX_TASKS", None, TASK_LIMIT, "[1-9][0-9]{0,15}", int)
-    log_level: str = _env("TASKD_LOG", "info", "one of " + LEVELS, LEVELS)
+    log_level: str = _env("TASKD_LOG", "info", "one of " + LOG_LEVELS, LOG_LEVELS)
     log_format: str | None = _env("TASKD_LOG_FORMAT", None, "text or json", "text|json")
 
     @classmethod
@@ -396,7 +398,7 @@ PLACE_TIMEOUT = 0.25  # seconds in which no place is taken or freed, after which
 class Unavailable(Exception):
     """The database, the key set or the disk cannot be used now; says which, why, when to retry."""
 
-    def __init__(self, what: str, why: str, retry_after: int = RETRY_AFTER) -> None:
+    def __init__(self, what: str, why: str = "", retry_after: int = RETRY_AFTER) -> None:
         super().__init__(what, why)
         self.retry_after = retry_after  # seconds
 
@@ -405,13 +407,15 @@ class WouldBlock(BaseException):
     """Raised in the event loop when a request would block.
 
     One thread, the event loop, reads all requests and runs the application for each of them,
-    because switching between Python threads costs more than a request. It must never wait. Code
-    that would wait there raises this instead: the database for a lock or another server, the key
-    set for a fetch. So do searches and long lists, which take long, and statements that fail.
-    Nothing has been changed, or it was rolled back, so the server runs the request again from the
-    start: in a worker thread, where `thread_state.in_event_loop` is False and this is never
-    raised; with `until`, in the event loop when that future is done; or where the subclass says.
-    Everything before the first write to the database must therefore be safe to run twice.
+    because switching between Python threads costs several times as much as a request. It must
+    never wait. Code that would wait there raises this instead: the database for a lock or another
+    server, the key set for a fetch. So does code that takes long (a search, a long list), and a
+    statement that fails. Nothing has been changed, or it was rolled back, so the server runs the
+    request again from the start: in a worker thread, where `thread_state.in_event_loop` is False
+    and this is never raised; with `until`, in the event loop when that future is done; or where
+    the subclass says. Everything before the first write must therefore be safe to run twice.
+
+    It is a BaseException so that no `except Exception`, here or in Falcon, catches it.
     """
 
     def __init__(self, until: Future[None] | None = None) -> None:
@@ -434,15 +438,15 @@ class BatchFailed(WouldBlock):
 
 
 class Busy(Unavailable):
-    """The user asks for more at once than is served; the first argument is the answer's detail."""
+    """A limit prevents the answer now; the first argument is the answer's detail."""
 
 
 class _ThreadState(threading.local):
     in_event_loop = False  # True in the thread that serves the sockets
     write_timed_out = False  # True in the event loop for a write that has waited LOCK_TIMEOUT
-    # In the event loop: what follows when the write of this request is on disk; None if it wrote
-    # nothing. In other threads a write is on disk when it returns, and this is always None.
-    uncommitted: list[Callable[[], object]] | None = None
+    # In the event loop: functions to call after the commit of this request's write; None until it
+    # has written, and in all other threads, where a write is on disk when it returns.
+    after_commit: list[Callable[[], object]] | None = None
     # Whether nobody waits for the answer to this thread's request; worker threads set it.
     client_has_left: Callable[[], bool] = staticmethod(lambda: False)
 
@@ -450,20 +454,20 @@ class _ThreadState(threading.local):
 thread_state = _ThreadState()
 
 
-class PlaceQueue:
-    """A limit on how many threads do something at once; others wait while places become free."""
+class Semaphore:
+    """A semaphore whose callers give up when nobody takes or frees a place for PLACE_TIMEOUT."""
 
     def __init__(
-        self, places: int, refusal: Callable[[], Unavailable], timeout: float = math.inf
+        self, places: int, rejection: Callable[[], Unavailable], timeout: float = math.inf
     ) -> None:
-        self._free, self._refusal, self._timeout = places, refusal, timeout
+        self._free, self._rejection, self._timeout = places, rejection, timeout
         self._moved, self._changed = 0.0, threading.Condition()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
         """Wait for a place, and free it at the end.
 
-        Raises the refusal after `timeout` seconds, or once PLACE_TIMEOUT has passed in which no
+        Raises the rejection after `timeout` seconds, or once PLACE_TIMEOUT has passed in which no
         place was taken or freed.
         """
         end = time.monotonic() + self._timeout
@@ -471,7 +475,7 @@ class PlaceQueue:
             while not self._free:
                 patience = min(end, self._moved + PLACE_TIMEOUT) - time.monotonic()
                 if patience <= 0:
-                    raise self._refusal()
+                    raise self._rejection()
                 self._changed.wait(patience)
             self._free, self._moved = self._free - 1, time.monotonic()
         try:
@@ -484,10 +488,10 @@ class PlaceQueue:
 
 def when_on_disk(call: Callable[[], object]) -> None:
     """Call a function when what this thread's request wrote is on disk, which may be now."""
-    if thread_state.uncommitted is None:
+    if thread_state.after_commit is None:
         call()
     else:
-        thread_state.uncommitted.append(call)
+        thread_state.after_commit.append(call)
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -556,7 +560,7 @@ class KeySet:
     def __init__(self, url: str) -> None:
         self._url = url
         self._keys: dict[KeyId, jwt.PyJWK] = {}
-        self._answered = self._ended = -math.inf  # the last good fetch, and the last fetch
+        self._last_success = self._last_attempt = -math.inf  # by time.monotonic()
         self._failure = ""
         self._logged: set[str] = set()
         self._lock, self._thread = threading.Lock(), threading.Thread()
@@ -576,16 +580,16 @@ class KeySet:
             wait([fetch], KEYS_WAIT + 1)
         key = self.get(kid, alg)
         if key is None and self._failure:
-            pause = math.ceil(self._ended + KEYS_PAUSE - time.monotonic())
+            pause = math.ceil(self._last_attempt + KEYS_PAUSE - time.monotonic())
             raise Unavailable("the key set", self._failure, max(1, pause))
         return key
 
     def get(self, kid: str | None, alg: str) -> jwt.PyJWK | None:
         """Return a key if the set is fresh enough, without waiting; begin a fetch if it is old."""
         now = time.monotonic()
-        if now - self._ended > (KEYS_RETRY if self._failure else KEYS_AGE):
+        if now - self._last_attempt > (KEYS_RETRY if self._failure else KEYS_AGE):
             self.fetch()
-        fresh = now - self._ended < KEYS_LIMIT and now - self._answered < KEYS_END
+        fresh = now - self._last_attempt < KEYS_LIMIT and now - self._last_success < KEYS_END
         return self._keys.get((kid, alg)) if fresh else None
 
     def fetch(self) -> Future[None] | None:
@@ -593,14 +597,14 @@ class KeySet:
         with self._lock:
             if self._thread.is_alive() and not self._fetch.done():  # no thread survives a fork
                 return self._fetch
-            if time.monotonic() < self._ended + KEYS_PAUSE:
+            if time.monotonic() < self._last_attempt + KEYS_PAUSE:
                 return None
             self._fetch = Future()
             self._thread = threading.Thread(target=self._run, args=[self._fetch], daemon=True)
             try:
                 self._thread.start()
             except RuntimeError as ex:  # the system allows no further thread
-                self._fail(ex)
+                self._note_failure(ex)
                 return None
             return self._fetch
 
@@ -608,20 +612,20 @@ class KeySet:
         try:
             keys, oddities = parse_key_set(download(self._url))
         except Exception as ex:  # the answer may be anything
-            self._fail(ex)
+            self._note_failure(ex)
         else:
             if self._failure:
                 log.info("the key set is fetched again")
             self._keys, self._failure = keys, ""
-            self._answered = self._ended = time.monotonic()
+            self._last_success = self._last_attempt = time.monotonic()
             self._logged &= set(oddities)
             self._warn(oddities)
         fetch.set_result(None)
 
-    def _fail(self, ex: Exception) -> None:
-        self._failure, self._ended = f"{type(ex).__name__}: {ex}"[:200], time.monotonic()
+    def _note_failure(self, ex: Exception) -> None:
+        self._failure, self._last_attempt = f"{type(ex).__name__}: {ex}"[:200], time.monotonic()
         messages = [f"it cannot be fetched: {self._failure}"]
-        if self._keys and self._ended - self._answered >= KEYS_END:
+        if self._keys and self._last_attempt - self._last_success >= KEYS_END:
             messages.append("its keys have ended: no good answer for an hour")
         self._warn(messages)
 
@@ -774,7 +778,7 @@ class Tokens:
         if not self._secrets and not self._key_set:
             raise SettingsError(f"BETTER_AUTH_SECRET is missing; {MAKE_ONE}")
         issuer, aud = settings.issuer, settings.audience
-        # PyJWT refuses any token with an aud unless told otherwise, and Better Auth's have one.
+        # PyJWT rejects any token with an aud unless told otherwise, and Better Auth's have one.
         options: Any = {"require": ["sub", "exp"], "verify_aud": bool(aud), "verify_jti": False}
         decode = jwt.PyJWT(options).decode
         self._claims = partial(decode, issuer=issuer, audience=aud, leeway=LEEWAY)
@@ -1295,16 +1299,19 @@ class Cursors:
 
 
 class Conditions(Struct, frozen=True):
-    """The entity tags of If-Match and If-None-Match, separated by spaces; * for any."""
+    """The entity tags of If-Match and If-None-Match, separated by spaces; * for any.
+
+    `in` finds only whole tags, because a tag includes its quotes.
+    """
 
     match: str = "*"
     none_match: str = ""
 
-    def matches(self, tag: str) -> bool:
-        """Say whether If-Match allows this entity tag: it has it, is *, or was not sent."""
-        return self.match == "*" or tag in self.match
+    def match_fails(self, tag: str) -> bool:
+        """Say whether If-Match was sent, and neither has this entity tag nor is *."""
+        return self.match != "*" and tag not in self.match
 
-    def known(self, tag: str) -> bool:
+    def none_match_fails(self, tag: str) -> bool:
         """Say whether If-None-Match has this entity tag, or is *."""
         return self.none_match == "*" or tag in self.none_match
 
@@ -1349,16 +1356,18 @@ def read_key(req: Request) -> str | None:
 
 # --- Store ----------------------------------------------------------------------------------------
 
-CHUNK = 100  # tasks of the first part of a list; a longer page is read row by row
-LONG_CHUNK = 20_000  # tasks that each other part has, and all parts of a sorted list
-MAX_PAGE = 1024 * 1024  # bytes of JSON, after which a page or a part of a list ends
-MAX_SORTED = 4 * MAX_PAGE  # the same for a sorted list: each part sorts all tasks of the user
-SEARCHES = 4  # of all users at once
+# A list without `limit` is read page by page.
+FIRST_PAGE = 100  # tasks of the first page by id; a longer page is read row by row
+NEXT_PAGE = 20_000  # tasks at most of its other pages, and of all pages of a sorted list
+MAX_PAGE_BYTES = 1024 * 1024  # of JSON, after which a page ends
+MAX_SORTED_PAGE_BYTES = 4 * MAX_PAGE_BYTES  # larger: each page sorts all of the user's tasks
+SEARCHES = 4  # threads for searches: so many searches of all users run at once
 SEARCHES_OF_USER = 2
 SEARCH_TIME = 2.0  # seconds
 OTHER_SEARCHES = "other searches of yours are still running; wait until one ends"
 IDEMPOTENCY_WINDOW = timedelta(hours=24)  # in which a create can be repeated with its key
 DIGESTED = ("title", "description", "completed")  # part of the digest even with their defaults
+# LIKE has wildcards, and SQLite and PostgreSQL have no other function for this in common.
 CONTAINS = " OR ".join(f"REPLACE({name}_folded, :q, '') <> {name}_folded" for name in SEARCHED)
 FILTERS = {
     "completed": "completed = :completed",
@@ -1492,15 +1501,15 @@ def queries() -> dict[str, Any]:
     return {
         "get": Task.select(*SHOWN, Task.version).where(THIS_TASK),
         "add": _returning(Task.insert(created_at=now, updated_at=now, **new)),
-        "long": theirs.limit(peewee.SQL("1")).offset(peewee.SQL(str(CHUNK))),
+        "long": theirs.limit(peewee.SQL("1")).offset(peewee.SQL(str(FIRST_PAGE))),
         "count": peewee.Select([counted], [peewee.fn.COUNT(peewee.SQL("1"))]),
         "toggle": _update(completed=peewee.SQL("NOT completed")),
         "remove": _returning(Task.delete().where(EXPECTED)),
-        "expire": IdempotencyKey.delete().where(key & old),
-        "old": some.limit(peewee.SQL("500")),
-        "expire_all": IdempotencyKey.delete().where(old & span),
-        "claim": claimed.returning(IdempotencyKey.id),
-        "answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
+        "delete_old_key": IdempotencyKey.delete().where(key & old),
+        "old_key_ids": some.limit(peewee.SQL("500")),
+        "delete_old_keys": IdempotencyKey.delete().where(old & span),
+        "reserve_key": claimed.returning(IdempotencyKey.id),
+        "store_answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
     }
 
@@ -1544,8 +1553,9 @@ def page_query(filters: tuple[str, ...], tags: int, sort: str, first: bool) -> A
 class TaskStore:
     """One user's tasks at a time. Returns None if the user has no such task.
 
-    Each method is one SQL statement, compiled once by Peewee and bound to its owner, and is
-    therefore atomic; only a create with a key or with a limit takes several, in a transaction.
+    Each change of a task is one SQL statement, compiled once by Peewee and bound to its owner, and
+    is therefore atomic; only a create with a key or with a limit takes several, in a transaction.
+    In the event loop a change is not on disk yet when its method returns: see `when_on_disk`.
     Raises Unavailable if the database cannot be used, and Changed if a task does not meet
     `conditions`.
     """
@@ -1556,12 +1566,12 @@ class TaskStore:
         self._sql = {name: database.compile(query) for name, query in queries().items()}
         self._change = lru_cache(256)(lambda *names: database.compile(change_query(*names)))
         self._page = lru_cache(256)(lambda *shape: database.compile(page_query(*shape)))
-        self._searches: WeakValueDictionary[str, PlaceQueue] = WeakValueDictionary()  # by user
+        self._searches: WeakValueDictionary[str, Semaphore] = WeakValueDictionary()  # by user
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def turn(self, user_id: str, listing: Listing) -> Iterator[ReadPage]:
-        """Yield the function that reads pages; raise Busy if the user has too many searches."""
+    def page_reader(self, user_id: str, listing: Listing) -> Iterator[ReadPage]:
+        """Yield the function that reads pages. Raises Busy if the user already has two searches."""
         if not self._is_search(user_id, listing):
             yield partial(self.page, user_id)
             return
@@ -1569,7 +1579,7 @@ class TaskStore:
             raise SearchWouldBlock
         check_client()
         with self._lock:
-            new = PlaceQueue(SEARCHES_OF_USER, partial(Busy, OTHER_SEARCHES, "busy"), PLACE_TIMEOUT)
+            new = Semaphore(SEARCHES_OF_USER, partial(Busy, OTHER_SEARCHES), PLACE_TIMEOUT)
             places = self._searches.setdefault(user_id, new)
         with places.place():
             yield partial(self._search, user_id)
@@ -1585,10 +1595,10 @@ class TaskStore:
             if time.monotonic() < end:
                 raise
             detail = f"the search took over {SEARCH_TIME:.0f} s; narrow it by other parameters"
-            raise Busy(detail, str(ex)) from ex
+            raise Busy(detail) from ex
 
     def _is_search(self, user_id: str, listing: Listing) -> bool:
-        """Say whether a page reads texts, or each task of a user who has more than CHUNK."""
+        """Say whether a page reads texts, or each task of a user who has more than FIRST_PAGE."""
         if listing.q:
             return True
         filters = listing.priority, listing.tags, listing.due_before, listing.due_after
@@ -1601,15 +1611,16 @@ class TaskStore:
     def page(self, user_id: str, listing: Listing, end: float = math.inf) -> Page:
         """Return the JSON array of the user's tasks, and the listing of those that follow.
 
-        With a limit they are at most so many; without one they are the next part of a list.
-        Within a `deadline`, `end` is the time of that.
+        With a limit they are at most so many, without one a page of all. Within `deadline(end)`,
+        pass the same `end`.
         """
-        size = listing.limit or (LONG_CHUNK if listing.after or not listing.is_by_id else CHUNK)
+        size = listing.limit or (NEXT_PAGE if listing.after or not listing.is_by_id else FIRST_PAGE)
         sql, values = self._page_statement(listing)
         values |= {"user_id": user_id, "limit": size + 1}
-        room = MAX_PAGE if listing.limit or listing.is_by_id else MAX_SORTED
-        if size <= CHUNK:
+        room = MAX_PAGE_BYTES if listing.limit or listing.is_by_id else MAX_SORTED_PAGE_BYTES
+        if size <= FIRST_PAGE:
             found = self._database.run(sql, **values)
+            # One call of the encoder: encoding each task by itself takes 40 % longer.
             tasks = [view(row) for row in found[:size]]
             after = (found[size - 1][-1], tasks[-1].id) if len(found) > size else None
             page = to_json(tasks)
@@ -1634,10 +1645,9 @@ class TaskStore:
         return _first_stored(self._database.run(self._sql["get"], user_id=user_id, id=task_id))
 
     def add(self, user_id: str, task: dict[str, Any], key: str | None = None) -> Stored | None:
-        """Create a task; it is on disk when this returns. None if the key was used for another one.
+        """Create a task. Returns None if the key was used for another task. Raises TooManyTasks.
 
-        With a key, a create that was done within 24 hours is answered as it was then.
-        Raises TooManyTasks.
+        A create that is repeated with its key within 24 hours returns the task as it was created.
         """
         now = datetime.now(UTC)
         values = {**columns(task), "user_id": user_id, "now": timestamp(now)}
@@ -1648,11 +1658,11 @@ class TaskStore:
                 return self._add_within_limit(values)
             body = _digest(task)
             values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
-            self._run("expire", values)
-            found = self._run("replay", values)
-            if not found and self._run("claim", values):
+            self._run("delete_old_key", values)
+            found = self._run("replay", values)  # first: reserving writes to the disk
+            if not found and self._run("reserve_key", values):
                 stored = self._add_within_limit(values)
-                self._run("answer", values | {"answer": to_json(stored.task).decode()})
+                self._run("store_answer", values | {"answer": to_json(stored.task).decode()})
                 return stored
             # Without a row, another process has created the task first.
             for known, answer in found or self._run("replay", values):
@@ -1675,10 +1685,10 @@ class TaskStore:
         if changes:
             values = columns(changes)
             return self._write(self._change(*values), conditions, user_id, task_id, **values)
-        stored = self.get(user_id, task_id)
-        if stored and (conditions.known(stored.tag) or not conditions.matches(stored.tag)):
-            raise Changed(stored.tag)
-        return stored
+        found = self.get(user_id, task_id)
+        if found and (conditions.match_fails(found.tag) or conditions.none_match_fails(found.tag)):
+            raise Changed(found.tag)
+        return found
 
     def toggle(self, user_id: str, task_id: int, conditions: Conditions = ANY) -> Stored | None:
         """Toggle whether the task is completed, and return the task as it is now."""
@@ -1689,13 +1699,13 @@ class TaskStore:
         return self._write(self._sql["remove"], conditions, user_id, task_id)
 
     def expire_keys(self) -> None:
-        """Delete all expired idempotency keys, in batches so that no write waits long."""
+        """Delete all expired idempotency keys, 500 at a time so that no write waits long."""
         before = timestamp(datetime.now(UTC) - IDEMPOTENCY_WINDOW)
         ids: list[Row] = [(0,)]  # the first write shows /readyz whether one is possible
         while ids:
             span = {"first": ids[0][0], "last": ids[-1][0]}
-            self._database.write(self._sql["expire_all"], before=before, **span)
-            ids = self._database.run(self._sql["old"], before=before)  # without a lock
+            self._database.write(self._sql["delete_old_keys"], before=before, **span)
+            ids = self._database.run(self._sql["old_key_ids"], before=before)  # without a lock
             time.sleep(0.05 if ids else 0)  # other writes begin
 
     def _run(self, name: str, values: dict[str, Any]) -> list[Row]:
@@ -1741,7 +1751,7 @@ def _stored(row: Row) -> Stored:
 def check_client() -> None:
     """Raise Busy if the client has closed the connection."""
     if thread_state.client_has_left():
-        raise Busy("keep the connection open until the search is answered", "the client has left")
+        raise Busy("keep the connection open until the search is answered")
 
 
 def _first_stored(rows: list[Row]) -> Stored | None:
@@ -1789,12 +1799,12 @@ TABLES = tuple(model._meta.table_name for model in MODELS)
 LOCK_TIMEOUT = 4.0
 MIGRATION_TIMEOUT = 60.0  # seconds that a start waits for another one, which may be migrating
 LOCK_RETRY = 0.01  # seconds until a write that waits for SQLite's lock is tried again
-MAX_LOG = 16 * 1024  # pages (of 4 KiB) of SQLite's log; searches that overlap make it longer
+MAX_WAL_PAGES = 16 * 1024  # of 4 KiB in SQLite's write-ahead log; it grows while searches overlap
 DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
-CONNECT_PATIENCE = 0.8  # seconds that requests wait for each new connection to PostgreSQL
+CONNECT_WAIT = 0.8  # seconds that requests wait for each new connection to PostgreSQL
 TRANSACTION = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
 SAVEPOINT = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
-MANY_WRITES = partial(Unavailable, "the database", "too many writes are waiting")
+too_many_writes = partial(Unavailable, "the database", "too many writes are waiting")
 SLOW_COMMIT = 0.002  # seconds; if commits take longer, the event loop does not wait for them
 
 
@@ -1821,15 +1831,15 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(database.get_sql_context().sql(query).query()[0])
 
 
-class _LastWrite:
-    """Remembers for /readyz that the last write failed: reads work on a full or read-only disk."""
+class WriteHealth:
+    """Remembers for /readyz whether the last write failed; reads work on a read-only disk too."""
 
     _failure = ""
     probe = "UPDATE about SET version = version"  # a write that changes nothing
     write: Callable[..., object]
 
     @contextlib.contextmanager
-    def _remembered(self) -> Iterator[None]:
+    def _noting_failure(self) -> Iterator[None]:
         try:
             yield
         except Unavailable as ex:
@@ -1848,12 +1858,14 @@ class _LastWrite:
             raise Unavailable("the database, which stores no writes,", ex.args[1]) from ex
 
 
-class Sqlite(_LastWrite):
+class Sqlite(WriteHealth):
     """SQLite: a connection in each thread, and one write at a time.
 
     The event loop adds the writes of many requests to one transaction of `_writer`, the batch, and
-    commits it before it answers them: they share a flush of the disk. Its other connection, which
-    reads, does not see them earlier. In other threads each write is committed by itself.
+    commits it before it answers them: they share a flush of the disk. `_event_loop_connection`,
+    which reads, does not see them earlier. In other threads `_worker_connection` is one for each,
+    and each write is committed by itself. `_anchor` is never closed while taskd serves, so that
+    SQLite keeps its write-ahead log; `_writer` is closed after an error.
     """
 
     probe = "UPDATE about SET rowid = -rowid"  # SQLite writes no row that stays as it is
@@ -1876,7 +1888,7 @@ class Sqlite(_LastWrite):
                     raise DatabaseError(f"{path} cannot be opened: {ex}") from None
                 time.sleep(LOCK_RETRY)  # SQLite itself does not wait to begin its log
         self.peewee = self._worker_connection  # for taskctl's own queries
-        self._queue, self._turn = PlaceQueue(waiting, MANY_WRITES), threading.Lock()
+        self._queue, self._write_lock = Semaphore(waiting, too_many_writes), threading.Lock()
         self._committing, self._commit_time = False, 0.0  # seconds
 
     def compile(self, query: peewee.Query) -> str:
@@ -1888,7 +1900,7 @@ class Sqlite(_LastWrite):
         try:  # the last fetch commits, and can fail
             return self._here().connection().execute(sql, values).fetchall()  # type: ignore
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
-            self._fail(ex)
+            self._raise_failure(ex)
 
     def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
@@ -1896,10 +1908,10 @@ class Sqlite(_LastWrite):
             with contextlib.closing(self._here().connection().execute(sql, values)) as cursor:
                 yield from cursor
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
-            self._fail(ex)
+            self._raise_failure(ex)
 
-    def _fail(self, ex: Exception) -> NoReturn:
-        if thread_state.uncommitted is not None:
+    def _raise_failure(self, ex: Exception) -> NoReturn:
+        if thread_state.after_commit is not None:
             _discard(self._writer)
             raise BatchFailed from None
         _discard(self._here())  # its state is not known; the next request opens a new one
@@ -1911,9 +1923,12 @@ class Sqlite(_LastWrite):
 
     @contextlib.contextmanager
     def deadline(self, end: float) -> Iterator[None]:
-        """End this thread's statements with Unavailable at a time, or without their client."""
+        """Let this thread's statements raise Unavailable at a time, or once the client has left.
+
+        The time is one of `time.monotonic()`.
+        """
         self.run("SELECT 1")  # opens the connection, or raises Unavailable
-        self._check_log()
+        self._checkpoint_if_long()
         connection = self._here().connection()
 
         def is_over() -> bool:
@@ -1926,30 +1941,30 @@ class Sqlite(_LastWrite):
             with contextlib.suppress(sqlite3.ProgrammingError):  # it was closed
                 connection.set_progress_handler(None, 0)
 
-    def _check_log(self) -> None:
+    def _checkpoint_if_long(self) -> None:
         """Move a log that is too long into the database; raise Busy if other readers prevent it.
 
         SQLite writes to the beginning of its log again when no reader needs what is there.
         """
         self._check_files()
-        if any(file.stat().st_size > 4096 * MAX_LOG for file, _ in self._files[1:]):
+        if any(file.stat().st_size > 4096 * MAX_WAL_PAGES for file, _ in self._files[1:]):
             [[_, pages, moved]] = self.run("PRAGMA wal_checkpoint")
-            if moved < pages > MAX_LOG:
-                raise Busy("other readers must end first; send it again", "SQLite's log is long")
+            if moved < pages > MAX_WAL_PAGES:
+                raise Busy("other readers must end first; send it again")
 
     def lock(self, user_id: str) -> None:
         """Lock out other creates of the user until the transaction ends; SQLite has one writer."""
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that writes, exclusively; `when_on_disk` tells when it is on disk."""
-        with self._remembered(), self._exclusively():
+        with self._noting_failure(), self._exclusively():
             return self.run(sql, **values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements exclusively; all of them are stored, or none."""
         begin, commit, roll_back = SAVEPOINT if thread_state.in_event_loop else TRANSACTION
-        with self._remembered(), self._exclusively():
+        with self._noting_failure(), self._exclusively():
             self.run(begin)
             try:
                 yield
@@ -1966,22 +1981,22 @@ class Sqlite(_LastWrite):
             yield
             return
         with self._queue.place():  # SQLite's own busy handler is unfair to threads that wait
-            if not self._turn.acquire(timeout=LOCK_TIMEOUT):
+            if not self._write_lock.acquire(timeout=LOCK_TIMEOUT):
                 raise Unavailable("the database", "the writes before this one took too long")
         try:
-            self._check_files()
+            self._check_files()  # the write would go to a deleted file
             yield
-            self._check_files()
+            self._check_files()  # the file was replaced meanwhile, and the write is lost
         finally:
-            self._turn.release()
+            self._write_lock.release()
 
     def _join_batch(self) -> None:
         if not self.begin():
             if thread_state.write_timed_out:
                 raise Unavailable("the database", "database is locked")
             raise WriteWouldBlock
-        if thread_state.uncommitted is None:
-            thread_state.uncommitted = []
+        if thread_state.after_commit is None:
+            thread_state.after_commit = []
 
     def begin(self) -> bool:
         """Begin the batch, if none is open; return False while another thread or process writes."""
@@ -1991,7 +2006,7 @@ class Sqlite(_LastWrite):
             return True
         if not self._has_its_files():
             raise BatchFailed
-        if self._turn.locked():  # SQLite would give the lock to whoever asks at the right moment
+        if self._write_lock.locked():  # that thread may wait for SQLite, and asks less often
             return False
         try:
             self._writer.execute_sql("BEGIN IMMEDIATE")
@@ -2026,7 +2041,7 @@ class Sqlite(_LastWrite):
 
     def _here(self) -> peewee.SqliteDatabase:
         """Return the database whose connection this thread uses now."""
-        if thread_state.uncommitted is not None:
+        if thread_state.after_commit is not None:
             return self._writer
         if thread_state.in_event_loop:
             return self._event_loop_connection
@@ -2084,12 +2099,12 @@ class PostgresPool(peewee.PostgresqlDatabase):
     """Connections that are kept after use, and new ones, which a thread makes one by one.
 
     If the server is silent, that thread waits for seconds; a request that needs a connection waits
-    for at most `patience`. The session settings override those of the role, the database and libpq.
+    for at most `wait_limit`. The session settings override those of the role, database and libpq.
     """
 
     session_settings: str
     answer_timeout: float | None = None  # seconds until a server that is silent counts as lost
-    patience = threading.TIMEOUT_MAX  # seconds from its start to wait for each new connection
+    wait_limit = threading.TIMEOUT_MAX  # seconds from its start to wait for each new connection
 
     def __init__(self, url: str, **parameters: Any) -> None:
         super().__init__(url, prefer_psycopg3=True, encoding="UTF8", **parameters)
@@ -2131,21 +2146,21 @@ class PostgresPool(peewee.PostgresqlDatabase):
                 self._changed.notify()
 
     def _wait_for_idle(self) -> None:
-        """Have a connection made, and wait until one is idle.
+        """Start a thread that connects, unless one runs, and wait until a connection is idle.
 
-        Raises the error of the attempt, or TimeoutError if it takes longer than `patience`.
+        Raises the error of the attempt, or TimeoutError if it takes longer than `wait_limit`.
         """
         with self._changed:
             if self._new is None or self._new.done():
                 new: Future[None] = Future()
-                threading.Thread(target=self._finish, args=(new,), daemon=True).start()
-                self._new, self._deadline = new, time.monotonic() + self.patience
-            new, patience = self._new, self._deadline - time.monotonic()
-            self._changed.wait_for(lambda: self._idle or new.done(), patience)
+                threading.Thread(target=self._add_connection, args=(new,), daemon=True).start()
+                self._new, self._deadline = new, time.monotonic() + self.wait_limit
+            new, wait_limit = self._new, self._deadline - time.monotonic()
+            self._changed.wait_for(lambda: self._idle or new.done(), wait_limit)
             if not self._idle:
                 new.result(0)
 
-    def _finish(self, new: Future[None]) -> None:
+    def _add_connection(self, new: Future[None]) -> None:
         try:
             self._idle.append(self.new_connection())
             new.set_result(None)
@@ -2160,7 +2175,7 @@ class PostgresPool(peewee.PostgresqlDatabase):
             connection = super()._connect()  # type: ignore[misc]  # the stubs leave it out
             self._prefer(connection.info)
             connection.wait = lambda gen, w=connection.wait: w(gen, timeout=self.answer_timeout)
-            try:  # after connecting: PgBouncer refuses settings in the start-up packet
+            try:  # after connecting: PgBouncer rejects settings in the start-up packet
                 connection.execute(self.session_settings)
                 return connection
             except BaseException as ex:
@@ -2178,7 +2193,7 @@ class PostgresPool(peewee.PostgresqlDatabase):
             self.connect_params[name] = ",".join(values)
 
 
-class Postgres(_LastWrite):
+class Postgres(WriteHealth):
     """PostgreSQL: a pool of connections; several taskd processes can share the database."""
 
     def __init__(self, settings: Settings, statement_timeout: float) -> None:
@@ -2190,7 +2205,7 @@ class Postgres(_LastWrite):
         session = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
         self._pool.session_settings = session
         # Fewer places than threads, so that reads always find a thread.
-        self._queue = PlaceQueue(settings.threads * 3 // 4, MANY_WRITES)
+        self._queue = Semaphore(settings.threads * 3 // 4, too_many_writes)
         self._unusable = (peewee.PeeweeException, PsycopgError)
         try:
             self._prepare(settings.database)
@@ -2199,7 +2214,7 @@ class Postgres(_LastWrite):
             why = first_line(ex)
             raise DatabaseError(f"{settings.database} cannot be opened: {why}") from None
         if statement_timeout:
-            self._pool.answer_timeout, self._pool.patience = statement_timeout + 1, CONNECT_PATIENCE
+            self._pool.answer_timeout, self._pool.wait_limit = statement_timeout + 1, CONNECT_WAIT
 
     def compile(self, query: peewee.Query) -> str:
         """Return the SQL of a query all of whose values are parameters."""
@@ -2215,11 +2230,11 @@ class Postgres(_LastWrite):
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that writes; it is on disk when this returns."""
         # Connect first: a queue whose writes all wait for a connection would seem to stand still.
-        with self._remembered(), self._connected(), self._queue.place():
+        with self._noting_failure(), self._connected(), self._queue.place():
             return self.run(sql, **values)
 
     def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[tuple[Any, ...]]:
-        """Read a statement's rows one by one, until the iterator is closed; each batch by `end`."""
+        """Read a statement's rows one by one, until the iterator is closed; each fetch by `end`."""
         with (
             self._connected(),
             self._pool.transaction(),
@@ -2236,7 +2251,7 @@ class Postgres(_LastWrite):
 
     @contextlib.contextmanager
     def deadline(self, end: float) -> Iterator[None]:
-        """End this thread's next statement, and each batch of rows, with Unavailable at a time."""
+        """Let this thread's next statement, and each fetch of rows, raise Unavailable at a time."""
         with self._connected(), self._pool.atomic():
             self._limit_statement(end)
             yield
@@ -2252,7 +2267,7 @@ class Postgres(_LastWrite):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
-        with self._remembered(), self._connected(), self._queue.place(), self._pool.atomic():
+        with self._noting_failure(), self._connected(), self._queue.place(), self._pool.atomic():
             yield
 
     @contextlib.contextmanager
@@ -2283,7 +2298,7 @@ class Postgres(_LastWrite):
         with self._connected():
             _check_fit(self._pool, portable_definitions)
             [[is_standby]] = self.run("SELECT pg_is_in_recovery()")
-        if not is_standby:  # a standby refuses every write, and serves reads
+        if not is_standby:  # a standby rejects every write, and serves reads
             self._check_last_write()
 
     def close(self) -> None:
@@ -2394,7 +2409,7 @@ def connect(
     """
     # Reads never wait, and a commit is on disk.
     pragmas = {"journal_mode": "wal", "synchronous": "full", "cache_size": str(-cache)}
-    pragmas["journal_size_limit"] = str(4096 * MAX_LOG)  # or a log that was longer stays so
+    pragmas["journal_size_limit"] = str(4096 * MAX_WAL_PAGES)  # or a log that was longer stays so
     existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # never creates an empty file
     threads: dict[str, Any] = {"thread_safe": thread_safe, "check_same_thread": thread_safe}
     return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout, **threads)
@@ -2484,10 +2499,10 @@ def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
         if copy and _is_whole(database, path, version):
             copy.unlink()
         raise
-    _empty_log(database, path)
+    _checkpoint_migration(database, path)
 
 
-def _empty_log(database: peewee.SqliteDatabase, path: str) -> None:
+def _checkpoint_migration(database: peewee.SqliteDatabase, path: str) -> None:
     """Move a migration from SQLite's log into the database, or warn that it needs the log."""
     try:
         database.execute_sql("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -2585,7 +2600,10 @@ def method_of(req: Request) -> str:
 
 
 class Metrics:
-    """Prometheus metrics, labelled by route template and kind of statement, never by user."""
+    """Prometheus metrics: middleware that counts requests, and the resource that shows them.
+
+    They are labelled by route template and kind of statement, never by user.
+    """
 
     def __init__(self) -> None:
         import prometheus_client as prometheus  # loaded only where metrics are asked for
@@ -2606,7 +2624,7 @@ class Metrics:
 
     def process_response(self, req: Request, resp: Response, resource: object, ok: bool) -> None:
         """Count and time a request. Errors are logged and never affect the response."""
-        if not req.context.refusal:
+        if not req.context.rejection:
             when_on_disk(partial(self._count, req, resp))
 
     def _count(self, req: Request, resp: Response) -> None:
@@ -2754,7 +2772,7 @@ class RequestContext:
     def process_request(self, req: Request, resp: Response) -> None:
         """Take the client's request id if it is valid, else make one, and start the clock.
 
-        The clock starts when the request was received. Raises the server's refusal of the request,
+        The clock starts when the request was received. Raises the server's rejection of a request,
         so that it gets the same headers and log line.
         """
         req.context.started = req.env.get("taskd.received", time.perf_counter())
@@ -2763,9 +2781,9 @@ class RequestContext:
         resp.set_headers({"X-Request-ID": req.context.id, **HEADERS_OF_ALL})
         if self._proxies:
             req.context.client = self._client(req)
-        req.context.refusal = req.env.get("taskd.refusal")
-        if req.context.refusal:
-            raise req.context.refusal
+        req.context.rejection = req.env.get("taskd.rejection")
+        if req.context.rejection:
+            raise req.context.rejection
 
     def _client(self, req: Request) -> str:
         """Return the client's address, and use the path prefix, that the trusted proxy reports."""
@@ -2833,7 +2851,7 @@ MAX_LIST_IN_MEMORY = 512 * 1024  # bytes; a longer list goes into a file, which 
 MAX_LISTS = 32  # such files at a time
 MAX_LISTS_OF_USER = 8
 MAX_LIST_BYTES = 2 * 1024 * 1024 * 1024  # in all of them; half of it in those of a user
-Piece = bytes | memoryview
+Chunk = bytes | memoryview
 DOCS_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
     " connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none';"
@@ -2853,10 +2871,10 @@ class TaskResource:
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
         if listing == Listing(sort=listing.sort):  # of all tasks
             ListFile.check(user_id)
-        with self._store.turn(user_id, listing) as read:
+        with self._store.page_reader(user_id, listing) as read:
             tasks, rest = read(listing)
             if rest and not listing.limit:
-                self._list_all(req, resp, json_pieces(read, tasks, rest))
+                self._list_all(req, resp, json_chunks(read, tasks, rest))
                 return
         resp.data = tasks
         if rest and rest.after:
@@ -2881,10 +2899,10 @@ class TaskResource:
         """Answer with a task, or 304 if the caller has its current version."""
         number, conditions = parse_task_id(task_id), read_conditions(req)
         stored = found_or_404(self._store.get(req.context.user.id, number))
-        if not conditions.matches(stored.tag):
+        if conditions.match_fails(stored.tag):
             raise Changed(stored.tag)
         respond_with_task(resp, stored)
-        if conditions.known(stored.tag):
+        if conditions.none_match_fails(stored.tag):
             resp.status, resp.data = falcon.HTTP_304, None
 
     def on_put(self, req: Request, resp: Response, task_id: str) -> None:
@@ -2902,11 +2920,11 @@ class TaskResource:
     on_head = on_get
     on_patch = on_put
 
-    def _list_all(self, req: Request, resp: Response, pieces: Iterator[Piece]) -> None:
+    def _list_all(self, req: Request, resp: Response, pieces: Iterator[Chunk]) -> None:
         """Answer with all pieces: from memory, or from a file if they are too many."""
         if thread_state.in_event_loop:
             raise WouldBlock
-        start, size = list[Piece](), 0
+        start, size = list[Chunk](), 0
         for piece in pieces:
             start.append(piece)
             size += len(piece)
@@ -2951,7 +2969,7 @@ class ListFile(io.FileIO):
     _lock = threading.RLock()  # the garbage collector may close a file in a thread that has it
     _sizes: ClassVar[dict[tuple[str, int], int]] = {}  # of the open files
 
-    def __init__(self, user_id: str, pieces: Iterable[Piece]) -> None:
+    def __init__(self, user_id: str, pieces: Iterable[Chunk]) -> None:
         """Write all pieces into the file, which is then read from its beginning."""
         self._place, self.size = (user_id, id(self)), 0
         with self._lock:
@@ -2976,17 +2994,17 @@ class ListFile(io.FileIO):
         with cls._lock:
             of_user = [user for user, _ in cls._sizes if user == user_id]
             if too_many or len(of_user) >= MAX_LISTS_OF_USER:
-                raise Busy("too many long lists are being read; wait until one ends", "busy")
+                raise Busy("too many long lists are being read; wait until one ends")
         if of_user and thread_state.in_event_loop:  # probably this list is long too
             raise WouldBlock
 
-    def _append(self, piece: Piece) -> None:
+    def _append(self, piece: Chunk) -> None:
         self.size += len(piece)
         with self._lock:
             self._sizes[self._place] = self.size
             own = sum(size for (user, _), size in self._sizes.items() if user == self._place[0])
             if max(2 * own, sum(self._sizes.values())) > MAX_LIST_BYTES:
-                raise Busy("the long lists being read are too large; wait until one ends", "busy")
+                raise Busy("the long lists being read are too large; wait until one ends")
         while piece:
             piece = piece[self.write(piece) :]
 
@@ -3004,6 +3022,7 @@ class HealthResource:
         self._check = check
 
     def on_get(self, req: Request, resp: Response) -> None:
+        """Answer 200, or 503 through Unavailable."""
         self._check()
         resp.data = b'{"status": "ok"}'
 
@@ -3034,7 +3053,7 @@ class RootResource:
     on_head = on_get
 
 
-def json_pieces(read: ReadPage, tasks: bytes, rest: Listing | None) -> Iterator[Piece]:
+def json_chunks(read: ReadPage, tasks: bytes, rest: Listing | None) -> Iterator[Chunk]:
     """Yield the JSON array of these tasks and the rest, read piece by piece."""
     yield memoryview(tasks)[:-1]
     while rest:
@@ -3119,7 +3138,7 @@ def serialize_error(req: Request, resp: Response, ex: falcon.HTTPError) -> None:
     resp.data = problem(ex.status_code, ex.description, getattr(ex, "faults", None))
 
 
-def handle_refusal(req: Request, resp: Response, ex: Exception, params: object) -> NoReturn:
+def handle_expected(req: Request, resp: Response, ex: Exception, params: object) -> NoReturn:
     """Answer an exception of HTTP_ERRORS; the operator is told what cannot be used."""
     if type(ex) is Unavailable:
         req.context.unavailable, req.context.reason = True, "{} cannot be used: {}".format(*ex.args)
@@ -3179,7 +3198,7 @@ def create_app(settings: Settings) -> App:
     app.set_error_serializer(serialize_error)
     app.add_error_handler(Exception, handle_unexpected)
     for kind in HTTP_ERRORS:
-        app.add_error_handler(kind, handle_refusal)
+        app.add_error_handler(kind, handle_expected)
     tasks = TaskResource(store)
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
@@ -3225,13 +3244,15 @@ def wsgi() -> App:
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
 MAX_TARGET = 20 * 1024  # bytes; the longest query that taskd understands has about 16,300
 MAX_HEADERS = 256  # header lines
-MAX_TAIL = 300  # bytes of a head that are kept: its end may come in pieces, and so may an Origin
+# Bytes kept of a head that llhttp has already: they show where the head ends, and an Origin header
+# that is not complete but needed for a rejection.
+MAX_TAIL = 300
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
 MAX_CHUNKS = 20 * 1024  # not counting runs of chunks of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
-# The headers that the answer to a refused request depends on.
-FOR_REFUSALS = re.compile(rb"(?im)^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$")
+# The headers that the answer to a rejected request depends on.
+FOR_REJECTIONS = re.compile(rb"(?im)^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$")
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
@@ -3260,11 +3281,11 @@ def header_key(name: bytes) -> str:
 
 
 class ServerRequest:
-    """A request with the attributes that waitress expects: complete, or refused by the parser."""
+    """A request with the attributes that waitress expects: complete, or rejected by the parser."""
 
     url_scheme, request_uri, path, query = "http", "/", "/", ""
     command, version = "-", "1.1"
-    refusal: falcon.HTTPError | None = None
+    rejection: falcon.HTTPError | None = None
 
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
@@ -3341,40 +3362,40 @@ class RequestReader:
 
     def next(self) -> None:
         """Start a new request; the buffer may already contain some of it."""
-        self.request, self.complete, self.waiting_for = ServerRequest(), False, "request"
+        self.request, self.complete, self.part = ServerRequest(), False, "request"
         self._step: Callable[[], bool] = self._read_line
         self._taken = self._chunks = self._length = 0
         self.lines: list[tuple[bytes, bytes]] = []
 
     def receive(self, data: bytes) -> None:
-        """Parse until the request is complete or refused, or more bytes are needed."""
+        """Parse until the request is complete or rejected, or more bytes are needed."""
         self.unread += data
         self.received = time.perf_counter() if data else self.received
         try:
             while not self.complete and self._step():
                 pass
         except falcon.HTTPError as ex:
-            self._refuse(ex)
+            self._reject(ex)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Store a header (a callback of llhttp)."""
         self.lines.append((name, value))
 
-    def _refuse(self, refusal: falcon.HTTPError) -> None:
-        """Refuse the request and close the connection: the next request's start is not known."""
-        if self.waiting_for != "body":
-            found = FOR_REFUSALS.findall(self.unread)[:2]
+    def _reject(self, rejection: falcon.HTTPError) -> None:
+        """Reject the request and close the connection: the next request's start is not known."""
+        if self.part != "body":
+            found = FOR_REJECTIONS.findall(self.unread)[:2]
             unread = [line for line in found if line not in self.lines]
             self.request.take_headers(self.lines + unread)
         self.request.headers["CONNECTION"] = "close"
-        self.request.refusal, self.complete = refusal, True
+        self.request.rejection, self.complete = rejection, True
 
     def _take(self, size: int) -> bytes:
         """Remove bytes from the buffer. Raises 413 or 431 once the total exceeds the limit."""
         taken = self.unread[:size]
         self._taken += len(taken)
-        if self._taken > (MAX_CHUNKED if self.waiting_for == "body" else MAX_HEAD):
-            raise too_large() if self.waiting_for == "body" else head_too_large()
+        if self._taken > (MAX_CHUNKED if self.part == "body" else MAX_HEAD):
+            raise too_large() if self.part == "body" else head_too_large()
         self.unread = self.unread[size:]
         return taken
 
@@ -3383,12 +3404,13 @@ class RequestReader:
         self._take(len(self.unread) - len(self.unread.lstrip(b"\r\n")))
         if not self.unread:
             return False
-        self.waiting_for = "head"
+        self.part = "head"
         line, newline, _ = self.unread.partition(b"\n")
         found = REQUEST_LINE.fullmatch(line + newline) if newline else None
         if not found and (newline or not PRINTABLE.match(line)):
             raise malformed("its first line must be METHOD /path HTTP/1.1")
         if not found:
+            # The rest of the line is missing; `_take` raises 431 if it is too long already.
             return len(line) > MAX_HEAD and bool(self._take(len(line)))
         self._take(len(line) + 1)
         self.request.take_line(*(part.decode("latin-1") for part in found.groups()))
@@ -3425,7 +3447,7 @@ class RequestReader:
         request.take_headers(self.lines)
         request.check_headers()
         self.lines = []  # the request has them
-        self.waiting_for, self._taken = "body", 0
+        self.part, self._taken = "body", 0
         self._length = request.content_length
         chunked = request.headers.pop("TRANSFER_ENCODING", None)
         self._step = self._read_chunks if chunked else self._read_body
@@ -3481,7 +3503,7 @@ SEND_BUDGET = 1024 * 1024  # bytes sent to one client before the others are serv
 MAX_BATCH = 100  # writes; a batch that has as many is committed at the end of the round
 BATCH_TIME = 0.02  # seconds after which a batch is committed, even if each round adds a write
 ROUND_TIME = 0.02  # seconds of answering before the event loop looks at the sockets again
-MAX_DISCARDED = 1024 * 1024  # bytes read after a refusal, so that the client can read the answer
+MAX_DISCARDED = 1024 * 1024  # bytes read after a rejection, so that the client can read the answer
 # Bytes in memory of all requests that are not answered, and of answers that are not read, yet.
 MAX_HELD = 32 * 1024 * 1024
 MAX_IN_MEMORY = 4 * 1024 * 1024  # bytes of an answer above which waitress would use a file
@@ -3490,8 +3512,9 @@ CONNECTIONS_OVER_LIMIT = 10  # accepted even when no other connection can be clo
 ACCEPTS_AT_ONCE = 500
 BACKLOG = 4096  # connections that the kernel accepts before taskd does
 DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are answered
-# Seconds after SIGTERM: a wait for a lock or a fetch that begins later could outlast the drain.
-LAST_CALL = DRAIN_TIMEOUT - max(LOCK_TIMEOUT, KEYS_WAIT) - 0.5
+# Seconds after SIGTERM from which requests that would block are rejected: before, one wait of
+# LOCK_TIMEOUT or KEYS_WAIT still fits. Two waits of a worker thread's write may be cut off.
+REJECT_BLOCKED_AFTER = DRAIN_TIMEOUT - max(LOCK_TIMEOUT, KEYS_WAIT) - 0.5
 IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
 READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
@@ -3499,11 +3522,11 @@ DEADLINES = {  # what a connection waits for from its client: seconds
     "request": 120.0,  # its first byte
     "head": 10.0,  # the request line and headers
     "body": 30.0,
-    "reader": 60.0,  # the client to read some of its answer
-    "end": 10.0,  # the client to close
+    "delivery": 60.0,  # until the client receives some of its answer
+    "close": 10.0,  # until the client closes
 }
 # What a connection is polled for in these states; in the others READABLE.
-EVENTS = {"reader": select.POLLOUT, "end": select.POLLIN, None: 0}
+EVENTS = {"delivery": select.POLLOUT, "close": select.POLLIN, None: 0}
 HEADER_WORDS = {"etag": "ETag", "id": "ID", "www": "WWW"}
 http_date = lru_cache(1)(waitress.utilities.build_http_date)
 
@@ -3522,7 +3545,8 @@ class ServerTask(waitress.task.WSGITask):
     def start(self) -> None:
         """Announce `Connection: close` when the server stops and no other request follows.
 
-        At the limit of connections do it when one follows, so that the connection makes room.
+        At the limit of connections do it when one follows: a connection that always has another
+        request never waits for its client, and could not be closed to make room.
         """
         super().start()
         channel, server = self.channel, self.channel.server
@@ -3534,7 +3558,7 @@ class ServerTask(waitress.task.WSGITask):
         """Return the WSGI environment, with the parser's error, if any, and the time of receipt."""
         environ, reader = super().get_environment(), self.channel.reader
         environ["REQUEST_METHOD"] = reader.request.command  # waitress has it in capitals
-        environ |= {"taskd.refusal": reader.request.refusal, "taskd.received": reader.received}
+        environ |= {"taskd.rejection": reader.request.rejection, "taskd.received": reader.received}
         return environ
 
     def build_response_header(self) -> bytes:
@@ -3562,13 +3586,14 @@ class ServerChannel(waitress.channel.HTTPChannel):
     `waiting_for` is the state: what the client must do next (a key of DEADLINES), or None while
     the request is queued or answered. The states of a request follow one another:
 
-        "request" -> "head" -> "body" -> None -> "reader" -> "request", or "end" and closed
+        "request" -> "head" -> "body" -> None -> "delivery" -> "request"
 
-    In None no other request is read. The next one is read when the client has read the whole
-    answer: at most one answer is in memory. The connection of a request that has to wait is polled
-    for nothing, so that only a reset is noticed; most are answered before the next poll.
-    `answer`, `has_more`, `has_left` and what sends also run in worker threads, `service` only
-    there; everything else runs in the event loop only.
+    "head" and "body" last only while bytes are missing, "delivery" only if the client has not taken
+    the whole answer at once. After a rejection the last state is "close". In None no further bytes
+    are read, so that taskd never holds two answers of a connection. While a request waits, the poll
+    reports only a reset of its connection; most are answered before the next poll.
+    Worker threads call only `service`, and through it `answer`, `has_more`, `has_left` and
+    `write_soon`; `outbuf_lock` guards what these share with the event loop.
     """
 
     outbufs: list[Any]
@@ -3629,7 +3654,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
             return b""
 
     def handle_read(self) -> None:
-        """Read from the client, and parse it, or discard it in the state "end"."""
+        """Read from the client, and parse it, or discard it in the state "close"."""
         if self.waiting_for is None:
             return  # its current request is answered first
         try:
@@ -3639,9 +3664,9 @@ class ServerChannel(waitress.channel.HTTPChannel):
         except OSError:
             data = b""
         self._reads, self._received = self._reads + 1, self._received + len(data)
-        if not data or (self.waiting_for == "end" and self._received > MAX_DISCARDED):
+        if not data or (self.waiting_for == "close" and self._received > MAX_DISCARDED):
             self.handle_close()
-        elif self.waiting_for != "end":
+        elif self.waiting_for != "close":
             self._receive(data)
         if self.waiting_for and self._reads > READS_BEFORE_PAUSE + self._received // 512:
             self.watch(0)
@@ -3665,11 +3690,11 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self.waiting_for = None  # not by `wait_for`: most are answered before the next poll
             self.server.ready.append(self)
             return
-        if reader.waiting_for == "body" and reader.request.expects_continue:
+        if reader.part == "body" and reader.request.expects_continue:
             del reader.request.headers["EXPECT"]
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if reader.waiting_for != self.waiting_for:
-            self.wait_for(reader.waiting_for)
+        if reader.part != self.waiting_for:
+            self.wait_for(reader.part)
 
     @property
     def user(self) -> str:
@@ -3681,7 +3706,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         token = bearer_token(request.headers.get("AUTHORIZATION", ""))
         if user := app.tokens.known(token):
             return str(user.id)
-        return request.path if request.path in app.public else "new"[: len(token)]
+        return request.path if request.path in app.public else "new" if token else ""
 
     def answer(self) -> None:
         """Run the application. Raises WouldBlock in the event loop if it has to wait.
@@ -3708,7 +3733,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         if not self.connected:
             return
         if self.total_outbufs_len:
-            self.wait_for("reader")
+            self.wait_for("delivery")
             self._least_undelivered = self._undelivered()
             self.server.pause(self)  # measure again when the client's system has buffered some
             return
@@ -3726,14 +3751,14 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def _end(self) -> None:
         """Close the connection; if the client may still send, half-close it (RFC 9112, 9.6)."""
-        if self.reader.request.refusal is None and not self.reader.unread:
+        if self.reader.request.rejection is None and not self.reader.unread:
             self.handle_close()
             return
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
         self.reader.next()  # the request is not needed, and what still comes is discarded
         self.reader.unread = b""
-        self.wait_for("end")
+        self.wait_for("close")
 
     def handle_write(self) -> None:
         """Send more of the answer: the client can receive again."""
@@ -3772,9 +3797,10 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def held(self) -> int:
         """Return how many bytes of its request and answer are in memory."""
+        # waitress's buffer of a file has a block_size.
         unread = (len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
         headers = len(self.reader.request.headers) + len(self.reader.lines)
-        return self._received + 200 * headers + sum(unread)  # Python's strings need so much more
+        return self._received + 200 * headers + sum(unread)  # 200 bytes of objects for each header
 
     def _undelivered(self) -> int:
         """Return how many bytes the kernel has not delivered to the client yet."""
@@ -3791,10 +3817,10 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     def expire(self) -> None:
         """Close the connection because its deadline has passed, unless it made progress."""
-        if self.waiting_for == "reader" and self._undelivered() < self._least_undelivered:
+        if self.waiting_for == "delivery" and self._undelivered() < self._least_undelivered:
             self._least_undelivered = self._undelivered()
-            self.wait_for("reader")  # the client has read some of it
-        elif self.waiting_for == "end" or (self.waiting_for == "request" and self._served):
+            self.wait_for("delivery")  # the client has read some of it
+        elif self.waiting_for == "close" or (self.waiting_for == "request" and self._served):
             self.handle_close()
         else:
             self.close_early(f"it waited too long for the {self.waiting_for}")
@@ -3871,8 +3897,8 @@ class Server(waitress.server.TcpWSGIServer):
 
     Switching between Python threads costs several times as much as a request. So `_answer` runs
     each request in the event loop, and again in a worker thread only if it raises WouldBlock.
-    Other threads share only the dispatchers' queues, from which worker threads take requests, and
-    `_calls`, by which they hand them back. `ready` holds the requests that can be run.
+    Other threads use only the dispatchers' queues, from which they take requests, `_calls`, by
+    which they return them, and what `ServerChannel` says. `ready` holds the requests that can run.
     `run` is the event loop; on SIGTERM it answers the requests received, then returns.
     """
 
@@ -3944,11 +3970,11 @@ class Server(waitress.server.TcpWSGIServer):
     def _drain(self) -> None:
         started = last = time.monotonic()
         while (now := time.monotonic()) < min(started + DRAIN_TIMEOUT, last + IDLE_BEFORE_EXIT):
-            if now > started + LAST_CALL and not self._exits_soon:
+            if now > started + REJECT_BLOCKED_AFTER and not self._exits_soon:
                 self._take_back_queued()
             worked = self._serve_once(timeout=IDLE_BEFORE_EXIT / 5)
             channels = self.active_channels.values()
-            if worked or any(channel.waiting_for in (None, "reader") for channel in channels):
+            if worked or any(channel.waiting_for in (None, "delivery") for channel in channels):
                 last = time.monotonic()
 
     def _take_back_queued(self) -> None:
@@ -3976,6 +4002,7 @@ class Server(waitress.server.TcpWSGIServer):
         worked, end = bool(self._calls or self.ready), time.monotonic() + ROUND_TIME
         for _ in range(len(self._calls)):
             self._calls.popleft()()
+        # A batch that has begun holds SQLite's lock: it is committed even without a write.
         begun = bool(self._blocked) and self._retry_writes()
         writes = len(self._batch)  # with those that `_retry_writes` has added
         while self.ready and time.monotonic() < end:
@@ -3995,8 +4022,8 @@ class Server(waitress.server.TcpWSGIServer):
                 self._batch = []
             elif self._exits_soon:
                 detail = "the server is stopping; send the request again"
-                refusal = falcon.HTTPServiceUnavailable(description=detail, retry_after=RETRY_AFTER)
-                channel.reader.request.refusal = refusal
+                error = falcon.HTTPServiceUnavailable(description=detail, retry_after=RETRY_AFTER)
+                channel.reader.request.rejection = error
                 self.ready.append(channel)
             elif isinstance(ex, SearchWouldBlock):
                 self._searches.add_task(channel)
@@ -4008,14 +4035,14 @@ class Server(waitress.server.TcpWSGIServer):
                 again = partial(self.ready.append, channel)
                 ex.until.add_done_callback(lambda _: self.call_soon(again))
         else:
-            if thread_state.uncommitted is None:
+            if thread_state.after_commit is None:
                 channel.answered()
             else:
                 if not self._batch:
                     self._commit_at = time.monotonic() + BATCH_TIME
-                self._batch.append((channel, thread_state.uncommitted))
+                self._batch.append((channel, thread_state.after_commit))
         finally:
-            thread_state.uncommitted = None
+            thread_state.after_commit = None
 
     def _retry_writes(self) -> bool:
         """Begin a batch for the writes that wait, and return whether it began.
@@ -4072,7 +4099,7 @@ class Server(waitress.server.TcpWSGIServer):
     def _limit_memory(self) -> None:
         """If all connections hold more than MAX_HELD, close those of the users who hold most."""
         since = self.deadlines.since
-        waiting = [*since["head"], *since["body"], *since["reader"]]
+        waiting = [*since["head"], *since["body"], *since["delivery"]]
         excess = sum(one.held() for one in (*waiting, *since[None])) - MAX_HELD
         if excess > 0:
             of_user = Counter[str]()
@@ -4088,7 +4115,10 @@ class Server(waitress.server.TcpWSGIServer):
         self.poll.modify(self._fileno, select.POLLIN)
 
     def _accept(self) -> None:
-        """Accept connections. At the limit each replaces one that was waiting before this call."""
+        """Accept connections. At the limit each replaces one that was waiting before this call.
+
+        After ACCEPTS_AT_ONCE of them, without room, or after an error, it pauses.
+        """
         self._accept_pending, started = False, time.monotonic()
         room = len(self.active_channels) < self.adj.connection_limit + CONNECTIONS_OVER_LIMIT
         for _ in range(ACCEPTS_AT_ONCE if room or self._make_room(started) else 0):

@@ -13,7 +13,7 @@ Application = Callable[[taskd.App, dict[str, Any], Any], Iterable[bytes]]
 
 def commit(database: taskd.Database) -> bool:
     """Commit what the event loop has written; return False if it was undone."""
-    calls, taskd.thread_state.uncommitted = taskd.thread_state.uncommitted, None
+    calls, taskd.thread_state.after_commit = taskd.thread_state.after_commit, None
     stored = calls is None or cast(taskd.Sqlite, database).commit().result()
     for call in calls if calls and stored else ():
         call()
@@ -35,7 +35,7 @@ def as_the_event_loop(application: Application) -> Application:
         except taskd.WouldBlock:
             pass  # it runs again
         finally:
-            taskd.thread_state.in_event_loop, taskd.thread_state.uncommitted = False, None
+            taskd.thread_state.in_event_loop, taskd.thread_state.after_commit = False, None
         body.seek(0)
         return application(self, env, start_response)
 

@@ -44,34 +44,34 @@ DELETE
   AND NOT (:none_match = '*' OR :none_match LIKE '%"' || version || '-' || updated_at || '"%')))
   RETURNING "task"."id", "task"."user_id", "task"."title", "task"."description", "task"."completed", "task"."priority", "task"."due_date", "task"."tags", "task"."created_at", "task"."updated_at", "task"."version";
 
--- expire
+-- delete_old_key
 DELETE
   FROM "idempotency_key"
   WHERE ((("idempotency_key"."user_id" = :user_id)
   AND ("idempotency_key"."name" = :name))
   AND ("idempotency_key"."created_at" < :before));
 
--- old
+-- old_key_ids
 SELECT "t1"."id"
   FROM "idempotency_key" AS "t1"
   WHERE ("t1"."created_at" < :before)
   ORDER BY "t1"."id"
   LIMIT 500;
 
--- expire_all
+-- delete_old_keys
 DELETE
   FROM "idempotency_key"
   WHERE (("idempotency_key"."created_at" < :before)
   AND ("idempotency_key"."id" BETWEEN :first
   AND :last));
 
--- claim
+-- reserve_key
 INSERT INTO "idempotency_key" ("user_id", "name", "body", "answer", "created_at")
   VALUES (:user_id, :name, :body, '', :now)
   ON CONFLICT ("user_id", "name") DO NOTHING
   RETURNING "idempotency_key"."id";
 
--- answer
+-- store_answer
 UPDATE "idempotency_key"
   SET "answer" = :answer
   WHERE (("idempotency_key"."user_id" = :user_id)

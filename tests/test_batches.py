@@ -65,7 +65,7 @@ class Loop:
 
     def add(self, title: str, key: str | None = None) -> int:
         """Create a task, as one request of a batch."""
-        taskd.thread_state.uncommitted = None
+        taskd.thread_state.after_commit = None
         made = self.store.add("alice", new_task(title), key)
         assert made
         return made.id
@@ -111,11 +111,11 @@ def test_a_write_sees_the_writes_before_it_in_its_batch_and_a_read_does_not(loop
     number = loop.add("one")
     first = loop.store.change("alice", number, {"title": "two"})
     assert first
-    taskd.thread_state.uncommitted = None
+    taskd.thread_state.after_commit = None
     with pytest.raises(taskd.Changed) as caught:
         loop.store.toggle("alice", number, taskd.Conditions(match='"1-x"'))
     assert caught.value.args == (first.tag,)
-    taskd.thread_state.uncommitted = None
+    taskd.thread_state.after_commit = None
     assert loop.store.get("alice", number) is None
     assert loop.database.commit().result()
     assert loop.store.get("alice", number) == first

@@ -73,7 +73,7 @@ def test_a_page_of_a_thousand_small_tasks_is_whole(alice, tmp_path):
 
 
 def test_a_page_holds_one_task_at_least(alice, monkeypatch):
-    monkeypatch.setattr(taskd, "MAX_PAGE", 1)
+    monkeypatch.setattr(taskd, "MAX_PAGE_BYTES", 1)
     added = [alice.add()["id"] for _ in range(3)]
     page = alice.call("GET", query_string="limit=3")
     assert [task["id"] for task in page.json] == added[:1]
@@ -95,7 +95,7 @@ def searching(app: taskd.App, user: str, count: int) -> Iterator[None]:
     begun, end = threading.Barrier(count + 1), threading.Event()
 
     def search() -> None:
-        with app.store.turn(user, taskd.Listing(q="a")):
+        with app.store.page_reader(user, taskd.Listing(q="a")):
             begun.wait(support.DEADLINE)
             end.wait(support.DEADLINE)
 
@@ -323,7 +323,7 @@ def test_a_search_ends_when_its_client_leaves(start, tmp_path):
 @pytest.mark.both_engines
 def test_more_searches_at_sigterm_than_there_is_time_for_are_all_answered(start):
     slow = "taskd.TaskStore.page = lambda *_: time.sleep(1) or (b'[]', None)"
-    server = start(before=f"taskd.LAST_CALL = 0.0; {slow}")
+    server = start(before=f"taskd.REJECT_BLOCKED_AFTER = 0.0; {slow}")
     users = [f"user-{number}" for number in range(12)]
     with contextlib.ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in users]

@@ -445,15 +445,15 @@ def test_a_user_with_many_tasks_is_sorted_and_filtered_in_a_thread_for_searches(
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     slow = [taskd.Listing(sort="title"), taskd.Listing(priority="low"), taskd.Listing(tags=("a",))]
     new = taskd.parse_body(json.dumps({"title": "x"}), taskd.NEW_TASK)
-    for count in (taskd.CHUNK, 1):
+    for count in (taskd.FIRST_PAGE, 1):
         for _ in range(count):
             app.store.add("alice", new)
         for listing in slow:
             if count == 1:
-                with pytest.raises(taskd.SearchWouldBlock), app.store.turn("alice", listing):
+                with pytest.raises(taskd.SearchWouldBlock), app.store.page_reader("alice", listing):
                     pass
             else:
-                with app.store.turn("alice", listing) as read:
+                with app.store.page_reader("alice", listing) as read:
                     assert read(listing)
-        with app.store.turn("alice", taskd.Listing(completed=False, sort="-id")):
+        with app.store.page_reader("alice", taskd.Listing(completed=False, sort="-id")):
             pass

@@ -144,7 +144,7 @@ def test_a_key_that_is_deleted_while_its_create_is_repeated_is_503(
     run = app.store._run
 
     def purged(name: str, values: dict[str, Any]) -> list[taskd.Row]:
-        return [] if name in ("claim", "replay") else run(name, values)
+        return [] if name in ("reserve_key", "replay") else run(name, values)
 
     with monkeypatch.context() as patch:
         patch.setattr(app.store, "_run", purged)

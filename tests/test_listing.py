@@ -604,8 +604,8 @@ def test_a_sorted_list_that_is_read_in_several_chunks_is_whole(
             due_date=[None, "2026-12-01"][number % 2],
         )
     expected = listed(alice, sort=sort)
-    monkeypatch.setattr(taskd, "LONG_CHUNK", tasks)
-    monkeypatch.setattr(taskd, "MAX_SORTED", size)
+    monkeypatch.setattr(taskd, "NEXT_PAGE", tasks)
+    monkeypatch.setattr(taskd, "MAX_SORTED_PAGE_BYTES", size)
     assert listed(alice, sort=sort) == expected
     assert len(expected) == 30
 
@@ -737,8 +737,8 @@ class Failing:
         return getattr(self._store, name)
 
     @contextlib.contextmanager
-    def turn(self, user_id: str, listing: taskd.Listing) -> Iterator[Callable[..., Any]]:
-        with self._store.turn(user_id, listing) as read:
+    def page_reader(self, user_id: str, listing: taskd.Listing) -> Iterator[Callable[..., Any]]:
+        with self._store.page_reader(user_id, listing) as read:
 
             def read_or_fail(listing: taskd.Listing) -> Any:
                 self._pages -= 1
@@ -753,20 +753,20 @@ class Failing:
 def test_a_list_whose_tasks_all_vanish_in_the_middle_is_an_array_all_the_same(
     app: taskd.App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:
-    monkeypatch.setattr(taskd, "LONG_CHUNK", taskd.CHUNK)
+    monkeypatch.setattr(taskd, "NEXT_PAGE", taskd.FIRST_PAGE)
     keep(tmp_path / "taskd.db", 20_000)
     store: Any = Failing(app.store, pages, lambda: sql(tmp_path / "taskd.db", "DELETE FROM task"))
     resource = taskd.TaskResource(store)
     app.add_route("/api/{user_id}/vanishing", resource, suffix="collection")
     answer = testing.TestClient(app).simulate_get("/api/alice/vanishing", headers=bearer())
-    assert len(answer.json) == taskd.CHUNK * (pages - 1)
+    assert len(answer.json) == taskd.FIRST_PAGE * (pages - 1)
 
 
 @pytest.mark.parametrize("pages", [2, 150])
 def test_a_database_that_fails_in_the_middle_of_a_list_is_503(
     app: taskd.App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:
-    monkeypatch.setattr(taskd, "LONG_CHUNK", taskd.CHUNK)
+    monkeypatch.setattr(taskd, "NEXT_PAGE", taskd.FIRST_PAGE)
     keep(tmp_path / "taskd.db", 20_000)
 
     def fail() -> None:
@@ -809,8 +809,8 @@ def test_the_files_of_long_lists_are_bounded_in_number_and_together_in_size(
     monkeypatch.setattr(taskd, "MAX_LISTS", 3)
     monkeypatch.setattr(taskd, "MAX_LISTS_OF_USER", 2)
     monkeypatch.setattr(taskd, "MAX_LIST_BYTES", 12)
-    many = ("too many long lists are being read; wait until one ends", "busy")
-    large = ("the long lists being read are too large; wait until one ends", "busy")
+    many = ("too many long lists are being read; wait until one ends", "")
+    large = ("the long lists being read are too large; wait until one ends", "")
 
     def refusal(user: str, *pieces: bytes) -> tuple[object, ...]:
         with pytest.raises(taskd.Busy) as caught:

@@ -476,7 +476,7 @@ def test_a_process_that_is_forked_during_a_fetch_begins_one_of_its_own(
 
 def test_a_long_reason_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     keys = taskd.KeySet("http://127.0.0.1:1/")
-    keys._fail(OSError("x" * 9000))
+    keys._note_failure(OSError("x" * 9000))
     assert warnings_in(caplog) == [
         f"the key set http://127.0.0.1:1/: it cannot be fetched: OSError: {'x' * 191}"
     ]

@@ -365,7 +365,7 @@ def said_in_process(app: taskd.App, alice: Any, bob: Any) -> Iterator[Any]:
         yield alice.call("POST", body=body, headers=JSON)
     yield alice.call("POST", body=b"x", headers={"Content-Type": "text/plain"})
     search = "alice", taskd.Listing(q="x")
-    with app.store.turn(*search), app.store.turn(*search):
+    with app.store.page_reader(*search), app.store.page_reader(*search):
         yield alice.call("GET", params={"q": "x"})
 
 

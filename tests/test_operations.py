@@ -153,7 +153,7 @@ def test_the_event_loop_checks_sqlite_by_itself_however_many_writes_wait(
 ) -> None:
     monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
     assert isinstance(app.store._database, taskd.Sqlite)
-    with app.store._database._turn:
+    with app.store._database._write_lock:
         app.database.check()
 
 

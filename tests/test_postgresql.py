@@ -100,7 +100,7 @@ def test_a_request_takes_a_connection_that_becomes_idle_while_a_new_one_is_made(
     database = taskd.open_database(taskd.Settings(database_url=empty))
     assert isinstance(database, taskd.Postgres)
     pool, begun, end = database._pool, threading.Barrier(2), threading.Event()
-    monkeypatch.setattr(pool, "patience", DEADLINE)
+    monkeypatch.setattr(pool, "wait_limit", DEADLINE)
 
     def hold() -> None:
         with database._connected():

@@ -177,7 +177,7 @@ def test_a_start_needs_one_connection_however_long_that_takes(
     connect = taskd.PostgresPool.new_connection
 
     def connect_slowly(pool: taskd.PostgresPool) -> Any:
-        time.sleep(taskd.CONNECT_PATIENCE + 0.3)
+        time.sleep(taskd.CONNECT_WAIT + 0.3)
         return connect(pool)
 
     monkeypatch.setattr(taskd.PostgresPool, "new_connection", connect_slowly)
@@ -192,10 +192,10 @@ def test_sorted_lists_run_in_the_threads_for_searches(
     settings = taskd.Settings(secret=SECRET, database_url=empty)
     with closing(taskd.open_database(settings)) as database:
         store, listing = taskd.TaskStore(database), taskd.Listing(sort="title")
-        with store.turn("alice", listing) as read:
+        with store.page_reader("alice", listing) as read:
             assert read(listing) == (b"[]", None)
         monkeypatch.setattr(taskd.thread_state, "in_event_loop", True)
-        with pytest.raises(taskd.SearchWouldBlock), store.turn("alice", listing):
+        with pytest.raises(taskd.SearchWouldBlock), store.page_reader("alice", listing):
             pass
 
 

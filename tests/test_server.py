@@ -229,7 +229,7 @@ def test_updated_at_is_never_earlier_than_before(server: Process) -> None:
 
 def test_a_wait_that_begins_before_the_last_call_ends_before_the_drain() -> None:
     longest = max(taskd.LOCK_TIMEOUT, taskd.KEYS_WAIT)
-    assert 3 < taskd.LAST_CALL < taskd.DRAIN_TIMEOUT - longest
+    assert 3 < taskd.REJECT_BLOCKED_AFTER < taskd.DRAIN_TIMEOUT - longest
 
 
 @pytest.mark.sqlite("it is about settings")
@@ -461,7 +461,7 @@ def test_pipelined_writes_that_wait_longer_than_the_end_lasts_are_all_answered(
     start: Start, tmp_path: Path
 ) -> None:
     # Two seconds instead of nine: two waits for the lock fit into it, and the third does not.
-    times = "taskd.LOCK_TIMEOUT, taskd.LAST_CALL, taskd.DRAIN_TIMEOUT = 0.8, 1.0, 2.0"
+    times = "taskd.LOCK_TIMEOUT, taskd.REJECT_BLOCKED_AFTER, taskd.DRAIN_TIMEOUT = 0.8, 1.0, 2.0"
     server = start(before=times)
     with contextlib.ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in range(40)]

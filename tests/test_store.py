@@ -360,7 +360,7 @@ def lists(store):
     }
 
 
-EXPIRY = ("old", "expire_all")  # they read the keys of all users, and only their age
+EXPIRY = ("old_key_ids", "delete_old_keys")  # they read the keys of all users, and only their age
 
 
 def test_every_statement_of_the_store_names_the_owner(app):
@@ -385,9 +385,9 @@ def test_every_statement_finds_its_rows_by_an_index_and_pages_by_id_follow_it(ap
             values = dict.fromkeys(re.findall(":([a-z][a-z_0-9]*)", statement), 1)
             rows = connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)
             plan = [row[3] for row in rows]
-            uses_an_index = name == "old" or any("USING" in step for step in plan)
+            uses_an_index = name == "old_key_ids" or any("USING" in step for step in plan)
             assert statement.startswith("INSERT") or uses_an_index, plan
-            if name != "old":  # it takes no lock
+            if name != "old_key_ids":  # it takes no lock
                 assert not any(re.match("SCAN t(ask|1)", step) for step in plan), (name, plan)
             if name in lists(app.store):
                 filters, _, sort, first = name
@@ -635,7 +635,7 @@ def new_task(title: str = "Buy milk") -> dict[str, object]:
 def test_what_the_event_loop_writes_is_seen_when_it_is_committed(app):
     for number in range(1, 4):
         assert app.store.add("alice", new_task()).task.id == number
-        taskd.thread_state.uncommitted = None
+        taskd.thread_state.after_commit = None
     assert titles(app.store) == []
     assert app.database.commit().result()
     assert titles(app.store) == ["Buy milk"] * 3
@@ -645,7 +645,7 @@ def test_what_the_event_loop_writes_is_seen_when_it_is_committed(app):
 def test_the_event_loop_adds_no_write_to_a_batch_that_is_being_committed(app, monkeypatch):
     monkeypatch.setattr(taskd, "SLOW_COMMIT", -1)
     app.store.add("alice", new_task())
-    taskd.thread_state.uncommitted = None
+    taskd.thread_state.after_commit = None
     database, may_end = app.store._database, threading.Event()
     execute = database._writer.execute_sql
 
@@ -666,10 +666,10 @@ def test_the_event_loop_adds_no_write_to_a_batch_that_is_being_committed(app, mo
 
 @pytest.mark.usefixtures("in_event_loop")
 def test_the_event_loop_lets_a_thread_that_writes_go_first(app):
-    with app.store._database._turn, pytest.raises(taskd.WriteWouldBlock):
+    with app.store._database._write_lock, pytest.raises(taskd.WriteWouldBlock):
         app.store.add("alice", new_task())
     app.store.add("alice", new_task())
-    with app.store._database._turn:
+    with app.store._database._write_lock:
         app.store.add("alice", new_task())
     commit(app.database)
     assert titles(app.store) == ["Buy milk"] * 2
@@ -698,7 +698,7 @@ def test_it_does_not_wait_for_a_lock_held_elsewhere(app, path):
 def test_a_write_waits_for_those_before_it_and_no_longer_than_it_should(app, monkeypatch):
     monkeypatch.setattr(taskd, "LOCK_TIMEOUT", 0.05)
     for _ in range(3):  # each gives its place in the queue back
-        with app.store._database._turn, pytest.raises(taskd.Unavailable) as caught:
+        with app.store._database._write_lock, pytest.raises(taskd.Unavailable) as caught:
             app.store.add("alice", new_task())
         assert caught.value.args == ("the database", "the writes before this one took too long")
     assert app.store.add("alice", new_task()).task.id == 1
@@ -710,7 +710,7 @@ def test_only_so_many_writes_wait(path, monkeypatch):
     database = taskd.Sqlite(str(path), waiting=1)
     store = taskd.TaskStore(database)
     with ThreadPoolExecutor(1) as another:
-        database._turn.acquire()
+        database._write_lock.acquire()
         waiting = another.submit(lambda: (store.add("alice", new_task()), database.close()))
         deadline = time.monotonic() + DEADLINE
         while database._queue._free and time.monotonic() < deadline:
@@ -720,7 +720,7 @@ def test_only_so_many_writes_wait(path, monkeypatch):
             store.add("alice", new_task())
         assert time.monotonic() - started < DEADLINE / 2
         assert caught.value.args == ("the database", "too many writes are waiting")
-        database._turn.release()
+        database._write_lock.release()
         assert waiting.result(DEADLINE)[0].task.id == 1
     assert store.add("alice", new_task()).task.id == 2
     database.close()
@@ -731,11 +731,11 @@ def pragma(database: peewee.SqliteDatabase, name: str) -> object:
 
 
 def test_a_search_is_rejected_until_a_log_that_is_too_long_can_be_emptied(app, path, monkeypatch):
-    monkeypatch.setattr(taskd, "MAX_LOG", 1)
+    monkeypatch.setattr(taskd, "MAX_WAL_PAGES", 1)
     search, database = taskd.Listing(q="x"), app.store._database
 
     def search_alone() -> None:
-        with app.store.turn("alice", search) as read:
+        with app.store.page_reader("alice", search) as read:
             read(search)
 
     with connected(path) as other:
