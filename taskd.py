@@ -457,26 +457,19 @@ thread_state = _ThreadState()
 class Semaphore:
     """A semaphore whose callers give up when nobody takes or frees a place for PLACE_TIMEOUT."""
 
-    def __init__(
-        self, places: int, rejection: Callable[[], Unavailable], timeout: float = math.inf
-    ) -> None:
-        self._free, self._rejection, self._timeout = places, rejection, timeout
+    def __init__(self, places: int, error: Callable[[], Unavailable]) -> None:
+        self._free, self._error = places, error
         self._moved, self._changed = 0.0, threading.Condition()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Wait for a place, and free it at the end.
-
-        Raises the rejection after `timeout` seconds, or once PLACE_TIMEOUT has passed in which no
-        place was taken or freed.
-        """
-        end = time.monotonic() + self._timeout
+        """Wait for a place, or raise the error; free the place at the end."""
         with self._changed:
             while not self._free:
-                patience = min(end, self._moved + PLACE_TIMEOUT) - time.monotonic()
-                if patience <= 0:
-                    raise self._rejection()
-                self._changed.wait(patience)
+                seconds = self._moved + PLACE_TIMEOUT - time.monotonic()
+                if seconds <= 0:
+                    raise self._error()
+                self._changed.wait(seconds)
             self._free, self._moved = self._free - 1, time.monotonic()
         try:
             yield
@@ -869,10 +862,8 @@ class Tokens:
 
     def _find_key(self, alg: object, kid: str | None) -> jwt.PyJWK:
         if not isinstance(alg, str) or alg not in ASYMMETRIC:
-            if not self._key_set:
-                raise TokenError("alg must be HS256")
-            algorithms = (["HS256"] if self._secrets else []) + ASYMMETRIC
-            raise TokenError(f"alg must be one of {', '.join(algorithms)}")
+            allowed = (["HS256"] if self._secrets else []) + (ASYMMETRIC if self._key_set else [])
+            raise TokenError(f"alg must be {'one of ' * bool(allowed[1:])}{', '.join(allowed)}")
         if not self._key_set:
             raise TokenError(NO_KEY_SET)
         if not (key := self._key_set.find(kid, alg)):
@@ -1579,7 +1570,7 @@ class TaskStore:
             raise SearchWouldBlock
         check_client()
         with self._lock:
-            new = Semaphore(SEARCHES_OF_USER, partial(Busy, OTHER_SEARCHES), PLACE_TIMEOUT)
+            new = Semaphore(SEARCHES_OF_USER, partial(Busy, OTHER_SEARCHES))
             places = self._searches.setdefault(user_id, new)
         with places.place():
             yield partial(self._search, user_id)
@@ -1897,16 +1888,13 @@ class Sqlite(WriteHealth):
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows. Raises Unavailable, or WouldBlock."""
-        try:  # the last fetch commits, and can fail
-            return self._here().connection().execute(sql, values).fetchall()  # type: ignore
-        except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
-            self._raise_failure(ex)
+        return list(self.rows(sql, **values))
 
     def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
         try:
             with contextlib.closing(self._here().connection().execute(sql, values)) as cursor:
-                yield from cursor
+                yield from cursor  # the last fetch commits, and can fail
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             self._raise_failure(ex)
 
@@ -2568,7 +2556,8 @@ def sqlite_definitions(database: peewee.SqliteDatabase) -> set[str]:
     for sql in [sql for table, sql in rows.fetchall() if table in TABLES]:
         name, _, columns = " ".join(re.sub("--.*", "", sql).split()).partition("(")
         if name.startswith("CREATE TABLE"):
-            parts |= {f"{name.split()[2]}.{part.strip(' )')}" for part in columns.split(",")}
+            each = re.findall(r"(?:[^,(]|\([^)]*\))+", columns)
+            parts |= {f"{name.split()[2]}.{part.strip(' )')}" for part in each}
         else:
             parts.add(f"{name.removeprefix('CREATE ').replace('INDEX', 'index')}({columns}")
     return parts
@@ -2789,7 +2778,7 @@ class RequestContext:
         """Return the client's address, and use the path prefix, that the trusted proxy reports."""
         if self._proxies != ("*",) and req.remote_addr not in self._proxies:
             return str(req.remote_addr)
-        prefix = req.get_header("X-Forwarded-Prefix") or ""
+        prefix = (req.get_header("X-Forwarded-Prefix") or "").removesuffix("/")
         if PREFIX.fullmatch(prefix):
             req.env["SCRIPT_NAME"] = prefix
         hops = [hop.strip() for hop in (req.get_header("X-Forwarded-For") or "").split(",")]
@@ -2951,12 +2940,9 @@ class TaskCompleteResource:
         """Toggle completion, or set it to what the body says."""
         number, conditions, body = parse_task_id(task_id), read_conditions(req), raw_body(req)
         given = read_body(req, COMPLETION, body) if body else {}
-        user_id = req.context.user.id
-        if given:
-            stored = self._store.change(user_id, number, given, conditions)
-        else:
-            stored = self._store.toggle(user_id, number, conditions)
-        respond_with_task(resp, stored)
+        store, task = self._store, (req.context.user.id, number)
+        found = store.change(*task, given, conditions) if given else store.toggle(*task, conditions)
+        respond_with_task(resp, found)
 
 
 class ListFile(io.FileIO):
@@ -2980,11 +2966,10 @@ class ListFile(io.FileIO):
                 super().__init__(os.dup(file.fileno()), "r+")
             for piece in pieces:
                 self._append(piece)
-        except OSError as ex:
+        except BaseException as ex:
             self.close()
-            raise Unavailable("the disk for temporary files", str(ex)) from None
-        except BaseException:
-            self.close()
+            if isinstance(ex, OSError):
+                raise Unavailable("the disk for temporary files", str(ex)) from None
             raise
         self.seek(0)
 
@@ -3019,11 +3004,14 @@ class HealthResource:
     """Liveness: the process answers. Or readiness: a check does not raise Unavailable."""
 
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:
-        self._check = check
+        self._check, self._checked = check, 0.0  # when the last good check began
 
     def on_get(self, req: Request, resp: Response) -> None:
-        """Answer 200, or 503 through Unavailable."""
-        self._check()
+        """Answer 200, or raise Unavailable. A check is for all requests received before it."""
+        if self._checked < req.context.started:
+            began = time.perf_counter()
+            self._check()
+            self._checked = began
         resp.data = b'{"status": "ok"}'
 
     on_head = on_get
@@ -3829,11 +3817,14 @@ class ServerChannel(waitress.channel.HTTPChannel):
 class FairQueue:
     """A queue of requests that takes one from each user in turn; many delay only their sender's.
 
-    The dispatchers use it as well, instead of waitress's deque.
+    The dispatchers use it as well, instead of waitress's deque. Of one user, at most `places` of
+    their threads run requests at the same time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, places: float = math.inf) -> None:
         self._requests: OrderedDict[str, deque[ServerChannel]] = OrderedDict()
+        self._running: dict[int, str] = {}  # the user whose request a thread runs
+        self.places = places
 
     def append(self, channel: ServerChannel) -> None:
         """Add a connection, whose request is complete, behind the others of the same user."""
@@ -3841,15 +3832,24 @@ class FairQueue:
 
     def popleft(self) -> ServerChannel:
         """Remove and return the first of the user whose turn it is."""
-        user, channels = self._requests.popitem(last=False)
+        user = next(filter(self._has_place, self._requests))
+        self._running[threading.get_ident()], channels = user, self._requests.pop(user)
         channel = channels.popleft()
         if channels:
             self._requests[user] = channels
         return channel
 
+    def __bool__(self) -> bool:
+        """Return whether a request can be taken. A thread that asks has ended the one it ran."""
+        self._running.pop(threading.get_ident(), None)
+        return any(map(self._has_place, self._requests))
+
     def __len__(self) -> int:
         """Return how many users have a request that waits."""
         return len(self._requests)
+
+    def _has_place(self, user: str) -> bool:
+        return operator.countOf(self._running.values(), user) < self.places
 
 
 class Deadlines:
@@ -3880,10 +3880,10 @@ class Deadlines:
         return channel if since < before else None
 
 
-def dispatcher(threads: int) -> waitress.task.ThreadedTaskDispatcher:
+def dispatcher(threads: int, places: float = math.inf) -> waitress.task.ThreadedTaskDispatcher:
     """Return worker threads with a fair queue."""
     started = waitress.task.ThreadedTaskDispatcher()
-    started.queue = FairQueue()
+    started.queue = FairQueue(places)
     started.set_thread_count(threads)
     return started
 
@@ -3906,7 +3906,7 @@ class Server(waitress.server.TcpWSGIServer):
 
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._database = cast(Sqlite, app.database)  # PostgreSQL never writes in the event loop
-        self._searches = dispatcher(SEARCHES)
+        self._searches = dispatcher(SEARCHES, SEARCHES_OF_USER + 1)  # one may wait for a place
         self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self.deadlines, self.ready, self.stopping = Deadlines(), FairQueue(), False
         self._calls: deque[Callable[[], None]] = deque()
@@ -3915,7 +3915,8 @@ class Server(waitress.server.TcpWSGIServer):
         self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._next_warning = self._next_check = self._commit_at = 0.0
         self._accept_pending = self._exits_soon = False
-        super().__init__(app, dispatcher=dispatcher(adjustments["threads"]), **adjustments)
+        threads = adjustments["threads"]
+        super().__init__(app, dispatcher=dispatcher(threads, max(1, threads // 3)), **adjustments)
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
             self.poll.register(descriptor, select.POLLIN)
 
@@ -3963,8 +3964,8 @@ class Server(waitress.server.TcpWSGIServer):
         self.socket.close()
         self._paused = [paused for paused in self._paused if paused is not self]
         self._drain()
-        self.task_dispatcher.shutdown(timeout=0.5)
-        self._searches.shutdown(timeout=0.5)
+        self.task_dispatcher.shutdown(timeout=0.25)
+        self._searches.shutdown(timeout=0.25)
         wasyncore.close_all(self._map)
 
     def _drain(self) -> None:
@@ -3985,6 +3986,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._exits_soon = True
         for threads in (self.task_dispatcher, self._searches):
             with threads.lock:
+                threads.queue.places = math.inf
                 while threads.queue:
                     self.ready.append(threads.queue.popleft())
 

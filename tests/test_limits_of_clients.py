@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 import taskd
@@ -24,8 +27,10 @@ from support import (
     Wire,
     assert_problem,
     bearer,
+    database_url,
     limited,
     locked,
+    sql,
     stored,
     token,
     until,
@@ -589,7 +594,7 @@ def test_urgent_data_closes_the_connection_with_one_line_in_the_log(shared: Proc
 # --- Time -----------------------------------------------------------------------------------------
 
 
-SHORT = "taskd.DEADLINES.update(request=0.9, head=0.3, body=0.6, reader=0.8, end=0.3)"
+SHORT = "taskd.DEADLINES.update(request=0.9, head=0.3, body=0.6, delivery=0.8, close=0.3)"
 
 
 @pytest.fixture(scope="module")
@@ -668,8 +673,8 @@ def test_an_answer_of_which_nothing_is_taken_closes_the_connection(hasty: Proces
         while time.monotonic() < deadline:
             taken += len(slow.socket.recv(4096))
             time.sleep(0.01)
-        until(lambda: "too long for the reader" in hasty.log, "the idle one is closed")
-        assert hasty.log.count("too long for the reader") == 1
+        until(lambda: "too long for the delivery" in hasty.log, "the idle one is closed")
+        assert hasty.log.count("too long for the delivery") == 1
         assert len(slow.socket.recv(100)) > 0
 
 
@@ -678,12 +683,12 @@ def test_an_answer_of_which_nothing_is_taken_closes_the_connection(hasty: Proces
 def test_what_the_clients_system_takes_at_once_does_not_count_as_read_at_the_deadline(
     start: Start,
 ) -> None:
-    server = start(before="taskd.DEADLINES.update(reader=3)")
+    server = start(before="taskd.DEADLINES.update(delivery=3)")
     add_long_tasks(server, 300)
     with Wire(server) as wire:
         wire.send(written("GET", TASKS, user="alice") * 10)
         started = time.monotonic()
-        until(lambda: "too long for the reader" in server.log, "it is closed")
+        until(lambda: "too long for the delivery" in server.log, "it is closed")
         assert 2.5 < time.monotonic() - started < 5.5
 
 
@@ -1016,6 +1021,64 @@ def test_a_burst_of_strangers_delays_no_user_whatever_paths_they_ask_for(
         assert probe.answer().status_code == 200
         assert server.processor_time() - before < 0.25
     assert server.terminate() == 0
+
+
+def test_only_so_many_threads_run_requests_of_one_user_at_the_same_time() -> None:
+    queue: Any = taskd.FairQueue(places=2)
+    for name in ("a1", "a2", "a3", "b1", "a4"):
+        queue.append(Queued(name[0], name))
+
+    def take() -> str:
+        return queue.popleft().name if queue else ""
+
+    with contextlib.ExitStack() as stack:
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4)]
+        taken = [thread.submit(take).result() for thread in threads]
+        assert taken == ["a1", "b1", "a2", ""], "two of a's are running"
+        assert threads[1].submit(take).result() == "", "b's has ended"
+        assert threads[0].submit(take).result() == "a3", "a's first has ended"
+    queue.places = math.inf
+    assert [take(), take()] == ["a4", ""]
+
+
+@pytest.mark.postgresql("on SQLite one write waits for the lock of all")
+def test_writes_of_one_user_that_wait_for_a_lock_leave_threads_and_places_to_others(
+    start: Start, tmp_path: Path
+) -> None:
+    server = start(TASKD_THREADS="6")
+    waits = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    waits += " AND datname = current_database()"
+    toggle = written("PATCH", f"{TASKS}/1/complete", user="alice")
+    assert server.request("POST", TASKS, {"title": "Buy milk"}, bearer()).status_code == 201
+    with connected(server, 20) as wires:
+        with psycopg.connect(database_url(tmp_path / "taskd.db")) as session:
+            session.execute("SELECT 1 FROM task WHERE id = 1 FOR UPDATE")
+            for wire in wires:
+                wire.send(toggle)
+            until(
+                lambda: len(sql(tmp_path / "taskd.db", waits)) == 2,
+                "two threads wait for the lock of the task",
+            )
+            another_is_served(server)
+            assert len(sql(tmp_path / "taskd.db", waits)) == 2
+        answers = [wire.answer() for wire in wires]
+    assert [answer.status_code for answer in answers] == [200] * 20
+
+
+@pytest.mark.sqlite("it is about threads")
+def test_requests_of_one_user_that_wait_for_a_place_at_sigterm_are_all_answered(
+    start: Start,
+) -> None:
+    slow = SLOW_LISTS.replace("0.01", "0.5")
+    server = start(before=f"taskd.REJECT_BLOCKED_AFTER = 0.0\n{slow}", TASKD_THREADS="3")
+    with connected(server, 8) as wires:
+        for wire in wires:
+            wire.send(written("GET", TASKS, user="alice"))
+        another_is_served(server)
+        server.popen.terminate()
+        answers = [wire.answer() for wire in wires]
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert server.popen.wait(DEADLINE) == 0
 
 
 def test_a_queue_takes_a_request_of_each_user_in_turn() -> None:

@@ -116,6 +116,21 @@ def test_it_is_ready_again_when_the_database_fits_again(server: Process, tmp_pat
         assert server.request("GET", "/readyz").status_code == status
 
 
+def test_a_check_is_for_all_requests_that_were_received_before_it(
+    app: taskd.App, client: testing.TestClient
+) -> None:
+    ready, checks = app.public["/readyz"], list[float]()
+    check = ready._check
+    ready._check = lambda: checks.append(time.perf_counter()) or check()
+    received = time.perf_counter()
+    for _ in range(3):
+        answer = client.simulate_get("/readyz", extras={"taskd.received": received})
+        assert answer.status_code == 200
+    assert len(checks) == 1
+    client.simulate_get("/readyz", extras={"taskd.received": checks[0] + 1e-6})
+    assert len(checks) == 2, "it was received after the check began"
+
+
 @pytest.mark.both_engines
 def test_another_process_that_writes_does_not_make_it_unready(
     server: Process, tmp_path: Path
@@ -712,6 +727,7 @@ def test_only_the_listed_proxies_are_trusted(start: Start, settings: dict[str, s
     [
         ("/todo", "/todo"),
         ("/a/b", "/a/b"),
+        ("/todo/", "/todo"),
         ("", ""),
         ("todo", ""),
         ("/", ""),

@@ -238,7 +238,7 @@ DIFFERENT = {  # the statements of a database, and what the message must name
     ),
     "keys that are not their user's": (
         altered("UNIQUE (user_id, name)", "UNIQUE (name)"),
-        ["idempotency_key"],
+        ["it lacks idempotency_key.UNIQUE (user_id, name;"],
     ),
     "a cursor key that may be null": (
         altered("cursor_key TEXT NOT NULL", "cursor_key TEXT"),
