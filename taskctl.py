@@ -338,16 +338,15 @@ MISTAKES: dict[str, Callable[[str], str]] = {  # what two services often make of
 }
 
 
-def check_user_ids(given: str | list[str] | None) -> str | list[str] | None:
-    """Return ids of users as they are, or reject one that is empty or not UTF-8."""
-    for user in [given] if isinstance(given, str) else given or ():
-        if not user or taskd.SURROGATE.search(user):
-            raise BadParameter("it must not be empty, and UTF-8")
-    return given
+def parse_user(text: str) -> str:
+    """Return the id of a user as it is, or reject one that is empty or not UTF-8."""
+    if not text or taskd.SURROGATE.search(text):
+        raise BadParameter("it must not be empty, and UTF-8")
+    return text
 
 
-UserArgument = partial(Argument, callback=check_user_ids)
-UserOption = partial(Option, callback=check_user_ids)
+UserArgument = partial(Argument, parser=parse_user)
+UserOption = partial(Option, parser=parse_user)
 UserId = Annotated[str, UserArgument(help="The user's id: a token's sub.")]
 
 
