@@ -39,7 +39,6 @@ it:
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import gzip
@@ -63,6 +62,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,7 @@ except ModuleNotFoundError as ex:
 except KeyboardInterrupt:
     sys.exit(130)
 
-at_end = contextlib.ExitStack()  # closes the databases that a command has opened
+at_end = ExitStack()  # closes the databases that a command has opened
 app = Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -119,7 +119,7 @@ class Refused(Exception):
 
 def say(message: str) -> None:
     """Print a message on stderr, which its reader may have closed."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         print(f"taskctl: {message}", file=sys.stderr)
 
 
@@ -273,7 +273,7 @@ def exists(settings: Settings) -> bool:
         return taskd.schema_version(database) > 0
 
 
-@contextlib.contextmanager
+@contextmanager
 def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
     """Give a PostgreSQL database without making or migrating its tables."""
     url = settings.database_url
@@ -444,7 +444,7 @@ def contents(token: str) -> dict[str, Any]:
     found = {}
     if token.count(".") == 2:
         for name, part in zip(("header", "claims"), token.split("."), strict=False):
-            with contextlib.suppress(ValueError, RecursionError):
+            with suppress(ValueError, RecursionError):
                 found[name] = read_json(base64url_decode(part))
     return found
 
@@ -463,7 +463,7 @@ def hint(settings: Settings, token: str) -> str:
     """Return what is wrong with the secret, if a common mistake makes the token good."""
     for mistake, change in MISTAKES.items():
         changed = tuple(filter(None, map(change, signing_secrets(settings))))
-        with contextlib.suppress(taskd.TokenError, taskd.SettingsError):
+        with suppress(taskd.TokenError, taskd.SettingsError):
             Tokens(dataclasses.replace(settings, secrets=changed, jwks_url=None)).verify(token)
             return f"; it is signed with this secret {mistake}: give both services exactly the same"
     return ""
@@ -725,10 +725,7 @@ def restore(
             why = str(ex).removeprefix(f"{copy} ")
             raise Refused(f"{name} cannot be restored: {why}") from None
         replaced = database.exists() and database.stat().st_size
-        with (
-            contextlib.closing(connect(copy)) as new,
-            contextlib.closing(open_exclusively(database)) as live,
-        ):
+        with closing(connect(copy)) as new, closing(open_exclusively(database)) as live:
             raise_last_id(new, Task, last_id(new, Task) + skip_ids)
             if replaced:
                 say(f"the old database is kept as {keep_old_copy(live, database)}")
@@ -760,7 +757,7 @@ def followed(path: str) -> Path:
     return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def unpacked(file: str, beside: Path) -> Iterator[Path]:
     """Give the path of a backup; stdin and gzip files are unpacked into a temporary file."""
     if file == "-" and sys.stdin.isatty():
@@ -781,7 +778,7 @@ def unpacked(file: str, beside: Path) -> Iterator[Path]:
             yield whole
 
 
-@contextlib.contextmanager
+@contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
     """Give an empty file, mode 600, in a directory beside `path` that is removed at the end."""
     if not path.parent.is_dir():
@@ -834,12 +831,12 @@ def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
         # It exists while a server has the database open, or after one was killed.
         in_use, before = Path(f"{path}-shm").exists(), fingerprint(path)
         mode = "mode=ro" if in_use else "immutable=1"
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             source = path
             if not in_use and any(Path(f"{path}{log}").exists() for log in LOGS):
                 source, mode = stack.enter_context(unfinished(scratch)), "mode=rw"
                 copy_files(path, source)
-            yield stack.enter_context(contextlib.closing(connect(source, mode)))
+            yield stack.enter_context(closing(connect(source, mode)))
         if in_use or fingerprint(path) == before:
             return
     raise Refused(f"{path} cannot be read: another program goes on writing to it")
@@ -868,7 +865,7 @@ def copy_database(path: Path, copy: Path, failed: str) -> None:
     if not path.is_file():
         raise Refused(f"there is no file {path}")
     try:
-        with contextlib.closing(connect(copy)) as target:
+        with closing(connect(copy)) as target:
             for source in readings(path, copy):
                 copy_pages(source, target, f"reading {path}")
             target.execute_sql("PRAGMA journal_mode = DELETE")
@@ -906,7 +903,7 @@ def open_exclusively(path: Path) -> peewee.SqliteDatabase:
     """
     if (not path.exists() or not path.stat().st_size) and Path(f"{path}-wal").exists():
         raise Refused(f"{path}-wal exists without its database; move it away first")
-    with contextlib.suppress(FileExistsError):
+    with suppress(FileExistsError):
         path.touch(mode=0o600, exist_ok=False)
     live = connect(path)
     try:
@@ -925,7 +922,7 @@ def keep_old_copy(live: peewee.SqliteDatabase, path: Path) -> Path:
     """Copy the database as it is to a file beside it, and return its path."""
     kept = path.with_name(f"{path.name}.before-restore-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     with unfinished(kept) as copy:
-        with contextlib.closing(connect(copy)) as target:
+        with closing(connect(copy)) as target:
             copy_pages(live, target, "keeping the old one")
         publish(copy, kept)
     return kept
@@ -1112,7 +1109,7 @@ def export(
         raise Refused(f"{printable(user)} has no tasks")
     query = Task.select(*taskd.SHOWN, Task.version).where(theirs).order_by(Task.id)
     rows = opened.rows(opened.compile(query), user_id=user)  # one statement sees one snapshot
-    with contextlib.closing(rows), progress(hidden=sys.stdout.isatty()) as bar:
+    with closing(rows), progress(hidden=sys.stdout.isatty()) as bar:
         for row in bar.track(rows, total=total, description="exporting"):
             sys.stdout.buffer.write(taskd.to_json(taskd.view(row)) + b"\n")
         sys.stdout.flush()  # if the reader has gone, fail here, where the bar is removed
@@ -1508,7 +1505,7 @@ def smoke(
 def forget_keys(settings: Settings, user: str) -> None:
     """Delete a user's idempotency keys if the server's database is the one of these settings."""
     failures = Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
-    with contextlib.suppress(*failures), contextlib.closing(database(settings)) as opened:
+    with suppress(*failures), closing(database(settings)) as opened:
         IdempotencyKey.delete().where(IdempotencyKey.user_id == user).execute(opened.peewee)
 
 
@@ -1529,7 +1526,7 @@ def not_ready(url: str, timeout: float) -> str:
     """Return why a server is not ready, or nothing if it is."""
     connection, prefix = connection_to(url, timeout)
     try:
-        with contextlib.closing(connection):
+        with closing(connection):
             connection.request("GET", f"{prefix}/readyz")
             answer = connection.getresponse()
             said = answer.read(1000).decode(errors="replace")
@@ -1577,7 +1574,7 @@ def serve(
         listener = taskd.listen(settings.host, settings.port)
         application = taskd.create_app(settings)
         if seed:
-            with contextlib.closing(database(settings)), progress(hidden=True) as bar:
+            with closing(database(settings)), progress(hidden=True) as bar:
                 add_believable(user or [], seed, RANDOM_SEED, bar)
         taskd.configure_log(settings)
         port = listener.getsockname()[1]
