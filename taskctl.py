@@ -675,8 +675,8 @@ LOGS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is c
 ATTEMPTS = 10  # at reading a file that changes meanwhile
 GZIP = b"\x1f\x8b"  # how a gzip file begins
 EXCLUSIVE = (  # keeps the lock until the connection is closed
-    *("PRAGMA busy_timeout = 0", "PRAGMA journal_mode = DELETE", "PRAGMA synchronous = EXTRA"),
-    *("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"),
+    "PRAGMA busy_timeout = 0; PRAGMA journal_mode = DELETE; PRAGMA synchronous = EXTRA;"
+    "PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE; COMMIT"
 )
 SEQUENCE = "pg_get_serial_sequence(%s, 'id')::regclass"  # of a table's ids, in PostgreSQL
 SKIP_HELP = "How many ids to leave unused, for tasks created since the backup and lost."
@@ -907,8 +907,7 @@ def open_exclusively(path: Path) -> peewee.SqliteDatabase:
         path.touch(mode=0o600, exist_ok=False)
     live = connect(path)
     try:
-        for statement in EXCLUSIVE:
-            live.connection().execute(statement)
+        live.connection().executescript(EXCLUSIVE)
     except sqlite3.DatabaseError as ex:
         live.close()
         if ex.sqlite_errorcode == sqlite3.SQLITE_BUSY:
