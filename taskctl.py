@@ -862,8 +862,6 @@ def copy_database(path: Path, copy: Path, failed: str) -> None:
 
     Raises Refused, with what has `failed` and why, if the copy is not whole or not taskd's.
     """
-    if not path.is_file():
-        raise Refused(f"there is no file {path}")
     try:
         with closing(connect(copy)) as target:
             for source in readings(path, copy):
