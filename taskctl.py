@@ -472,8 +472,7 @@ def hint(settings: Settings, token: str) -> str:
 def instant(seconds: float) -> str:
     """Return a time in RFC 3339."""
     try:
-        found = datetime.fromtimestamp(seconds, UTC)
-        return found.isoformat(timespec="seconds").replace("+00:00", "Z")
+        return datetime.fromtimestamp(seconds, UTC).isoformat()[:19] + "Z"
     except (OverflowError, ValueError, OSError):
         return f"{seconds} seconds after 1970"
 
