@@ -1364,7 +1364,6 @@ def checksum(model: type[peewee.Model], database: peewee.Database, advance: Adva
 NEW_TASK: Row = {"title": "Try every route", "description": "with taskctl smoke"}
 NEW_TASK |= {"priority": "high", "due_date": "2026-12-01", "tags": ["smoke"]}
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-PORTS = {"http": 80, "https": 443}
 NO_LOGIN = "; the server has another secret, issuer or audience than these settings"
 MAX_TIMEOUT = 86400  # seconds that a socket waits; some systems take no more than 24 days
 BAD_ANSWERS = (OSError, http.client.HTTPException, ValueError, RecursionError)
@@ -1375,9 +1374,9 @@ def connection_to(url: str, timeout: float) -> tuple[http.client.HTTPConnection,
     try:
         parts = urlsplit(url)
         connection = CONNECTIONS[parts.scheme if parts.hostname else ""]
-        # Without a port, http.client takes the end of ::1 for one.
-        port = PORTS[parts.scheme] if parts.port is None else parts.port
-        return connection(parts.hostname or "", port, timeout=timeout), parts.path.rstrip("/")
+        port = "" if parts.port is None else parts.port
+        # Without brackets, http.client takes the end of ::1 for a port.
+        return connection(f"[{parts.hostname}]:{port}", timeout=timeout), parts.path.rstrip("/")
     except (KeyError, ValueError, http.client.InvalidURL):
         raise BadParameter(f"URL must look like http://127.0.0.1:8000, not {url!r}") from None
 
