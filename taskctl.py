@@ -107,6 +107,7 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 AsLines = Annotated[bool, Option("--nl", help="Print JSON lines.")]
 AsCsv = Annotated[bool, Option("--csv", help="Print CSV.")]
 Wide = Annotated[bool, Option("--wide", help="All columns, however wide.")]
+Version = Annotated[bool, Option("--version", help="Show the version and exit.")]
 Row = dict[str, Any]
 STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 ALIGNED = 60  # characters; a longer value does not widen its column of a wide table
@@ -223,9 +224,7 @@ def progress(hidden: bool = False) -> Progress:
 
 
 @app.callback(invoke_without_command=True)
-def options(
-    version: Annotated[bool, Option("--version", help="Show the version and exit.")] = False,
-) -> None:
+def options(version: Version = False) -> None:
     """Mint and verify tokens, inspect and seed tasks, keep them safe, and try a live server."""
     if version:
         print(f"taskctl {taskd.__version__}")
