@@ -1574,7 +1574,7 @@ def serve(
         port = listener.getsockname()[1]
         (directory / "port").write_text(f"{port}\n")
         announce(settings, port, user or [], port_file)
-        end_with_stdin()
+        threading.Thread(target=end_with_stdin, daemon=True).start()
         taskd.serve(application, listener, settings)
 
 
@@ -1610,18 +1610,16 @@ def announce(settings: Settings, port: int, users: list[str], port_file: Path | 
 
 
 def end_with_stdin() -> None:
-    """Terminate when stdin ends, if it is a pipe or a socket: a sign that the starter has ended."""
+    """Terminate when stdin ends, if it is a pipe or a socket: a sign that the starter has ended.
+
+    Nothing is read from it.
+    """
     mode = os.fstat(0).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-        threading.Thread(target=terminate_after_stdin, daemon=True).start()
-
-
-def terminate_after_stdin() -> None:
-    """Wait until the other side of stdin is closed, without reading from it, and terminate."""
-    poll = select.poll()
-    poll.register(0, getattr(select, "POLLRDHUP", 0))  # a hang-up is always reported
-    poll.poll()
-    os.kill(os.getpid(), signal.SIGTERM)
+        poll = select.poll()
+        poll.register(0, getattr(select, "POLLRDHUP", 0))  # a hang-up is always reported
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 # --- Main -----------------------------------------------------------------------------------------
