@@ -1206,8 +1206,7 @@ def refuse_repeated_ids() -> None:
     """Raise Refused if an id is on two lines of an import."""
     first, again = fn.MIN(Incoming.line), fn.MAX(Incoming.line)
     query: Any = Incoming.select(Incoming.id, first, again).group_by(Incoming.id)
-    if found := query.having(first < again).order_by(again).tuples().first():
-        key, line, other = found
+    for key, line, other in query.having(first < again).order_by(again).limit(1).tuples():
         raise Refused(f"line {other}: id {key} is on line {line} already; nothing was imported")
 
 
@@ -1215,8 +1214,7 @@ def refuse_taken_ids() -> None:
     """Raise Refused if a line of an import has the id of another task in the database."""
     other = (Task.user_id != Incoming.user_id) | (Task.created_at != Incoming.created_at)
     query: Any = Incoming.select(Incoming.line, Incoming.id).join(Task, on=Task.id == Incoming.id)
-    if found := query.where(other).order_by(Incoming.line).tuples().first():
-        line, key = found
+    for line, key in query.where(other).order_by(Incoming.line).limit(1).tuples():
         raise Refused(f"line {line}: id {key} is that of another task here; nothing was imported")
 
 
