@@ -1222,8 +1222,7 @@ def compared() -> tuple[int, int, int, int]:
     """Return how many lines are new, like the task that is there, newer than it, and older."""
     line, task = Incoming.updated_at, Task.updated_at
     cases = Task.id.is_null(), line == task, line > task, line < task
-    counts = (fn.COUNT(Incoming.line).filter(case) for case in cases)
-    query: Any = Incoming.select(*counts)
+    query: Any = Incoming.select(*(fn.COUNT(Incoming.line).filter(case) for case in cases))
     [found] = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id).tuples()
     return found  # type: ignore[no-any-return]
 
