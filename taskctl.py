@@ -579,15 +579,9 @@ def tasks(
     """List a user's tasks, oldest first."""
     if only_open and only_done:
         raise BadParameter("--open and --done exclude each other")
-    listing = taskd.Listing(
-        completed=only_done if only_open or only_done else None,
-        q=q,
-        priority=priority,
-        tags=tuple(tag or ()),
-        due_before=due_before and taskd.PARSED["due_before"](due_before),
-        sort=sort,
-        limit=limit,
-    )
+    completed = only_done if only_open or only_done else None
+    due = due_before and taskd.PARSED["due_before"](due_before)
+    listing = taskd.Listing(completed, q, priority, tuple(tag or ()), due, sort=sort, limit=limit)
     found = read_list(user, listing)
     noun = "task" if listing == taskd.Listing(sort=sort) else "such task"
     total = f"{printable(user)} has {counted(len(found), noun)}"
