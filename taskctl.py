@@ -93,7 +93,7 @@ except ModuleNotFoundError as ex:
 except KeyboardInterrupt:
     sys.exit(130)
 
-at_end = ExitStack()  # closes the databases that a command has opened
+at_end = ExitStack()  # closes the databases of a command, and removes its unfinished files
 app = Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -687,14 +687,14 @@ def backup(file: Annotated[str, Argument(help="The new file; - writes it to stdo
     target = Path(tempfile.gettempdir(), database.name) if file == "-" else Path(file)
     if file != "-" and os.path.lexists(target):
         raise Refused(f"{target} exists already, and is never overwritten")
-    with unfinished(target) as copy:
-        copy_database(database, copy, f"{database} cannot be backed up")
-        if file == "-":
-            with copy.open("rb") as whole:
-                shutil.copyfileobj(whole, sys.stdout.buffer)
-        else:
-            publish(copy, target)
-            say(f"backed up {database} to {target}, {target.stat().st_size} bytes")
+    copy = unfinished(target)
+    copy_database(database, copy, f"{database} cannot be backed up")
+    if file == "-":
+        with copy.open("rb") as whole:
+            shutil.copyfileobj(whole, sys.stdout.buffer)
+    else:
+        publish(copy, target)
+        say(f"backed up {database} to {target}, {target.stat().st_size} bytes")
 
 
 @app.command()
@@ -709,24 +709,24 @@ def restore(
     more ids than tasks can have been created since the backup.
     """
     database, name = file_of(Settings.load()), name_of(file)
-    with unfinished(database) as copy, unpacked(file, database) as given:
-        copy_database(given, copy, f"{name} cannot be restored")
-        try:
-            taskd.prepare_database(str(copy))
-        except taskd.DatabaseError as ex:
-            why = str(ex).removeprefix(f"{copy} ")
-            raise Refused(f"{name} cannot be restored: {why}") from None
-        replaced = database.exists() and database.stat().st_size
-        with closing(connect(copy)) as new, closing(open_exclusively(database)) as live:
-            raise_last_id(new, Task, last_id(new, Task) + skip_ids)
-            if replaced:
-                say(f"the old database is kept as {keep_old_copy(live, database)}")
-                try:
-                    continue_ids(live, new)
-                except DATABASE_ERRORS:  # it is damaged
-                    say(f"its last ids cannot be read; {SKIP_IDS}")
-            # In one transaction: SQLite rolls back half of one at the next start.
-            copy_pages(new, live, "restoring")
+    copy, given = unfinished(database), unpacked(file, database)
+    copy_database(given, copy, f"{name} cannot be restored")
+    try:
+        taskd.prepare_database(str(copy))
+    except taskd.DatabaseError as ex:
+        why = str(ex).removeprefix(f"{copy} ")
+        raise Refused(f"{name} cannot be restored: {why}") from None
+    replaced = database.exists() and database.stat().st_size
+    with closing(connect(copy)) as new, closing(open_exclusively(database)) as live:
+        raise_last_id(new, Task, last_id(new, Task) + skip_ids)
+        if replaced:
+            say(f"the old database is kept as {keep_old_copy(live, database)}")
+            try:
+                continue_ids(live, new)
+            except DATABASE_ERRORS:  # it is damaged
+                say(f"its last ids cannot be read; {SKIP_IDS}")
+        # In one transaction: SQLite rolls back half of one at the next start.
+        copy_pages(new, live, "restoring")
     sync(database.parent)
     say(f"restored {database} from {name}")
 
@@ -749,9 +749,8 @@ def followed(path: str) -> Path:
     return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
 
 
-@contextmanager
-def unpacked(file: str, beside: Path) -> Iterator[Path]:
-    """Give the path of a backup; stdin and gzip files are unpacked into a temporary file."""
+def unpacked(file: str, beside: Path) -> Path:
+    """Return the path of a backup; stdin and gzip files are unpacked into a temporary file."""
     if file == "-" and sys.stdin.isatty():
         raise Refused("stdin is a terminal; send a backup to it, from a file or a program")
     if file != "-" and not Path(file).is_file():
@@ -759,30 +758,26 @@ def unpacked(file: str, beside: Path) -> Iterator[Path]:
     with open(sys.stdin.fileno() if file == "-" else file, "rb") as stream:  # noqa: PTH123
         packed = stream.peek(len(GZIP)).startswith(GZIP)
         if file != "-" and not packed:
-            yield Path(file)
-            return
-        with unfinished(beside) as whole:
-            try:
-                with whole.open("wb") as target:
-                    shutil.copyfileobj(gzip.GzipFile(fileobj=stream) if packed else stream, target)
-            except (EOFError, zlib.error, OSError) as ex:
-                raise Refused(f"{name_of(file)} cannot be unpacked: {ex}") from None
-            yield whole
+            return Path(file)
+        whole = unfinished(beside)
+        try:
+            with whole.open("wb") as target:
+                shutil.copyfileobj(gzip.GzipFile(fileobj=stream) if packed else stream, target)
+        except (EOFError, zlib.error, OSError) as ex:
+            raise Refused(f"{name_of(file)} cannot be unpacked: {ex}") from None
+        return whole
 
 
-@contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """Give an empty file, mode 600, in a directory beside `path` that is removed at the end."""
+def unfinished(path: Path) -> Path:
+    """Return an empty file, mode 600, in a directory beside `path` that is removed at the end."""
     if not path.parent.is_dir():
         raise Refused(f"there is no directory {path.parent}")
     directory = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        directory.mkdir(mode=0o700)
-        file = directory / path.name
-        file.touch(mode=0o600)
-        yield file
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    at_end.callback(shutil.rmtree, directory, ignore_errors=True)
+    directory.mkdir(mode=0o700)
+    file = directory / path.name
+    file.touch(mode=0o600)
+    return file
 
 
 def publish(file: Path, path: Path) -> None:
@@ -822,13 +817,12 @@ def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
     for _ in range(ATTEMPTS):
         # It exists while a server has the database open, or after one was killed.
         in_use, before = Path(f"{path}-shm").exists(), fingerprint(path)
-        mode = "mode=ro" if in_use else "immutable=1"
-        with ExitStack() as stack:
-            source = path
-            if not in_use and any(Path(f"{path}{log}").exists() for log in LOGS):
-                source, mode = stack.enter_context(unfinished(scratch)), "mode=rw"
-                copy_files(path, source)
-            yield stack.enter_context(closing(connect(source, mode)))
+        source, mode = path, "mode=ro" if in_use else "immutable=1"
+        if not in_use and any(Path(f"{path}{log}").exists() for log in LOGS):
+            source, mode = unfinished(scratch), "mode=rw"
+            copy_files(path, source)
+        with closing(connect(source, mode)) as database:
+            yield database
         if in_use or fingerprint(path) == before:
             return
     raise Refused(f"{path} cannot be read: another program goes on writing to it")
@@ -910,10 +904,10 @@ def open_exclusively(path: Path) -> peewee.SqliteDatabase:
 def keep_old_copy(live: peewee.SqliteDatabase, path: Path) -> Path:
     """Copy the database as it is to a file beside it, and return its path."""
     kept = path.with_name(f"{path.name}.before-restore-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-    with unfinished(kept) as copy:
-        with closing(connect(copy)) as target:
-            copy_pages(live, target, "keeping the old one")
-        publish(copy, kept)
+    copy = unfinished(kept)
+    with closing(connect(copy)) as target:
+        copy_pages(live, target, "keeping the old one")
+    publish(copy, kept)
     return kept
 
 
