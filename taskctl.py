@@ -241,7 +241,7 @@ def init() -> None:
     Nothing is ever overwritten. Where TASKD_JWKS_URL is set, no secret is needed.
     """
     settings = Settings.load()
-    if signing_secrets(settings):
+    if settings.secrets or settings.secret:
         say("the secret is there already")
     elif settings.jwks_url:
         say("no secret is needed: TASKD_JWKS_URL is set, and only its keys sign logins")
@@ -252,11 +252,6 @@ def init() -> None:
     existed = exists(settings)
     taskd.open_database(settings).close()
     say(f"{settings.database} is there already" if existed else f"created {settings.database}")
-
-
-def signing_secrets(settings: Settings) -> list[str]:
-    """Return the secrets that tokens are verified with; the first one signs."""
-    return list(settings.secrets or filter(None, [settings.secret]))
 
 
 def is_postgresql(settings: Settings) -> bool:
@@ -461,7 +456,7 @@ def readable(contents: dict[str, Any]) -> dict[str, Any]:
 def hint(settings: Settings, token: str) -> str:
     """Return what is wrong with the secret, if a common mistake makes the token good."""
     for mistake, change in MISTAKES.items():
-        changed = tuple(filter(None, map(change, signing_secrets(settings))))
+        changed = tuple(filter(None, map(change, Tokens(settings).secrets)))
         with suppress(taskd.TokenError, taskd.SettingsError):
             Tokens(dataclasses.replace(settings, secrets=changed, jwks_url=None)).verify(token)
             return f"; it is signed with this secret {mistake}: give both services exactly the same"
@@ -965,10 +960,10 @@ def check(as_json: AsJson = False) -> None:
     Each line says ok, warning (it works, but should be changed) or FAIL, and what to do about it.
     """
     settings = Settings.load()
-    Tokens(settings)  # raises SettingsError if nothing can verify a token
+    tokens = Tokens(settings)  # raises SettingsError if nothing can verify a token
     findings = [
         *(("warning", message.split()[0], message) for message in taskd.misspelt()),
-        *check_secrets(settings),
+        *check_secrets(tokens),
         *check_database(settings),
         *check_modes(settings),
         *check_key_set(settings),
@@ -978,9 +973,9 @@ def check(as_json: AsJson = False) -> None:
     conclude(rows, "check", as_json)
 
 
-def check_secrets(settings: Settings) -> Findings:
+def check_secrets(tokens: Tokens) -> Findings:
     """Yield how strong each secret is, but never one of them."""
-    for number, secret in enumerate(signing_secrets(settings), 1):
+    for number, secret in enumerate(tokens.secrets, 1):
         odd = secret != secret.strip() or secret[0] in "\"'" or len(set(secret)) < 10
         found = f"{len(secret.encode())} bytes, {ODD_SECRET if odd else 'strong'}"
         yield "warning" if odd else "ok", f"secret {number}", found
@@ -1573,7 +1568,7 @@ def ephemeral_settings(directory: Path, given: list[str]) -> Settings:
             raise BadParameter(f"--set VARIABLE=VALUE is for settings, not DATABASE_URL: {name!r}")
         values[name] = value
     settings = Settings.load(values, directory / ".env")
-    if not signing_secrets(settings):
+    if not (settings.secrets or settings.secret):
         raise BadParameter("--set BETTER_AUTH_SECRET= leaves no secret; give one, or leave it out")
     return settings
 
@@ -1583,7 +1578,7 @@ def announce(settings: Settings, port: int, users: list[str], port_file: Path | 
     tokens = Tokens(settings)
     shown = {
         "url": taskd.url_of(settings.host, port),
-        "secret": signing_secrets(settings)[0],
+        "secret": tokens.secrets[0],
         "pid": os.getpid(),
         "tokens": {user: tokens.mint(login(settings, user, TOKEN_TTL)) for user in users},
     }

@@ -766,9 +766,10 @@ class Tokens:
 
     def __init__(self, settings: Settings) -> None:
         """Raise SettingsError when there is neither a secret nor a key set."""
-        self._secrets = settings.secrets or ((settings.secret,) if settings.secret else ())
+        # A token is verified with each of them; the first one signs.
+        self.secrets = settings.secrets or ((settings.secret,) if settings.secret else ())
         self._key_set = KeySet(settings.jwks_url) if settings.jwks_url else None
-        if not self._secrets and not self._key_set:
+        if not self.secrets and not self._key_set:
             raise SettingsError(f"BETTER_AUTH_SECRET is missing; {MAKE_ONE}")
         issuer, aud = settings.issuer, settings.audience
         # PyJWT rejects any token with an aud unless told otherwise, and Better Auth's have one.
@@ -821,10 +822,10 @@ class Tokens:
 
     def mint(self, claims: Claims) -> str:
         """Return a token with these claims, signed with the first secret."""
-        if not self._secrets:
+        if not self.secrets:
             why = "and taskd cannot sign with the keys of TASKD_JWKS_URL; use the token of a login"
             raise SettingsError(f"BETTER_AUTH_SECRET is missing, {why}")
-        return jwt.encode(claims, self._secrets[0], "HS256")
+        return jwt.encode(claims, self.secrets[0], "HS256")
 
     def _verify(self, token: str) -> tuple[User, jwt.PyJWK | None]:
         if len(token) > MAX_TOKEN:
@@ -850,10 +851,10 @@ class Tokens:
 
         The key pins the algorithm: the header only says which key to try (RFC 8725, section 3.1).
         """
-        if alg != "HS256" or not self._secrets:
+        if alg != "HS256" or not self.secrets:
             key = self._find_key(alg, kid)
             return self._claims(token, key, [key.algorithm_name]), key
-        for secret in self._secrets:
+        for secret in self.secrets:
             try:
                 return self._claims(token, secret, ["HS256"]), None
             except jwt.InvalidSignatureError as ex:
@@ -862,7 +863,7 @@ class Tokens:
 
     def _find_key(self, alg: object, kid: str | None) -> jwt.PyJWK:
         if not isinstance(alg, str) or alg not in ASYMMETRIC:
-            allowed = (["HS256"] if self._secrets else []) + (ASYMMETRIC if self._key_set else [])
+            allowed = (["HS256"] if self.secrets else []) + (ASYMMETRIC if self._key_set else [])
             raise TokenError(f"alg must be {'one of ' * bool(allowed[1:])}{', '.join(allowed)}")
         if not self._key_set:
             raise TokenError(NO_KEY_SET)
