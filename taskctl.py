@@ -862,16 +862,14 @@ def copy_pages(source: peewee.SqliteDatabase, target: peewee.SqliteDatabase, wha
     ends on a busy server.
     """
     reading = source.connection()
-    with progress() as bar:
+    with progress() as bar, source.atomic():
         job = bar.add_task(what, total=None)
-        reading.execute("BEGIN")
-        reading.execute("SELECT 1 FROM sqlite_master").fetchone()
+        reading.execute("SELECT 1 FROM sqlite_master").fetchone()  # begins the one of the source
         reading.backup(
             target.connection(),
             pages=PAGES,
             progress=lambda _, left, total: bar.update(job, total=total, completed=total - left),
         )
-        reading.execute("COMMIT")
 
 
 def open_exclusively(path: Path) -> peewee.SqliteDatabase:
