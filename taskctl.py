@@ -535,9 +535,8 @@ def users(
     if not (key := shown.get(sort.removeprefix("-"))):
         raise BadParameter(f"--sort takes {USER_ORDERS}")
     order = key.desc() if sort.startswith("-") else key
-    query: Any = Task.select(*shown.values()).group_by(Task.user_id)
-    ordered = query.order_by(order, Task.user_id).limit(limit)
-    found = [dict(zip(shown, row, strict=True)) for row in ordered.tuples()]
+    query: Any = Task.select(*shown.values()).group_by(Task.user_id).order_by(order, Task.user_id)
+    found = [dict(zip(shown, row, strict=True)) for row in query.limit(limit).tuples()]
     show_all(found, as_json, nl, as_csv, wide, total=counted(len(found), "user"))
 
 
