@@ -248,7 +248,6 @@ def init() -> None:
     else:
         write_secret()
         say(f"wrote a new secret to {DOTENV}; give the same BETTER_AUTH_SECRET to Better Auth")
-        settings = Settings.load()
     existed = exists(settings)
     taskd.open_database(settings).close()
     say(f"{settings.database} is there already" if existed else f"created {settings.database}")
