@@ -1125,13 +1125,12 @@ def import_by_id(database: peewee.Database) -> str:
     return f"{imported} imported, {there} already there, {updated} updated{left}"
 
 
-def own_ids(database: peewee.Database) -> tuple[int, int]:
+def own_ids(database: peewee.Database) -> list[int]:
     """Return the smallest and the largest id that a new task can get: a partition has a range."""
     if isinstance(database, peewee.SqliteDatabase):
-        return 1, MAX_ID
+        return [1, MAX_ID]
     query = f"SELECT seqmin, seqmax FROM pg_sequence WHERE seqrelid = {SEQUENCE}"  # noqa: S608
-    smallest, largest = database.execute_sql(query, ("task",)).fetchone()
-    return smallest, largest
+    return [*database.execute_sql(query, ("task",)).fetchone()]
 
 
 def stage_lines(lines: BinaryIO, new: bool) -> None:
@@ -1197,13 +1196,12 @@ def refuse_taken_ids() -> None:
         raise Refused(f"line {line}: id {key} is that of another task here; nothing was imported")
 
 
-def compared() -> tuple[int, int, int, int]:
+def compared() -> list[int]:
     """Return how many lines are new, like the task that is there, newer than it, and older."""
     line, task = Incoming.updated_at, Task.updated_at
     cases = Task.id.is_null(), line == task, line > task, line < task
     query: Any = Incoming.select(*(fn.COUNT(Incoming.line).filter(case) for case in cases))
-    [found] = query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id).tuples()
-    return found  # type: ignore[no-any-return]
+    return [*query.join(Task, peewee.JOIN.LEFT_OUTER, on=Task.id == Incoming.id).tuples().get()]
 
 
 def merge() -> int:
