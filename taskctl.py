@@ -1436,14 +1436,13 @@ class SmokeClient:
         self._connection.request(method, self._prefix + path, content, headers)
         answer = self._connection.getresponse()
         shown = json.loads(answer.read() or "null")
-        milliseconds = round((time.perf_counter() - started) * 1000, 1)
+        ms = round((time.perf_counter() - started) * 1000, 1)
         self._tag = answer.headers.get("ETag", self._tag)
         right = not shows or (isinstance(shown, dict) and shows.items() <= shown.items())
         fits = right and answer.status == expected and carries in answer.headers
         route = re.sub("(?<=/)[0-9]+(?=/|$)", "{id}", path.replace(self.id, "{user_id}"))
         row: Row = {"result": "ok" if fits else "FAIL", "method": method, "route": route}
-        row |= {"status": answer.status, "expected": expected, "ms": milliseconds}
-        self.results.append(row)
+        self.results.append(row | {"status": answer.status, "expected": expected, "ms": ms})
         return shown if fits else None
 
 
