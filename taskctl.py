@@ -1235,10 +1235,12 @@ def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")
     if not any(found):
         raise Refused(f"{name} has no tasks")
     what = owned_rows(*found)
-    if not yes and not sys.stdin.isatty():
-        raise Refused(f"{name} has {what}; cannot ask without a terminal; repeat it with --yes")
-    if not yes and not confirmed(f"Delete all {what} of {name}?"):
-        raise Refused("nothing was deleted")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise Refused(f"{name} has {what}; cannot ask without a terminal; repeat it with --yes")
+        print(f"Delete all {what} of {name}?", end=" [y/N] ", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Refused("nothing was deleted")
     with opened.transaction():
         done = [model.delete().where(theirs).execute(opened.peewee) for model, theirs in owned]
     say(f"deleted {owned_rows(*done)} of {name}")
@@ -1247,12 +1249,6 @@ def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")
 def owned_rows(tasks: int, keys: int) -> str:
     """Return in words how many tasks and idempotency keys there are."""
     return counted(tasks, "task") + (f" and {counted(keys, 'idempotency key')}" if keys else "")
-
-
-def confirmed(question: str) -> bool:
-    """Ask on stderr, and say whether the answer is yes."""
-    print(question, end=" [y/N] ", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 # --- Copy -----------------------------------------------------------------------------------------
