@@ -807,6 +807,8 @@ def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
     stop taskd's writes. If there is a log but no server, SQLite would create an index for it, so
     database and log are copied beside `scratch` and read there.
     """
+    if not path.is_file():
+        raise Refused(f"there is no file {path}")
     for _ in range(ATTEMPTS):
         # It exists while a server has the database open, or after one was killed.
         in_use, before = Path(f"{path}-shm").exists(), fingerprint(path)
