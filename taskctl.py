@@ -262,13 +262,13 @@ def exists(settings: Settings) -> bool:
     """Say whether there is a file of SQLite's, or PostgreSQL has taskd's tables."""
     if not is_postgresql(settings):
         return Path(settings.database).exists()
-    with as_it_is(settings) as database:
+    with open_existing(settings) as database:
         return taskd.schema_version(database) > 0
 
 
 @contextmanager
-def as_it_is(settings: Settings) -> Iterator[peewee.Database]:
-    """Give a PostgreSQL database without making or migrating its tables."""
+def open_existing(settings: Settings) -> Iterator[peewee.Database]:
+    """Yield a PostgreSQL database for reading, without making or migrating its tables."""
     url = settings.database_url
     parameters = taskd.libpq_parameters(url)
     database = peewee.PostgresqlDatabase(url, prefer_psycopg3=True, encoding="UTF8", **parameters)
@@ -834,7 +834,7 @@ def fingerprint(path: Path) -> tuple[object, ...]:
 def copy_files(path: Path, copy: Path) -> None:
     """Copy a database that nobody has open, and the logs that a killed writer left."""
     for suffix in ("", *LOGS):
-        if Path(f"{path}{suffix}").exists():
+        with suppress(FileNotFoundError):  # or it was removed meanwhile
             shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
 
 
@@ -984,13 +984,15 @@ def check_database(settings: Settings) -> Findings:
     name = settings.database
     if is_postgresql(settings):
         try:
-            with as_it_is(settings) as database:
+            with open_existing(settings) as database:
                 result, found = look_into(database, name)
         except taskd.DatabaseError as ex:
             result, found = "FAIL", str(ex)
         yield result, name, found
     elif not Path(name).exists():
         yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
+    elif not Path(name).is_file():
+        yield "FAIL", settings.database_url, "it is not a regular file"
     else:
         path = followed(name)
         for file in readings(path, Path(tempfile.gettempdir(), path.name)):
@@ -1467,10 +1469,19 @@ def smoke(
 
 
 def forget_keys(settings: Settings, user: str) -> None:
-    """Delete a user's idempotency keys if the server's database is the one of these settings."""
+    """Delete a user's idempotency keys if the server's database is the one of these settings.
+
+    Another one may be older, and opening it would migrate it.
+    """
     failures = Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
-    with suppress(*failures), closing(database(settings)) as opened:
-        IdempotencyKey.delete().where(IdempotencyKey.user_id == user).execute(opened.peewee)
+    with suppress(*failures):
+        is_server = is_postgresql(settings)
+        with open_existing(settings) if is_server else closing(connect(file_of(settings))) as found:
+            version = taskd.schema_version(found)
+        if version == taskd.VERSION:
+            with closing(database(settings)) as opened:
+                of_user = IdempotencyKey.user_id == user
+                IdempotencyKey.delete().where(of_user).execute(opened.peewee)
 
 
 @app.command()

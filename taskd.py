@@ -3011,8 +3011,8 @@ class HealthResource:
         """Answer 200, or raise Unavailable. A check is for all requests received before it."""
         if self._checked < req.context.started:
             began = time.perf_counter()
-            self._check()
-            self._checked = began
+            self._check()  # which may write
+            when_on_disk(partial(setattr, self, "_checked", began))
         resp.data = b'{"status": "ok"}'
 
     on_head = on_get

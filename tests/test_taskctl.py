@@ -878,6 +878,14 @@ def test_check_says_that_a_database_is_off_and_leaves_it(taskctl: Taskctl, tmp_p
     assert "file is not a database" in answer.stdout
 
 
+@pytest.mark.sqlite("it is about a file")
+def test_check_does_not_wait_for_a_writer_of_a_named_pipe(taskctl: Taskctl, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "taskd.db")
+    answer = taskctl("check", "--json")
+    assert answer.returncode == 1
+    assert "it is not a regular file" in answer.stdout
+
+
 def test_check_makes_nothing(taskctl: Taskctl, tmp_path: Path) -> None:
     assert taskctl("check").returncode == 0
     assert list(tmp_path.iterdir()) == []
@@ -1362,6 +1370,20 @@ def test_smoke_tries_every_route_of_a_live_server_and_leaves_nothing_behind(
         [call["result"], call["method"], call["route"], str(call["status"])] for call in calls
     ]
     assert stored(tmp_path / "taskd.db") == before
+
+
+@pytest.mark.sqlite("it is about a file of an earlier version")
+def test_smoke_of_another_server_does_not_migrate_the_database_of_the_settings(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
+    old = tmp_path / "old.db"
+    with contextlib.closing(sqlite3.connect(old)) as database:
+        database.executescript((ROOT / "tests" / "version-2.sql").read_text())
+    before = old.read_bytes()
+    url = f"http://127.0.0.1:{server.port}"
+    assert taskctl("smoke", url, DATABASE_URL=f"sqlite:///{old}").returncode == 0
+    assert old.read_bytes() == before
+    assert [*tmp_path.glob("old*")] == [old]
 
 
 def test_smoke_by_itself_tries_the_server_of_the_settings(
