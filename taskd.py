@@ -3818,26 +3818,28 @@ class ServerChannel(waitress.channel.HTTPChannel):
 class FairQueue:
     """A queue of requests that takes one from each user in turn; many delay only their sender's.
 
-    The dispatchers use it as well, instead of waitress's deque. Of one user, at most `places` of
-    their threads run requests at the same time.
+    Reads and writes of a user have a turn each. The dispatchers use it as well, instead of
+    waitress's deque; there at most `places` threads read for the same user at the same time. How
+    many writes wait is limited by the database, where a lock can make them wait for seconds.
     """
 
     def __init__(self, places: float = math.inf) -> None:
-        self._requests: OrderedDict[str, deque[ServerChannel]] = OrderedDict()
-        self._running: dict[int, str] = {}  # the user whose request a thread runs
+        self._requests: OrderedDict[tuple[str, bool], deque[ServerChannel]] = OrderedDict()
+        self._running: dict[int, tuple[str, bool]] = {}  # whose turn a thread has
         self.places = places
 
     def append(self, channel: ServerChannel) -> None:
-        """Add a connection, whose request is complete, behind the others of the same user."""
-        self._requests.setdefault(channel.user, deque()).append(channel)
+        """Add a connection, whose request is complete, behind the others of the same turn."""
+        turn = channel.user, channel.reader.request.command in ("GET", "HEAD")
+        self._requests.setdefault(turn, deque()).append(channel)
 
     def popleft(self) -> ServerChannel:
-        """Remove and return the first of the user whose turn it is."""
-        user = next(filter(self._has_place, self._requests))
-        self._running[threading.get_ident()], channels = user, self._requests.pop(user)
+        """Remove and return the first of those whose turn it is."""
+        turn = next(filter(self._has_place, self._requests))
+        self._running[threading.get_ident()], channels = turn, self._requests.pop(turn)
         channel = channels.popleft()
         if channels:
-            self._requests[user] = channels
+            self._requests[turn] = channels
         return channel
 
     def __bool__(self) -> bool:
@@ -3846,11 +3848,11 @@ class FairQueue:
         return any(map(self._has_place, self._requests))
 
     def __len__(self) -> int:
-        """Return how many users have a request that waits."""
+        """Return how many turns have a request that waits."""
         return len(self._requests)
 
-    def _has_place(self, user: str) -> bool:
-        return operator.countOf(self._running.values(), user) < self.places
+    def _has_place(self, turn: tuple[str, bool]) -> bool:
+        return not turn[1] or operator.countOf(self._running.values(), turn) < self.places
 
 
 class Deadlines:
@@ -3917,7 +3919,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._resume_at = self._next_warning = self._next_check = self._commit_at = 0.0
         self._accept_pending = self._exits_soon = False
         threads = adjustments["threads"]
-        super().__init__(app, dispatcher=dispatcher(threads, max(1, threads // 3)), **adjustments)
+        super().__init__(app, dispatcher=dispatcher(threads, threads // 3 or 1), **adjustments)
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
             self.poll.register(descriptor, select.POLLIN)
 
