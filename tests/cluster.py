@@ -20,6 +20,7 @@ import psycopg
 import taskd
 from support import SECRET, until
 
+INITIAL = "initial"  # the directory with what initdb made
 STANDBY = "second"  # by this name a primary knows its standby
 DEADLINE = 30  # seconds for a server to start or to end
 # Safety against a power failure, which these tests do not need.
@@ -46,16 +47,21 @@ def free_port() -> int:
 class Cluster:
     """A server that can be stopped and started again. Under root it runs as another user.
 
-    A server with a primary is its standby: a copy that the primary keeps up to date.
+    A server with a primary is its standby: a copy that the primary keeps up to date. One within the
+    directory of another starts with a copy of that one's files as initdb made them.
     """
 
     def __init__(
-        self, *configuration: str, within: str | None = None, primary: Cluster | None = None
+        self,
+        *configuration: str,
+        within: str | None = None,
+        primary: Cluster | None = None,
+        above: str | None = None,
     ) -> None:
         programs = binaries()
         assert programs, "PostgreSQL is not installed"
         self._programs = programs
-        self.directory = Path(tempfile.mkdtemp(prefix="taskd-postgresql-", dir=within))
+        self.directory = Path(tempfile.mkdtemp(prefix="taskd-postgresql-", dir=within or above))
         self._user = (
             next(user for user in ("postgres", "nobody") if _exists(user))
             if os.geteuid() == 0
@@ -71,9 +77,13 @@ class Cluster:
                 source = f"{primary.url()}?application_name={STANDBY}"
                 options = ["-d", source, "-R", "-X", "stream", "-c", "fast", "-N"]
                 self._run("pg_basebackup", "-D", str(self._data), *options)
+            elif within:
+                self._run("/bin/cp", "-a", f"{within}/{INITIAL}", str(self._data))
             else:
                 options = ["-U", "taskd", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]
-                self._run("initdb", "-D", str(self._data), *options)
+                # Small segments: each is filled with zeros, and copied whole to a standby.
+                self._run("initdb", "-D", str(self._data), *options, "--wal-segsize=1")
+                self._run("/bin/cp", "-a", str(self._data), str(self.directory / INITIAL))
             self.start()
         except BaseException:
             self.remove()
@@ -134,9 +144,9 @@ class Cluster:
                 # The interrupt key ends the tests; the server is needed until their last statement.
                 start_new_session=True,
             )
-        ready = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         deadline = time.monotonic() + DEADLINE
-        while subprocess.run(ready, check=False).returncode:
+        # As pg_isready asks, but without a process for each time.
+        while psycopg.pq.PGconn.ping(self.url().encode()) != psycopg.pq.Ping.OK:
             assert self._process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.02)

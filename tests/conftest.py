@@ -65,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         # SIGTERM ends the tests in the same way as Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        cluster = Cluster(*CARELESS)
+        cluster = Cluster(*CARELESS, above=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
         os.environ[SERVER], os.environ[DIRECTORY] = cluster.url(), str(cluster.directory)
     database.postgresql = Databases(os.environ[SERVER])
 

@@ -52,7 +52,7 @@ PASSWORD = "correct-horse-battery"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A server for these tests only: they may stop it, and it writes to the disk as usual."""
+    """A server for these tests only: they may stop it, and it flushes its files as usual."""
     cluster = Cluster(within=os.environ[DIRECTORY])
     yield cluster
     cluster.remove()
