@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -156,6 +157,53 @@ class ForkServer:
         """End all fork servers."""
         while cls.all:
             cls.all.popitem()[1]._popen.communicate()
+
+
+FORKING = """#!{python} -IS
+import json, os, socket, sys
+if not sys.argv[1].endswith(".py"):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as end:
+    end.connect({address})
+    order = dict(pid=os.getpid(), arguments=sys.argv[2:], directory=os.getcwd())
+    order |= dict(variables=dict(os.environ), umask=os.umask(0))
+    end.sendall(json.dumps(order).encode() + b"\\n")
+    sys.exit(int(end.recv(100)))
+"""
+
+
+class Forking:
+    """A file that runs a program as `python program.py` does, but forked: for shell scripts.
+
+    The process that they start waits for the forked one, which has its streams and its umask.
+    """
+
+    def __init__(self, server: ForkServer, file: Path) -> None:
+        self._server, self._listener = server, socket.socket(socket.AF_UNIX)
+        self._listener.bind("")  # Linux gives it an address that is no file
+        self._listener.listen()
+        address = self._listener.getsockname()
+        file.write_text(FORKING.format(python=sys.executable, address=address))
+        file.chmod(0o755)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            threading.Thread(target=self._run, args=[connection], daemon=True).start()
+
+    def _run(self, connection: socket.socket) -> None:
+        with connection, connection.makefile() as file:
+            order = json.loads(file.readline())
+            names = enumerate(("stdin", "stdout", "stderr"))
+            child = self._server.fork(
+                *order["arguments"],
+                directory=Path(order["directory"]),
+                variables=order["variables"],
+                before=f"import os; os.umask({order['umask']})",
+                **{name: f"/proc/{order['pid']}/fd/{number}" for number, name in names},
+            )
+            connection.sendall(str(child.wait(DEADLINE)).encode())
 
 
 class Child:
