@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,16 @@ return [...document.querySelectorAll(fields)]
 HOSTS = """
 const kinds = ["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind));
 return [kinds.length, [...new Set(kinds.map((entry) => new URL(entry.name).origin))]];
+"""
+
+
+# Names and values of the headers that are shown, in one call: asking for each text costs a second.
+HEADERS = """
+const [names, values] = ["dt", "dd"].map((tag) =>
+  [...document.querySelectorAll(`${arguments[0]} ${tag}`)]
+    .map((one) => one.checkVisibility() ? one.innerText.trim() : ""));
+if (names.length !== values.length) throw new Error(`${names.length} names`);
+return names.map((name, at) => [name, values[at]]);
 """
 
 
@@ -155,16 +165,7 @@ class Page:
         )
 
     def headers(self, operation: str) -> dict[str, str]:
-        names, values = (
-            [
-                one.text
-                for one in self.browser.find_elements(
-                    By.CSS_SELECTOR, f"#try-{operation} ~ .result {tag}"
-                )
-            ]
-            for tag in ("dt", "dd")
-        )
-        return dict(zip(names, values, strict=True))
+        return dict(self.run(HEADERS, f"#try-{operation} ~ .result"))
 
     def curl(self, operation: str) -> str:
         return str(self.find(f"#try-{operation} ~ .part pre").get_property("textContent"))
@@ -544,19 +545,23 @@ def test_everything_that_can_be_used_has_a_name(page):
 
 
 PHONE, DESK = (390, 844), (1280, 800)
+# The rules of axe that judge colors; the others find the same in a light page and in a dark one.
+OF_COLORS = ("color-contrast", "link-in-text-block")
+# axe need not load the style sheets again, nor sounds: only rules about those want them.
 AXE = """
-const done = arguments[0];
-axe.run(document, {resultTypes: ["violations"]})
+const [values, done] = arguments;
+const only = values.length ? {runOnly: {type: "rule", values}} : {};
+axe.run(document, {resultTypes: ["violations"], preload: false, ...only})
   .then((found) => found.violations.map((one) => [one.id, one.nodes.length, one.nodes[0].html]))
   .then(done);
 """
 
 
-def violations(browser: webdriver.Chrome) -> list[Any]:
-    """Return what axe finds wrong with the page that is shown."""
+def violations(browser: webdriver.Chrome, rules: Sequence[str] = ()) -> list[Any]:
+    """Return what axe finds wrong with the page that is shown, by these rules or by all."""
     source = install(ROOT / "tests" / "axe" / "package-lock.json") / "axe-core" / "axe.min.js"
     browser.execute_cdp_cmd("Runtime.evaluate", {"expression": source.read_text()})
-    return list(browser.execute_async_script(AXE))
+    return list(browser.execute_async_script(AXE, rules))
 
 
 @pytest.mark.slow
