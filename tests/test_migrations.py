@@ -19,7 +19,7 @@ from falcon import testing
 
 import taskd
 from conftest import Person
-from support import COLD, DEADLINE, ROOT, Process, bearer, environment, until
+from support import DEADLINE, ROOT, Process, bearer, environment, until
 
 pytestmark = pytest.mark.sqlite("PostgreSQL has had no earlier version of the schema")
 
@@ -229,7 +229,7 @@ def test_kill_9_in_the_middle_loses_nothing_and_the_next_start_goes_on(
     chance = random.Random()
     killed = 0
     for attempt in range(8):
-        process, seconds = start(wait=False, command=COLD), 0.25 + chance.random() * 0.9
+        process, seconds = start(wait=False), chance.random() * 0.7
         if attempt == 0:
             until(lambda: copies(path), "it begins to migrate")
             seconds = 0
