@@ -1062,7 +1062,7 @@ OUTPUT = [("taskd", "--help")] + [
 
 
 # These are started, because Python complains of its output when it ends; the others are forked.
-STARTED = ("taskd --help", "taskctl tasks alice", "taskctl export")
+STARTED = ("taskd --help", "taskctl mint alice", "taskctl tasks alice", "taskctl export")
 
 
 def run_into(
