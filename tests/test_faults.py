@@ -251,7 +251,7 @@ def test_a_write_is_on_disk_before_it_is_answered(start: Start, tmp_path: Path) 
 
 
 def keep_asking(
-    server: Process, headers: dict[str, str], status: int, ended: threading.Event
+    server: Process, headers: dict[str, str], status: int, ended: threading.Event, pause: float
 ) -> list[float]:
     """Request the list again and again, and return the seconds of each answer."""
     taken = []
@@ -259,7 +259,7 @@ def keep_asking(
         started = time.monotonic()
         assert server.request("GET", TASKS, headers=headers).status_code == status
         taken.append(time.monotonic() - started)
-        ended.wait(0.005)
+        ended.wait(pause)
     return sorted(taken)
 
 
@@ -281,10 +281,10 @@ def test_a_lock_held_elsewhere_delays_writes_alone(
     with ThreadPoolExecutor(20) as pool:
         with locked(tmp_path / "taskd.db"):
             writes = [pool.submit(write, server, number) for number in range(1, 17)]
-            reads = pool.submit(keep_asking, server, bearer(), 200, ended)
-            refusals = pool.submit(
-                keep_asking, server, {"Authorization": "Bearer nonsense"}, 401, ended
-            )
+            pause = seconds / 400  # some hundred requests, however long the lock is held
+            reads = pool.submit(keep_asking, server, bearer(), 200, ended, pause)
+            nonsense = {"Authorization": "Bearer nonsense"}
+            refusals = pool.submit(keep_asking, server, nonsense, 401, ended, pause)
             time.sleep(seconds)
         done = [work.result() for work in writes]
         ended.set()
