@@ -863,8 +863,8 @@ class Tokens:
 
     def _find_key(self, alg: object, kid: str | None) -> jwt.PyJWK:
         if not isinstance(alg, str) or alg not in ASYMMETRIC:
-            allowed = (["HS256"] if self.secrets else []) + (ASYMMETRIC if self._key_set else [])
-            raise TokenError(f"alg must be {'one of ' * bool(allowed[1:])}{', '.join(allowed)}")
+            algs = ", ".join((["HS256"] if self.secrets else []) + ASYMMETRIC)
+            raise TokenError(f"alg must be one of {algs}" if self._key_set else "alg must be HS256")
         if not self._key_set:
             raise TokenError(NO_KEY_SET)
         if not (key := self._key_set.find(kid, alg)):
