@@ -75,6 +75,7 @@ try:
     import peewee
     from jwt.utils import base64url_decode
     from peewee import EXCLUDED, fn
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -142,6 +143,8 @@ def show_all(
     total: str = "",
 ) -> None:
     """Print rows as JSON, JSON lines or CSV, or else a table; say the total to people."""
+    if as_json + nl + as_csv > 1:
+        raise BadParameter("--json, --nl and --csv exclude each other")
     if as_json:
         print(json.dumps(rows))
     elif nl:
@@ -188,10 +191,11 @@ def cell(name: str, row: Row) -> Text:
 
 def print_aligned(lines: list[list[str]]) -> None:
     """Print values below each other in columns, except for those that are long."""
-    columns = [*zip(*lines, strict=True)][:-1]
-    widths = [max(len(text) for text in column if len(text) <= ALIGNED) for column in columns]
-    for line in lines:
-        print(*map(str.ljust, line, widths), line[-1], sep="  ")
+    columns = [list(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(size for size in column if size <= ALIGNED) for column in columns[:-1]]
+    for *values, last in lines:
+        pairs = zip(values, widths, strict=True)
+        print(*(text + " " * (width - cell_len(text)) for text, width in pairs), last, sep="  ")
 
 
 def counted(number: int, noun: str) -> str:
@@ -410,14 +414,15 @@ def verify(
     Its header and claims are shown in both cases; those of a refused token are unverified.
     """
     settings, text = Settings.load(), read_token(token)
+    tokens = Tokens(settings)
     found = contents(text) if as_json else readable(contents(text))
     try:
-        user = Tokens(settings).verify(text)
+        user = tokens.verify(text)
     except taskd.TokenError as ex:
         refused = {"accepted": False, "reason": str(ex)} | ({"unverified": found} if found else {})
         unverified = {f"{name} (unverified)": value for name, value in found.items()}
         show(refused if as_json else unverified, as_json)
-        raise Refused(f"taskd refuses this token: {ex}{hint(settings, text)}") from None
+        raise Refused(f"taskd refuses this token: {ex}{hint(settings, tokens, text)}") from None
     accepted = {"accepted": True, "user_id": user.id, "email": user.email, "name": user.name}
     accepted["until"] = instant(user.expires)
     show(accepted | found, as_json)
@@ -452,10 +457,10 @@ def readable(contents: dict[str, Any]) -> dict[str, Any]:
     return lines
 
 
-def hint(settings: Settings, token: str) -> str:
+def hint(settings: Settings, tokens: Tokens, token: str) -> str:
     """Return what is wrong with the secret, if a common mistake makes the token good."""
     for mistake, change in MISTAKES.items():
-        changed = tuple(filter(None, map(change, Tokens(settings).secrets)))
+        changed = tuple(filter(None, map(change, tokens.secrets)))
         with suppress(taskd.TokenError, taskd.SettingsError):
             Tokens(dataclasses.replace(settings, secrets=changed, jwks_url=None)).verify(token)
             return f"; it is signed with this secret {mistake}: give both services exactly the same"
@@ -472,7 +477,7 @@ def instant(seconds: float) -> str:
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
-BATCH = 1000  # rows in a statement
+ROWS_PER_STATEMENT = 1000
 OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
 HIDDEN = ("user_id", "description", "created_at", "updated_at")  # a terminal has no room for them
 TITLES = [
@@ -627,7 +632,7 @@ def add_believable(users: list[str], count: int, random_seed: int, bar: Progress
     """Add tasks for these users, the same for the same random seed."""
     chance = random.Random(random_seed)  # noqa: S311  nothing secret is drawn from it
     job = bar.add_task("seeding", total=len(users) * count)
-    for tasks in peewee.chunked(believable(users, count, chance), BATCH):
+    for tasks in peewee.chunked(believable(users, count, chance), ROWS_PER_STATEMENT):
         Task.insert_many(map(columns, tasks)).execute()  # one statement: all of a batch or none
         bar.advance(job, len(tasks))
 
@@ -656,7 +661,7 @@ def believable(users: list[str], count: int, chance: random.Random) -> Iterator[
 # --- Backup and restore ---------------------------------------------------------------------------
 
 PAGES = 256  # copied between two updates of the progress bar: 1 MB
-LOGS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is checkpointed
+JOURNALS = ("-wal", "-journal")  # what SQLite keeps beside a database until it is checkpointed
 ATTEMPTS = 10  # at reading a file that changes meanwhile
 GZIP = b"\x1f\x8b"  # how a gzip file begins
 EXCLUSIVE = (  # keeps the lock until the connection is closed
@@ -801,11 +806,12 @@ def connect(path: Path, mode: str = "mode=rw") -> peewee.SqliteDatabase:
 
 
 def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
-    """Yield the database for reading, and once more after each change that SQLite did not lock.
+    """Yield the database for reading; again if a writer without a lock has changed it meanwhile.
 
     Nothing beside the database is created or changed: files left by a user who can only read would
-    stop taskd's writes. If there is a log but no server, SQLite would create an index for it, so
-    database and log are copied beside `scratch` and read there.
+    stop taskd's writes. While a server has it open (there is a -shm file) it is read in place. If
+    there is a log but no server, SQLite would create an index for it, so database and log are
+    copied beside `scratch` and read there.
     """
     if not path.is_file():
         raise Refused(f"there is no file {path}")
@@ -813,11 +819,13 @@ def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
         # It exists while a server has the database open, or after one was killed.
         in_use, before = Path(f"{path}-shm").exists(), fingerprint(path)
         source, mode = path, "mode=ro" if in_use else "immutable=1"
-        if not in_use and any(Path(f"{path}{log}").exists() for log in LOGS):
+        if not in_use and any(Path(f"{path}{log}").exists() for log in JOURNALS):
             source, mode = unfinished(scratch), "mode=rw"
             copy_files(path, source)
         with closing(connect(source, mode)) as database:
             yield database
+        if source != path:
+            shutil.rmtree(source.parent)  # the next attempt takes as much space
         if in_use or fingerprint(path) == before:
             return
     raise Refused(f"{path} cannot be read: another program goes on writing to it")
@@ -827,13 +835,13 @@ def fingerprint(path: Path) -> tuple[object, ...]:
     """Return what a write to a database changes: its header, size, time and logs."""
     with path.open("rb") as file:
         header, status = file.read(28), os.fstat(file.fileno())
-    logs = (Path(f"{path}{suffix}").exists() for suffix in (*LOGS, "-shm"))
+    logs = (Path(f"{path}{suffix}").exists() for suffix in (*JOURNALS, "-shm"))
     return header, status.st_size, status.st_mtime_ns, *logs
 
 
 def copy_files(path: Path, copy: Path) -> None:
     """Copy a database that nobody has open, and the logs that a killed writer left."""
-    for suffix in ("", *LOGS):
+    for suffix in ("", *JOURNALS):
         with suppress(FileNotFoundError):  # or it was removed meanwhile
             shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
 
@@ -856,15 +864,15 @@ def copy_database(path: Path, copy: Path, failed: str) -> None:
 
 
 def copy_pages(source: peewee.SqliteDatabase, target: peewee.SqliteDatabase, what: str) -> None:
-    """Copy all pages of a database in one transaction of both sides.
+    """Copy all pages of a database, within one transaction of the source.
 
-    Without a transaction SQLite's backup starts again at every change of the source, and never
-    ends on a busy server.
+    Without it SQLite's backup starts again at every change of the source, and never ends on a busy
+    server. Its writes are one transaction of the target.
     """
     reading = source.connection()
     with progress() as bar, source.atomic():
         job = bar.add_task(what, total=None)
-        reading.execute("SELECT 1 FROM sqlite_master").fetchone()  # begins the one of the source
+        reading.execute("SELECT 1 FROM sqlite_master").fetchone()  # BEGIN alone takes no snapshot
         reading.backup(
             target.connection(),
             pages=PAGES,
@@ -1142,7 +1150,7 @@ def stage_lines(lines: BinaryIO, new: bool) -> None:
     size = os.fstat(lines.fileno()).st_size if lines.seekable() else None
     with progress() as bar:
         job = bar.add_task("reading", total=size)
-        for batch in peewee.chunked(parsed(lines, new), BATCH):
+        for batch in peewee.chunked(parsed(lines, new), ROWS_PER_STATEMENT):
             Incoming.insert_many(batch).execute()
             bar.update(job, completed=lines.tell() if lines.seekable() else None)
 
@@ -1302,12 +1310,12 @@ def settings_with(text: str) -> Settings:
     return Settings.load({**os.environ, "DATABASE_URL": url})
 
 
-def batches(model: Any, database: peewee.Database, advance: Advance) -> Iterator[list[Row]]:
-    """Yield a table's rows in the order of their ids, BATCH at a time, and advance a progress bar.
+def read_rows(model: Any, database: peewee.Database, advance: Advance) -> Iterator[list[Row]]:
+    """Yield a table's rows in the order of their ids, some at a time, and advance a progress bar.
 
     Psycopg would keep all of a large result in memory.
     """
-    page, last = model.select().order_by(model.id).limit(BATCH).dicts(), 0
+    page, last = model.select().order_by(model.id).limit(ROWS_PER_STATEMENT).dicts(), 0
     while batch := list(page.where(model.id > last).execute(database)):
         yield batch
         advance(len(batch))
@@ -1317,7 +1325,7 @@ def batches(model: Any, database: peewee.Database, advance: Advance) -> Iterator
 def copy_rows(source: peewee.Database, target: peewee.Database, advance: Advance) -> None:
     """Copy all rows, the key that signs cursors, and the last ids."""
     for model in OWNED:
-        for batch in batches(model, source, advance):
+        for batch in read_rows(model, source, advance):
             model.insert_many(batch).execute(target)
     cursor_key = About.select(About.cursor_key).scalar(source)
     About.update(cursor_key=cursor_key).execute(target)
@@ -1327,7 +1335,7 @@ def copy_rows(source: peewee.Database, target: peewee.Database, advance: Advance
 def checksum(model: type[peewee.Model], database: peewee.Database, advance: Advance) -> str:
     """Return the SHA-256 of all rows of a table."""
     sha = hashlib.sha256()
-    for batch in batches(model, database, advance):
+    for batch in read_rows(model, database, advance):
         sha.update(json.dumps(batch).encode())
     return sha.hexdigest()
 
@@ -1476,7 +1484,8 @@ def forget_keys(settings: Settings, user: str) -> None:
     failures = Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
     with suppress(*failures):
         is_server = is_postgresql(settings)
-        with open_existing(settings) if is_server else closing(connect(file_of(settings))) as found:
+        file = None if is_server else connect(file_of(settings), "mode=ro")
+        with closing(file) if file else open_existing(settings) as found:
             version = taskd.schema_version(found)
         if version == taskd.VERSION:
             with closing(database(settings)) as opened:

@@ -455,18 +455,22 @@ thread_state = _ThreadState()
 
 
 class Semaphore:
-    """A semaphore whose callers give up when nobody takes or frees a place for PLACE_TIMEOUT."""
+    """A semaphore whose callers give up when nobody takes or frees a place for PLACE_TIMEOUT.
 
-    def __init__(self, places: int, error: Callable[[], Unavailable]) -> None:
-        self._free, self._error = places, error
+    They give up in any case after `most` seconds.
+    """
+
+    def __init__(self, places: int, error: Callable[[], Exception], most: float = math.inf) -> None:
+        self._free, self._error, self._most = places, error, most
         self._moved, self._changed = 0.0, threading.Condition()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
         """Wait for a place, or raise the error; free the place at the end."""
+        end = time.monotonic() + self._most
         with self._changed:
             while not self._free:
-                seconds = self._moved + PLACE_TIMEOUT - time.monotonic()
+                seconds = min(end, self._moved + PLACE_TIMEOUT) - time.monotonic()
                 if seconds <= 0:
                     raise self._error()
                 self._changed.wait(seconds)
@@ -1563,7 +1567,10 @@ class TaskStore:
 
     @contextlib.contextmanager
     def page_reader(self, user_id: str, listing: Listing) -> Iterator[ReadPage]:
-        """Yield the function that reads pages. Raises Busy if the user already has two searches."""
+        """Yield the function that reads pages.
+
+        A search waits for one of the user's places. Raises Busy without one, or without the client.
+        """
         if not self._is_search(user_id, listing):
             yield partial(self.page, user_id)
             return
@@ -1571,7 +1578,7 @@ class TaskStore:
             raise SearchWouldBlock
         check_client()
         with self._lock:
-            new = Semaphore(SEARCHES_OF_USER, partial(Busy, OTHER_SEARCHES))
+            new = Semaphore(SEARCHES_OF_USER, partial(Busy, OTHER_SEARCHES), PLACE_TIMEOUT)
             places = self._searches.setdefault(user_id, new)
         with places.place():
             yield partial(self._search, user_id)
@@ -1867,7 +1874,7 @@ class Sqlite(WriteHealth):
         prepare_database(path)
         self._event_loop_connection = connect(path, timeout=0, cache=16_000)
         self._writer = connect(path, timeout=0, cache=16_000, thread_safe=False)
-        self._worker_connection = connect(path, timeout=LOCK_TIMEOUT)
+        self._worker_connection = self.peewee = connect(path, timeout=LOCK_TIMEOUT)
         self._path, self._opener = Path(path), threading.get_ident()
         self._anchor = connect(path, timeout=LOCK_TIMEOUT, thread_safe=False)
         self._files: list[tuple[Path, os.stat_result]] = []
@@ -1879,7 +1886,6 @@ class Sqlite(WriteHealth):
                 if "locked" not in str(ex) or time.monotonic() > end:
                     raise DatabaseError(f"{path} cannot be opened: {ex}") from None
                 time.sleep(LOCK_RETRY)  # SQLite itself does not wait to begin its log
-        self.peewee = self._worker_connection  # for taskctl's own queries
         self._queue, self._write_lock = Semaphore(waiting, too_many_writes), threading.Lock()
         self._committing, self._commit_time = False, 0.0  # seconds
 
@@ -1889,13 +1895,16 @@ class Sqlite(WriteHealth):
 
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows. Raises Unavailable, or WouldBlock."""
-        return list(self.rows(sql, **values))
+        try:  # directly, because most requests run one; the last fetch commits, and can fail
+            return self._here().connection().execute(sql, values).fetchall()  # type: ignore
+        except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
+            self._raise_failure(ex)
 
     def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
         try:
             with contextlib.closing(self._here().connection().execute(sql, values)) as cursor:
-                yield from cursor  # the last fetch commits, and can fail
+                yield from cursor
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             self._raise_failure(ex)
 
@@ -2191,8 +2200,7 @@ class Postgres(WriteHealth):
         from psycopg import Error as PsycopgError
 
         self._pool = self.peewee = PostgresPool(settings.database_url, **parameters)
-        session = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
-        self._pool.session_settings = session
+        self._pool.session_settings = SESSION.format(1000 * statement_timeout, 1000 * LOCK_TIMEOUT)
         # Fewer places than threads, so that reads always find a thread.
         self._queue = Semaphore(settings.threads * 3 // 4, too_many_writes)
         self._unusable = (peewee.PeeweeException, PsycopgError)
@@ -2200,8 +2208,7 @@ class Postgres(WriteHealth):
             self._prepare(settings.database)
         except (*self._unusable, ValueError) as ex:
             self.close()
-            why = first_line(ex)
-            raise DatabaseError(f"{settings.database} cannot be opened: {why}") from None
+            raise DatabaseError(f"{settings.database} cannot be opened: {first_line(ex)}") from None
         if statement_timeout:
             self._pool.answer_timeout, self._pool.wait_limit = statement_timeout + 1, CONNECT_WAIT
 
@@ -2246,7 +2253,7 @@ class Postgres(WriteHealth):
             yield
 
     def _limit_statement(self, end: float) -> None:
-        """End the transaction's next statement at a time, which may be never."""
+        """Let the transaction's next statement raise Unavailable at a time, which may be never."""
         if (seconds := end - time.monotonic()) < math.inf:
             limit = max(0, math.ceil(1000 * seconds))  # 0 is none: the cursor can still be closed
             self.run(f"SET LOCAL statement_timeout = {limit}")
@@ -2910,20 +2917,20 @@ class TaskResource:
     on_head = on_get
     on_patch = on_put
 
-    def _list_all(self, req: Request, resp: Response, pieces: Iterator[Chunk]) -> None:
-        """Answer with all pieces: from memory, or from a file if they are too many."""
+    def _list_all(self, req: Request, resp: Response, chunks: Iterator[Chunk]) -> None:
+        """Answer with all chunks: from memory, or from a file if they are too many."""
         if thread_state.in_event_loop:
             raise WouldBlock
         start, size = list[Chunk](), 0
-        for piece in pieces:
-            start.append(piece)
-            size += len(piece)
+        for chunk in chunks:
+            start.append(chunk)
+            size += len(chunk)
             if size > MAX_LIST_IN_MEMORY:
                 break
         else:
             resp.data = b"".join(start)
             return
-        file = ListFile(req.context.user.id, itertools.chain(start, pieces))
+        file = ListFile(req.context.user.id, itertools.chain(start, chunks))
         resp.content_length = file.size
         if req.method == "HEAD":
             file.close()
@@ -2956,8 +2963,8 @@ class ListFile(io.FileIO):
     _lock = threading.RLock()  # the garbage collector may close a file in a thread that has it
     _sizes: ClassVar[dict[tuple[str, int], int]] = {}  # of the open files
 
-    def __init__(self, user_id: str, pieces: Iterable[Chunk]) -> None:
-        """Write all pieces into the file, which is then read from its beginning."""
+    def __init__(self, user_id: str, chunks: Iterable[Chunk]) -> None:
+        """Write all chunks into the file, which is then read from its beginning."""
         self._place, self.size = (user_id, id(self)), 0
         with self._lock:
             self.check(user_id, len(self._sizes) >= MAX_LISTS)
@@ -2965,8 +2972,8 @@ class ListFile(io.FileIO):
         try:
             with tempfile.TemporaryFile() as file:
                 super().__init__(os.dup(file.fileno()), "r+")
-            for piece in pieces:
-                self._append(piece)
+            for chunk in chunks:
+                self._append(chunk)
         except BaseException as ex:
             self.close()
             if isinstance(ex, OSError):
@@ -2984,15 +2991,15 @@ class ListFile(io.FileIO):
         if of_user and thread_state.in_event_loop:  # probably this list is long too
             raise WouldBlock
 
-    def _append(self, piece: Chunk) -> None:
-        self.size += len(piece)
+    def _append(self, chunk: Chunk) -> None:
+        self.size += len(chunk)
         with self._lock:
             self._sizes[self._place] = self.size
             own = sum(size for (user, _), size in self._sizes.items() if user == self._place[0])
             if max(2 * own, sum(self._sizes.values())) > MAX_LIST_BYTES:
                 raise Busy("the long lists being read are too large; wait until one ends")
-        while piece:
-            piece = piece[self.write(piece) :]
+        while chunk:
+            chunk = chunk[self.write(chunk) :]
 
     def close(self) -> None:
         """Delete the file, and release its place."""
@@ -3008,7 +3015,7 @@ class HealthResource:
         self._check, self._checked = check, 0.0  # when the last good check began
 
     def on_get(self, req: Request, resp: Response) -> None:
-        """Answer 200, or raise Unavailable. A check is for all requests received before it."""
+        """Answer 200, or raise Unavailable. A good check is for all requests received before it."""
         if self._checked < req.context.started:
             began = time.perf_counter()
             self._check()  # which may write
@@ -3043,7 +3050,7 @@ class RootResource:
 
 
 def json_chunks(read: ReadPage, tasks: bytes, rest: Listing | None) -> Iterator[Chunk]:
-    """Yield the JSON array of these tasks and the rest, read piece by piece."""
+    """Yield the JSON array of these tasks and the rest, read page by page."""
     yield memoryview(tasks)[:-1]
     while rest:
         check_client()
@@ -3578,11 +3585,11 @@ class ServerChannel(waitress.channel.HTTPChannel):
         "request" -> "head" -> "body" -> None -> "delivery" -> "request"
 
     "head" and "body" last only while bytes are missing, "delivery" only if the client has not taken
-    the whole answer at once. After a rejection the last state is "close". In None no further bytes
-    are read, so that taskd never holds two answers of a connection. While a request waits, the poll
-    reports only a reset of its connection; most are answered before the next poll.
+    the whole answer at once. Where the client may still send, the last state is "close". In None no
+    further bytes are read, so that taskd never holds two answers of a connection. While a request
+    waits, the poll reports only a reset of its connection; most are answered before the next poll.
     Worker threads call only `service`, and through it `answer`, `has_more`, `has_left` and
-    `write_soon`; `outbuf_lock` guards what these share with the event loop.
+    `write_soon`, while the event loop does not read; `outbuf_lock` guards what both send.
     """
 
     outbufs: list[Any]
@@ -3818,15 +3825,15 @@ class ServerChannel(waitress.channel.HTTPChannel):
 class FairQueue:
     """A queue of requests that takes one from each user in turn; many delay only their sender's.
 
-    Reads and writes of a user have a turn each. The dispatchers use it as well, instead of
-    waitress's deque; there at most `places` threads read for the same user at the same time. How
-    many writes wait is limited by the database, where a lock can make them wait for seconds.
+    The reads of a user have a turn, and the writes another. The dispatchers use it as well, instead
+    of waitress's deque; there at most `places` threads read for a user at the same time. How many
+    writes wait is limited by the database, where a lock can make them wait for seconds.
     """
 
     def __init__(self, places: float = math.inf) -> None:
         self._requests: OrderedDict[tuple[str, bool], deque[ServerChannel]] = OrderedDict()
         self._running: dict[int, tuple[str, bool]] = {}  # whose turn a thread has
-        self.places = places
+        self._places = places
 
     def append(self, channel: ServerChannel) -> None:
         """Add a connection, whose request is complete, behind the others of the same turn."""
@@ -3834,8 +3841,8 @@ class FairQueue:
         self._requests.setdefault(turn, deque()).append(channel)
 
     def popleft(self) -> ServerChannel:
-        """Remove and return the first of those whose turn it is."""
-        turn = next(filter(self._has_place, self._requests))
+        """Remove and return the first of the next turn that has a place, or just of the next."""
+        turn = next(filter(self._has_place, self._requests), next(iter(self._requests)))
         self._running[threading.get_ident()], channels = turn, self._requests.pop(turn)
         channel = channels.popleft()
         if channels:
@@ -3843,7 +3850,7 @@ class FairQueue:
         return channel
 
     def __bool__(self) -> bool:
-        """Return whether a request can be taken. A thread that asks has ended the one it ran."""
+        """Return whether a turn has a place. Only a thread that has ended its request may ask."""
         self._running.pop(threading.get_ident(), None)
         return any(map(self._has_place, self._requests))
 
@@ -3852,7 +3859,7 @@ class FairQueue:
         return len(self._requests)
 
     def _has_place(self, turn: tuple[str, bool]) -> bool:
-        return not turn[1] or operator.countOf(self._running.values(), turn) < self.places
+        return not turn[1] or operator.countOf(self._running.values(), turn) < self._places
 
 
 class Deadlines:
@@ -3883,10 +3890,10 @@ class Deadlines:
         return channel if since < before else None
 
 
-def dispatcher(threads: int, places: float = math.inf) -> waitress.task.ThreadedTaskDispatcher:
-    """Return worker threads with a fair queue."""
+def dispatcher(threads: int, places: int = 0) -> waitress.task.ThreadedTaskDispatcher:
+    """Return worker threads with a fair queue, of which a third read for one user by default."""
     started = waitress.task.ThreadedTaskDispatcher()
-    started.queue = FairQueue(places)
+    started.queue = FairQueue(places or threads // 3 or 1)
     started.set_thread_count(threads)
     return started
 
@@ -3909,7 +3916,7 @@ class Server(waitress.server.TcpWSGIServer):
 
     def __init__(self, app: App, **adjustments: Any) -> None:
         self._database = cast(Sqlite, app.database)  # PostgreSQL never writes in the event loop
-        self._searches = dispatcher(SEARCHES, SEARCHES_OF_USER + 1)  # one may wait for a place
+        self._searches = dispatcher(SEARCHES, SEARCHES)  # the store limits those of a user
         self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self.deadlines, self.ready, self.stopping = Deadlines(), FairQueue(), False
         self._calls: deque[Callable[[], None]] = deque()
@@ -3918,8 +3925,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._next_warning = self._next_check = self._commit_at = 0.0
         self._accept_pending = self._exits_soon = False
-        threads = adjustments["threads"]
-        super().__init__(app, dispatcher=dispatcher(threads, threads // 3 or 1), **adjustments)
+        super().__init__(app, dispatcher=dispatcher(adjustments["threads"]), **adjustments)
         for descriptor in self._map:  # the listening socket and the trigger, which wakes the poll
             self.poll.register(descriptor, select.POLLIN)
 
@@ -3967,6 +3973,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.socket.close()
         self._paused = [paused for paused in self._paused if paused is not self]
         self._drain()
+        # With DRAIN_TIMEOUT these leave time for the process to end within 10 s.
         self.task_dispatcher.shutdown(timeout=0.25)
         self._searches.shutdown(timeout=0.25)
         wasyncore.close_all(self._map)
@@ -3989,28 +3996,27 @@ class Server(waitress.server.TcpWSGIServer):
         self._exits_soon = True
         for threads in (self.task_dispatcher, self._searches):
             with threads.lock:
-                threads.queue.places = math.inf
-                while threads.queue:
+                while len(threads.queue):
                     self.ready.append(threads.queue.popleft())
 
     def _serve_once(self, timeout: float) -> bool:
         """Run one round of the event loop; return whether a request was answered."""
         if self._blocked or self._paused:
             timeout = min(timeout, LOCK_RETRY if self._blocked else PAUSE)
-        timeout = 0 if self.ready or self._batch else timeout
+        timeout = 0 if len(self.ready) or self._batch else timeout
         for descriptor, events in self.poll.poll(timeout * POLL_SECOND):
             if descriptor in self._map:
                 wasyncore.readwrite(self._map[descriptor], events)
         if self._accept_pending:
             self._accept()
         self._check_deadlines()
-        worked, end = bool(self._calls or self.ready), time.monotonic() + ROUND_TIME
+        worked, end = bool(self._calls or len(self.ready)), time.monotonic() + ROUND_TIME
         for _ in range(len(self._calls)):
             self._calls.popleft()()
         # A batch that has begun holds SQLite's lock: it is committed even without a write.
         begun = bool(self._blocked) and self._retry_writes()
         writes = len(self._batch)  # with those that `_retry_writes` has added
-        while self.ready and time.monotonic() < end:
+        while len(self.ready) and time.monotonic() < end:
             self._answer(self.ready.popleft())
         grows = writes < len(self._batch) < MAX_BATCH and time.monotonic() < self._commit_at
         if (self._batch or begun) and not grows:
@@ -4187,6 +4193,7 @@ def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     """Serve the application on waitress until SIGTERM or SIGINT, then close its database."""
     # No line shows these; other WSGI servers may log them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # as the HOWTO of logging says
     # M_ARENA_MAX of mallopt(3): two pools of memory, each of which keeps what its threads free.
     getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(-8, 2)  # only glibc has it
     server = Server(

@@ -195,7 +195,7 @@ def test_whatever_was_answered_survives_kill_9(start: Start, tmp_path: Path, dis
 def test_a_kill_during_the_very_first_start_does_no_harm(start: Start, tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    chance = random.Random(seed)
+    chance, early = random.Random(seed), 0
     for number in range(ROUNDS):
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -206,12 +206,14 @@ def test_a_kill_during_the_very_first_start_does_no_harm(start: Start, tmp_path:
             pass  # without a pause: the file may exist for a millisecond only
         time.sleep(chance.uniform(0, 0.003))
         server.kill()
+        early += "listening" not in server.log
         if (directory / "taskd.db").exists():
             sound(directory / "taskd.db")
         again = start(directory=directory)
         task = again.request("POST", TASKS, {"title": "Buy milk"}, bearer()).json
         assert again.request("GET", TASKS, headers=bearer()).json == [task]
         assert again.terminate() == 0
+    assert early, "some are killed before they serve"
 
 
 def test_a_write_is_on_disk_before_it_is_answered(start: Start, tmp_path: Path) -> None:

@@ -594,7 +594,7 @@ def test_a_list_around_the_size_of_a_piece_is_whole(
 
 @pytest.mark.parametrize(("tasks", "size"), [(7, 2**20), (1000, 1000)])
 @pytest.mark.parametrize("sort", ["-title", "priority", "-due_date"])
-def test_a_sorted_list_that_is_read_in_several_chunks_is_whole(
+def test_a_sorted_list_that_is_read_in_several_pages_is_whole(
     alice: Person, monkeypatch: pytest.MonkeyPatch, tasks: int, size: int, sort: str
 ) -> None:
     for number in range(30):

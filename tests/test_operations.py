@@ -129,6 +129,11 @@ def test_a_check_is_for_all_requests_that_were_received_before_it(
     assert len(checks) == 1
     client.simulate_get("/readyz", extras={"taskd.received": checks[0] + 1e-6})
     assert len(checks) == 2, "it was received after the check began"
+    ready._check = lambda: checks.append(0) or 1 / 0
+    later = time.perf_counter()
+    for _ in range(2):
+        client.simulate_get("/readyz", extras={"taskd.received": later})
+    assert len(checks) == 4, "a check that failed is for nobody else"
 
 
 @pytest.mark.both_engines

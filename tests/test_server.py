@@ -227,7 +227,7 @@ def test_updated_at_is_never_earlier_than_before(server: Process) -> None:
     assert answer.headers["etag"] == f'"3-{future}"'
 
 
-def test_a_wait_that_begins_before_the_last_call_ends_before_the_drain() -> None:
+def test_a_wait_that_is_not_rejected_yet_ends_before_the_drain() -> None:
     longest = max(taskd.LOCK_TIMEOUT, taskd.KEYS_WAIT)
     assert 3 < taskd.REJECT_BLOCKED_AFTER < taskd.DRAIN_TIMEOUT - longest
 

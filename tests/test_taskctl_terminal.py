@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from rich.cells import cell_len
 
 import taskd
-from support import DEADLINE, OTHER_SECRET, TASK_KEYS, Process, token
+from support import DEADLINE, OTHER_SECRET, TASK_KEYS, Process, bearer, token
 from test_taskctl import dead_port, launched
 
 pytestmark = pytest.mark.sqlite("it is about a terminal")
@@ -200,6 +202,23 @@ def test_csv_has_a_header_and_reads_back_as_what_was_kept(taskctl: Taskctl, kept
     assert [row["description"] for row in read] == ["2 litres", ""]
     assert [json.loads(row["completed"]) for row in read] == [False, True]
     assert [row["created_at"] for row in read] == [row["created_at"] for row in rows]
+
+
+def test_only_one_form_of_output_can_be_asked_for(taskctl: Taskctl, kept: Path) -> None:
+    for forms in (("--json", "--csv"), ("--nl", "--csv"), ("--json", "--nl")):
+        answer = taskctl("users", *forms)
+        assert (answer.returncode, answer.stdout) == (2, "")
+        assert "--json, --nl and --csv exclude each other" in answer.stderr
+
+
+def test_columns_of_wide_characters_stand_below_each_other(
+    taskctl: Taskctl, server: Process
+) -> None:
+    for user in ("日本", "alice"):
+        path = f"/api/{quote(user)}/tasks"
+        assert server.request("POST", path, {"title": "x"}, bearer(user)).status_code == 201
+    head, *lines = taskctl("users").stdout.splitlines()
+    assert [cell_len(line[: line.index(" 1 ")]) for line in lines] == [head.index("tasks") - 1] * 2
 
 
 def test_csv_keeps_a_carriage_return(taskctl: Taskctl, tmp_path: Path) -> None:
