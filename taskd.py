@@ -333,8 +333,7 @@ class AccessLogFields(dict[str, Any]):
         """Return it as text; the user is percent-encoded, so that it cannot forge a field."""
         user = "-" if self["user"] is None else f"'{falcon.uri.encode_value(self['user'])}'"
         client = f" client={self['client']}" if "client" in self else ""
-        reason = self.get("reason", "").replace('"', "'")
-        reason = f' reason="{reason}"' if reason else ""
+        reason = ' reason="{}"'.format(self["reason"].replace('"', "'")) if "reason" in self else ""
         what = f"{self['method']} {self['route']} {self['status']} {self['ms']:.1f}ms"
         return f"{what} id={self['id']} user={user}{client}{reason}"
 
@@ -2255,8 +2254,8 @@ class Postgres(WriteHealth):
     def _limit_statement(self, end: float) -> None:
         """Let the transaction's next statement raise Unavailable at a time, which may be never."""
         if (seconds := end - time.monotonic()) < math.inf:
-            limit = max(0, math.ceil(1000 * seconds))  # 0 is none: the cursor can still be closed
-            self.run(f"SET LOCAL statement_timeout = {limit}")
+            # 0 is no limit: the cursor can still be closed.
+            self.run(f"SET LOCAL statement_timeout = {max(0, math.ceil(1000 * seconds))}")
         if seconds <= 0:
             raise Unavailable("the database", "the time for its statements has passed")
 
@@ -4151,7 +4150,9 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _make_room(self, before: float) -> bool:
         """Close the connection that has waited longest, since before this time; return whether."""
-        channel = self.deadlines.longest(before)
+        longest = partial(self.deadlines.longest, before)
+        while (channel := longest()) and channel.waiting_for == "request" and channel._peek():
+            self.deadlines.move(channel, "request", "request")  # a request came after the poll
         if channel:
             channel.handle_close()
         if time.monotonic() > self._next_warning:
@@ -4192,8 +4193,8 @@ def url_of(host: str, port: int) -> str:
 def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     """Serve the application on waitress until SIGTERM or SIGINT, then close its database."""
     # No line shows these; other WSGI servers may log them.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # as the HOWTO of logging says
+    logging._srcfile, logging.logThreads = None, False
+    logging.logProcesses = logging.logMultiprocessing = False
     # M_ARENA_MAX of mallopt(3): two pools of memory, each of which keeps what its threads free.
     getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(-8, 2)  # only glibc has it
     server = Server(

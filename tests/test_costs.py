@@ -162,6 +162,41 @@ def test_a_search_that_takes_too_long_is_refused_and_the_next_one_is_served(
 
 
 @pytest.mark.postgresql("SQLite reads all rows with one statement")
+def test_rows_that_are_fetched_fast_end_at_the_deadline_too(app):
+    end, seen = time.monotonic() + 0.3, list[Any]()
+
+    def read() -> None:
+        for row in app.database.rows("SELECT generate_series(1, 200)", end):
+            seen.append(row)
+            time.sleep(0 if len(seen) > 1 else 0.4)
+
+    with pytest.raises(taskd.Unavailable), app.database.deadline(end):
+        read()
+    assert len(seen) == 50, "what was fetched before"
+
+
+def test_a_search_does_not_wait_longer_than_its_limit_while_places_move():
+    places, over = taskd.Semaphore(1, partial(taskd.Busy, "wait"), 0.2), threading.Event()
+    started = time.monotonic()
+
+    def take_again_and_again() -> None:
+        while not over.is_set():
+            with places.place():
+                places._moved = time.monotonic() + 60  # others move all the time
+                over.wait(0.5)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(take_again_and_again)
+        try:
+            support.until(lambda: not places._free, "the place is taken")
+            with pytest.raises(taskd.Busy), places.place():
+                pass
+        finally:
+            over.set()
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.postgresql("SQLite reads all rows with one statement")
 def test_all_statements_of_a_search_together_have_its_time(app, alice, monkeypatch):
     for _ in range(101):
         alice.add()

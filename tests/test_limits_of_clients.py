@@ -753,6 +753,37 @@ def test_more_connections_than_allowed_close_the_oldest_whatever_descriptors_are
         assert wires[-1].send(GOOD).answer().status_code == 200
 
 
+FEW_EVENTS = """
+class FewEvents:
+    def __init__(self, epoll=select.epoll):
+        self._epoll = epoll()
+
+    def __getattr__(self, name):
+        return getattr(self._epoll, name)
+
+    def poll(self, timeout):
+        return self._epoll.poll(timeout, 10)
+
+select.epoll = FewEvents
+"""
+
+
+@pytest.mark.sqlite("it is about HTTP")
+def test_a_request_that_came_makes_no_room_for_another_connection(start: Start) -> None:
+    server = start(before=f"taskd.MAX_CONNECTIONS = 60\n{FEW_EVENTS}")
+    with connected(server, 60) as wires, contextlib.ExitStack() as later:
+        for wire in wires:
+            assert wire.send(GOOD).answer().status_code == 200
+        server.popen.send_signal(signal.SIGSTOP)  # so that all of it comes at once
+        for _ in range(20):
+            later.enter_context(Wire(server))
+        for wire in wires:
+            wire.send(GOOD)
+        server.popen.send_signal(signal.SIGCONT)
+        assert [wire.answer().status_code for wire in wires] == [200] * 60
+        another_is_served(server)
+
+
 @pytest.mark.sqlite("it is about HTTP")
 def test_names_of_headers_are_not_kept(shared: Process) -> None:
     before = memory(shared)

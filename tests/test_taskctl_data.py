@@ -201,6 +201,32 @@ for number in itertools.count():
 """
 
 
+@pytest.mark.sqlite("it is about a file")
+def test_a_database_that_goes_on_changing_is_copied_again_in_the_place_of_the_last_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, path = tmp_path / "made.db", tmp_path / "taskd.db"
+    with contextlib.closing(sqlite3.connect(made)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.executescript("CREATE TABLE x (y); INSERT INTO x VALUES (1);")
+        for suffix in ("", "-wal"):  # as a killed server leaves it
+            shutil.copy(f"{made}{suffix}", f"{path}{suffix}")
+    times = itertools.count()
+    monkeypatch.setattr(taskctl, "fingerprint", lambda _: next(times))
+    scratch, seen = tmp_path / "scratch" / "taskd.db", list[Any]()
+    scratch.parent.mkdir()
+
+    def read() -> None:
+        for reading in taskctl.readings(path, scratch):
+            seen.extend(reading.execute_sql("SELECT y FROM x").fetchall())
+            assert len([*scratch.parent.iterdir()]) == 1
+
+    with taskctl.at_end, pytest.raises(taskctl.Refused, match="goes on writing"):
+        read()
+    assert seen == [(1,)] * taskctl.ATTEMPTS
+    assert [*scratch.parent.iterdir()] == []
+
+
 @pytest.mark.slow
 def test_a_backup_ends_though_another_process_writes_without_a_pause(
     taskctl: Taskctl, tmp_path: Path
