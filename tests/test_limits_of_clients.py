@@ -498,6 +498,7 @@ def test_no_request_costs_more_than_its_bound(shared: Process, sent: bytes, boun
     assert round(100 * used) <= round(100 * rounds * bound) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite("it is about HTTP")
 @pytest.mark.parametrize("part", ["head", "body"])
 def test_a_request_that_comes_byte_by_byte_costs_little(shared: Process, part: str) -> None:
@@ -974,6 +975,7 @@ TaskStore.page = sleep_first
 """
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite("on PostgreSQL the worker threads read the lists")
 def test_worker_threads_take_a_request_of_each_user_in_turn(start: Start, tmp_path: Path) -> None:
     server = start(before=SLOW_LISTS, TASKD_THREADS="2")

@@ -587,6 +587,7 @@ def test_a_rejected_token_is_rejected_again_for_the_same_reason(client):
     assert status_for(client, GOOD) == 200
 
 
+@pytest.mark.slow
 def test_a_token_that_was_rejected_because_it_is_not_valid_yet_passes_as_soon_as_it_is(client):
     # It is one to two seconds too early.
     nbf, deadline = int(time.time()) + 12, time.time() + DEADLINE
