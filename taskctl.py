@@ -272,7 +272,11 @@ def exists(settings: Settings) -> bool:
 
 @contextmanager
 def open_existing(settings: Settings) -> Iterator[peewee.Database]:
-    """Yield a PostgreSQL database for reading, without making or migrating its tables."""
+    """Yield a database for reading, without making or migrating its tables."""
+    if not is_postgresql(settings):
+        with closing(connect(file_of(settings), "mode=ro")) as file:
+            yield file
+        return
     url = settings.database_url
     parameters = taskd.libpq_parameters(url)
     database = peewee.PostgresqlDatabase(url, prefer_psycopg3=True, encoding="UTF8", **parameters)
@@ -1481,16 +1485,12 @@ def forget_keys(settings: Settings, user: str) -> None:
 
     Another one may be older, and opening it would migrate it.
     """
-    failures = Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException
-    with suppress(*failures):
-        is_server = is_postgresql(settings)
-        file = None if is_server else connect(file_of(settings), "mode=ro")
-        with closing(file) if file else open_existing(settings) as found:
-            version = taskd.schema_version(found)
-        if version == taskd.VERSION:
+    with suppress(Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException):
+        with open_existing(settings) as found:
+            is_current = taskd.schema_version(found) == taskd.VERSION
+        if is_current:
             with closing(database(settings)) as opened:
-                of_user = IdempotencyKey.user_id == user
-                IdempotencyKey.delete().where(of_user).execute(opened.peewee)
+                IdempotencyKey.delete().where(IdempotencyKey.user_id == user).execute(opened.peewee)
 
 
 @app.command()

@@ -3831,8 +3831,8 @@ class FairQueue:
 
     def __init__(self, places: float = math.inf) -> None:
         self._requests: OrderedDict[tuple[str, bool], deque[ServerChannel]] = OrderedDict()
-        self._running: dict[int, tuple[str, bool]] = {}  # whose turn a thread has
-        self._places = places
+        # Of a thread that runs a request: whose turn it has.
+        self.places, self._running = places, dict[int, tuple[str, bool]]()
 
     def append(self, channel: ServerChannel) -> None:
         """Add a connection, whose request is complete, behind the others of the same turn."""
@@ -3840,8 +3840,8 @@ class FairQueue:
         self._requests.setdefault(turn, deque()).append(channel)
 
     def popleft(self) -> ServerChannel:
-        """Remove and return the first of the next turn that has a place, or just of the next."""
-        turn = next(filter(self._has_place, self._requests), next(iter(self._requests)))
+        """Remove and return the first of the next turn that has a place."""
+        turn = next(filter(self._has_place, self._requests))
         self._running[threading.get_ident()], channels = turn, self._requests.pop(turn)
         channel = channels.popleft()
         if channels:
@@ -3858,7 +3858,7 @@ class FairQueue:
         return len(self._requests)
 
     def _has_place(self, turn: tuple[str, bool]) -> bool:
-        return not turn[1] or operator.countOf(self._running.values(), turn) < self._places
+        return not turn[1] or operator.countOf(self._running.values(), turn) < self.places
 
 
 class Deadlines:
@@ -3995,7 +3995,8 @@ class Server(waitress.server.TcpWSGIServer):
         self._exits_soon = True
         for threads in (self.task_dispatcher, self._searches):
             with threads.lock:
-                while len(threads.queue):
+                threads.queue.places = math.inf
+                while threads.queue:
                     self.ready.append(threads.queue.popleft())
 
     def _serve_once(self, timeout: float) -> bool:
@@ -4015,7 +4016,7 @@ class Server(waitress.server.TcpWSGIServer):
         # A batch that has begun holds SQLite's lock: it is committed even without a write.
         begun = bool(self._blocked) and self._retry_writes()
         writes = len(self._batch)  # with those that `_retry_writes` has added
-        while len(self.ready) and time.monotonic() < end:
+        while len(self.ready) and time.monotonic() < end:  # `ready` has no limit of places
             self._answer(self.ready.popleft())
         grows = writes < len(self._batch) < MAX_BATCH and time.monotonic() < self._commit_at
         if (self._batch or begun) and not grows:
@@ -4193,8 +4194,8 @@ def url_of(host: str, port: int) -> str:
 def serve(app: App, listener: socket.socket, settings: Settings) -> None:
     """Serve the application on waitress until SIGTERM or SIGINT, then close its database."""
     # No line shows these; other WSGI servers may log them.
-    logging._srcfile, logging.logThreads = None, False
-    logging.logProcesses = logging.logMultiprocessing = False
+    for unused in ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing"):
+        setattr(logging, unused, None)
     # M_ARENA_MAX of mallopt(3): two pools of memory, each of which keeps what its threads free.
     getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(-8, 2)  # only glibc has it
     server = Server(
