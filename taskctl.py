@@ -61,7 +61,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -1171,29 +1171,22 @@ def parsed(lines: BinaryIO, new: bool = False) -> Iterator[Row]:
                 raise Refused(f"line {number}: {fault}; nothing was imported") from None
 
 
-def parse_task(text: str, new: bool) -> dict[str, Any]:
+def parse_task(text: str, new: bool) -> Row:
     """Return the members of a task; a new one has no id, and gets the times that it lacks."""
-    fields, members = taskd.parse_body(text, taskd.NEW_TASK), msgspec.json.decode(text)
-    if not new:
-        return {**fields, **parse_owned_members(members, OWNED_MEMBERS)}
-    given = [name for name in ("created_at", "updated_at") if members.get(name) is not None]
-    known = parse_owned_members(members, ["user_id", *given])
-    now = taskd.timestamp(datetime.now(UTC))
-    created = known.get("created_at") or known.get("updated_at") or now
-    return {**fields, "created_at": created, "updated_at": created, **known}
-
-
-def parse_owned_members(members: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return members that the server owns, with times as it writes them. Raises Unprocessable."""
-    found = {}
-    for name in names:
-        kind, rule = OWNED_MEMBERS[name]
+    task, members = taskd.parse_body(text, taskd.NEW_TASK), msgspec.json.decode(text)
+    for name, (kind, rule) in OWNED_MEMBERS.items():
+        if new and (name == "id" or (kind is Time and members.get(name) is None)):
+            continue
         try:
             value = msgspec.convert(members.get(name), kind)
-            found[name] = taskd.timestamp(value.astimezone(UTC)) if kind is Time else value
+            task[name] = taskd.timestamp(value.astimezone(UTC)) if kind is Time else value
         except (msgspec.ValidationError, ArithmeticError):
             raise taskd.Unprocessable([taskd.Fault(name, rule)]) from None
-    return found
+    if new:
+        now = taskd.timestamp(datetime.now(UTC))
+        created = task.get("created_at") or task.get("updated_at") or now
+        task = {"created_at": created, "updated_at": created} | task
+    return task
 
 
 def refuse_repeated_ids() -> None:
