@@ -500,9 +500,9 @@ USERS_HELP = "How many made-up users to add: user-1, user-2 …"
 USER_ORDERS = "user_id, tasks, done or last_change"
 
 
-TASKS = fn.COUNT(Task.id)
-DONE = TASKS.filter(Task._meta.fields["completed"])
-OLDEST, LAST_CHANGE = fn.MIN(Task.created_at), fn.MAX(Task.updated_at)
+TASKS = fn.COUNT(Task.id).alias("tasks")
+DONE = fn.COUNT(Task.id).filter(Task._meta.fields["completed"]).alias("done")
+LAST_CHANGE = fn.MAX(Task.updated_at).alias("last_change")
 
 
 def require_database(settings: Settings) -> None:
@@ -606,12 +606,11 @@ def stats(as_json: AsJson = False) -> None:
     """Count users and tasks."""
     settings = Settings.load()
     database(settings)
-    shown = {"users": fn.COUNT(Task.user_id.distinct()), "tasks": TASKS, "done": DONE}
-    shown |= {"oldest": OLDEST, "last_change": LAST_CHANGE}
-    query: Any = Task.select(*shown.values())
-    [row] = query.tuples()
+    users = fn.COUNT(Task.user_id.distinct()).alias("users")
+    oldest = fn.MIN(Task.created_at).alias("oldest")
+    query: Any = Task.select(users, TASKS, DONE, oldest, LAST_CHANGE)
     size = None if is_postgresql(settings) else Path(settings.database).stat().st_size
-    show({**dict(zip(shown, row, strict=True)), "bytes": size}, as_json)
+    show(query.dicts().get() | {"bytes": size}, as_json)
 
 
 @app.command()
@@ -627,18 +626,18 @@ def seed(
     if not names:
         raise BadParameter("name a user, or say how many to make up: --users 3")
     database(create=True)
-    with progress() as bar:
-        add_believable(names, count, random_seed, bar)
+    add_believable(names, count, random_seed)
     show({"users": len(names), "tasks": len(names) * count}, as_json)
 
 
-def add_believable(users: list[str], count: int, random_seed: int, bar: Progress) -> None:
+def add_believable(users: list[str], count: int, random_seed: int) -> None:
     """Add tasks for these users, the same for the same random seed."""
     chance = random.Random(random_seed)  # noqa: S311  nothing secret is drawn from it
-    job = bar.add_task("seeding", total=len(users) * count)
-    for tasks in peewee.chunked(believable(users, count, chance), ROWS_PER_STATEMENT):
-        Task.insert_many(map(columns, tasks)).execute()  # one statement: all of a batch or none
-        bar.advance(job, len(tasks))
+    tasks = believable(users, count, chance)
+    with progress() as bar:
+        tracked = bar.track(tasks, total=len(users) * count, description="seeding")
+        for batch in peewee.chunked(tracked, ROWS_PER_STATEMENT):
+            Task.insert_many(map(columns, batch)).execute()  # one statement: all of them or none
 
 
 def believable(users: list[str], count: int, chance: random.Random) -> Iterator[dict[str, Any]]:
@@ -1551,8 +1550,8 @@ def serve(
         listener = taskd.listen(settings.host, settings.port)
         application = taskd.create_app(settings)
         if seed:
-            with closing(database(settings)), progress(hidden=True) as bar:
-                add_believable(user or [], seed, RANDOM_SEED, bar)
+            with closing(database(settings)):
+                add_believable(user or [], seed, RANDOM_SEED)
         taskd.configure_log(settings)
         port = listener.getsockname()[1]
         (directory / "port").write_text(f"{port}\n")
