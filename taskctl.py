@@ -266,17 +266,13 @@ def exists(settings: Settings) -> bool:
     """Say whether there is a file of SQLite's, or PostgreSQL has taskd's tables."""
     if not is_postgresql(settings):
         return Path(settings.database).exists()
-    with open_existing(settings) as database:
+    with open_postgresql(settings) as database:
         return taskd.schema_version(database) > 0
 
 
 @contextmanager
-def open_existing(settings: Settings) -> Iterator[peewee.Database]:
-    """Yield a database for reading, without making or migrating its tables."""
-    if not is_postgresql(settings):
-        with closing(connect(file_of(settings), "mode=ro")) as file:
-            yield file
-        return
+def open_postgresql(settings: Settings) -> Iterator[peewee.Database]:
+    """Yield PostgreSQL's database for reading, without making or migrating its tables."""
     url = settings.database_url
     parameters = taskd.libpq_parameters(url)
     database = peewee.PostgresqlDatabase(url, prefer_psycopg3=True, encoding="UTF8", **parameters)
@@ -796,10 +792,8 @@ def publish(file: Path, path: Path) -> None:
 def sync(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    at_end.callback(os.close, descriptor)
+    os.fsync(descriptor)
 
 
 def connect(path: Path, mode: str = "mode=rw") -> peewee.SqliteDatabase:
@@ -817,7 +811,7 @@ def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
     copied beside `scratch` and read there.
     """
     if not path.is_file():
-        raise Refused(f"there is no file {path}")
+        raise Refused(f"{path}: it is not a regular file")
     for _ in range(ATTEMPTS):
         # It exists while a server has the database open, or after one was killed.
         in_use, before = Path(f"{path}-shm").exists(), fingerprint(path)
@@ -832,6 +826,16 @@ def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
         if in_use or fingerprint(path) == before:
             return
     raise Refused(f"{path} cannot be read: another program goes on writing to it")
+
+
+def existing(settings: Settings) -> Iterator[peewee.Database]:
+    """Yield the database of the settings for reading, perhaps several times: see `readings`."""
+    if is_postgresql(settings):
+        with open_postgresql(settings) as database:
+            yield database
+    else:
+        path = followed(settings.database)
+        yield from readings(path, Path(tempfile.gettempdir(), path.name))
 
 
 def fingerprint(path: Path) -> tuple[object, ...]:
@@ -891,8 +895,7 @@ def open_exclusively(path: Path) -> peewee.SqliteDatabase:
     """
     if (not path.exists() or not path.stat().st_size) and Path(f"{path}-wal").exists():
         raise Refused(f"{path}-wal exists without its database; move it away first")
-    with suppress(FileExistsError):
-        path.touch(mode=0o600, exist_ok=False)
+    path.touch(mode=0o600)
     live = connect(path)
     try:
         live.connection().executescript(EXCLUSIVE)
@@ -992,25 +995,19 @@ def check_secrets(tokens: Tokens) -> Findings:
 
 def check_database(settings: Settings) -> Findings:
     """Yield whether the database is whole and fits schema.sql."""
-    name = settings.database
-    if is_postgresql(settings):
-        try:
-            with open_existing(settings) as database:
-                result, found = look_into(database, name)
-        except taskd.DatabaseError as ex:
-            result, found = "FAIL", str(ex)
-        yield result, name, found
-    elif not Path(name).exists():
-        yield "warning", settings.database_url, "not there yet; taskd makes it at its first start"
-    elif not Path(name).is_file():
-        yield "FAIL", settings.database_url, "it is not a regular file"
-    else:
-        path = followed(name)
-        for file in readings(path, Path(tempfile.gettempdir(), path.name)):
-            result, found = look_into(file, name)
+    is_file, name = not is_postgresql(settings), settings.database
+    about = settings.database_url if is_file else name
+    if is_file and not Path(name).exists():
+        yield "warning", about, "not there yet; taskd makes it at its first start"
+        return
+    try:
+        for database in existing(settings):
+            result, found = look_into(database, name)
             if result != "FAIL":  # a change during the check may look like damage
                 break
-        yield result, settings.database_url, found
+    except (Refused, OSError, taskd.DatabaseError) as ex:
+        result, found = "FAIL", str(ex)
+    yield result, about, found
 
 
 def look_into(database: Any, name: str) -> tuple[str, str]:
@@ -1477,12 +1474,10 @@ def forget_keys(settings: Settings, user: str) -> None:
 
     Another one may be older, and opening it would migrate it.
     """
-    with suppress(Refused, taskd.DatabaseError, taskd.SettingsError, peewee.PeeweeException):
-        with open_existing(settings) as found:
-            is_current = taskd.schema_version(found) == taskd.VERSION
-        if is_current:
-            with closing(database(settings)) as opened:
-                IdempotencyKey.delete().where(IdempotencyKey.user_id == user).execute(opened.peewee)
+    with suppress(Refused, OSError, taskd.DatabaseError, taskd.SettingsError, *DATABASE_ERRORS):
+        if any(taskd.schema_version(found) == taskd.VERSION for found in existing(settings)):
+            theirs = IdempotencyKey.delete().where(IdempotencyKey.user_id == user)
+            theirs.execute(database(settings).peewee)
 
 
 @app.command()
