@@ -398,10 +398,9 @@ def parse_claim(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise BadParameter(f"--claim must look like role=admin, not {text!r}")
-    try:
+    with suppress(ValueError, RecursionError):
         return name, read_json(value)
-    except (ValueError, RecursionError):
-        return name, value
+    return name, value
 
 
 @app.command()
@@ -1258,7 +1257,6 @@ def owned_rows(tasks: int, keys: int) -> str:
 
 # --- Copy -----------------------------------------------------------------------------------------
 
-Advance = Callable[[int], None]  # of a progress bar, by so many rows
 GIVE_URL = "give the DATABASE_URL of a database, env:VARIABLE or @FILE"
 
 
@@ -1280,10 +1278,10 @@ def copy(
         if any(model.select().count(writing.peewee) for model in OWNED):
             raise Refused(f"{new.database} has tasks or keys already; nothing was copied")
         rows = sum(model.select().count(reading.peewee) for model in OWNED)
-        advance = partial(bar.advance, bar.add_task("copying", total=3 * rows))
-        copy_rows(reading.peewee, writing.peewee, advance)
-        checksums = [checksum(model, reading.peewee, advance) for model in OWNED]
-        if checksums != [checksum(model, writing.peewee, advance) for model in OWNED]:
+        bar.add_task("copying", total=3 * rows)
+        copy_rows(reading.peewee, writing.peewee, bar)
+        checksums = [checksum(model, reading.peewee, bar) for model in OWNED]
+        if checksums != [checksum(model, writing.peewee, bar) for model in OWNED]:
             why = "the copy differs from the original, perhaps because someone wrote to it"
             raise Refused(f"{why}; nothing was copied")
         counts = [model.select().count(writing.peewee) for model in OWNED]
@@ -1303,32 +1301,32 @@ def settings_with(text: str) -> Settings:
     return Settings.load({**os.environ, "DATABASE_URL": url})
 
 
-def read_rows(model: Any, database: peewee.Database, advance: Advance) -> Iterator[list[Row]]:
-    """Yield a table's rows in the order of their ids, some at a time, and advance a progress bar.
+def read_rows(model: Any, database: peewee.Database, bar: Progress) -> Iterator[list[Row]]:
+    """Yield a table's rows in the order of their ids, some at a time, and advance the bar.
 
     Psycopg would keep all of a large result in memory.
     """
     page, last = model.select().order_by(model.id).limit(ROWS_PER_STATEMENT).dicts(), 0
     while batch := list(page.where(model.id > last).execute(database)):
         yield batch
-        advance(len(batch))
+        bar.advance(bar.task_ids[0], len(batch))
         last = batch[-1]["id"]
 
 
-def copy_rows(source: peewee.Database, target: peewee.Database, advance: Advance) -> None:
+def copy_rows(source: peewee.Database, target: peewee.Database, bar: Progress) -> None:
     """Copy all rows, the key that signs cursors, and the last ids."""
     for model in OWNED:
-        for batch in read_rows(model, source, advance):
+        for batch in read_rows(model, source, bar):
             model.insert_many(batch).execute(target)
     cursor_key = About.select(About.cursor_key).scalar(source)
     About.update(cursor_key=cursor_key).execute(target)
     continue_ids(source, target)
 
 
-def checksum(model: type[peewee.Model], database: peewee.Database, advance: Advance) -> str:
+def checksum(model: type[peewee.Model], database: peewee.Database, bar: Progress) -> str:
     """Return the SHA-256 of all rows of a table."""
     sha = hashlib.sha256()
-    for batch in read_rows(model, database, advance):
+    for batch in read_rows(model, database, bar):
         sha.update(json.dumps(batch).encode())
     return sha.hexdigest()
 
