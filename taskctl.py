@@ -110,6 +110,7 @@ AsCsv = Annotated[bool, Option("--csv", help="Print CSV.")]
 Wide = Annotated[bool, Option("--wide", help="All columns, however wide.")]
 Version = Annotated[bool, Option("--version", help="Show the version and exit.")]
 Row = dict[str, Any]
+Names = tuple[str, ...]
 STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 ALIGNED = 60  # characters; a longer value does not widen its column of a wide table
 TIMES = ("created_at", "updated_at", "due_date", "last_change")  # shown to the minute
@@ -133,31 +134,29 @@ def show(row: Row, as_json: bool) -> None:
         print_aligned([[name, printable(value)] for name, value in row.items()])
 
 
-def show_all(
-    rows: list[Row],
-    as_json: bool,
-    nl: bool = False,
-    as_csv: bool = False,
-    wide: bool = False,
-    hidden: tuple[str, ...] = (),
-    total: str = "",
+def show_all(rows: list[Row], as_json: bool, wide: bool = False, hidden: Names = ()) -> None:
+    """Print rows as JSON or a table; on a terminal it lacks the hidden columns, unless wide."""
+    if as_json:
+        print(json.dumps(rows))
+    elif rows and sys.stdout.isatty() and not wide:
+        show_table(rows, hidden)
+    elif rows:
+        print_aligned([[*rows[0]], *(list(map(printable, row.values())) for row in rows)])
+
+
+def show_list(
+    rows: list[Row], as_json: bool, nl: bool, as_csv: bool, wide: bool, hidden: Names, total: str
 ) -> None:
     """Print rows as JSON, JSON lines or CSV, or else a table; say the total to people."""
     if as_json + nl + as_csv > 1:
         raise BadParameter("--json, --nl and --csv exclude each other")
-    if as_json:
-        print(json.dumps(rows))
-    elif nl:
+    if nl:
         sys.stdout.writelines(f"{json.dumps(row)}\n" for row in rows)
     elif as_csv:
         show_csv(rows)
     else:
-        on_terminal = sys.stdout.isatty()
-        if rows and on_terminal and not wide:
-            show_table(rows, hidden)
-        elif rows:
-            print_aligned([[*rows[0]], *(list(map(printable, row.values())) for row in rows)])
-        if total and (on_terminal or not rows):
+        show_all(rows, as_json, wide, hidden)
+        if not as_json and (sys.stdout.isatty() or not rows):
             say(total)
 
 
@@ -170,7 +169,7 @@ def show_csv(rows: list[Row]) -> None:
         writer.writerow(v if v is None or isinstance(v, str) else json.dumps(v) for v in values)
 
 
-def show_table(rows: list[Row], hidden: tuple[str, ...]) -> None:
+def show_table(rows: list[Row], hidden: Names) -> None:
     """Print a table without the hidden columns and those in which no row has a value."""
     table = Table(box=None, pad_edge=False)
     rows = [{"done" if k == "completed" else k: v for k, v in row.items()} for row in rows]
@@ -540,7 +539,7 @@ def users(
     order = key.desc() if sort.startswith("-") else key
     query: Any = Task.select(*shown.values()).group_by(Task.user_id).order_by(order, Task.user_id)
     found = [dict(zip(shown, row, strict=True)) for row in query.limit(limit).tuples()]
-    show_all(found, as_json, nl, as_csv, wide, total=counted(len(found), "user"))
+    show_list(found, as_json, nl, as_csv, wide, (), counted(len(found), "user"))
 
 
 def check_filter(parameter: CallbackParam, value: Any) -> Any:
@@ -582,7 +581,7 @@ def tasks(
     found = read_list(user, listing)
     noun = "task" if listing == taskd.Listing(sort=sort) else "such task"
     total = f"{printable(user)} has {counted(len(found), noun)}"
-    show_all(found, as_json, nl, as_csv, wide, HIDDEN, total)
+    show_list(found, as_json, nl, as_csv, wide, HIDDEN, total)
 
 
 def read_list(user: str, listing: taskd.Listing) -> list[dict[str, Any]]:
