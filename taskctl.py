@@ -78,7 +78,7 @@ try:
     from rich.cells import cell_len
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
     from typer import Argument, BadParameter, CallbackParam, Exit, Option, Typer
 
@@ -171,19 +171,18 @@ def show_csv(rows: list[Row]) -> None:
 
 def show_table(rows: list[Row], hidden: Names) -> None:
     """Print a table without the hidden columns and those in which no row has a value."""
-    table = Table(box=None, pad_edge=False)
-    rows = [{"done" if k == "completed" else k: v for k, v in row.items()} for row in rows]
-    for name in rows[0]:
-        if name not in hidden and any(row[name] not in (None, []) for row in rows):
-            table.add_column(name, no_wrap=name in TIMES)
+    filled = [name for name in rows[0] if any(row[name] not in (None, []) for row in rows)]
+    names = [name for name in filled if name not in hidden]
+    columns = [Column("done" if n == "completed" else n, no_wrap=n in TIMES) for n in names]
+    table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(cell(str(column.header), row) for column in table.columns))
+        table.add_row(*(cell(name, row[name]) for name in names))
     Console().print(table)
 
 
-def cell(name: str, row: Row) -> Text:
+def cell(name: str, value: object) -> Text:
     """Return a value for a table on a terminal, in which times are to the minute, in UTC."""
-    text = printable(row[name])
+    text = printable(value)
     text = text[:16].replace("T", " ") if name in TIMES else text
     return Text(text, STYLES.get(text, "") if name == "result" else "", overflow="fold")
 
