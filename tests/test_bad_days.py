@@ -98,6 +98,18 @@ def test_a_backup_and_a_check_by_a_reader_leave_nothing_that_stops_a_write(
     assert len(sql(shared / "copy.db", "SELECT id FROM task")) == 1
 
 
+def test_a_check_by_somebody_who_may_not_read_the_database_says_so_beside_the_rest(
+    shared: Path,
+) -> None:
+    (shared / "taskd.db").touch(mode=0o600)
+    check = launched(shared, "check", "--json", command=as_user("nobody"))
+    rows = json.loads(check.communicate(timeout=DEADLINE)[0])
+    found = {row["about"]: (row["result"], row["found"]) for row in rows}
+    assert found["sqlite:///taskd.db"] == ("FAIL", "[Errno 13] Permission denied: 'taskd.db'")
+    assert found["secret 1"][0] == "ok"
+    assert check.returncode == 1
+
+
 def test_a_check_of_a_log_that_no_server_has_open_creates_nothing(
     taskctl: Taskctl, start: Start, tmp_path: Path
 ) -> None:
