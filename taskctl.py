@@ -489,7 +489,6 @@ NOTES = ["before the weekend", "ask Mira first", "2 litres", "not urgent", "twic
 TAGS = ["home", "work", "errand", "garden", "someday", "phone"]
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # the same random seed gives the same times too
 RANDOM_SEED = 1
-USERS_HELP = "How many made-up users to add: user-1, user-2 …"
 USER_ORDERS = "user_id, tasks, done or last_change"
 
 
@@ -610,7 +609,7 @@ def stats(as_json: AsJson = False) -> None:
 def seed(
     user: Annotated[list[str] | None, UserArgument(help="Users to give tasks to.")] = None,
     count: Annotated[int, Option(min=1, help="Tasks for each user.")] = 20,
-    users: Annotated[int, Option(min=0, help=USERS_HELP)] = 0,
+    users: Annotated[int, Option(min=0, help="Made-up users to add: user-1, user-2 …")] = 0,
     random_seed: Annotated[int, Option(help="The same number makes the same tasks.")] = RANDOM_SEED,
     as_json: AsJson = False,
 ) -> None:
@@ -959,7 +958,6 @@ def damage(database: peewee.SqliteDatabase) -> str | None:
 
 Findings = Iterator[tuple[str, str, str]]  # ok, warning or FAIL; about what; and why
 ODD_SECRET = "white space or quotes around it, or few different characters: is that intended?"
-TO_MIGRATE = "whole, and of an earlier version; taskd brings it up to date at its next start"
 
 
 @app.command()
@@ -1016,7 +1014,7 @@ def look_into(database: Any, name: str) -> tuple[str, str]:
         if not (version := taskd.schema_version(database)):
             return "warning", "no tables yet; taskd makes them at its start"
         if version < taskd.VERSION:
-            return "warning", TO_MIGRATE
+            return "warning", "whole, and of an earlier version; taskd migrates it at its start"
         definitions = taskd.sqlite_definitions if is_file else taskd.portable_definitions
         taskd.check_schema(database, name, definitions)
         return "ok", "whole, and fits schema.sql" if is_file else "fits schema.sql"
