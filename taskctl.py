@@ -531,9 +531,9 @@ def users(
 ) -> None:
     """List the users who have tasks."""
     shown = {"user_id": Task.user_id, "tasks": TASKS, "done": DONE, "last_change": LAST_CHANGE}
-    database()
     if not (key := shown.get(sort.removeprefix("-"))):
         raise BadParameter(f"--sort takes {USER_ORDERS}")
+    database()
     order = key.desc() if sort.startswith("-") else key
     query: Any = Task.select(*shown.values()).group_by(Task.user_id).order_by(order, Task.user_id)
     found = [dict(zip(shown, row, strict=True)) for row in query.limit(limit).tuples()]
@@ -608,8 +608,8 @@ def stats(as_json: AsJson = False) -> None:
 @app.command()
 def seed(
     user: Annotated[list[str] | None, UserArgument(help="Users to give tasks to.")] = None,
-    count: Annotated[int, Option(min=1, help="Tasks for each user.")] = 20,
-    users: Annotated[int, Option(min=0, help="Made-up users to add: user-1, user-2 …")] = 0,
+    count: Annotated[int, Option(min=1, max=10**6, help="Tasks for each user.")] = 20,
+    users: Annotated[int, Option(min=0, max=10**6, help="Made-up users to add, user-1 …")] = 0,
     random_seed: Annotated[int, Option(help="The same number makes the same tasks.")] = RANDOM_SEED,
     as_json: AsJson = False,
 ) -> None:

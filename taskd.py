@@ -677,9 +677,9 @@ def _read_answer(response: HTTPResponse, is_cancelled: Callable[[], bool]) -> by
 
 def _connection(url: SplitResult) -> HTTPConnection:
     """Return a connection for an address: https through the environment's proxy, if it has one."""
-    host, port = url.hostname or "", url.port
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     if url.scheme != "https":
-        return HTTPConnection(host, port, timeout=KEYS_WAIT)
+        return HTTPConnection(host, port, timeout=KEYS_WAIT)  # which would split ::1 at a colon
     direct = re.fullmatch(LOOPBACK, host) or proxy_bypass(host)
     proxy = urlsplit("//" + ("" if direct else getproxies().get("https", "")).split("://")[-1])
     if not proxy.hostname:
@@ -687,7 +687,7 @@ def _connection(url: SplitResult) -> HTTPConnection:
     connection = HTTPSConnection(proxy.hostname, proxy.port or 80, timeout=KEYS_WAIT)
     login = base64.b64encode(unquote_to_bytes(proxy.netloc.rpartition("@")[0])).decode()
     headers = {"Proxy-Authorization": f"Basic {login}"} if login else {}
-    connection.set_tunnel(host, port or 443, headers)
+    connection.set_tunnel(host, port, headers)
     return connection
 
 

@@ -344,6 +344,28 @@ def test_the_event_loop_never_waits_for_the_set_but_is_told_when_it_is_there(
     assert keys.find("ES256", "ES256") is not None
 
 
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://[::1]/jwks", ("::1", 80)),
+        ("http://localhost/jwks", ("localhost", 80)),
+        ("https://[::1]/jwks", ("::1", 443)),
+        ("https://[::1]:8443/jwks", ("::1", 8443)),
+    ],
+)
+def test_an_address_without_a_port_has_that_of_its_scheme(url, address, monkeypatch):
+    asked = []
+
+    def refuse(to, *_, **__):
+        asked.append(to)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    with pytest.raises(ConnectionRefusedError):
+        taskd.download(url)
+    assert asked == [address]
+
+
 def test_a_flood_of_made_up_kids_reaches_the_auth_server_once(call, auth_server):
     for number in range(50):
         assert_problem(call(signed(NEW, "EdDSA", f"made-up-{number}")), 401)

@@ -1246,6 +1246,16 @@ def test_a_user_who_is_named_twice_is_seeded_once(taskctl: Taskctl) -> None:
     assert data(taskctl("stats", "--json"))["users"] == 3
 
 
+@pytest.mark.parametrize("option", ["--count", "--users"])
+def test_more_tasks_or_users_than_memory_can_hold_are_wrong_usage(
+    taskctl: Taskctl, option: str, tmp_path: Path
+) -> None:
+    answer = taskctl("seed", "alice", option, str(10**12))
+    assert answer.returncode == 2
+    assert option in answer.stderr
+    assert not (tmp_path / "taskd.db").exists()
+
+
 def test_progress_shows_on_a_terminal_and_leaves_stdout_alone(tmp_path: Path) -> None:
     data_written, seen = on_a_terminal(tmp_path, "seed", "alice", "--json", stream="stderr")
     assert json.loads(data_written) == {"users": 1, "tasks": 20}

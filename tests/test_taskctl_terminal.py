@@ -174,8 +174,8 @@ def test_users_are_sorted_and_limited(
 @pytest.mark.parametrize(
     "options", [["--sort", "title"], ["--sort", ""], ["--limit", "0"], ["--limit", "9" * 20]]
 )
-def test_an_order_or_a_limit_of_users_that_cannot_be_is_wrong_usage(
-    taskctl: Taskctl, kept: Path, options: list[str]
+def test_an_order_or_a_limit_of_users_that_cannot_be_is_wrong_usage_even_without_a_database(
+    taskctl: Taskctl, options: list[str]
 ) -> None:
     answer = taskctl("users", *options)
     assert answer.returncode == 2
