@@ -417,7 +417,7 @@ def test_a_token_that_cannot_be_sent_is_reported(page):
     assert page.run(HOSTS)[0] == 2, "nothing was sent"
     page.paste("#try-listTasks-user_id", "alice")
     page.server.kill()
-    assert page.send("listTasks")[0] == "Not sent"
+    assert page.send("listTasks")[0] == "No answer", "the page cannot know whether it was sent"
     assert "The server could not be reached." in page.find("#try-listTasks ~ .result").text
 
 
