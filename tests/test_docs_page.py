@@ -513,6 +513,17 @@ def test_the_card_of_a_long_user_id_covers_no_heading_that_a_link_leads_to(page,
     page.emulate("clearDeviceMetricsOverride")
 
 
+def test_printing_closes_nothing(page):
+    page.size(1280, 800)
+    page.emulate("setEmulatedMedia", media="print")
+    page.size(700, 800)
+    page.run(TWO_FRAMES)
+    closed = "return document.querySelectorAll('#createTask .detail[open]').length"
+    assert page.run(closed) == 1, "the pages are counted before a listener could close the body"
+    page.emulate("setEmulatedMedia", media="")
+    page.emulate("clearDeviceMetricsOverride")
+
+
 def test_nothing_is_wider_than_the_window(page):
     page.log_in("mWQkGHM2wDBvYwKNq8XOZmCUWAGRTMEo" * 4)
     page.paste("#try-createTask-body", json.dumps({"title": "W" * 200, "description": "W" * 5000}))
