@@ -513,6 +513,16 @@ def test_the_card_of_a_long_user_id_covers_no_heading_that_a_link_leads_to(page,
     page.emulate("clearDeviceMetricsOverride")
 
 
+def test_the_card_leaves_room_in_a_short_window(page):
+    page.size(320, 256)  # 1280 x 1024 at 400 % (WCAG 2.2, 1.4.10)
+    page.open("/docs#createTask")
+    page.run(TWO_FRAMES)
+    assert page.run("return document.querySelector('.login').getBoundingClientRect().bottom") < 0
+    top = page.run("return document.getElementById('createTask').getBoundingClientRect().top")
+    assert 0 < top < 128
+    page.emulate("clearDeviceMetricsOverride")
+
+
 def test_printing_closes_nothing(page):
     page.size(1280, 800)
     page.emulate("setEmulatedMedia", media="print")
