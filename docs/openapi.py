@@ -26,7 +26,7 @@ PATHS = (TASKS, f"{TASKS}/{{task_id}}", f"{TASKS}/{{task_id}}/complete")
 SPACES = "".join(map(chr, [0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]))
 BLANK = rf"\t-\r\x1c-\x20\x85\xa0{SPACES}"  # escapes that RE2, Perl and ECMAScript share
 PATTERNS = {None: r"^[^\x00]*$", r"\S": rf"^[^\x00]*[^\x00{BLANK}][^\x00]*$"}
-IGNORED = {"description": "The server's own: accepted whatever it is, and ignored."}
+IGNORED = {"description": "Owned by the server: accepted and ignored."}
 TIME = {
     "type": "string",
     "format": "date-time",
@@ -57,8 +57,8 @@ FIELDS: dict[str, tuple[str, Any]] = {
         "Buy milk",
     ),
     "description": ("At most 10,000 characters, no U+0000; null for none.", "2 litres"),
-    "completed": ("Whether the task is done.", False),
-    "priority": ("How important the task is; null for not said.", "high"),
+    "completed": ("Whether the task is completed.", False),
+    "priority": ("`low`, `medium` or `high`; null for none.", "high"),
     "due_date": (
         "RFC 3339: a day, kept as it is, or a time, kept in UTC with milliseconds; null for none.",
         "2026-12-01",
@@ -122,22 +122,22 @@ def schemas() -> dict[str, Any]:
     return {
         "Task": {
             "type": "object",
-            "description": "A task: always these members, in this order.",
+            "description": "A task has all of these members, in this order.",
             "additionalProperties": False,
             "required": list(names),
             "properties": {name: properties[name] for name in names},
         },
         "NewTask": body(
-            "What POST takes. What is left out is null, false or an empty array.",
+            "The body of POST. A member that is left out is null, false or an empty array.",
             *taskd.FIELDS,
             required=tuple(required),
         ),
         "TaskChanges": body(
-            "What PUT and PATCH take: the fields to change; the rest stays.", *taskd.FIELDS
+            "The body of PUT and PATCH: the fields to change; the others keep their values.",
+            *taskd.FIELDS,
         ),
         "Completion": body(
-            "What PATCH of `complete` takes, if it is given a body; an empty object toggles.",
-            "completed",
+            "The optional body of PATCH on `complete`; an empty object toggles.", "completed"
         ),
     }
 
