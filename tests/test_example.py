@@ -225,6 +225,8 @@ def test_a_task_is_edited_found_checked_off_deleted_and_brought_back(visitor: Vi
     visitor.press("#tasks li.done .remove")
     visitor.lists("Water the plants")
     visitor.sees("#toast", "Deleted “Pay the bills”.")
+    focused = "return document.activeElement.textContent"
+    assert visitor.run(focused) == "Water the plants", "what comes next has the focus"
     visitor.press("#undo")
     visitor.lists("Pay the bills", "Water the plants")
     visitor.sees("#tasks li.done", "Three of them")
@@ -258,6 +260,8 @@ def test_a_token_expires_and_taskd_restarts_and_the_page_goes_on(
         return visitor.find("#sign").is_displayed()
 
     until(is_signed_out, "the page asks to sign in when the session has ended")
+    visitor.sees("#sign h2", "Welcome back")
+    visitor.sees("#sign .error", "Your session has ended")
     assert visitor.titles() == []
 
 

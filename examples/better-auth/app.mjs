@@ -12,10 +12,12 @@ let latest = 0; // number of the last list asked for: an earlier one that comes 
 async function auth(path, body) {
   const headers = { "Content-Type": "application/json" };
   const post = body && { method: "POST", headers, body: JSON.stringify(body) };
-  const response = await fetch(`/api/auth/${path}`, post);
+  const response = await fetch(`/api/auth/${path}`, post).catch(() => {
+    throw new Error("The login server cannot be reached. Try again in a moment.");
+  });
   const answer = await response.json();
   if (response.ok) return answer;
-  if (path === "token") await start(); // the session has ended: show the form to sign in
+  if (path === "token" && response.status === 401) await start("Your session has ended. Sign in again.");
   throw new Error(answer?.message ?? response.statusText);
 }
 
@@ -23,7 +25,8 @@ async function call(method, path = "", body, headers = {}, retry = true) {
   login.token ??= (await auth("token")).token;
   const url = `${taskdURL}/api/${encodeURIComponent(login.user.id)}/tasks${path}`;
   const sent = { "Content-Type": "application/json", ...headers, Authorization: `Bearer ${login.token}` };
-  const response = await fetch(url, { method, headers: sent, body: body && JSON.stringify(body) }).catch(() => {
+  const signal = AbortSignal.timeout(30_000); // milliseconds
+  const response = await fetch(url, { method, headers: sent, body: body && JSON.stringify(body), signal }).catch(() => {
     throw new Error("The task server cannot be reached. Try again in a moment.");
   });
   if (response.status === 401 && retry) {
@@ -66,7 +69,7 @@ function toast(text, undo) {
   $("#undo").onclick = undo;
   $("#toast").hidden = !text;
   clearTimeout(toast.timer);
-  toast.timer = setTimeout(() => { $("#toast").hidden = true; }, 8000);
+  if (undo) toast.timer = setTimeout(() => toast(""), 8000); // an error stays until a list succeeds
 }
 
 const attempt = (action) => () => action().catch((error) => toast(error.message));
@@ -88,24 +91,28 @@ function welcome(isNew) {
   });
 }
 
-async function start() {
+async function start(ended) { // ended: why nobody is signed in any more
   const session = await auth("get-session");
   login = session && { user: session.user };
   latest += 1; // a list that was asked for before, perhaps by somebody else, is dropped
   for (const form of [signForm, addForm, filters]) form.reset();
+  showError(addForm);
+  $("#editor").close();
   $("#tasks").replaceChildren();
   $("#account span").textContent = session?.user.name;
   $("#welcome").hidden = !!login;
   $("#board").hidden = $("#account").hidden = !login;
-  if (!login) return welcome(true);
+  if (!login) {
+    welcome(ended === undefined);
+    return showError(signForm, { message: ended });
+  }
   addForm.elements.title.focus();
   await filterBy("");
 }
 
 $("#sign-out").onclick = attempt(async () => {
   await auth("sign-out", {});
-  await start(); // which forgets the token and the tasks
-  welcome(false);
+  await start(""); // which forgets the token and the tasks
 });
 
 // --- Tasks ---
@@ -117,9 +124,15 @@ async function refresh() {
   query.set("limit", shown);
   const { answer: tasks, headers } = await call("GET", `?${query}`);
   if (number !== latest) return;
-  const focused = document.activeElement.id;
+  if ($("#undo").hidden) toast("");
+  const focused = document.activeElement;
+  const row = [...$("#tasks").children].findIndex((one) => one.contains(focused));
   $("#tasks").replaceChildren(...tasks.map(item));
-  document.getElementById(focused)?.focus();
+  if (row >= 0) { // what had the focus is made anew, or is gone
+    const rows = $("#tasks").children;
+    const next = $(".title", rows[Math.min(row, rows.length - 1)]) ?? addForm.elements.title;
+    (document.getElementById(focused.id) ?? next).focus();
+  }
   $("#more").hidden = !headers.get("Link");
   $("#empty").hidden = tasks.length > 0;
   $("#empty").textContent = isFiltered ? "No task fits these filters." : "Nothing to do. Add your first task above.";
