@@ -401,18 +401,18 @@ def test_a_token_that_cannot_be_sent_is_reported(page):
     page.paste("#try-readTask-If-None-Match", '"1-\u2026"')
     assert page.send("readTask")[0] == "Not sent"
     assert (
-        "If-None-Match holds a character that no header can."
+        "If-None-Match has a character that a header cannot have."
         in page.find("#try-readTask ~ .result").text
     )
     for call, field in [("listTasks", "q"), ("createTask", "body")]:
         page.paste(f"#try-{call}-user_id", "alice")
         page.run("document.querySelector(arguments[0]).value = 'x\\ud800'", f"#try-{call}-{field}")
         assert page.send(call)[0] == "Not sent"
-        assert "half a character" in page.find(f"#try-{call} ~ .result").text
+        assert "half of a surrogate pair" in page.find(f"#try-{call} ~ .result").text
     page.run("document.querySelector('#try-listTasks-q').value = ''")
     page.paste("#token", "日本.日本.日本")
     assert page.send("readTask")[0] == "Not sent"
-    assert "The token holds a character" in page.find("#try-readTask ~ .result").text
+    assert "The token has a character" in page.find("#try-readTask ~ .result").text
     page.paste("#token", "")
     assert page.run(HOSTS)[0] == 2, "nothing was sent"
     page.paste("#try-listTasks-user_id", "alice")
