@@ -238,7 +238,7 @@ def options(version: Version = False) -> None:
 
 @app.command()
 def init() -> None:
-    """Write .env with a fresh secret if one is needed, and create the database.
+    """Write .env with a fresh secret, and create the database.
 
     Nothing is ever overwritten. Where TASKD_JWKS_URL is set, no secret is needed.
     """
@@ -301,7 +301,7 @@ def write_secret() -> None:
 
 @app.command()
 def settings(as_json: AsJson = False) -> None:
-    """Show the effective settings with secrets masked, and where each comes from (not as JSON)."""
+    """Show the effective settings, secrets masked. Where each comes from is not in the JSON."""
     effective, dotenv, shown = Settings.load(), taskd.read_dotenv(DOTENV), {}
     for field in dataclasses.fields(effective):
         variable, value = field.metadata["variable"], getattr(effective, field.name)
@@ -354,7 +354,7 @@ def mint(
     claim: Annotated[list[str] | None, Option(help="A claim, k=v; v may be JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a token signed with the first secret, as a login would hand it out."""
+    """Print a token like a login's, signed with the first secret."""
     settings, more = Settings.load(), dict(map(parse_claim, claim or ()))
     given = {"sub": user, "email": email, "name": name, "exp": ttl}
     for twice in (claim for claim in more if given.get(claim) is not None):
@@ -406,9 +406,10 @@ def verify(
     token: Annotated[str, Argument(help="The token; - reads it from stdin.")] = "-",
     as_json: AsJson = False,
 ) -> None:
-    """Say whether taskd would accept a token, as whom and until when, or exactly why not.
+    """Say whether taskd would accept a token, and show what it says.
 
-    Its header and claims are shown in both cases; those of a refused token are unverified.
+    If so, as whom and until when; if not, exactly why. The header and claims of a refused token
+    are unverified.
     """
     settings, text = Settings.load(), read_token(token)
     tokens = Tokens(settings)
@@ -962,9 +963,10 @@ ODD_SECRET = "white space or quotes around it, or few different characters: is t
 
 @app.command()
 def check(as_json: AsJson = False) -> None:
-    """Look at the settings, the database, who can read them, and the key set. Nothing is changed.
+    """Check the settings, the database and the key set.
 
-    Each line says ok, warning (it works, but should be changed) or FAIL, and what to do about it.
+    Who can read the files is checked too. Nothing is changed. Each line says ok, warning (it works,
+    but should be changed) or FAIL, and what to do about it.
     """
     settings = Settings.load()
     tokens = Tokens(settings)  # raises SettingsError if nothing can verify a token
@@ -1082,7 +1084,7 @@ class Incoming(Task):
 def export(
     user: Annotated[str | None, UserArgument(help="Only this user's tasks.")] = None,
 ) -> None:
-    """Print tasks as JSON lines, as the API shows them, all as they are at one moment."""
+    """Print tasks as JSON lines, as the API shows them. All are of one moment."""
     opened, theirs = database(), taskd.owned_by_user(Task) if user else peewee.SQL("TRUE")
     count = Task.select(TASKS).where(theirs)
     [[total]] = opened.run(opened.compile(count), user_id=user)
@@ -1228,7 +1230,7 @@ def insert_new() -> int:
 
 @app.command()
 def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False) -> None:
-    """Delete all of a user's tasks, and whatever else is kept of this user. It asks first."""
+    """Delete everything that is kept of a user, after a question."""
     opened, name = database(), printable(user)
     owned = [(model, model._meta.fields["user_id"] == user) for model in OWNED]
     found = [model.select().where(theirs).count(opened.peewee) for model, theirs in owned]
@@ -1261,10 +1263,11 @@ def copy(
     source: Annotated[str, Argument(help="A DATABASE_URL, env:VARIABLE or @FILE.")],
     target: Annotated[str, Argument(help="Another, of an empty database.")],
 ) -> None:
-    """Copy everything into an empty database, from SQLite to PostgreSQL or back, and compare.
+    """Copy a database into an empty one of either engine.
 
-    Stop taskd first. Every user of the machine can read a password on a command line: put such a
-    URL into an environment variable (env:VARIABLE) or into a file (@FILE).
+    Stop taskd first. The copy is compared with the original. Every user of the machine can read a
+    password on a command line: put such a URL into an environment variable (env:VARIABLE) or into
+    a file (@FILE).
     """
     old, new = settings_with(source), settings_with(target)
     if old.database_url == new.database_url:
@@ -1446,7 +1449,7 @@ def smoke(
     url: Annotated[str | None, Argument(help="The server; else that of the settings.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call the API and the health checks of a live server, and delete what was created."""
+    """Call every route of a live server. What this creates is deleted."""
     settings = Settings.load()
     client = SmokeClient(url := url or taskd.url_of(settings.host, settings.port), settings)
     try:
@@ -1520,10 +1523,11 @@ def serve(
     port_file: Annotated[Path | None, Option(help="A file for the port.", dir_okay=False)] = None,
     given: Annotated[list[str] | None, Option("--set", help="A setting: TASKD_PORT=8123.")] = None,
 ) -> None:
-    """Serve a temporary database for tests, and print url, secret, pid and tokens as one JSON line.
+    """Serve a temporary database for tests.
 
-    The environment and .env are not read. The server ends on SIGTERM or SIGINT, or when its stdin
-    ends if that is a pipe or a socket. Its database and the port file are then removed.
+    When it is ready, it prints url, secret, pid and tokens as one JSON line. The environment and
+    .env are not read. It ends on SIGTERM or SIGINT, or when its stdin ends if that is a pipe or a
+    socket. Its database and the port file are then removed.
     """
     if not ephemeral:
         raise BadParameter("--ephemeral is required; python taskd.py serves your database")

@@ -252,9 +252,10 @@ def test_a_forked_run_is_like_one_from_the_start(
 
 
 def test_help_lists_every_command_with_what_it_does(taskctl: Taskctl) -> None:
-    answer = taskctl("--help")
+    answer = taskctl("--help", COLUMNS="80")
     assert (answer.returncode, answer.stderr) == (0, "")
     commands = answer.stdout.partition("Commands")[2]
+    assert "..." not in commands, "each first sentence fits in 80 columns"
     assert sorted(re.findall("^  ([a-z-]+) +[A-Z]", commands, re.MULTILINE)) == sorted(OPTIONS)
 
 
