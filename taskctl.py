@@ -994,10 +994,10 @@ def check_database(settings: Settings) -> Findings:
     """Yield whether the database is whole and fits schema.sql."""
     is_file, name = not is_postgresql(settings), settings.database
     about = settings.database_url if is_file else name
-    if is_file and not Path(name).exists():
-        yield "warning", about, "not there yet; taskd makes it at its first start"
-        return
     try:
+        if is_file and not Path(name).exists() and Path(name).parent.stat():
+            yield "warning", about, "not there yet; taskd makes it at its first start"
+            return
         for database in existing(settings):
             result, found = look_into(database, name)
             if result != "FAIL":  # a change during the check may look like damage
@@ -1335,7 +1335,7 @@ def checksum(model: type[peewee.Model], database: peewee.Database, bar: Progress
 NEW_TASK: Row = {"title": "Try every route", "description": "with taskctl smoke"}
 NEW_TASK |= {"priority": "high", "due_date": "2026-12-01", "tags": ["smoke"]}
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-NO_LOGIN = "; the server has another secret, issuer or audience than these settings"
+NO_LOGIN = "; the server's secret, issuer or audience differs"
 MAX_TIMEOUT = 86400  # seconds that a socket waits; some systems take no more than 24 days
 BAD_ANSWERS = (OSError, http.client.HTTPException, ValueError, RecursionError)
 
@@ -1380,7 +1380,7 @@ class SmokeClient:
             call("GET", path, 200, shows={"status": "ok"})
         call("GET", "/openapi.json", 200, shows={"openapi": "3.1.0"})
         call("HEAD", "/docs", 200)
-        call("GET", tasks, 401)
+        call("GET", tasks, 401, carries="WWW-Authenticate")
         self._headers["Authorization"] = f"Bearer {self._token}"
         call("GET", "/api/somebody-else/tasks", 403)
         call("POST", tasks, 422, {"title": " "})
@@ -1408,7 +1408,7 @@ class SmokeClient:
         call("PATCH", path, 200, {"priority": None}, shows={"priority": None}, carries="ETag")
         call("PATCH", f"{path}/complete", 412, headers=known, carries="ETag")
         call("PATCH", f"{path}/complete", 200, shows={"completed": True}, carries="ETag")
-        call("POST", tasks, 201, NEW_TASK)
+        call("POST", tasks, 201, NEW_TASK, carries="Location")
         call("GET", f"{tasks}?limit=1&tag=smoke", 200, carries="Link")
         call("GET", f"{tasks}?status=open", 422)
         call("DELETE", path, 200, shows={"title": "Tried", "completed": True})

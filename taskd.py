@@ -499,7 +499,8 @@ TOKEN_CACHE_AGE = 300  # seconds after which a token is verified again
 REJECTED_CACHE_SIZE = 200  # rejected tokens: clients go on sending one that has expired
 REJECTED_CACHE_AGE = 1  # seconds after which a rejected token is verified again
 SURROGATE = re.compile("[\ud800-\udfff]")  # in a text that is not UTF-8
-COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")  # RFC 7515, 7.1: no padding
+# RFC 7515, section 7.1: no padding; the signature of "none" is empty.
+COMPACT_JWS = re.compile(r"([A-Za-z0-9_-]+\.){2}[A-Za-z0-9_-]*")
 # RFC 8725, section 3.11: Better Auth signs its session cookies too, with another type.
 LOGIN_TYPES = ("jwt", "at+jwt")
 NO_KEY_SET = "signed with Better Auth's own key, which is not known here: set TASKD_JWKS_URL"
@@ -3104,7 +3105,7 @@ HTTP_ERRORS: dict[type[Exception], Callable[[Any], falcon.HTTPError]] = {
         description="this user id, or it and the key, cannot be stored: too long or contains U+0000"
     ),
     TooManyTasks: lambda ex: falcon.HTTPForbidden(
-        description=f"you have {ex} tasks, and this server allows no more; delete one first"
+        description=f"you have as many tasks as this server allows, {ex}; delete one first"
     ),
     Changed: lambda ex: falcon.HTTPPreconditionFailed(
         description="the task's ETag does not meet If-Match or If-None-Match; read it again",

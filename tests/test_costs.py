@@ -385,7 +385,7 @@ def test_one_task_more_than_the_operator_allows_is_refused(make_app):
     added = [alice.add()["id"] for _ in range(3)]
     refused = alice.call("POST", json={"title": "Buy milk"})
     problem = assert_problem(refused, 403)
-    assert problem["detail"] == "you have 3 tasks, and this server allows no more; delete one first"
+    assert problem["detail"] == "you have as many tasks as this server allows, 3; delete one first"
     assert bob.add()["title"] == "Buy milk"
     assert alice.call("PUT", f"/{added[0]}", json={"title": "Buy tea"}).status_code == 200
     assert alice.call("DELETE", f"/{added[0]}").status_code == 200

@@ -881,6 +881,14 @@ def test_check_says_that_a_database_is_off_and_leaves_it(taskctl: Taskctl, tmp_p
 
 
 @pytest.mark.sqlite("it is about a file")
+def test_check_says_that_the_directory_of_the_database_is_missing(taskctl: Taskctl) -> None:
+    answer = taskctl("check", "--json", DATABASE_URL="sqlite:///missing/taskd.db")
+    found = {row["about"]: (row["result"], row["found"]) for row in json.loads(answer.stdout)}
+    why = "[Errno 2] No such file or directory: 'missing'"
+    assert found["sqlite:///missing/taskd.db"] == ("FAIL", why)
+    assert (answer.returncode, "1 of " in answer.stderr) == (1, True)
+
+
 def test_check_does_not_wait_for_a_writer_of_a_named_pipe(taskctl: Taskctl, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "taskd.db")
     answer = taskctl("check", "--json")
@@ -1524,12 +1532,21 @@ class SilentHandler(WSGIRequestHandler):
 
 
 @contextlib.contextmanager
-def broken_server(app: taskd.App, sabotage: Callable[[Environ], None]) -> Iterator[str]:
-    """Yield the address of a server that changes each request before the application sees it."""
+def broken_server(
+    app: taskd.App, sabotage: Callable[[Environ], object], without: str = ""
+) -> Iterator[str]:
+    """Yield the address of a server that changes each request before the application sees it.
+
+    Its answers lack the header `without`.
+    """
 
     def broken(environ: Environ, start_response: Any) -> Any:
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            kept = [header for header in headers if header[0].lower() != without.lower()]
+            return start_response(status, kept, *error)
+
         sabotage(environ)
-        return app(environ, start_response)
+        return app(environ, start)
 
     with (
         make_server("127.0.0.1", 0, broken, handler_class=SilentHandler) as server,
@@ -1554,6 +1571,19 @@ def test_smoke_notices_a_server_that(
     assert SABOTAGE[sabotage] in {
         call["method"] for call in json.loads(answer.stdout) if call["result"] != "ok"
     }
+
+
+@pytest.mark.parametrize(
+    ("header", "methods"),
+    [("Location", {"POST"}), ("WWW-Authenticate", {"GET"}), ("Link", {"GET"})],
+)
+def test_smoke_notices_a_server_whose_answers_lack_a_header(
+    taskctl: Taskctl, make_app: Callable[..., taskd.App], header: str, methods: set[str]
+) -> None:
+    with broken_server(make_app(), len, without=header) as url:
+        answer = taskctl("smoke", url, "--json")
+    failed = {call["method"] for call in json.loads(answer.stdout) if call["result"] != "ok"}
+    assert (answer.returncode, failed) == (1, methods)
 
 
 def http_answer(content: bytes, status: str = "200 OK") -> bytes:

@@ -269,6 +269,6 @@ def test_smoke_says_that_the_server_has_another_secret(
     server = start(BETTER_AUTH_SECRET=OTHER_SECRET)
     answer = taskctl("smoke", f"http://127.0.0.1:{server.port}")
     assert answer.returncode == 1
-    assert answer.stderr.endswith(
-        "the server has another secret, issuer or audience than these settings\n"
-    )
+    why = "the server's secret, issuer or audience differs"
+    assert answer.stderr.endswith(f"calls failed; {why}\n")
+    assert len(answer.stderr) <= 80

@@ -530,6 +530,8 @@ def test_neither_the_token_nor_the_secret_is_in_a_401(client):
         (SUBJECTS["sub missing"], "sub"),
         (SIGNATURES["another secret"], "signature"),
         (ALGS["HS512"], "alg must be HS256"),
+        (ALGS["alg 'none', no signature"], "alg must be HS256"),
+        (FORM["no signature"], "the signature does not match"),
         (EXTENSIONS['crit ["x"]'], "crit"),
         (SUBJECTS['sub ""'], "sub"),
         (EXTENSIONS["typ 7"], "the header's typ, kid, crit or b64 is not that of a login token"),
