@@ -25,7 +25,6 @@ it:
 # requires-python = ">=3.11"
 # dependencies = [
 #     "falcon==4.4.0",
-#     "httptools==0.9.0",
 #     "msgspec==0.22.0",
 #     "peewee==4.5.3",
 #     "prometheus-client==0.26.0",

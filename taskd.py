@@ -32,7 +32,6 @@ Importing this module does nothing; `create_app` builds everything.
 # requires-python = ">=3.11"
 # dependencies = [
 #     "falcon==4.4.0",
-#     "httptools==0.9.0",
 #     "msgspec==0.22.0",
 #     "peewee==4.5.3",
 #     "prometheus-client==0.26.0",
@@ -92,7 +91,6 @@ from weakref import WeakValueDictionary
 
 try:
     import falcon
-    import httptools
     import jwt
     import msgspec
     import peewee
@@ -3240,13 +3238,12 @@ def wsgi() -> App:
 MAX_HEAD = 64 * 1024  # bytes of a request line with its headers, and of trailers
 MAX_TARGET = 20 * 1024  # bytes; the longest query that taskd understands has about 16,300
 MAX_HEADERS = 256  # header lines
-# Bytes kept of a head that llhttp has already: they show where the head ends, and an Origin header
-# that is not complete but needed for a rejection.
-MAX_TAIL = 300
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
 MAX_CHUNKS = 20 * 1024  # not counting runs of chunks of one byte
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
+HEADER = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*+)\r\n" % TOKEN)  # without "folding"
+HEADERS = re.compile(rb"(?:%b)*+" % HEADER.pattern)
 # The headers that the answer to a rejected request depends on.
 FOR_REJECTIONS = re.compile(rb"(?im)^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$")
 PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
@@ -3322,13 +3319,15 @@ class ServerRequest:
         self.headers["CONNECTION"] = "close" if closes else "keep-alive"
 
     def check_headers(self) -> None:
-        """Raise 400 or 413 for headers that llhttp accepts and taskd does not."""
+        """Raise 400 or 413 for headers from which the host or the body cannot be told."""
         host = self.headers.get("HOST", "" if self.version == "1.1" else "none")  # 1.0 needs none
         if not re.fullmatch(HOST, host):
             raise malformed("there must be one Host header, with a host and perhaps a port")
-        coding = self.headers.get("TRANSFER_ENCODING", "").lower()
-        if coding and (coding != "chunked" or self.version == "1.0"):
+        coding, length = map(self.headers.get, ("TRANSFER_ENCODING", "CONTENT_LENGTH"))
+        if coding is not None and (coding.lower() != "chunked" or self.version == "1.0"):
             raise malformed("the only Transfer-Encoding is chunked, and only in HTTP/1.1")
+        if length is not None and (coding or not re.fullmatch("0*[0-9]{1,19}", length)):
+            raise malformed("there must be one Content-Length, and none beside Transfer-Encoding")
         if self.content_length > MAX_BODY:
             raise too_large()
 
@@ -3347,9 +3346,8 @@ class RequestReader:
     """An incremental parser that turns the bytes of a connection into requests, one by one.
 
     Each `_read_…` method is a step: it consumes what it can of the buffer and returns whether the
-    next step can run. llhttp parses headers and trailers. The request line is parsed here because
-    llhttp rejects methods that it does not know, and chunks because llhttp rejects `f ; extension`.
-    Each step takes time in proportion to the bytes received, and stores no more than the limits.
+    next step can run. Each step takes time in proportion to the bytes received, and stores no more
+    than the limits.
     """
 
     def __init__(self) -> None:
@@ -3373,26 +3371,23 @@ class RequestReader:
         except falcon.HTTPError as ex:
             self._reject(ex)
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Store a header (a callback of llhttp)."""
-        self.lines.append((name, value))
-
     def _reject(self, rejection: falcon.HTTPError) -> None:
         """Reject the request and close the connection: the next request's start is not known."""
         if self.part != "body":
-            found = FOR_REJECTIONS.findall(self.unread)[:2]
-            unread = [line for line in found if line not in self.lines]
-            self.request.take_headers(self.lines + unread)
+            self.request.take_headers(self.lines + FOR_REJECTIONS.findall(self.unread)[:2])
         self.request.headers["CONNECTION"] = "close"
         self.request.rejection, self.complete = rejection, True
 
+    def _limit(self, size: int) -> None:
+        """Raise 413 or 431 if so many bytes, with those taken before, exceed the limit."""
+        if self._taken + size > (MAX_CHUNKED if self.part == "body" else MAX_HEAD):
+            raise too_large() if self.part == "body" else head_too_large()
+
     def _take(self, size: int) -> bytes:
         """Remove bytes from the buffer. Raises 413 or 431 once the total exceeds the limit."""
-        taken = self.unread[:size]
+        self._limit(size)
+        taken, self.unread = self.unread[:size], self.unread[size:]
         self._taken += len(taken)
-        if self._taken > (MAX_CHUNKED if self.part == "body" else MAX_HEAD):
-            raise too_large() if self.part == "body" else head_too_large()
-        self.unread = self.unread[size:]
         return taken
 
     def _read_line(self) -> bool:
@@ -3406,35 +3401,27 @@ class RequestReader:
         if not found and (newline or not PRINTABLE.match(line)):
             raise malformed("its first line must be METHOD /path HTTP/1.1")
         if not found:
-            # The rest of the line is missing; `_take` raises 431 if it is too long already.
-            return len(line) > MAX_HEAD and bool(self._take(len(line)))
+            self._limit(len(line))
+            return False  # the rest of the line is missing
         self._take(len(line) + 1)
         self.request.take_line(*(part.decode("latin-1") for part in found.groups()))
-        self._begin_fields(self._read_head)
+        self._step = self._read_head
         return True
 
-    def _begin_fields(self, step: Callable[[], bool]) -> None:
-        self._llhttp = httptools.HttpRequestParser(self)
-        self._llhttp.feed_data(b"PUT / HTTP/1.1\r\n")
-        self._tail, self._step = b"\r\n", step
-
     def _read_fields(self) -> bool:
-        """Pass header lines to llhttp, and nothing after them; return whether they have ended."""
-        received = self._tail + self.unread
-        end = received.find(b"\r\n\r\n")
-        size = len(received) if end < 0 else end + 4
-        piece = self._take(size - len(self._tail))
-        self._tail = received[:size][-MAX_TAIL:]
-        try:
-            self._llhttp.feed_data(piece)
-        except httptools.HttpParserUpgrade:
-            pass  # taskd supports no other protocol, and ignores the Upgrade header
-        except httptools.HttpParserError as ex:
-            self.unread = received[:size]  # llhttp may not have passed its last headers yet
-            raise malformed(str(ex).replace("`", "")) from None
+        """Read all complete lines of headers or trailers; return whether they have ended."""
+        complete = self.unread.rfind(b"\n") + 1  # only complete lines: the last one may grow
+        found = HEADERS.match(self.unread, 0, complete)
+        end = found.end() if found else 0
+        ended = self.unread.startswith(b"\r\n", end)
+        self.lines += HEADER.findall(self._take(end + 2 * ended))
         if len(self.lines) > MAX_HEADERS:
             raise head_too_large()
-        return end >= 0
+        if not ended:
+            self._limit(len(self.unread))
+            if end < complete:
+                raise malformed("a header must be Name: value, without control characters")
+        return ended
 
     def _read_head(self) -> bool:
         if not self._read_fields():
@@ -3464,8 +3451,7 @@ class RequestReader:
             if len(body) + size > MAX_BODY or self._chunks > MAX_CHUNKS:
                 raise too_large()
             if size == 0:
-                self._begin_fields(self._read_trailers)
-                at = start
+                self._step, at = self._read_trailers, start
                 break
             if len(data) < end + 2:
                 break
