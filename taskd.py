@@ -3500,12 +3500,13 @@ REJECT_BLOCKED_AFTER = DRAIN_TIMEOUT - max(LOCK_TIMEOUT, KEYS_WAIT) - 0.5
 IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
 READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
-DEADLINES = {  # what a connection waits for from its client: seconds
+DEADLINES: dict[str | None, float] = {  # what a connection waits for from its client: seconds
     "request": 120.0,  # its first byte
     "head": 10.0,  # the request line and headers
     "body": 30.0,
     "delivery": 60.0,  # until the client receives some of its answer
     "close": 10.0,  # until the client closes
+    None: math.inf,  # its request is queued or answered
 }
 # What a connection is polled for in these states; in the others READABLE.
 EVENTS = {"delivery": select.POLLOUT, "close": select.POLLIN, None: 0}
@@ -3580,6 +3581,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
 
     outbufs: list[Any]
     waiting_for: str | None = None
+    since = 0.0  # when that began, by time.monotonic()
     _events = _send_budget = _reads = _received = _least_undelivered = 0
     _served = _closes = False
 
@@ -3597,7 +3599,6 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def del_channel(self, map: Any = None) -> None:  # noqa: A002
         """Remove the connection from everything that refers to it, before it is closed."""
         if self._fileno is not None:
-            self.server.deadlines.since[self.waiting_for].pop(self, None)
             self.server.poll.unregister(self._fileno)
         if self.waiting_for:  # no thread uses the reader, which refers to itself and is freed late
             self.reader.next()
@@ -3608,8 +3609,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         """Change the state, and start its deadline."""
         if self._fileno is None:
             return  # the connection was closed meanwhile
-        self.server.deadlines.move(self, self.waiting_for, what)
-        self.waiting_for = what
+        self.waiting_for, self.since = what, time.monotonic()
         self.watch(EVENTS.get(what, READABLE))
 
     def watch(self, events: int) -> None:
@@ -3668,7 +3668,6 @@ class ServerChannel(waitress.channel.HTTPChannel):
         reader, self._send_budget = self.reader, SEND_BUDGET
         reader.receive(data)
         if reader.complete:
-            self.server.deadlines.move(self, self.waiting_for, None)
             self.waiting_for = None  # not by `wait_for`: most are answered before the next poll
             self.server.ready.append(self)
             return
@@ -3848,34 +3847,6 @@ class FairQueue:
         return not turn[1] or operator.countOf(self._running.values(), turn) < self.places
 
 
-class Deadlines:
-    """When each connection entered its state; in each state the oldest one is first."""
-
-    def __init__(self) -> None:
-        self.since = {state: OrderedDict[ServerChannel, float]() for state in (*DEADLINES, None)}
-
-    def move(self, channel: ServerChannel, before: str | None, now: str | None) -> None:
-        """Note that a connection changes its state now."""
-        self.since[before].pop(channel, None)
-        self.since[now][channel] = time.monotonic()
-
-    def overdue(self) -> Iterator[ServerChannel]:
-        """Yield the connections whose deadline has passed."""
-        for state, seconds in DEADLINES.items():
-            latest = time.monotonic() - seconds
-            for channel, since in self.since[state].items():
-                if since >= latest:
-                    break
-                yield channel
-
-    def longest(self, before: float) -> ServerChannel | None:
-        """Return the connection that has waited longest, if it has since before that time."""
-        waits = [self.since[state] for state in DEADLINES if self.since[state]]
-        firsts = [next(iter(waiting.items())) for waiting in waits]
-        channel, since = min(firsts, key=operator.itemgetter(1), default=(None, before))
-        return channel if since < before else None
-
-
 def dispatcher(threads: int, places: int = 0) -> waitress.task.ThreadedTaskDispatcher:
     """Return worker threads with a fair queue, of which a third read for one user by default."""
     started = waitress.task.ThreadedTaskDispatcher()
@@ -3904,7 +3875,7 @@ class Server(waitress.server.TcpWSGIServer):
         self._database = cast(Sqlite, app.database)  # PostgreSQL never writes in the event loop
         self._searches = dispatcher(SEARCHES, SEARCHES)  # the store limits those of a user
         self.poll = select.epoll() if hasattr(select, "epoll") else select.poll()
-        self.deadlines, self.ready, self.stopping = Deadlines(), FairQueue(), False
+        self.ready, self.stopping = FairQueue(), False
         self._calls: deque[Callable[[], None]] = deque()
         self._batch: Batch = []
         self._blocked: deque[tuple[float, ServerChannel]] = deque()  # writes, since when
@@ -4086,8 +4057,9 @@ class Server(waitress.server.TcpWSGIServer):
         now = time.monotonic()
         if now >= self._next_check:
             self._next_check = now + CHECK_INTERVAL
-            for channel in list(self.deadlines.overdue()):
-                channel.expire()
+            for channel in list(self.active_channels.values()):
+                if now - channel.since > DEADLINES[channel.waiting_for]:
+                    channel.expire()
             self._limit_memory()
         if self._paused and now >= self._resume_at:
             resumed, self._paused = self._paused, []
@@ -4096,9 +4068,10 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _limit_memory(self) -> None:
         """If all connections hold more than MAX_HELD, close those of the users who hold most."""
-        since = self.deadlines.since
-        waiting = [*since["head"], *since["body"], *since["delivery"]]
-        excess = sum(one.held() for one in (*waiting, *since[None])) - MAX_HELD
+        channels = self.active_channels.values()
+        holding = [one for one in channels if one.waiting_for not in ("request", "close")]
+        waiting = [one for one in holding if one.waiting_for]
+        excess = sum(one.held() for one in holding) - MAX_HELD
         if excess > 0:
             of_user = Counter[str]()
             for one in waiting:
@@ -4117,17 +4090,17 @@ class Server(waitress.server.TcpWSGIServer):
 
         After ACCEPTS_AT_ONCE of them, without room, or after an error, it pauses.
         """
-        self._accept_pending, started = False, time.monotonic()
+        self._accept_pending, replaceable = False, self._replaceable(time.monotonic())
         room = len(self.active_channels) < self.adj.connection_limit + CONNECTIONS_OVER_LIMIT
-        for _ in range(ACCEPTS_AT_ONCE if room or self._make_room(started) else 0):
+        for _ in range(ACCEPTS_AT_ONCE if room or self._make_room(replaceable) else 0):
             try:
                 connection, address = self.socket.accept()
             except BlockingIOError:
                 return
             except OSError:  # the client has left, or no descriptor is free
-                self._make_room(started)
+                self._make_room(replaceable)
                 break
-            room = not self.is_full or self._make_room(started)
+            room = not self.is_full or self._make_room(replaceable)
             with contextlib.suppress(OSError):
                 self.set_socket_options(connection)
             ServerChannel(self, connection, address, self.adj, map=self._map)
@@ -4136,12 +4109,17 @@ class Server(waitress.server.TcpWSGIServer):
         self.poll.modify(self._fileno, 0)
         self.pause(self)
 
-    def _make_room(self, before: float) -> bool:
-        """Close the connection that has waited longest, since before this time; return whether."""
-        longest = partial(self.deadlines.longest, before)
-        while (channel := longest()) and channel.waiting_for == "request" and channel._peek():
-            self.deadlines.move(channel, "request", "request")  # a request came after the poll
-        if channel:
+    def _replaceable(self, before: float) -> Iterator[ServerChannel]:
+        """Yield the connections that wait for their client since before that time, oldest first."""
+        waits = (one for one in self.active_channels.values() if one.waiting_for)
+        waiting = [one for one in waits if one.since < before]
+        for channel in sorted(waiting, key=lambda one: one.since):
+            if channel.waiting_for != "request" or not channel._peek():  # none came after the poll
+                yield channel
+
+    def _make_room(self, replaceable: Iterator[ServerChannel]) -> bool:
+        """Close the connection that has waited longest; return whether there was one."""
+        if channel := next(replaceable, None):
             channel.handle_close()
         if time.monotonic() > self._next_warning:
             self._next_warning = time.monotonic() + 10
