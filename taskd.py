@@ -1835,24 +1835,24 @@ class WriteHealth:
     probe = "UPDATE about SET version = version"  # a write that changes nothing
     write: Callable[..., object]
 
-    @contextlib.contextmanager
-    def _noting_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except Unavailable as ex:
-            if UNWRITABLE.search(ex.args[1]):
-                self._failure = ex.args[1]
-            raise
-        if self._failure:
-            when_on_disk(partial(setattr, self, "_failure", ""))
+    def _unavailable(self, ex: Exception) -> Unavailable:
+        """Return the error for a statement that failed, and remember one that all writes may have.
+
+        A read can have it too: then the next check finds that a write succeeds.
+        """
+        why = first_line(ex)
+        self._failure = why if UNWRITABLE.search(why) else self._failure
+        return Unavailable("the database", why)
 
     def _check_last_write(self) -> None:
-        """Raise Unavailable if the last write failed, and so does another one now."""
+        """Raise Unavailable if a write failed, and so does another one now."""
+        if not self._failure:
+            return
         try:
-            if self._failure:
-                self.write(self.probe)
+            self.write(self.probe)
         except Unavailable as ex:
             raise Unavailable("the database, which stores no writes,", ex.args[1]) from ex
+        when_on_disk(partial(setattr, self, "_failure", ""))
 
 
 class Sqlite(WriteHealth):
@@ -1915,7 +1915,7 @@ class Sqlite(WriteHealth):
             raise WouldBlock from None
         if type(ex).__name__ not in UNUSABLE:
             raise ex
-        raise Unavailable("the database", str(ex)) from ex
+        raise self._unavailable(ex) from ex
 
     @contextlib.contextmanager
     def deadline(self, end: float) -> Iterator[None]:
@@ -1953,14 +1953,14 @@ class Sqlite(WriteHealth):
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that writes, exclusively; `when_on_disk` tells when it is on disk."""
-        with self._noting_failure(), self._exclusively():
+        with self._exclusively():
             return self.run(sql, **values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements exclusively; all of them are stored, or none."""
         begin, commit, roll_back = SAVEPOINT if thread_state.in_event_loop else TRANSACTION
-        with self._noting_failure(), self._exclusively():
+        with self._exclusively():
             self.run(begin)
             try:
                 yield
@@ -2224,7 +2224,7 @@ class Postgres(WriteHealth):
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that writes; it is on disk when this returns."""
         # Connect first: a queue whose writes all wait for a connection would seem to stand still.
-        with self._noting_failure(), self._connected(), self._queue.place():
+        with self._connected(), self._queue.place():
             return self.run(sql, **values)
 
     def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[tuple[Any, ...]]:
@@ -2261,7 +2261,7 @@ class Postgres(WriteHealth):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Run several statements together; all of them are on disk when this ends, or none."""
-        with self._noting_failure(), self._connected(), self._queue.place(), self._pool.atomic():
+        with self._connected(), self._queue.place(), self._pool.atomic():
             yield
 
     @contextlib.contextmanager
@@ -2285,7 +2285,7 @@ class Postgres(WriteHealth):
                 # This connection too: after a restart of PostgreSQL none of them works, and one to
                 # a server that has become a standby reads but does not write.
                 self._pool.close_idle()
-            raise Unavailable("the database", first_line(ex)) from ex
+            raise self._unavailable(ex) from ex
 
     def check(self) -> None:
         """Raise Unavailable unless the database answers and fits schema.sql."""
