@@ -1486,12 +1486,9 @@ def queries() -> dict[str, Any]:
     old = IdempotencyKey.created_at < placeholder("before")
     some = IdempotencyKey.select(IdempotencyKey.id).where(old).order_by(IdempotencyKey.id)
     span = IdempotencyKey.id.between(placeholder("first"), placeholder("last"))
-    claim = {name: placeholder(name) for name in ("user_id", "name", "body")}
+    create = {name: placeholder(name) for name in ("user_id", "name", "body", "answer")}
     theirs = Task.select(Task.id).where(owned_by_user(Task))
     counted = theirs.limit(placeholder("limit"))
-    claimed = IdempotencyKey.insert(answer=peewee.SQL("''"), created_at=now, **claim).on_conflict(
-        "NOTHING", conflict_target=(IdempotencyKey.user_id, IdempotencyKey.name)
-    )
     return {
         "get": Task.select(*SHOWN, Task.version).where(THIS_TASK),
         "add": _returning(Task.insert(created_at=now, updated_at=now, **new)),
@@ -1502,8 +1499,7 @@ def queries() -> dict[str, Any]:
         "delete_old_key": IdempotencyKey.delete().where(key & old),
         "old_key_ids": some.limit(peewee.SQL("500")),
         "delete_old_keys": IdempotencyKey.delete().where(old & span),
-        "reserve_key": claimed.returning(IdempotencyKey.id),
-        "store_answer": IdempotencyKey.update(answer=placeholder("answer")).where(key),
+        "add_key": IdempotencyKey.insert(created_at=now, **create),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
     }
 
@@ -1651,24 +1647,20 @@ class TaskStore:
         if key is None and self._max_tasks is None:
             return _first_stored(self._database.write(self._sql["add"], **values))
         with self._database.transaction():
+            self._database.lock(user_id)
             if key is None:
                 return self._add_within_limit(values)
             body = _digest(task)
             values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
             self._run("delete_old_key", values)
-            found = self._run("replay", values)  # first: reserving writes to the disk
-            if not found and self._run("reserve_key", values):
-                stored = self._add_within_limit(values)
-                self._run("store_answer", values | {"answer": to_json(stored.task).decode()})
-                return stored
-            # Without a row, another process has created the task first.
-            for known, answer in found or self._run("replay", values):
+            for known, answer in self._run("replay", values):
                 return _replayed(answer) if known == body else None
-            raise Unavailable("the database", "the key of this create was deleted meanwhile")
+            stored = self._add_within_limit(values)
+            self._run("add_key", values | {"answer": to_json(stored.task).decode()})
+            return stored
 
     def _add_within_limit(self, values: dict[str, Any]) -> Stored:
         if self._max_tasks is not None:
-            self._database.lock(values["user_id"])
             [(count,)] = self._run("count", values | {"limit": self._max_tasks})
             if count >= self._max_tasks:
                 raise TooManyTasks(f"{self._max_tasks:,}")

@@ -65,17 +65,9 @@ DELETE
   AND ("idempotency_key"."id" BETWEEN :first
   AND :last));
 
--- reserve_key
+-- add_key
 INSERT INTO "idempotency_key" ("user_id", "name", "body", "answer", "created_at")
-  VALUES (:user_id, :name, :body, '', :now)
-  ON CONFLICT ("user_id", "name") DO NOTHING
-  RETURNING "idempotency_key"."id";
-
--- store_answer
-UPDATE "idempotency_key"
-  SET "answer" = :answer
-  WHERE (("idempotency_key"."user_id" = :user_id)
-  AND ("idempotency_key"."name" = :name));
+  VALUES (:user_id, :name, :body, :answer, :now);
 
 -- replay
 SELECT "t1"."body", "t1"."answer"

@@ -138,20 +138,6 @@ def test_a_replay_leaves_the_number_of_the_next_task_alone(alice: Person) -> Non
     assert alice.add()["id"] == 2
 
 
-def test_a_key_that_is_deleted_while_its_create_is_repeated_is_503(
-    app: taskd.App, alice: Person, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = app.store._run
-
-    def purged(name: str, values: dict[str, Any]) -> list[taskd.Row]:
-        return [] if name in ("reserve_key", "replay") else run(name, values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(app.store, "_run", purged)
-        assert_problem(create(alice, "k"), 503)
-    assert create(alice, "k").status_code == 201
-
-
 def test_creates_without_a_key_and_with_different_keys_are_different_creates(alice: Person) -> None:
     answers = [create(alice, "k"), create(alice, "K"), create(alice, "k "), create(alice, "kk")]
     alone = [alice.call("POST", json={"title": "Buy milk"}) for _ in range(2)]

@@ -443,11 +443,9 @@ def bound_to(user: str) -> re.Pattern[str]:
         rf'|DELETE FROM "task" WHERE \({this("task")} AND {expected}\) RETURNING {returned}'
         rf'|DELETE FROM "idempotency_key"'
         rf' WHERE \({key} AND \("idempotency_key"\."created_at" < {text}\)\)'
-        rf'|INSERT (?:OR IGNORE )?INTO "idempotency_key"'
+        rf'|INSERT INTO "idempotency_key"'
         rf' \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
-        r'(?: ON CONFLICT \("user_id", "name"\) DO NOTHING)?'
-        rf' RETURNING "idempotency_key"\."id"'
-        rf'|UPDATE "idempotency_key" SET "answer" = {text} WHERE {key}'
+        rf"|SELECT pg_advisory_xact_lock\(hashtextextended\({name}, 0\)\)"
         rf'|SELECT "t1"\."body", "t1"\."answer" FROM "idempotency_key" AS "t1"'
         rf" WHERE {key.replace('idempotency_key', 't1')}",
         re.DOTALL,
