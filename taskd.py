@@ -3444,6 +3444,7 @@ class RequestReader:
                 raise too_large()
             if size == 0:
                 self._step, at = self._read_trailers, start
+                self._taken = MAX_CHUNKED - MAX_HEAD - start  # as much as of a head is kept
                 break
             if len(data) < end + 2:
                 break

@@ -124,6 +124,7 @@ def many_chunks(size: bytes, count: int) -> bytes:
 
 HOST = "Host: x"
 EMPTY = b'{"title": "Stay"}'
+KIBIBYTE = b"X: " + b"y" * 1019 + b"\r\n"  # a header line
 # The cases of llhttp's and h11's test suites and of the published lists of request smuggling,
 # with what RFC 9110 and 9112 say of each, and taskd's own limits.
 REQUESTS: dict[str, tuple[bytes, int]] = {
@@ -276,6 +277,8 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "a size over 2^64": (put_chunks(b"1" + b"0" * 16 + b"2\r\n{}\r\n0\r\n\r\n"), 400),
     "a size over the limit": (put_chunks(b"10001\r\n"), 413),
     "a request for a trailer": (put_chunks(b"2\r\n{}\r\n0\r\n" + HIDDEN), 400),
+    "trailers of 60 KiB": (put_chunks(b"2\r\n{}\r\n0\r\n" + KIBIBYTE * 60 + b"\r\n"), 200),
+    "trailers of 65 KiB": (put_chunks(b"2\r\n{}\r\n0\r\n" + KIBIBYTE * 65), 413),
     "a folded trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\r\n z\r\n\r\n"), 400),
     "a bare line feed after a trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\n\r\n"), 400),
 }  # fmt: skip
