@@ -1740,7 +1740,7 @@ def _stored(row: Row) -> Stored:
 def check_client() -> None:
     """Raise Busy if the client has closed the connection."""
     if thread_state.client_has_left():
-        raise Busy("keep the connection open until the search is answered")
+        raise Busy("keep the connection open until the answer")
 
 
 def _first_stored(rows: list[Row]) -> Stored | None:
@@ -3350,7 +3350,7 @@ class RequestReader:
         """Start a new request; the buffer may already contain some of it."""
         self.request, self.complete, self.part = ServerRequest(), False, "request"
         self._step: Callable[[], bool] = self._read_line
-        self._taken = self._chunks = self._length = 0
+        self._room, self._chunks, self._length = MAX_HEAD, 0, 0
         self.lines: list[tuple[bytes, bytes]] = []
 
     def receive(self, data: bytes) -> None:
@@ -3371,15 +3371,15 @@ class RequestReader:
         self.request.rejection, self.complete = rejection, True
 
     def _limit(self, size: int) -> None:
-        """Raise 413 or 431 if so many bytes, with those taken before, exceed the limit."""
-        if self._taken + size > (MAX_CHUNKED if self.part == "body" else MAX_HEAD):
+        """Raise 413 or 431 if this part of the request has no room for so many bytes more."""
+        if size > self._room:
             raise too_large() if self.part == "body" else head_too_large()
 
     def _take(self, size: int) -> bytes:
         """Remove bytes from the buffer. Raises 413 or 431 once the total exceeds the limit."""
         self._limit(size)
         taken, self.unread = self.unread[:size], self.unread[size:]
-        self._taken += len(taken)
+        self._room -= len(taken)
         return taken
 
     def _read_line(self) -> bool:
@@ -3422,7 +3422,7 @@ class RequestReader:
         request.take_headers(self.lines)
         request.check_headers()
         self.lines = []  # the request has them
-        self.part, self._taken = "body", 0
+        self.part, self._room = "body", MAX_CHUNKED
         self._length = request.content_length
         chunked = request.headers.pop("TRANSFER_ENCODING", None)
         self._step = self._read_chunks if chunked else self._read_body
@@ -3444,7 +3444,7 @@ class RequestReader:
                 raise too_large()
             if size == 0:
                 self._step, at = self._read_trailers, start
-                self._taken = MAX_CHUNKED - MAX_HEAD - start  # as much as of a head is kept
+                self._room = start + MAX_HEAD  # the trailers, which are kept
                 break
             if len(data) < end + 2:
                 break
@@ -3490,6 +3490,7 @@ DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are 
 # Seconds after SIGTERM from which requests that would block are rejected: before, one wait of
 # LOCK_TIMEOUT or KEYS_WAIT still fits. Two waits of a worker thread's write may be cut off.
 REJECT_BLOCKED_AFTER = DRAIN_TIMEOUT - max(LOCK_TIMEOUT, KEYS_WAIT) - 0.5
+HALF_CLOSED_TIME = 0.2  # seconds in which a client that sends no more can get its answer
 IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
 READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
@@ -3616,8 +3617,13 @@ class ServerChannel(waitress.channel.HTTPChannel):
         return bool(self.reader.unread or self._peek())
 
     def has_left(self) -> bool:
-        """Return whether the client has closed the connection; safe to call from any thread."""
-        return not self.connected or (not self.reader.unread and self._peek() == b"")
+        """Return whether the client has left; safe to call from any thread.
+
+        One that has ended only its own half of the connection looks the same, and may wait for the
+        answer: it counts as gone HALF_CLOSED_TIME after its request.
+        """
+        waited = time.perf_counter() - self.reader.received > HALF_CLOSED_TIME
+        return not self.connected or (waited and not self.reader.unread and self._peek() == b"")
 
     def _peek(self) -> bytes | None:
         """Return the next byte, or b"" if the connection was closed, or None if nothing came."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sqlite3
 import threading
 import time
@@ -319,6 +320,25 @@ def test_a_search_is_told_that_its_client_has_left(start: Start, more: bytes) ->
         until(lambda: "a search begins" in server.log, "it begins")
         wire.reset()
     until(lambda: "the client has left: True" in server.log, "it is told")
+
+
+def test_a_search_is_told_in_time_that_its_client_has_closed(start: Start) -> None:
+    server = start(before=WATCHES_ITS_CLIENT)
+    with Wire(server) as wire:
+        wire.send(written("GET", "/api/alice/tasks?q=x", user="alice"))
+        until(lambda: "a search begins" in server.log, "it begins")
+    until(lambda: "the client has left: True" in server.log, "it is told")
+
+
+@pytest.mark.parametrize("query", ["", "?q=task", "?sort=-title", "?limit=101"])
+def test_a_client_that_sends_no_more_gets_its_answer(start: Start, query: str) -> None:
+    with Wire(start(before="taskd.HALF_CLOSED_TIME = 10")) as wire:
+        for create in creates(101):
+            assert wire.send(create).answer().status_code == 201
+        wire.send(written("GET", f"/api/alice/tasks{query}", user="alice"))
+        wire.socket.shutdown(socket.SHUT_WR)
+        answer = wire.answer()
+    assert (answer.status_code, len(answer.json)) == (200, 101)
 
 
 SENDS_SLOWLY = """

@@ -14,7 +14,7 @@ from processes import ROOT
 pytestmark = pytest.mark.sqlite("it is about files")
 
 # The most lines of code that each may have: as many as today. The aim is 1,400 and 700.
-LINES = {"taskd.py": 3029, "taskctl.py": 1141}
+LINES = {"taskd.py": 2999, "taskctl.py": 1141}
 WIDTH = 100  # columns of a line
 TEXTS = ("*.py", "*.sql", "Makefile", "bench/*.py", "migrations/*.sql", "tests/*.py")
 
