@@ -389,7 +389,7 @@ def configure_log(settings: Settings) -> None:
 
 
 RETRY_AFTER = 2  # seconds until a client should try again
-PLACE_TIMEOUT = 0.25  # seconds in which no place is taken or freed, after which waiting ends
+PLACE_TIMEOUT = 0.25  # seconds without a place that is taken or freed, after which waiting ends
 
 
 class Unavailable(Exception):
@@ -398,6 +398,10 @@ class Unavailable(Exception):
     def __init__(self, what: str, why: str = "", retry_after: int = RETRY_AFTER) -> None:
         super().__init__(what, why)
         self.retry_after = retry_after  # seconds
+
+
+class Busy(Unavailable):
+    """A limit prevents the answer now; the first argument is the answer's detail."""
 
 
 class WouldBlock(BaseException):
@@ -420,11 +424,15 @@ class WouldBlock(BaseException):
 
 
 class SearchWouldBlock(WouldBlock):
-    """Raised in the event loop by a search; it runs in one of the few threads for searches."""
+    """Raised in the event loop by a search; it runs again in one of the search threads."""
 
 
 class WriteWouldBlock(WouldBlock):
-    """Raised by a write while another one holds SQLite's lock; it runs again in the event loop."""
+    """Raised in the event loop by a write while no batch can begin; it runs again when one can.
+
+    A batch is a transaction that several requests share. It cannot begin while the last one is
+    being committed, or while another thread or process holds SQLite's lock.
+    """
 
 
 class BatchFailed(WouldBlock):
@@ -432,10 +440,6 @@ class BatchFailed(WouldBlock):
 
     The batch was rolled back. Each of its requests runs again by itself, in a worker thread.
     """
-
-
-class Busy(Unavailable):
-    """A limit prevents the answer now; the first argument is the answer's detail."""
 
 
 class _ThreadState(threading.local):
@@ -451,6 +455,20 @@ class _ThreadState(threading.local):
 thread_state = _ThreadState()
 
 
+def when_on_disk(call: Callable[[], object]) -> None:
+    """Call a function when what this thread's request wrote is on disk, which may be now."""
+    if thread_state.after_commit is None:
+        call()
+    else:
+        thread_state.after_commit.append(call)
+
+
+def check_client() -> None:
+    """Raise Busy if the client has closed the connection."""
+    if thread_state.client_has_left():
+        raise Busy("keep the connection open until the answer")
+
+
 class Semaphore:
     """A semaphore whose callers give up when nobody takes or frees a place for PLACE_TIMEOUT.
 
@@ -459,7 +477,8 @@ class Semaphore:
 
     def __init__(self, places: int, error: Callable[[], Exception], most: float = math.inf) -> None:
         self._free, self._error, self._most = places, error, most
-        self._moved, self._changed = 0.0, threading.Condition()
+        # The time of the last change of `_free`, by time.monotonic().
+        self._last_change, self._changed = 0.0, threading.Condition()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -467,25 +486,17 @@ class Semaphore:
         end = time.monotonic() + self._most
         with self._changed:
             while not self._free:
-                seconds = min(end, self._moved + PLACE_TIMEOUT) - time.monotonic()
+                seconds = min(end, self._last_change + PLACE_TIMEOUT) - time.monotonic()
                 if seconds <= 0:
                     raise self._error()
                 self._changed.wait(seconds)
-            self._free, self._moved = self._free - 1, time.monotonic()
+            self._free, self._last_change = self._free - 1, time.monotonic()
         try:
             yield
         finally:
             with self._changed:
-                self._free, self._moved = self._free + 1, time.monotonic()
+                self._free, self._last_change = self._free + 1, time.monotonic()
                 self._changed.notify()
-
-
-def when_on_disk(call: Callable[[], object]) -> None:
-    """Call a function when what this thread's request wrote is on disk, which may be now."""
-    if thread_state.after_commit is None:
-        call()
-    else:
-        thread_state.after_commit.append(call)
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -1735,12 +1746,6 @@ def _fill_page(rows: Iterable[Row], limit: int, room: int) -> tuple[bytes, Posit
 def _stored(row: Row) -> Stored:
     task = view(row)
     return Stored(task, task.id, f'"{row[-1]}-{task.updated_at}"')
-
-
-def check_client() -> None:
-    """Raise Busy if the client has closed the connection."""
-    if thread_state.client_has_left():
-        raise Busy("keep the connection open until the answer")
 
 
 def _first_stored(rows: list[Row]) -> Stored | None:

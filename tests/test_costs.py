@@ -182,7 +182,7 @@ def test_a_search_does_not_wait_longer_than_its_limit_while_places_move():
     def take_again_and_again() -> None:
         while not over.is_set():
             with places.place():
-                places._moved = time.monotonic() + 60  # others move all the time
+                places._last_change = time.monotonic() + 60  # others move all the time
                 over.wait(0.5)
 
     with ThreadPoolExecutor(1) as pool:
