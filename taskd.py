@@ -3237,17 +3237,17 @@ MAX_TARGET = 20 * 1024  # bytes; the longest query that taskd understands has ab
 MAX_HEADERS = 256  # header lines
 MAX_CHUNKED = 8 * MAX_BODY  # bytes of a body with its chunk sizes: one-byte chunks are six each
 MAX_CHUNKS = 20 * 1024  # not counting runs of chunks of one byte
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
-REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
-HEADER = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*+)\r\n" % TOKEN)  # without "folding"
-HEADERS = re.compile(rb"(?:%b)*+" % HEADER.pattern)
-# The headers that the answer to a rejected request depends on.
+MAX_CHUNK_LINE = 4096  # bytes of a chunk's size with its extensions
+HTTP_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # a method, a header's name: RFC 9110, section 5.6.2
+REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % HTTP_TOKEN)
+HEADER_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*+)\r\n" % HTTP_TOKEN)  # not folded
+HEADER_LINES = re.compile(rb"(?:%b)*+" % HEADER_LINE.pattern)
+# The headers on which the answer to a rejected request depends.
 FOR_REJECTIONS = re.compile(rb"(?im)^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$")
-PRINTABLE = re.compile(rb"[!-~]")  # a TLS hello begins otherwise
+PRINTABLE = re.compile(rb"[!-~]")  # how a request begins; TLS begins with a control character
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]{0,5})?"
 HTTP_URL = re.compile(rf"(?i:https?)://{HOST}([/?].*)?")
 PERCENT_ENCODED = {code: f"%{code:02X}" for code in range(128, 256)}
-MAX_CHUNK_LINE = 4096  # bytes of a chunk's size with its extensions
 CHUNK_SIZE = re.compile(  # possessive: it takes time in proportion to the bytes
     rb"(?=[0-9A-Fa-f])0*+([0-9A-Fa-f]{0,8}+)(?:[ \t]*+;[ \t]*+[!-~][\t\x20-\x7e\x80-\xff]*+)?\r\n"
 )
@@ -3285,7 +3285,7 @@ class ServerRequest:
         """Return the body as a stream."""
         return io.BytesIO(self.body)
 
-    def take_line(self, method: str, target: str, major: str, minor: str) -> None:
+    def set_line(self, method: str, target: str, major: str, minor: str) -> None:
         """Store the parts of a request line (RFC 9112, section 3), or raise 400 or 431."""
         self.command, self.version = method, "1.0" if (major, minor) == ("1", "0") else "1.1"
         if len(target) > MAX_TARGET:
@@ -3305,7 +3305,7 @@ class ServerRequest:
         self.request_uri = target.partition("#")[0]
         self.query = self.request_uri.partition("?")[2]
 
-    def take_headers(self, lines: Iterable[tuple[bytes, bytes]]) -> None:
+    def set_headers(self, lines: Iterable[tuple[bytes, bytes]]) -> None:
         """Store the headers under their WSGI names; headers of the same name become a list."""
         values: dict[str, list[str]] = {}
         for name, value in lines:
@@ -3342,9 +3342,11 @@ class ServerRequest:
 class RequestReader:
     """An incremental parser that turns the bytes of a connection into requests, one by one.
 
-    Each `_read_…` method is a step: it consumes what it can of the buffer and returns whether the
-    next step can run. Each step takes time in proportion to the bytes received, and stores no more
-    than the limits.
+    `unread` is the buffer. Each `_read_…` method is a step, and `_step` is the current one: it
+    consumes what it can of the buffer and returns whether the next step can run. Each step takes
+    time in proportion to the bytes received, and stores no more than the limits. `part` says what
+    is being read: "request" before the first byte, then "head" and "body"; `_room` is the number of
+    bytes that it may still have.
     """
 
     def __init__(self) -> None:
@@ -3356,7 +3358,7 @@ class RequestReader:
         self.request, self.complete, self.part = ServerRequest(), False, "request"
         self._step: Callable[[], bool] = self._read_line
         self._room, self._chunks, self._length = MAX_HEAD, 0, 0
-        self.lines: list[tuple[bytes, bytes]] = []
+        self.lines: list[tuple[bytes, bytes]] = []  # names and values of headers or trailers
 
     def receive(self, data: bytes) -> None:
         """Parse until the request is complete or rejected, or more bytes are needed."""
@@ -3371,7 +3373,7 @@ class RequestReader:
     def _reject(self, rejection: falcon.HTTPError) -> None:
         """Reject the request and close the connection: the next request's start is not known."""
         if self.part != "body":
-            self.request.take_headers(self.lines + FOR_REJECTIONS.findall(self.unread)[:2])
+            self.request.set_headers(self.lines + FOR_REJECTIONS.findall(self.unread)[:2])
         self.request.headers["CONNECTION"] = "close"
         self.request.rejection, self.complete = rejection, True
 
@@ -3381,7 +3383,7 @@ class RequestReader:
             raise too_large() if self.part == "body" else head_too_large()
 
     def _take(self, size: int) -> bytes:
-        """Remove bytes from the buffer. Raises 413 or 431 once the total exceeds the limit."""
+        """Remove and return bytes of the buffer. Raises 413 or 431 over the limit of the part."""
         self._limit(size)
         taken, self.unread = self.unread[:size], self.unread[size:]
         self._room -= len(taken)
@@ -3401,17 +3403,17 @@ class RequestReader:
             self._limit(len(line))
             return False  # the rest of the line is missing
         self._take(len(line) + 1)
-        self.request.take_line(*(part.decode("latin-1") for part in found.groups()))
+        self.request.set_line(*(part.decode("latin-1") for part in found.groups()))
         self._step = self._read_head
         return True
 
-    def _read_fields(self) -> bool:
-        """Read all complete lines of headers or trailers; return whether they have ended."""
+    def _take_lines(self) -> bool:
+        """Remove all complete lines of headers or trailers; return whether they have ended."""
         complete = self.unread.rfind(b"\n") + 1  # only complete lines: the last one may grow
-        found = HEADERS.match(self.unread, 0, complete)
+        found = HEADER_LINES.match(self.unread, 0, complete)
         end = found.end() if found else 0
         ended = self.unread.startswith(b"\r\n", end)
-        self.lines += HEADER.findall(self._take(end + 2 * ended))
+        self.lines += HEADER_LINE.findall(self._take(end + 2 * ended))
         if len(self.lines) > MAX_HEADERS:
             raise head_too_large()
         if not ended:
@@ -3421,10 +3423,11 @@ class RequestReader:
         return ended
 
     def _read_head(self) -> bool:
-        if not self._read_fields():
+        """Read the headers, check them, and choose how to read the body."""
+        if not self._take_lines():
             return False
         request = self.request
-        request.take_headers(self.lines)
+        request.set_headers(self.lines)
         request.check_headers()
         self.lines = []  # the request has them
         self.part, self._room = "body", MAX_CHUNKED
@@ -3434,6 +3437,7 @@ class RequestReader:
         return True
 
     def _read_body(self) -> bool:
+        """Read a body of the announced length, which may be 0."""
         body = self.request.body
         body += self._take(self._length - len(body))
         self.complete = len(body) == self._length
@@ -3449,7 +3453,7 @@ class RequestReader:
                 raise too_large()
             if size == 0:
                 self._step, at = self._read_trailers, start
-                self._room = start + MAX_HEAD  # the trailers, which are kept
+                self._room = start + MAX_HEAD  # for the trailers; `_take` below subtracts `start`
                 break
             if len(data) < end + 2:
                 break
@@ -3467,8 +3471,8 @@ class RequestReader:
         return self._step != self._read_chunks
 
     def _read_trailers(self) -> bool:
-        """Read and ignore the trailers."""
-        self.complete = self._read_fields()
+        """Read the trailers, of which only the syntax and the size are checked."""
+        self.complete = self._take_lines()
         self.request.headers["CONTENT_LENGTH"] = str(len(self.request.body))
         return False
 
