@@ -3480,15 +3480,17 @@ class RequestReader:
 # --- Server ---------------------------------------------------------------------------------------
 
 RECEIVE_SIZE = 4096  # bytes read from a connection at once
-READS_BEFORE_PAUSE = 64  # reads of a request before a client that sends single bytes is paused
-PAUSE = 0.05  # seconds
-CHECK_INTERVAL = 0.1  # seconds between two looks for connections whose deadline has passed
+# Reads of a request, and one more for each 512 bytes, before a client that sends little at a time
+# is paused.
+READS_BEFORE_PAUSE = 64
+PAUSE = 0.05  # seconds without reading from such a client, or without accepting connections
+CHECK_INTERVAL = 0.1  # seconds between two checks for connections whose deadline has passed
 SEND_BUDGET = 1024 * 1024  # bytes sent to one client before the others are served
 MAX_BATCH = 100  # writes; a batch that has as many is committed at the end of the round
 BATCH_TIME = 0.02  # seconds after which a batch is committed, even if each round adds a write
 ROUND_TIME = 0.02  # seconds of answering before the event loop looks at the sockets again
 MAX_DISCARDED = 1024 * 1024  # bytes read after a rejection, so that the client can read the answer
-# Bytes in memory of all requests that are not answered, and of answers that are not read, yet.
+# Bytes in memory of all requests that are not answered yet, and of answers that are not read yet.
 MAX_HELD = 32 * 1024 * 1024
 MAX_IN_MEMORY = 4 * 1024 * 1024  # bytes of an answer above which waitress would use a file
 MAX_CONNECTIONS = 2000  # if each sends a whole request at once, others wait for less than 1 s
@@ -3499,8 +3501,10 @@ DRAIN_TIMEOUT = 9.0  # seconds after SIGTERM in which the requests received are 
 # Seconds after SIGTERM from which requests that would block are rejected: before, one wait of
 # LOCK_TIMEOUT or KEYS_WAIT still fits. Two waits of a worker thread's write may be cut off.
 REJECT_BLOCKED_AFTER = DRAIN_TIMEOUT - max(LOCK_TIMEOUT, KEYS_WAIT) - 0.5
-HALF_CLOSED_TIME = 0.2  # seconds in which a client that sends no more can get its answer
-IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which the server exits
+# Seconds after its request in which a client that has closed its half of the connection counts as
+# one that waits for the answer.
+HALF_CLOSED_TIME = 0.2
+IDLE_BEFORE_EXIT = 0.1  # seconds without a request after which a server that stops exits
 POLL_SECOND = 1 if hasattr(select, "epoll") else 1000  # select.poll takes milliseconds
 READABLE = select.POLLIN | select.POLLPRI  # the latter is urgent data
 DEADLINES: dict[str | None, float] = {  # what a connection waits for from its client: seconds
@@ -3579,14 +3583,16 @@ class ServerChannel(waitress.channel.HTTPChannel):
     further bytes are read, so that taskd never holds two answers of a connection. While a request
     waits, the poll reports only a reset of its connection; most are answered before the next poll.
     Worker threads call only `service`, and through it `answer`, `has_more`, `has_left` and
-    `write_soon`, while the event loop does not read; `outbuf_lock` guards what both send.
+    `write_soon`, while the event loop does not read; `outbuf_lock` guards sending and closing.
     """
 
     outbufs: list[Any]
     waiting_for: str | None = None
     since = 0.0  # when that began, by time.monotonic()
+    # What the poll reports; bytes to send before other clients are served; reads and bytes of this
+    # request; the fewest bytes of its answer that the kernel had not delivered yet.
     _events = _send_budget = _reads = _received = _least_undelivered = 0
-    _served = _closes = False
+    _served = _closes = False  # whether an answer was sent; whether it is the last one
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -3628,14 +3634,14 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def has_left(self) -> bool:
         """Return whether the client has left; safe to call from any thread.
 
-        One that has ended only its own half of the connection looks the same, and may wait for the
-        answer: it counts as gone HALF_CLOSED_TIME after its request.
+        A client that has closed only its own half of the connection looks the same, and may wait
+        for the answer: it counts as gone HALF_CLOSED_TIME after its request was received.
         """
         waited = time.perf_counter() - self.reader.received > HALF_CLOSED_TIME
         return not self.connected or (waited and not self.reader.unread and self._peek() == b"")
 
     def _peek(self) -> bytes | None:
-        """Return the next byte, or b"" if the connection was closed, or None if nothing came."""
+        """Return the next byte, b"" if the connection was closed, or None if nothing has come."""
         try:
             return bytes(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
@@ -3673,6 +3679,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         self.close_early("urgent data came")
 
     def _receive(self, data: bytes) -> None:
+        """Parse these bytes and those that are left; queue the request when it is complete."""
         reader, self._send_budget = self.reader, SEND_BUDGET
         reader.receive(data)
         if reader.complete:
@@ -3700,7 +3707,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
     def answer(self) -> None:
         """Run the application. Raises WouldBlock in the event loop if it has to wait.
 
-        An answer to a write in the event loop is sent by `when_on_disk`.
+        The answer to a write in the event loop is sent after the commit: see `when_on_disk`.
         """
         task, self._send_budget = ServerTask(self, self.reader.request), SEND_BUDGET
         try:
@@ -3772,6 +3779,7 @@ class ServerChannel(waitress.channel.HTTPChannel):
         return len(data)
 
     def _send_or_buffer(self, data: Any) -> None:
+        """Send the data unless some is buffered, and buffer what the socket does not accept."""
         with self.outbuf_lock:  # the event loop takes it before it closes the socket
             if not self.connected:  # the client has left
                 return
@@ -3782,10 +3790,10 @@ class ServerChannel(waitress.channel.HTTPChannel):
                 super().write_soon(data[sent:] if sent else data)
 
     def _flush_outbufs_below_high_watermark(self) -> None:
-        """Do not wait, as waitress would: at most one answer is buffered."""
+        """Do nothing, where waitress would wait: at most one answer is buffered."""
 
     def held(self) -> int:
-        """Return how many bytes of its request and answer are in memory."""
+        """Return how many bytes of the connection's request and answer are in memory."""
         # waitress's buffer of a file has a block_size.
         unread = (len(buf) for buf in self.outbufs if not hasattr(buf, "block_size"))
         headers = len(self.reader.request.headers) + len(self.reader.lines)
@@ -3818,14 +3826,15 @@ class ServerChannel(waitress.channel.HTTPChannel):
 class FairQueue:
     """A queue of requests that takes one from each user in turn; many delay only their sender's.
 
-    The reads of a user have a turn, and the writes another. The dispatchers use it as well, instead
-    of waitress's deque; there at most `places` threads read for a user at the same time. How many
-    writes wait is limited by the database, where a lock can make them wait for seconds.
+    The reads of a user have a turn, and the writes another. `Server.ready` is one. The dispatchers
+    have another instead of waitress's deque, in which at most `places` threads read for a user at
+    the same time. How many writes wait is limited by the database, where a lock can make them wait
+    for seconds.
     """
 
     def __init__(self, places: float = math.inf) -> None:
         self._requests: OrderedDict[tuple[str, bool], deque[ServerChannel]] = OrderedDict()
-        # Of a thread that runs a request: whose turn it has.
+        # By the id of a thread that runs a request: the turn that it has.
         self.places, self._running = places, dict[int, tuple[str, bool]]()
 
     def append(self, channel: ServerChannel) -> None:
@@ -3843,7 +3852,10 @@ class FairQueue:
         return channel
 
     def __bool__(self) -> bool:
-        """Return whether a turn has a place. Only a thread that has ended its request may ask."""
+        """Return whether a turn has a place; this ends the turn of the thread that asks.
+
+        waitress's threads ask it when they have ended a request, to see whether another one waits.
+        """
         self._running.pop(threading.get_ident(), None)
         return any(map(self._has_place, self._requests))
 
@@ -3852,11 +3864,12 @@ class FairQueue:
         return len(self._requests)
 
     def _has_place(self, turn: tuple[str, bool]) -> bool:
+        """Return whether a request of this turn may run: a write always, a read below `places`."""
         return not turn[1] or operator.countOf(self._running.values(), turn) < self.places
 
 
 def dispatcher(threads: int, places: int = 0) -> waitress.task.ThreadedTaskDispatcher:
-    """Return worker threads with a fair queue, of which a third read for one user by default."""
+    """Return threads with a fair queue; at most `places`, or a third, read for one user at once."""
     started = waitress.task.ThreadedTaskDispatcher()
     started.queue = FairQueue(places or threads // 3 or 1)
     started.set_thread_count(threads)
@@ -3870,11 +3883,11 @@ Batch = list[tuple[ServerChannel, list[Callable[[], object]]]]
 class Server(waitress.server.TcpWSGIServer):
     """waitress's server, with requests answered in the event loop itself where possible.
 
-    Switching between Python threads costs several times as much as a request. So `_answer` runs
-    each request in the event loop, and again in a worker thread only if it raises WouldBlock.
-    Other threads use only the dispatchers' queues, from which they take requests, `_calls`, by
-    which they return them, and what `ServerChannel` says. `ready` holds the requests that can run.
-    `run` is the event loop; on SIGTERM it answers the requests received, then returns.
+    `run` is the event loop; on SIGTERM it answers the requests received, then returns. `ready`
+    holds the requests that can run. `_answer` runs each in the event loop, and again where
+    WouldBlock says if that is raised. Other threads use only three things: the dispatchers' queues,
+    from which they take requests; `_calls`, by which they hand a call to the event loop; and what
+    `ServerChannel` says.
     """
 
     channel_class = ServerChannel
@@ -3886,7 +3899,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.ready, self.stopping = FairQueue(), False
         self._calls: deque[Callable[[], None]] = deque()
         self._batch: Batch = []
-        self._blocked: deque[tuple[float, ServerChannel]] = deque()  # writes, since when
+        self._blocked: deque[tuple[float, ServerChannel]] = deque()  # writes that wait, since when
         self._paused: list[ServerChannel | Server] = []
         self._resume_at = self._next_warning = self._next_check = self._commit_at = 0.0
         self._accept_pending = self._exits_soon = False
@@ -3944,6 +3957,7 @@ class Server(waitress.server.TcpWSGIServer):
         wasyncore.close_all(self._map)
 
     def _drain(self) -> None:
+        """Serve until no request is left for IDLE_BEFORE_EXIT, but at most for DRAIN_TIMEOUT."""
         started = last = time.monotonic()
         while (now := time.monotonic()) < min(started + DRAIN_TIMEOUT, last + IDLE_BEFORE_EXIT):
             if now > started + REJECT_BLOCKED_AFTER and not self._exits_soon:
@@ -3982,7 +3996,7 @@ class Server(waitress.server.TcpWSGIServer):
         # A batch that has begun holds SQLite's lock: it is committed even without a write.
         begun = bool(self._blocked) and self._retry_writes()
         writes = len(self._batch)  # with those that `_retry_writes` has added
-        while len(self.ready) and time.monotonic() < end:  # `ready` has no limit of places
+        while len(self.ready) and time.monotonic() < end:  # every turn of `ready` has a place
             self._answer(self.ready.popleft())
         grows = writes < len(self._batch) < MAX_BATCH and time.monotonic() < self._commit_at
         if (self._batch or begun) and not grows:
@@ -3990,6 +4004,10 @@ class Server(waitress.server.TcpWSGIServer):
         return worked
 
     def _answer(self, channel: ServerChannel) -> None:
+        """Run a request in the event loop; if it would block, hand it over to where it runs again.
+
+        An answer that waits for its batch is kept in `_batch`.
+        """
         try:
             channel.answer()
         except WouldBlock as ex:
@@ -4039,7 +4057,7 @@ class Server(waitress.server.TcpWSGIServer):
         return begun
 
     def _commit(self) -> None:
-        """Commit the writes of this round together, then send their answers."""
+        """Commit the batch, here or in another thread, then send its answers."""
         batch, self._batch = self._batch, []
         done = self._database.commit()
         if done.done():
@@ -4051,7 +4069,7 @@ class Server(waitress.server.TcpWSGIServer):
         done.add_done_callback(lambda _: self.call_soon(partial(committed, done.result())))
 
     def _end_batch(self, batch: Batch, stored: bool) -> None:
-        """Answer the requests of a batch, or run them again in worker threads if it failed."""
+        """Answer the requests of a batch that was stored; else run them in worker threads."""
         for channel, calls in batch:
             if stored:
                 for call in calls:
@@ -4062,6 +4080,7 @@ class Server(waitress.server.TcpWSGIServer):
                 self.task_dispatcher.add_task(channel)
 
     def _check_deadlines(self) -> None:
+        """Close connections that take too long or too much memory, and resume paused ones."""
         now = time.monotonic()
         if now >= self._next_check:
             self._next_check = now + CHECK_INTERVAL
