@@ -1040,10 +1040,10 @@ def check_key_set(settings: Settings) -> Findings:
         yield "ok", "TASKD_JWKS_URL", "not set: only the secret can sign a login"
         return
     try:
-        keys, oddities = taskd.parse_key_set(taskd.download(url))
+        keys, warnings = taskd.parse_key_set(taskd.download(url))
         found = "keys: " + ", ".join(f"{alg} {kid}" for kid, alg in keys)
         yield ("ok", url, found) if keys else ("FAIL", url, "it has no key that can sign a login")
-        yield from (("warning", url, oddity) for oddity in oddities)
+        yield from (("warning", url, warning) for warning in warnings)
     except Exception as ex:  # whatever the other side does
         yield "FAIL", url, f"{type(ex).__name__}: {ex}"
     for variable, value in [("ISSUER", settings.issuer), ("AUDIENCE", settings.audience)]:

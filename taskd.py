@@ -526,13 +526,13 @@ TOKEN_ERRORS: dict[type[Exception], str] = {
     jwt.InvalidAudienceError: "aud does not name this server (TASKD_AUDIENCE)",
     jwt.exceptions.InvalidSubjectError: "sub must be a string",
 }
-KEYS_AGE = 240  # seconds after which the key set is fetched again, while its keys are used
-KEYS_LIMIT = 290  # seconds after the last fetch when callers wait for the next one
-KEYS_RETRY = 20  # seconds until the next fetch after one that failed
+KEYS_AGE = 240  # seconds after a fetch until the key set is fetched again, while its keys are used
+KEYS_LIMIT = 290  # seconds after a fetch until callers wait for the next one
+KEYS_RETRY = 20  # seconds after a fetch that failed until the next one, while its keys are used
 KEYS_PAUSE = 3  # seconds at least between two fetches, whatever key ids are asked for
 KEYS_WAIT = 5  # seconds that a fetch may take
-KEYS_END = 3600  # seconds after the last good answer when the keys are no longer accepted
-KEYS_SIZE = 1024 * 1024  # bytes of an answer
+KEYS_END = 3600  # seconds after the last good answer until its keys are no longer accepted
+KEYS_SIZE = 1024 * 1024  # bytes that an answer may have
 KEYS_COUNT = 100  # members of a key set that are read
 
 KeyId = tuple[str | None, str]  # a kid and an alg
@@ -616,7 +616,7 @@ class KeySet:
 
     def _run(self, fetch: Future[None]) -> None:
         try:
-            keys, oddities = parse_key_set(download(self._url))
+            keys, warnings = parse_key_set(download(self._url))
         except Exception as ex:  # the answer may be anything
             self._note_failure(ex)
         else:
@@ -624,15 +624,15 @@ class KeySet:
                 log.info("the key set is fetched again")
             self._keys, self._failure = keys, ""
             self._last_success = self._last_attempt = time.monotonic()
-            self._logged &= set(oddities)
-            self._warn(oddities)
+            self._logged &= set(warnings)
+            self._warn(warnings)
         fetch.set_result(None)
 
     def _note_failure(self, ex: Exception) -> None:
         self._failure, self._last_attempt = f"{type(ex).__name__}: {ex}"[:200], time.monotonic()
         messages = [f"it cannot be fetched: {self._failure}"]
         if self._keys and self._last_attempt - self._last_success >= KEYS_END:
-            messages.append("its keys have ended: no good answer for an hour")
+            messages.append("its keys have expired: no good answer for an hour")
         self._warn(messages)
 
     def _warn(self, messages: list[str]) -> None:
@@ -708,7 +708,7 @@ def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
     if not isinstance(members, list):
         raise ValueError("the answer is not a JSON object with a list of keys")
     keys: dict[KeyId, jwt.PyJWK] = {}
-    oddities = [f"only its first {KEYS_COUNT} keys are read"] * (len(members) > KEYS_COUNT)
+    warnings = [f"only its first {KEYS_COUNT} keys are read"] * (len(members) > KEYS_COUNT)
     for number, member in enumerate(members[:KEYS_COUNT], 1):
         try:
             key = public_key(member)
@@ -719,8 +719,8 @@ def parse_key_set(text: bytes) -> tuple[dict[KeyId, jwt.PyJWK], list[str]]:
             why = str(ex) if isinstance(ex, UnusableKey) else f"it is malformed ({kind})"
             kid = member.get("kid") if isinstance(member, dict) else None
             name = f" (kid {kid[:60]!r})" if isinstance(kid, str) else ""
-            oddities.append(f"its key number {number}{name} is left out: {why}")
-    return keys, oddities
+            warnings.append(f"its key number {number}{name} is left out: {why}")
+    return keys, warnings
 
 
 def public_key(member: Any) -> jwt.PyJWK:
@@ -743,14 +743,14 @@ def public_key(member: Any) -> jwt.PyJWK:
     return key
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
         raise ValueError
     return members
 
 
-_decode_strictly = json.JSONDecoder(object_pairs_hook=_each_once).decode
+_decode_strictly = json.JSONDecoder(object_pairs_hook=_unique_members).decode
 
 
 def _header(token: str) -> dict[str, Any]:
@@ -788,7 +788,7 @@ class Tokens:
         # PyJWT rejects any token with an aud unless told otherwise, and Better Auth's have one.
         options: Any = {"require": ["sub", "exp"], "verify_aud": bool(aud), "verify_jti": False}
         decode = jwt.PyJWT(options).decode
-        self._claims = partial(decode, issuer=issuer, audience=aud, leeway=LEEWAY)
+        self._read_claims = partial(decode, issuer=issuer, audience=aud, leeway=LEEWAY)
         self._verified: dict[str, tuple[float, jwt.PyJWK | None, User]] = {}
         self._rejected: dict[str, tuple[float, str]] = {}
 
@@ -819,6 +819,13 @@ class Tokens:
         gone = key and self._key_set and self._key_set.get(key.key_id, key.algorithm_name) != key
         return user if until > time.time() and not gone else None
 
+    def mint(self, claims: Claims) -> str:
+        """Return a token with these claims, signed with the first secret."""
+        if not self.secrets:
+            why = "and taskd cannot sign with the keys of TASKD_JWKS_URL; use the token of a login"
+            raise SettingsError(f"BETTER_AUTH_SECRET is missing, {why}")
+        return jwt.encode(claims, self.secrets[0], "HS256")
+
     def _verify_unless_rejected(self, token: str) -> tuple[User, jwt.PyJWK | None]:
         """Verify a token, or reject it for the reason for which it was rejected just now."""
         until, why = self._rejected.get(token, (0, ""))
@@ -832,13 +839,6 @@ class Tokens:
                     self._rejected.clear()
                 self._rejected[token] = time.monotonic() + REJECTED_CACHE_AGE, str(ex)
             raise
-
-    def mint(self, claims: Claims) -> str:
-        """Return a token with these claims, signed with the first secret."""
-        if not self.secrets:
-            why = "and taskd cannot sign with the keys of TASKD_JWKS_URL; use the token of a login"
-            raise SettingsError(f"BETTER_AUTH_SECRET is missing, {why}")
-        return jwt.encode(claims, self.secrets[0], "HS256")
 
     def _verify(self, token: str) -> tuple[User, jwt.PyJWK | None]:
         if len(token) > MAX_TOKEN:
@@ -866,10 +866,10 @@ class Tokens:
         """
         if alg != "HS256" or not self.secrets:
             key = self._find_key(alg, kid)
-            return self._claims(token, key, [key.algorithm_name]), key
+            return self._read_claims(token, key, [key.algorithm_name]), key
         for secret in self.secrets:
             try:
-                return self._claims(token, secret, ["HS256"]), None
+                return self._read_claims(token, secret, ["HS256"]), None
             except jwt.InvalidSignatureError as ex:
                 mismatch = ex  # another secret may have signed it
         raise mismatch
@@ -913,14 +913,14 @@ Tag = Annotated[str, Meta(min_length=1, max_length=50, pattern=r"\S")]
 
 
 class TagsField(peewee.TextField):
-    """A column with an array of texts as JSON, in which a text can be found as it is quoted."""
+    """A column with an array of texts as JSON, in which REPLACE finds a text as `quoted` has it."""
 
     def db_value(self, value: list[str]) -> str:
-        """Return the array as the database keeps it."""
+        """Return the JSON of the array, as the database keeps it."""
         return f"[{','.join(map(quoted, value))}]"
 
     def python_value(self, value: str) -> list[str]:
-        """Return the array as a view shows it."""
+        """Return the array of this JSON, as a task shows it."""
         try:
             return parse_tags(value) if value != "[]" else []
         except ValueError as ex:
@@ -967,7 +967,7 @@ def timestamp(when: datetime) -> str:
     return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def each_once(tags: list[str]) -> list[str]:
+def unique_tags(tags: list[str]) -> list[str]:
     """Return the tags, or raise ValueError if one is there twice."""
     if len(set(tags)) < len(tags):
         raise ValueError("one is there twice")
@@ -1023,7 +1023,7 @@ FIELDS = {
         " none of them blank",
         column=TagsField,
         default=[],
-        normalise=each_once,
+        normalise=unique_tags,
         searched=True,
     ),
 }

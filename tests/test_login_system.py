@@ -300,8 +300,8 @@ def test_an_answer_that_is_not_a_key_set_is_reported_as_such(text: str) -> None:
 def test_a_hundred_keys_are_read(number: int, said: list[str]) -> None:
     [key] = [public(NEW, "EdDSA", "x" * 70)]
     members = [key | {"kid": f"{n}"} for n in range(number)]
-    keys, oddities = taskd.parse_key_set(json.dumps({"keys": members}).encode())
-    assert (len(keys), oddities) == (100, said)
+    keys, warnings = taskd.parse_key_set(json.dumps({"keys": members}).encode())
+    assert (len(keys), warnings) == (100, said)
 
 
 def test_a_long_kid_is_cut_in_the_log() -> None:
@@ -389,7 +389,7 @@ def test_without_a_good_answer_old_keys_go_on_for_an_hour_and_no_longer(
     first, second = warnings_in(caplog)
     assert f"it cannot be fetched: OSError: the answer is {status}, not 200" in first
     assert second == (
-        f"the key set {auth_server.url}: its keys have ended: no good answer for an hour"
+        f"the key set {auth_server.url}: its keys have expired: no good answer for an hour"
     )
     auth_server.answer = auth_server.well
     clock.ahead += taskd.KEYS_PAUSE
