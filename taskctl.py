@@ -574,7 +574,7 @@ def tasks(
     if only_open and only_done:
         raise BadParameter("--open and --done exclude each other")
     completed = only_done if only_open or only_done else None
-    due = due_before and taskd.PARSED["due_before"](due_before)
+    due = due_before and taskd.PARAMETER_PARSERS["due_before"](due_before)
     listing = taskd.Listing(completed, q, priority, tuple(tag or ()), due, sort=sort, limit=limit)
     found = read_list(user, listing)
     noun = "task" if listing == taskd.Listing(sort=sort) else "such task"

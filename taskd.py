@@ -1044,11 +1044,11 @@ TASK_CHANGES: dict[str, Any] = dict.fromkeys(FIELDS, UNSET)
 COMPLETION: dict[str, Any] = {"completed": UNSET}
 
 parse_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-PARSERS = {name: msgspec.json.Decoder(field.type).decode for name, field in FIELDS.items()}
+FIELD_PARSERS = {name: msgspec.json.Decoder(field.type).decode for name, field in FIELDS.items()}
 _types = {name: field.type for name, field in FIELDS.items()}
 _members = {"id": int, "user_id": str, **_types, "created_at": str, "updated_at": str}
 TaskView = msgspec.defstruct("TaskView", _members.items(), frozen=True)
-OWNED = _members.keys() - FIELDS.keys()  # ignored in bodies: a task can be sent back whole
+SERVER_OWNED = _members.keys() - FIELDS.keys()  # ignored in bodies: a task can be sent back whole
 View = Any  # a TaskView, whose members follow from FIELDS
 
 
@@ -1123,7 +1123,7 @@ def parse_body(text: str, fields: dict[str, Any]) -> dict[str, Any]:
         try:
             if name in fields:
                 given[name] = parse_value(name, value)
-            elif name not in OWNED:
+            elif name not in SERVER_OWNED:
                 raise ValueError("is not a field that can be set here")
         except ValueError as ex:
             faults.append(Fault(name[:MAX_NAME], str(ex)))
@@ -1144,7 +1144,7 @@ def parse_value(name: str, value: msgspec.Raw) -> Any:
     """Return the value of a field. Raises ValueError, which says what is wrong."""
     field = FIELDS[name]
     try:
-        given = PARSERS[name](value)
+        given = FIELD_PARSERS[name](value)
         normalised = field.normalise(given) if field.normalise and given is not None else given
     except ValueError:
         blank = bytes(value)[:1] == b'"' and not msgspec.json.decode(value, type=str).strip()
@@ -1164,7 +1164,7 @@ MAC_SIZE = 16  # bytes
 ORDERS = {"id": "id", "created_at": "created_at", "updated_at": "updated_at"} | {
     name: field.order for name, field in FIELDS.items() if field.order
 }  # what lists are sorted by, and its SQL
-DUE = (
+DUE_RULE = (
     "must be a day such as 2026-12-01, or a time with its offset from UTC such as"
     " 2026-12-01T09:00:00Z, in which + is written %2B"
 )
@@ -1172,8 +1172,8 @@ PARAMETERS = {
     "completed": ("true|false", "must be true or false"),
     "priority": ("low|medium|high", "must be low, medium or high"),
     "tag": (r"(?s)(?=.*\S)[^\0]{1,50}", "must be 1 to 50 characters, not blank, without U+0000"),
-    "due_before": (DUE_DATE.pattern, DUE),
-    "due_after": (DUE_DATE.pattern, DUE),
+    "due_before": (DUE_DATE.pattern, DUE_RULE),
+    "due_after": (DUE_DATE.pattern, DUE_RULE),
     "q": (r"[^\0]{0,200}", "must be at most 200 characters, without U+0000"),
     "sort": (
         f"-?({'|'.join(ORDERS)})",
@@ -1185,9 +1185,9 @@ PARAMETERS = {
         'must come from the link rel="next" of a page of your tasks in the same order',
     ),
 }
-PARSED: dict[str, Callable[[str], Any]] = {  # the others are taken as they are
+PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {  # the others are taken as they are
     "completed": lambda text: text == "true",
-    # Between two milliseconds, the earlier one is before it.
+    # Times are kept in milliseconds; a bound between two of them comes after the earlier one.
     "due_before": lambda text: due_moment(text) + "~" * bool(re.search(r"\.\d{3}\d*[1-9]", text)),
     "due_after": due_moment,
     "limit": int,
@@ -1210,13 +1210,13 @@ IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,255}"
 
 
 class Listing(Struct, frozen=True):
-    """The tasks of a user to list, their order, and the position to start after; no limit: all."""
+    """Which tasks of a user to list, in which order, after which position; all without `limit`."""
 
     completed: bool | None = None
     q: str = ""
     priority: str | None = None
     tags: tuple[str, ...] = ()
-    due_before: str | None = None  # as PARSED has it
+    due_before: str | None = None  # as PARAMETER_PARSERS returns it
     due_after: str | None = None
     sort: str = "id"
     limit: int | None = None
@@ -1249,7 +1249,7 @@ def read_listing(req: Request, cursors: Cursors) -> Listing:
         faults += [] if after else [Fault("after", PARAMETERS["after"][1])]
     if faults:
         raise Unprocessable(faults[:MAX_FAULTS])
-    parsed = {name: PARSED.get(name, str)(text) for name, text in asked.items()}
+    parsed = {name: PARAMETER_PARSERS.get(name, str)(text) for name, text in asked.items()}
     return Listing(**parsed, tags=tuple(tags), after=after)
 
 
@@ -1264,7 +1264,7 @@ def wrong_parameter(name: str, values: list[str], is_utf8: bool = True) -> str |
         most = f"{MAX_TAGS} times" if name == REPEATABLE else "once"
         return f"must be given at most {most}, not {len(values)} times"
     try:
-        PARSED.get(name, str)(values[0])
+        PARAMETER_PARSERS.get(name, str)(values[0])
         return None if all(re.fullmatch(pattern, value) for value in values) else rule
     except ValueError:
         return rule
@@ -1350,7 +1350,7 @@ def _entity_tags(req: Request, name: str) -> list[str] | None:
     return re.findall(rf"(?:W/)?{OWN_ENTITY_TAG}", value)
 
 
-def read_key(req: Request) -> str | None:
+def read_idempotency_key(req: Request) -> str | None:
     """Return the Idempotency-Key, or None; raise 400 if it is malformed."""
     key = req.get_header("Idempotency-Key")
     if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
@@ -1381,8 +1381,9 @@ FILTERS = {
     "due_before": f"{ORDERS['due_date']} < :due_before",
     "due_after": f"{ORDERS['due_date']} > :due_after",
 }
+# A pattern for LIKE: Conditions has the tags of a header in one text.
 ENTITY_TAG_OF_ROW = "'%\"' || version || '-' || updated_at || '\"%'"
-AS_EXPECTED = (
+CONDITIONS_MET = (
     f"(:match = '*' OR :match LIKE {ENTITY_TAG_OF_ROW})"
     f" AND NOT (:none_match = '*' OR :none_match LIKE {ENTITY_TAG_OF_ROW})"
 )
@@ -1485,7 +1486,7 @@ def owned_by_user(model: type[Task | IdempotencyKey]) -> peewee.Expression:
 
 
 THIS_TASK = owned_by_user(Task) & (Task.id == placeholder("id"))
-EXPECTED = THIS_TASK & peewee.SQL(f"({AS_EXPECTED})")
+THIS_TASK_IF_MET = THIS_TASK & peewee.SQL(f"({CONDITIONS_MET})")
 
 
 def queries() -> dict[str, Any]:
@@ -1495,22 +1496,22 @@ def queries() -> dict[str, Any]:
     new = {name: placeholder(name) for name in names}
     key = owned_by_user(IdempotencyKey) & (IdempotencyKey.name == placeholder("name"))
     old = IdempotencyKey.created_at < placeholder("before")
-    some = IdempotencyKey.select(IdempotencyKey.id).where(old).order_by(IdempotencyKey.id)
+    old_ids = IdempotencyKey.select(IdempotencyKey.id).where(old).order_by(IdempotencyKey.id)
     span = IdempotencyKey.id.between(placeholder("first"), placeholder("last"))
-    create = {name: placeholder(name) for name in ("user_id", "name", "body", "answer")}
-    theirs = Task.select(Task.id).where(owned_by_user(Task))
-    counted = theirs.limit(placeholder("limit"))
+    new_key = {name: placeholder(name) for name in ("user_id", "name", "body", "answer")}
+    task_ids = Task.select(Task.id).where(owned_by_user(Task))
+    counted = task_ids.limit(placeholder("limit"))
     return {
         "get": Task.select(*SHOWN, Task.version).where(THIS_TASK),
         "add": _returning(Task.insert(created_at=now, updated_at=now, **new)),
-        "long": theirs.limit(peewee.SQL("1")).offset(peewee.SQL(str(FIRST_PAGE))),
+        "over_first_page": task_ids.limit(peewee.SQL("1")).offset(peewee.SQL(str(FIRST_PAGE))),
         "count": peewee.Select([counted], [peewee.fn.COUNT(peewee.SQL("1"))]),
         "toggle": _update(completed=peewee.SQL("NOT completed")),
-        "remove": _returning(Task.delete().where(EXPECTED)),
+        "remove": _returning(Task.delete().where(THIS_TASK_IF_MET)),
         "delete_old_key": IdempotencyKey.delete().where(key & old),
-        "old_key_ids": some.limit(peewee.SQL("500")),
+        "old_key_ids": old_ids.limit(peewee.SQL("500")),
         "delete_old_keys": IdempotencyKey.delete().where(old & span),
-        "add_key": IdempotencyKey.insert(created_at=now, **create),
+        "add_key": IdempotencyKey.insert(created_at=now, **new_key),
         "replay": IdempotencyKey.select(IdempotencyKey.body, IdempotencyKey.answer).where(key),
     }
 
@@ -1523,7 +1524,7 @@ def change_query(*names: str) -> Any:
 def _update(**values: Any) -> Any:
     later = peewee.SQL("CASE WHEN updated_at > :now THEN updated_at ELSE :now END")
     touched = {"updated_at": later, "version": peewee.SQL("version + 1")}
-    return _returning(Task.update(**values, **touched).where(EXPECTED))
+    return _returning(Task.update(**values, **touched).where(THIS_TASK_IF_MET))
 
 
 def _returning(query: Any) -> Any:
@@ -1574,7 +1575,8 @@ class TaskStore:
     def page_reader(self, user_id: str, listing: Listing) -> Iterator[ReadPage]:
         """Yield the function that reads pages.
 
-        A search waits for one of the user's places. Raises Busy without one, or without the client.
+        A search waits for one of the user's places. Raises Busy if none becomes free, or if the
+        client has left.
         """
         if not self._is_search(user_id, listing):
             yield partial(self.page, user_id)
@@ -1589,7 +1591,7 @@ class TaskStore:
             yield partial(self._search, user_id)
 
     def _search(self, user_id: str, listing: Listing) -> Page:
-        """Read a page, or raise Busy after SEARCH_TIME or without the client."""
+        """Read a page. Raises Busy after SEARCH_TIME, or if the client has left."""
         end = time.monotonic() + SEARCH_TIME
         try:
             with self._database.deadline(end):
@@ -1609,14 +1611,14 @@ class TaskStore:
         if listing.is_by_id and not any(filters):
             return False
         with contextlib.suppress(WouldBlock):  # then it runs where searches do
-            return bool(self._database.run(self._sql["long"], user_id=user_id))
+            return bool(self._database.run(self._sql["over_first_page"], user_id=user_id))
         return True
 
     def page(self, user_id: str, listing: Listing, end: float = math.inf) -> Page:
-        """Return the JSON array of the user's tasks, and the listing of those that follow.
+        """Return a page as a JSON array, and the listing of the tasks that follow, or None.
 
-        With a limit they are at most so many, without one a page of all. Within `deadline(end)`,
-        pass the same `end`.
+        A page has at most `limit` tasks; a listing without `limit` is read in pages too. Within
+        `deadline(end)`, pass the same `end`.
         """
         size = listing.limit or (NEXT_PAGE if listing.after or not listing.is_by_id else FIRST_PAGE)
         sql, values = self._page_statement(listing)
@@ -1631,7 +1633,7 @@ class TaskStore:
             if len(page) > room:
                 page, after = _fill_page(found, size, room)
         else:
-            # An iterator that is not closed goes on.
+            # Without `closing`, its statement would stay open, with its snapshot of the database.
             with contextlib.closing(self._database.rows(sql, end, **values)) as rows:
                 page, after = _fill_page(rows, size, room)
         return page, after and msgspec.structs.replace(listing, after=after)
@@ -1701,7 +1703,7 @@ class TaskStore:
     def expire_keys(self) -> None:
         """Delete all expired idempotency keys, 500 at a time so that no write waits long."""
         before = timestamp(datetime.now(UTC) - IDEMPOTENCY_WINDOW)
-        ids: list[Row] = [(0,)]  # the first write shows /readyz whether one is possible
+        ids: list[Row] = [(0,)]  # the first write deletes nothing; /readyz learns if it fails
         while ids:
             span = {"first": ids[0][0], "last": ids[-1][0]}
             self._database.write(self._sql["delete_old_keys"], before=before, **span)
@@ -2876,7 +2878,7 @@ class TaskResource:
 
     def on_post_collection(self, req: Request, resp: Response) -> None:
         """Create a task, or answer again a create that is repeated with its Idempotency-Key."""
-        key = read_key(req)
+        key = read_idempotency_key(req)
         stored = self._store.add(req.context.user.id, read_body(req, NEW_TASK), key)
         if stored is None:
             used = "was used for another task; send a new one with a new task"

@@ -13,7 +13,7 @@ INSERT INTO "task" ("user_id", "created_at", "updated_at", "title", "description
   VALUES (:user_id, :now, :now, :title, :description, :completed, :priority, :due_date, :tags, :title_folded, :description_folded, :tags_folded)
   RETURNING "task"."id", "task"."user_id", "task"."title", "task"."description", "task"."completed", "task"."priority", "task"."due_date", "task"."tags", "task"."created_at", "task"."updated_at", "task"."version";
 
--- long
+-- over_first_page
 SELECT "t1"."id"
   FROM "task" AS "t1"
   WHERE ("t1"."user_id" = :user_id)
