@@ -1780,7 +1780,9 @@ STATEMENT = re.compile(r"(?ms).+?;(?: *--[^\n]*)?$")
 VERSION_1 = ["id", "user_id", "title", "description", "completed", "created_at", "updated_at"]
 MIN_SQLITE = (3, 35)  # the first with RETURNING
 MIN_FREE_SPACE = 256 * 1024  # bytes of free space; below it SQLite cannot store every task
-UNUSABLE = ("DatabaseError", "OperationalError")  # other classes of errors are faults of taskd
+# SQLite's errors that mean that the database cannot be used; others are errors in taskd.
+UNUSABLE = ("DatabaseError", "OperationalError")
+# Messages that mean that no write can be stored.
 UNWRITABLE = re.compile("full|read-?only|I/O error|No space|unable to open", re.IGNORECASE)
 SESSION = """
     SET statement_timeout = {:.0f}; SET idle_in_transaction_session_timeout = 0;
@@ -1789,19 +1791,19 @@ SESSION = """
         COALESCE(NULLIF(current_setting('synchronous_commit'), 'off'), 'on'), FALSE)
 """  # in milliseconds; a commit is on disk before it is answered, whatever is set later
 BACKEND = "SELECT pg_backend_pid(), pg_postmaster_start_time()::text"  # what serves a session
-MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held by a start
+MIGRATION_LOCK = int.from_bytes(b"taskd")  # PostgreSQL's advisory lock, held while taskd starts
 TABLES = tuple(model._meta.table_name for model in MODELS)
 # Seconds that a write waits for other threads of this process, and then for the database's lock.
 LOCK_TIMEOUT = 4.0
 MIGRATION_TIMEOUT = 60.0  # seconds that a start waits for another one, which may be migrating
 LOCK_RETRY = 0.01  # seconds until a write that waits for SQLite's lock is tried again
 MAX_WAL_PAGES = 16 * 1024  # of 4 KiB in SQLite's write-ahead log; it grows while searches overlap
-DEADLINE_STEPS = 1000  # SQLite instructions between two looks at the clock
+DEADLINE_STEPS = 1000  # SQLite instructions between two checks of the time
 CONNECT_WAIT = 0.8  # seconds that requests wait for each new connection to PostgreSQL
-TRANSACTION = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
-SAVEPOINT = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"
-too_many_writes = partial(Unavailable, "the database", "too many writes are waiting")
 SLOW_COMMIT = 0.002  # seconds; if commits take longer, the event loop does not wait for them
+TRANSACTION = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
+SAVEPOINT = "SAVEPOINT write", "RELEASE write", "ROLLBACK TO write"  # in the event loop's batch
+too_many_writes = partial(Unavailable, "the database", "too many writes are waiting")
 
 
 class DatabaseError(Exception):
@@ -1815,7 +1817,7 @@ class Unstorable(Exception):
 def open_database(settings: Settings, statement_timeout: float = 2 * LOCK_TIMEOUT) -> Database:
     """Return the database of the settings, created or migrated if need be. Raises DatabaseError.
 
-    PostgreSQL cancels a statement after the time-out in seconds; 0 is none.
+    PostgreSQL cancels a statement after the time-out in seconds; 0 means no time-out.
     """
     if settings.database_url.startswith("postgresql:"):
         return Postgres(settings, statement_timeout)
@@ -1828,23 +1830,26 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
 
 
 class WriteHealth:
-    """Remembers for /readyz whether the last write failed; reads work on a read-only disk too."""
+    """Remembers for /readyz that a write has failed, until a write of its own succeeds.
+
+    Reads show nothing of it: they work on a full or read-only disk too.
+    """
 
     _failure = ""
     probe = "UPDATE about SET version = version"  # a write that changes nothing
     write: Callable[..., object]
 
     def _unavailable(self, ex: Exception) -> Unavailable:
-        """Return the error for a statement that failed, and remember one that all writes may have.
+        """Return the error for a statement that failed, and remember why if all writes may fail.
 
-        A read can have it too: then the next check finds that a write succeeds.
+        A read can fail for the same reason: then the next check finds that a write succeeds.
         """
         why = first_line(ex)
         self._failure = why if UNWRITABLE.search(why) else self._failure
         return Unavailable("the database", why)
 
-    def _check_last_write(self) -> None:
-        """Raise Unavailable if a write failed, and so does another one now."""
+    def _check_writes(self) -> None:
+        """Raise Unavailable if a write has failed, and another one fails now."""
         if not self._failure:
             return
         try:
@@ -1893,23 +1898,24 @@ class Sqlite(WriteHealth):
     def run(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows. Raises Unavailable, or WouldBlock."""
         try:  # directly, because most requests run one; the last fetch commits, and can fail
-            return self._here().connection().execute(sql, values).fetchall()  # type: ignore
+            return self._current().connection().execute(sql, values).fetchall()  # type: ignore
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             self._raise_failure(ex)
 
     def rows(self, sql: str, end: float = math.inf, **values: Any) -> Generator[tuple[Any, ...]]:
         """Read a statement's rows one by one, until the iterator is closed."""
         try:
-            with contextlib.closing(self._here().connection().execute(sql, values)) as cursor:
+            with contextlib.closing(self._current().connection().execute(sql, values)) as cursor:
                 yield from cursor
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             self._raise_failure(ex)
 
     def _raise_failure(self, ex: Exception) -> NoReturn:
+        """Roll back, and raise BatchFailed, WouldBlock, Unavailable or the error itself."""
         if thread_state.after_commit is not None:
             _discard(self._writer)
             raise BatchFailed from None
-        _discard(self._here())  # its state is not known; the next request opens a new one
+        _discard(self._current())  # its state is not known; the next request opens a new one
         if thread_state.in_event_loop:  # perhaps it is locked
             raise WouldBlock from None
         if type(ex).__name__ not in UNUSABLE:
@@ -1918,13 +1924,13 @@ class Sqlite(WriteHealth):
 
     @contextlib.contextmanager
     def deadline(self, end: float) -> Iterator[None]:
-        """Let this thread's statements raise Unavailable at a time, or once the client has left.
+        """Let this thread's statements raise Unavailable after `end`, or once the client has left.
 
-        The time is one of `time.monotonic()`.
+        `end` is a time of time.monotonic().
         """
         self.run("SELECT 1")  # opens the connection, or raises Unavailable
         self._checkpoint_if_long()
-        connection = self._here().connection()
+        connection = self._current().connection()
 
         def is_over() -> bool:
             return time.monotonic() > end or thread_state.client_has_left()
@@ -1937,21 +1943,21 @@ class Sqlite(WriteHealth):
                 connection.set_progress_handler(None, 0)
 
     def _checkpoint_if_long(self) -> None:
-        """Move a log that is too long into the database; raise Busy if other readers prevent it.
+        """Checkpoint a log that is too long; raise Busy if other readers prevent it.
 
         SQLite writes to the beginning of its log again when no reader needs what is there.
         """
         self._check_files()
         if any(file.stat().st_size > 4096 * MAX_WAL_PAGES for file, _ in self._files[1:]):
             [[_, pages, moved]] = self.run("PRAGMA wal_checkpoint")
-            if moved < pages > MAX_WAL_PAGES:
+            if pages > MAX_WAL_PAGES and moved < pages:
                 raise Busy("other readers must end first; send it again")
 
     def lock(self, user_id: str) -> None:
-        """Lock out other creates of the user until the transaction ends; SQLite has one writer."""
+        """Do nothing: SQLite has one writer, so a transaction already excludes other creates."""
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
-        """Run a statement that writes, exclusively; `when_on_disk` tells when it is on disk."""
+        """Run a statement that writes, exclusively; it is on disk when `when_on_disk` calls."""
         with self._exclusively():
             return self.run(sql, **values)
 
@@ -1965,12 +1971,13 @@ class Sqlite(WriteHealth):
                 yield
                 self.run(commit)
             except Exception:
-                if _is_in_transaction(self._here()):
+                if _is_in_transaction(self._current()):
                     self.run(roll_back)
                 raise
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
+        """Join the batch in the event loop; in another thread wait until no other one writes."""
         if thread_state.in_event_loop:
             self._join_batch()
             yield
@@ -1986,6 +1993,7 @@ class Sqlite(WriteHealth):
             self._write_lock.release()
 
     def _join_batch(self) -> None:
+        """Begin the batch, unless it has begun, and let this request's statements be part of it."""
         if not self.begin():
             if thread_state.write_timed_out:
                 raise Unavailable("the database", "database is locked")
@@ -2013,7 +2021,10 @@ class Sqlite(WriteHealth):
         return True
 
     def commit(self) -> Future[bool]:
-        """Commit the batch, in another thread if the disk is slow; False if it was undone."""
+        """Commit the batch, in another thread if the disk is slow.
+
+        The result is False if the batch was rolled back, or its file replaced.
+        """
         self._committing, done = True, Future[bool]()
         if self._commit_time > SLOW_COMMIT:
             with contextlib.suppress(RuntimeError):  # the system allows no further thread
@@ -2034,8 +2045,8 @@ class Sqlite(WriteHealth):
         self._commit_time += (seconds - self._commit_time) / 8  # a moving average
         done.set_result(stored)
 
-    def _here(self) -> peewee.SqliteDatabase:
-        """Return the database whose connection this thread uses now."""
+    def _current(self) -> peewee.SqliteDatabase:
+        """Return Peewee's object for the database, whose connection this thread uses now."""
         if thread_state.after_commit is not None:
             return self._writer
         if thread_state.in_event_loop:
@@ -2047,15 +2058,15 @@ class Sqlite(WriteHealth):
         self._check_files()
         self.run("SELECT 1 FROM task LIMIT 1")
         try:
-            _check_fit(self._here(), sqlite_definitions)
+            _check_fit(self._current(), sqlite_definitions)
         except (peewee.DatabaseError, sqlite3.DatabaseError) as ex:
             raise Unavailable("the database", str(ex)) from ex
         if self._failure and shutil.disk_usage(self._path.parent).free < MIN_FREE_SPACE:
             raise Unavailable("the database, whose disk is full,", self._failure)
-        self._check_last_write()
+        self._check_writes()
 
     def _open_files(self) -> list[tuple[Path, os.stat_result]]:
-        """Open a connection that stays open, and return the files of the database and its log.
+        """Open `_anchor`, which stays open, and return the files of the database and its log.
 
         While a connection is open, SQLite does not delete the log.
         """
@@ -2076,6 +2087,7 @@ class Sqlite(WriteHealth):
         return False
 
     def _check_files(self) -> None:
+        """Raise Unavailable unless the database and its log are the files that were opened."""
         if not self._has_its_files():
             why = "restart taskd to serve the file that is there now"
             raise Unavailable("the database, whose file was replaced or deleted,", why)
@@ -2091,7 +2103,7 @@ class Sqlite(WriteHealth):
 
 
 class PostgresPool(peewee.PostgresqlDatabase):
-    """Connections that are kept after use, and new ones, which a thread makes one by one.
+    """A pool of connections to PostgreSQL; a thread of its own makes new ones, one by one.
 
     If the server is silent, that thread waits for seconds; a request that needs a connection waits
     for at most `wait_limit`. The session settings override those of the role, database and libpq.
@@ -2222,7 +2234,8 @@ class Postgres(WriteHealth):
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         """Run a statement that writes; it is on disk when this returns."""
-        # Connect first: a queue whose writes all wait for a connection would seem to stand still.
+        # Connect first: if the places were taken by writes that wait for a connection, none would
+        # be freed, and further writes would be rejected.
         with self._connected(), self._queue.place():
             return self.run(sql, **values)
 
@@ -2244,13 +2257,13 @@ class Postgres(WriteHealth):
 
     @contextlib.contextmanager
     def deadline(self, end: float) -> Iterator[None]:
-        """Let this thread's next statement, and each fetch of rows, raise Unavailable at a time."""
+        """Let this thread's next statement and each fetch of rows raise Unavailable after `end`."""
         with self._connected(), self._pool.atomic():
             self._limit_statement(end)
             yield
 
     def _limit_statement(self, end: float) -> None:
-        """Let the transaction's next statement raise Unavailable at a time, which may be never."""
+        """Let the transaction's next statement raise Unavailable after `end`; inf is never."""
         if (seconds := end - time.monotonic()) < math.inf:
             # 0 is no limit: the cursor can still be closed.
             self.run(f"SET LOCAL statement_timeout = {max(0, math.ceil(1000 * seconds))}")
@@ -2292,7 +2305,7 @@ class Postgres(WriteHealth):
             _check_fit(self._pool, portable_definitions)
             [[is_standby]] = self.run("SELECT pg_is_in_recovery()")
         if not is_standby:  # a standby rejects every write, and serves reads
-            self._check_last_write()
+            self._check_writes()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -2382,7 +2395,7 @@ Database = Sqlite | Postgres
 
 
 def _discard(database: peewee.SqliteDatabase) -> None:
-    """Roll back this thread's transaction and close its connection, which releases its lock."""
+    """Roll back the transaction of a connection and close it, which releases its lock."""
     if not database.is_closed():
         with contextlib.suppress(sqlite3.Error):
             database.connection().rollback()
@@ -2537,7 +2550,7 @@ def _copy_beside(path: str, version: int) -> Path:
 
 
 def schema_differences(database: peewee.Database, describe: Callable[[Any], set[str]]) -> str:
-    """Describe how taskd's tables differ from schema.sql; additional indexes are allowed."""
+    """Return how taskd's tables differ from schema.sql, in words; more indexes are allowed."""
     wanted, found = _wanted_definitions(describe), describe(database)
     lacking = [f"it lacks {part}" for part in sorted(wanted - found)]
     extra = [f"it has {part}" for part in sorted(found - wanted) if not part.startswith("index")]
