@@ -19,8 +19,8 @@ CREATE TABLE task (
     tags_folded        TEXT NOT NULL DEFAULT ''     -- the tags, case-folded, joined by "A"
 );
 
--- Every statement names the owner first. Sorted by id, a list of all, open or done tasks follows an
--- index, so that every page costs the same. Other orders sort the user's tasks.
+-- Every statement on tasks names the owner. Sorted by id, a list of all, open or done tasks follows
+-- an index, so that every page costs the same. Other orders sort the user's tasks.
 CREATE INDEX task_id ON task (user_id, id);
 CREATE INDEX task_completed_id ON task (user_id, completed, id);
 

@@ -244,7 +244,7 @@ def test_the_limits_of_what_a_client_may_send_are_those_of_the_guide() -> None:
     assert limits["a body"] == f"{body}, {wait['body']}"
     waiting = "an answer of which the client reads nothing, an idle connection"
     assert limits[waiting] == f"{wait['delivery']}, {wait['request']}"
-    held = "requests that are not whole and answers that are not read, in memory"
+    held = "requests that are not answered yet and answers that are not read yet, in memory"
     assert limits[held] == f"{taskd.MAX_HELD >> 20} MiB in all"
     room = taskd.MAX_LIST_BYTES >> 30
     lists = (
