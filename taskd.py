@@ -1,9 +1,11 @@
 """taskd: a JWT-protected task API for many users, in one file.
 
 Better Auth, or another issuer of JWTs, logs people in; taskd verifies their tokens and serves each
-user only that user's tasks. Each chapter uses only chapters above it, so a request enters at the
-end of the file and passes upwards: Server, HTTP, App, Middleware, Resources, Requests and Bodies,
-Store, Database. The other chapters are used on the way.
+user only that user's tasks. Each chapter uses only names of chapters above it, so a request enters
+at the end of the file and passes upwards: Server, HTTP, App, Middleware, Resources, Requests and
+Bodies, Store. The store runs its statements on the database that `create_app` gives it; the chapter
+Database is below the Store, because it uses the models of the tables. The other chapters are used
+on the way.
 
 | chapter    | knows                                                                           |
 |------------|---------------------------------------------------------------------------------|
@@ -25,7 +27,7 @@ Store, Database. The other chapters are used on the way.
 | Server     | connections, threads, deadlines, shutdown                                       |
 | Start      | the command line, the listening socket, `main`                                  |
 
-Importing this module does nothing; `create_app` builds everything.
+Importing this module does nothing: `create_app` builds the application, `serve` the server.
 """
 
 # /// script
@@ -325,7 +327,7 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 class AccessLogFields(dict[str, Any]):
-    """What the log has of a request, in the order in which JSON shows it; `user` may be None."""
+    """What the log shows of a request, in the order of the JSON; `user` may be None."""
 
     def __str__(self) -> str:
         """Return it as text; the user is percent-encoded, so that it cannot forge a field."""
@@ -2607,7 +2609,7 @@ def method_of(req: Request) -> str:
 
 
 class Metrics:
-    """Prometheus metrics: middleware that counts requests, and the resource that shows them.
+    """Prometheus metrics: middleware that counts requests, and the resource that serves them.
 
     They are labelled by route template and kind of statement, never by user.
     """
@@ -2706,7 +2708,7 @@ class TimedDatabase:
 # --- Middleware -----------------------------------------------------------------------------------
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Some proxies add a port.
+# A client's address in X-Forwarded-For; some proxies add a port.
 ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}|\[[0-9A-Fa-f.:]{2,45}\](:[0-9]{1,5})?")
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 HEADERS_OF_ALL = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -2777,7 +2779,7 @@ class RequestContext:
         self._proxies = trusted_proxies
 
     def process_request(self, req: Request, resp: Response) -> None:
-        """Take the client's request id if it is valid, else make one, and start the clock.
+        """Take the client's request id, or make one if it is not valid; start the clock.
 
         The clock starts when the request was received. Raises the server's rejection of a request,
         so that it gets the same headers and log line.
@@ -2854,10 +2856,10 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
 TASK_NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 MAX_TASK_NUMBER = 2**63 - 1  # what SQLite can hold
 NO_TASK = "you have no task with this id"
-MAX_LIST_IN_MEMORY = 512 * 1024  # bytes; a longer list goes into a file, which its client reads
+MAX_LIST_IN_MEMORY = 512 * 1024  # bytes; a longer list is written to a file, then sent from there
 MAX_LISTS = 32  # such files at a time
 MAX_LISTS_OF_USER = 8
-MAX_LIST_BYTES = 2 * 1024 * 1024 * 1024  # in all of them; half of it in those of a user
+MAX_LIST_BYTES = 2 * 1024 * 1024 * 1024  # of all such files; half of it of those of a user
 Chunk = bytes | memoryview
 DOCS_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
@@ -2876,7 +2878,7 @@ class TaskResource:
         """List the user's tasks: all of them, or a page with a link to the next (RFC 8288)."""
         user_id = req.context.user.id
         listing = read_listing(req, self._cursors) if req.query_string else Listing()
-        if listing == Listing(sort=listing.sort):  # of all tasks
+        if listing == Listing(sort=listing.sort):  # it is of all tasks
             ListFile.check(user_id)
         with self._store.page_reader(user_id, listing) as read:
             tasks, rest = read(listing)
@@ -2970,7 +2972,7 @@ class ListFile(io.FileIO):
     large together, and Unavailable if the disk is full.
     """
 
-    _lock = threading.RLock()  # the garbage collector may close a file in a thread that has it
+    _lock = threading.RLock()  # the garbage collector may close a file in a thread that holds it
     _sizes: ClassVar[dict[tuple[str, int], int]] = {}  # of the open files
 
     def __init__(self, user_id: str, chunks: Iterable[Chunk]) -> None:
@@ -3025,10 +3027,10 @@ class HealthResource:
         self._check, self._checked = check, 0.0  # when the last good check began
 
     def on_get(self, req: Request, resp: Response) -> None:
-        """Answer 200, or raise Unavailable. A good check is for all requests received before it."""
+        """Answer 200, or raise Unavailable. One good check answers all requests received before."""
         if self._checked < req.context.started:
             began = time.perf_counter()
-            self._check()  # which may write
+            self._check()  # it may write
             when_on_disk(partial(setattr, self, "_checked", began))
         resp.data = b'{"status": "ok"}'
 
@@ -3131,7 +3133,7 @@ def phrase(status: int) -> str:
 
 
 def problem(status: int, detail: str | None, faults: list[Fault] | None = None) -> bytes:
-    """Return the body of an error (RFC 9457): the one place where its shape is made."""
+    """Return the body of an error (RFC 9457); its members are chosen only here."""
     detail = detail or DETAILS.get(status)
     members = {"title": phrase(status), "status": status, "detail": detail, "errors": faults}
     return to_json({name: value for name, value in members.items() if value})
@@ -3145,7 +3147,7 @@ def serialize_error(req: Request, resp: Response, ex: falcon.HTTPError) -> None:
 
 
 def handle_expected(req: Request, resp: Response, ex: Exception, params: object) -> NoReturn:
-    """Answer an exception of HTTP_ERRORS; the operator is told what cannot be used."""
+    """Answer an exception of HTTP_ERRORS; the log names what cannot be used."""
     if type(ex) is Unavailable:
         req.context.unavailable, req.context.reason = True, "{} cannot be used: {}".format(*ex.args)
     raise HTTP_ERRORS[type(ex)](ex)
@@ -3182,7 +3184,7 @@ class App(falcon.App):  # type: ignore[type-arg]
 
 
 def create_app(settings: Settings) -> App:
-    """Return the WSGI application, put together. Raises SettingsError or DatabaseError."""
+    """Return the WSGI application with all its parts. Raises SettingsError or DatabaseError."""
     tokens = Tokens(settings)
     database: Any = open_database(settings)
     tokens.fetch_keys()
@@ -3209,8 +3211,8 @@ def create_app(settings: Settings) -> App:
     app.add_route("/api/{user_id}/tasks", tasks, suffix="collection")
     app.add_route("/api/{user_id}/tasks/{task_id}", tasks)
     app.add_route("/api/{user_id}/tasks/{task_id}/complete", TaskCompleteResource(store))
-    for path, answer in public.items():
-        app.add_route(path, answer)
+    for path, public_resource in public.items():
+        app.add_route(path, public_resource)
     return app
 
 
