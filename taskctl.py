@@ -19,6 +19,7 @@ it:
 | Copy               | `copy`, between SQLite and PostgreSQL                                   |
 | Live server        | `smoke`, `wait`                                                         |
 | Ephemeral server   | `serve`                                                                 |
+| Main               | signals, errors, exit status                                            |
 """
 
 # /// script
@@ -475,7 +476,7 @@ def instant(seconds: float) -> str:
 # --- Tasks ----------------------------------------------------------------------------------------
 
 ROWS_PER_STATEMENT = 1000
-OWNED = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
+USER_MODELS = [model for model in taskd.MODELS if "user_id" in model._meta.fields]
 HIDDEN = ("user_id", "description", "created_at", "updated_at")  # a terminal has no room for them
 TITLES = [
     *("Buy milk", "Buy bread and butter", "Buy a birthday present for Nora", "Buy light bulbs"),
@@ -551,7 +552,7 @@ def check_filter(parameter: CallbackParam, value: Any) -> Any:
 
 
 Filter = partial(Option, callback=check_filter)
-ORDERS = f"{', '.join(taskd.ORDERS)}; with - before it descending."
+SORT_HELP = f"{', '.join(taskd.ORDERS)}; with - before it descending."
 
 
 @app.command()
@@ -560,7 +561,7 @@ def tasks(
     only_open: Annotated[bool, Option("--open", help="Only those that are not completed.")] = False,
     only_done: Annotated[bool, Option("--done", help="Only those that are completed.")] = False,
     q: Annotated[str, Filter("--search", "-q", help="Only those with this text in them.")] = "",
-    sort: Annotated[str, Filter(help=ORDERS)] = "id",
+    sort: Annotated[str, Filter(help=SORT_HELP)] = "id",
     priority: Annotated[str | None, Filter(help="Only those of this priority.")] = None,
     tag: Annotated[list[str] | None, Filter(help="With this tag; several times: with all.")] = None,
     due_before: Annotated[str | None, Filter(help="Only those due before a day or a time.")] = None,
@@ -624,30 +625,30 @@ def seed(
 
 def add_believable(users: list[str], count: int, random_seed: int) -> None:
     """Add tasks for these users, the same for the same random seed."""
-    chance = random.Random(random_seed)  # noqa: S311  nothing secret is drawn from it
-    tasks = believable(users, count, chance)
+    rng = random.Random(random_seed)  # noqa: S311  nothing secret is drawn from it
+    tasks = believable(users, count, rng)
     with progress() as bar:
         tracked = bar.track(tasks, total=len(users) * count, description="seeding")
         for batch in peewee.chunked(tracked, ROWS_PER_STATEMENT):
             Task.insert_many(map(columns, batch)).execute()  # one statement: all of them or none
 
 
-def believable(users: list[str], count: int, chance: random.Random) -> Iterator[dict[str, Any]]:
-    """Yield tasks, the same for the same source of chance."""
+def believable(users: list[str], count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Yield tasks, the same for the same random number generator."""
     for user in users:
-        for second in sorted(chance.randrange(300 * 86400) for _ in range(count)):
+        for second in sorted(rng.randrange(300 * 86400) for _ in range(count)):
             created = EPOCH + timedelta(seconds=second)
-            done = chance.random() < 0.4
-            updated = created + timedelta(seconds=chance.randrange(14 * 86400)) if done else created
-            due = created + timedelta(days=chance.randrange(1, 60), hours=chance.randrange(24))
+            done = rng.random() < 0.4
+            updated = created + timedelta(seconds=rng.randrange(14 * 86400)) if done else created
+            due = created + timedelta(days=rng.randrange(1, 60), hours=rng.randrange(24))
             yield {
                 "user_id": user,
-                "title": chance.choice(TITLES),
-                "description": chance.choice(NOTES) if chance.random() < 0.5 else None,
+                "title": rng.choice(TITLES),
+                "description": rng.choice(NOTES) if rng.random() < 0.5 else None,
                 "completed": done,
-                "priority": chance.choice(["low", "medium", "high", None, None]),
-                "due_date": chance.choice([None, f"{due:%Y-%m-%d}", taskd.timestamp(due)]),
-                "tags": chance.sample(TAGS, chance.choice([0, 0, 1, 2])),
+                "priority": rng.choice(["low", "medium", "high", None, None]),
+                "due_date": rng.choice([None, f"{due:%Y-%m-%d}", taskd.timestamp(due)]),
+                "tags": rng.sample(TAGS, rng.choice([0, 0, 1, 2])),
                 "created_at": taskd.timestamp(created),
                 "updated_at": taskd.timestamp(updated),
             }
@@ -799,8 +800,9 @@ def connect(path: Path, mode: str = "mode=rw") -> peewee.SqliteDatabase:
 
 
 def readings(path: Path, scratch: Path) -> Iterator[peewee.SqliteDatabase]:
-    """Yield the database for reading; again if a writer without a lock has changed it meanwhile.
+    """Yield the database for reading, once for each attempt.
 
+    Without a server it is read without a lock; if it was changed meanwhile, it is read once more.
     Nothing beside the database is created or changed: files left by a user who can only read would
     stop taskd's writes. While a server has it open (there is a -shm file) it is read in place. If
     there is a log but no server, SQLite would create an index for it, so database and log are
@@ -941,7 +943,7 @@ def raise_last_id(database: peewee.Database, model: type[peewee.Model], last: in
 
 def continue_ids(source: peewee.Database, target: peewee.Database) -> None:
     """Start the ids of the target after those of the source, so that none is used again."""
-    for model in OWNED:
+    for model in USER_MODELS:
         raise_last_id(target, model, last_id(source, model))
 
 
@@ -1231,7 +1233,7 @@ def insert_new() -> int:
 def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False) -> None:
     """Delete everything that is kept of a user, after a question."""
     opened, name = database(), printable(user)
-    owned = [(model, model._meta.fields["user_id"] == user) for model in OWNED]
+    owned = [(model, model._meta.fields["user_id"] == user) for model in USER_MODELS]
     found = [model.select().where(theirs).count(opened.peewee) for model, theirs in owned]
     if not any(found):
         raise Refused(f"{name} has no tasks")
@@ -1273,16 +1275,16 @@ def copy(
         raise BadParameter("the two are the same")
     reading, writing = database(old), database(new, create=True)
     with reading.transaction(), writing.transaction(), progress() as bar:
-        if any(model.select().count(writing.peewee) for model in OWNED):
+        if any(model.select().count(writing.peewee) for model in USER_MODELS):
             raise Refused(f"{new.database} has tasks or keys already; nothing was copied")
-        rows = sum(model.select().count(reading.peewee) for model in OWNED)
+        rows = sum(model.select().count(reading.peewee) for model in USER_MODELS)
         bar.add_task("copying", total=3 * rows)
         copy_rows(reading.peewee, writing.peewee, bar)
-        checksums = [checksum(model, reading.peewee, bar) for model in OWNED]
-        if checksums != [checksum(model, writing.peewee, bar) for model in OWNED]:
+        checksums = [checksum(model, reading.peewee, bar) for model in USER_MODELS]
+        if checksums != [checksum(model, writing.peewee, bar) for model in USER_MODELS]:
             why = "the copy differs from the original, perhaps because someone wrote to it"
             raise Refused(f"{why}; nothing was copied")
-        counts = [model.select().count(writing.peewee) for model in OWNED]
+        counts = [model.select().count(writing.peewee) for model in USER_MODELS]
     say(f"copied {owned_rows(*counts)} from {old.database} to {new.database}")
     say(f"counts and checksums agree; that of the tasks is {checksums[0]}")
 
@@ -1313,7 +1315,7 @@ def read_rows(model: Any, database: peewee.Database, bar: Progress) -> Iterator[
 
 def copy_rows(source: peewee.Database, target: peewee.Database, bar: Progress) -> None:
     """Copy all rows, the key that signs cursors, and the last ids."""
-    for model in OWNED:
+    for model in USER_MODELS:
         for batch in read_rows(model, source, bar):
             model.insert_many(batch).execute(target)
     cursor_key = About.select(About.cursor_key).scalar(source)
