@@ -1831,6 +1831,11 @@ def compiled(query: peewee.Query, database: peewee.Database) -> str:
     return str(database.get_sql_context().sql(query).query()[0])
 
 
+def first_line(ex: BaseException) -> str:
+    """Return the first line of an exception's message, or its type if it has none."""
+    return (str(ex).splitlines() or [type(ex).__name__])[0]
+
+
 class WriteHealth:
     """Remembers for /readyz that a write has failed, until a write of its own succeeds.
 
@@ -2104,6 +2109,120 @@ class Sqlite(WriteHealth):
             self._anchor.close()
 
 
+def _discard(database: peewee.SqliteDatabase) -> None:
+    """Roll back the transaction of a connection and close it, which releases its lock."""
+    if not database.is_closed():
+        with contextlib.suppress(sqlite3.Error):
+            database.connection().rollback()
+        database.close()
+
+
+def _is_in_transaction(database: peewee.SqliteDatabase) -> bool:
+    return not database.is_closed() and bool(database.connection().in_transaction)
+
+
+def connect(
+    path: str, timeout: float, cache: int = 500, thread_safe: bool = True
+) -> peewee.SqliteDatabase:
+    """Return a database that opens a connection in each thread, or one for all if not thread_safe.
+
+    A connection waits `timeout` seconds for another's lock, and keeps up to `cache` kB of pages.
+    """
+    # Reads never wait, and a commit is on disk.
+    pragmas = {"journal_mode": "wal", "synchronous": "full", "cache_size": str(-cache)}
+    pragmas["journal_size_limit"] = str(4096 * MAX_WAL_PAGES)  # or a log that was longer stays so
+    existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # never creates an empty file
+    threads: dict[str, Any] = {"thread_safe": thread_safe, "check_same_thread": thread_safe}
+    return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout, **threads)
+
+
+def prepare_database(path: str) -> None:
+    """Create a file that fits schema.sql, with mode 600, or migrate or check an existing one.
+
+    Before a migration the database is copied to a file beside it. Raises DatabaseError for a file
+    that cannot be opened or does not fit, and leaves it unchanged.
+    """
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 is needed")
+    # Absolute, because SQLite may take file:x for a URI.
+    database = peewee.SqliteDatabase(str(Path(path).absolute()), timeout=LOCK_TIMEOUT)
+    try:
+        Path(path).parent.stat()  # its error names a directory that is missing
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if not Path(path).is_file():
+            raise OSError("it is not a regular file")
+        if schema_version(database) < VERSION:
+            _migrate_file(database, path)
+        check_schema(database, path, sqlite_definitions)
+    except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
+        full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < MIN_FREE_SPACE
+        why = "database or disk is full" if full else ex  # SQLite may report only an I/O error
+        raise DatabaseError(f"{path} cannot be opened: {why}") from None
+    finally:
+        database.close()
+
+
+def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
+    database.register_function(lambda text: text and text.casefold(), "casefold", 1)
+    database.execute_sql(f"PRAGMA busy_timeout = {1000 * MIGRATION_TIMEOUT:.0f}")
+    database.execute_sql("BEGIN IMMEDIATE")
+    version = schema_version(database)  # another process may have migrated it meanwhile
+    copy = _copy_beside(path, version) if 0 < version < VERSION else None
+    try:
+        if version < VERSION:
+            migrate(database, version)
+            check_schema(database, path, sqlite_definitions)
+        database.execute_sql("COMMIT")
+    except BaseException as ex:
+        traceback.clear_frames(ex.__traceback__)  # a cursor there would keep the file locked
+        database.close()
+        if copy and _is_whole(database, path, version):
+            copy.unlink()
+        raise
+    _checkpoint_migration(database, path)
+
+
+def _checkpoint_migration(database: peewee.SqliteDatabase, path: str) -> None:
+    """Move a migration from SQLite's log into the database, or warn that it needs the log."""
+    try:
+        database.execute_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    except peewee.OperationalError as ex:
+        log.warning("%s is not whole without the file %s-wal: %s", path, path, str(ex))
+
+
+def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
+    """Say whether a rollback has succeeded; opening the file finishes it."""
+    with contextlib.suppress(peewee.DatabaseError, sqlite3.DatabaseError):
+        found = schema_version(database)
+        return found == version and not Path(f"{os.path.realpath(path)}-journal").exists()
+    return False
+
+
+def _copy_beside(path: str, version: int) -> Path:
+    """Copy the database to a file beside it, renamed when complete, and return its path.
+
+    Raises OperationalError without the space for this copy and for the migration.
+    """
+    needed = Path(path).stat().st_size * (6 if version == 1 else 3)
+    if shutil.disk_usage(Path(path).parent).free < needed:
+        raise peewee.OperationalError(f"database or disk is full: {needed} bytes must be free")
+    copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    part, journal = Path(f"{path}.part").absolute(), Path(f"{path}.part-journal")
+    with contextlib.ExitStack() as cleanup:
+        for left in (part, journal):  # left by a start that was killed
+            left.unlink(missing_ok=True)
+            cleanup.callback(left.unlink, missing_ok=True)
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with (
+            contextlib.closing(sqlite3.connect(Path(path).absolute())) as source,
+            contextlib.closing(sqlite3.connect(part)) as target,
+        ):
+            source.backup(target)
+        part.rename(copy)
+    log.info("%s is kept as %s before its migration", path, copy)
+    return copy
+
+
 class PostgresPool(peewee.PostgresqlDatabase):
     """A pool of connections to PostgreSQL; a thread of its own makes new ones, one by one.
 
@@ -2374,11 +2493,11 @@ def libpq_parameters(url: str) -> dict[str, Any]:
     return defaults | parameters
 
 
-def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
-    try:
-        check_schema(database, "it", describe)
-    except (DatabaseError, peewee.ProgrammingError) as ex:
-        raise Unavailable("the database, whose schema does not fit,", first_line(ex)) from None
+def check_encoding(database: peewee.Database, name: str) -> None:
+    """Raise DatabaseError if a PostgreSQL database has an encoding that cannot hold every text."""
+    [encoding] = database.execute_sql("SHOW server_encoding").fetchone()
+    if encoding != "UTF8":
+        raise DatabaseError(f"{name} has the encoding {encoding}, and taskd needs UTF8")
 
 
 def for_postgresql(statement: str) -> str:
@@ -2388,81 +2507,7 @@ def for_postgresql(statement: str) -> str:
     return re.sub(r"(?<! AS) TEXT\b", ' TEXT COLLATE "C"', statement)
 
 
-def first_line(ex: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if it has none."""
-    return (str(ex).splitlines() or [type(ex).__name__])[0]
-
-
 Database = Sqlite | Postgres
-
-
-def _discard(database: peewee.SqliteDatabase) -> None:
-    """Roll back the transaction of a connection and close it, which releases its lock."""
-    if not database.is_closed():
-        with contextlib.suppress(sqlite3.Error):
-            database.connection().rollback()
-        database.close()
-
-
-def _is_in_transaction(database: peewee.SqliteDatabase) -> bool:
-    return not database.is_closed() and bool(database.connection().in_transaction)
-
-
-def connect(
-    path: str, timeout: float, cache: int = 500, thread_safe: bool = True
-) -> peewee.SqliteDatabase:
-    """Return a database that opens a connection in each thread, or one for all if not thread_safe.
-
-    A connection waits `timeout` seconds for another's lock, and keeps up to `cache` kB of pages.
-    """
-    # Reads never wait, and a commit is on disk.
-    pragmas = {"journal_mode": "wal", "synchronous": "full", "cache_size": str(-cache)}
-    pragmas["journal_size_limit"] = str(4096 * MAX_WAL_PAGES)  # or a log that was longer stays so
-    existing = f"{Path(path).absolute().as_uri()}?mode=rw"  # never creates an empty file
-    threads: dict[str, Any] = {"thread_safe": thread_safe, "check_same_thread": thread_safe}
-    return peewee.SqliteDatabase(existing, uri=True, pragmas=pragmas, timeout=timeout, **threads)
-
-
-def prepare_database(path: str) -> None:
-    """Create a file that fits schema.sql, with mode 600, or migrate or check an existing one.
-
-    Before a migration the database is copied to a file beside it. Raises DatabaseError for a file
-    that cannot be opened or does not fit, and leaves it unchanged.
-    """
-    if sqlite3.sqlite_version_info < MIN_SQLITE:
-        raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 is needed")
-    # Absolute, because SQLite may take file:x for a URI.
-    database = peewee.SqliteDatabase(str(Path(path).absolute()), timeout=LOCK_TIMEOUT)
-    try:
-        Path(path).parent.stat()  # its error names a directory that is missing
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        if not Path(path).is_file():
-            raise OSError("it is not a regular file")
-        if schema_version(database) < VERSION:
-            _migrate_file(database, path)
-        check_schema(database, path, sqlite_definitions)
-    except (peewee.DatabaseError, sqlite3.DatabaseError, OSError) as ex:
-        full = "I/O" in str(ex) and shutil.disk_usage(Path(path).parent).free < MIN_FREE_SPACE
-        why = "database or disk is full" if full else ex  # SQLite may report only an I/O error
-        raise DatabaseError(f"{path} cannot be opened: {why}") from None
-    finally:
-        database.close()
-
-
-def check_schema(database: peewee.Database, name: str, describe: Callable[[Any], set[str]]) -> None:
-    """Raise DatabaseError if the database is not of this version or does not fit schema.sql."""
-    if (version := schema_version(database)) > VERSION:
-        newer = f"its schema is version {version}, not {VERSION}; update taskd"
-        raise DatabaseError(f"{name} was made by a newer taskd: {newer}")
-    if differences := schema_differences(database, describe):
-        raise DatabaseError(f"{name} does not fit schema.sql: {differences}")
-
-
-def check_encoding(database: peewee.Database, name: str) -> None:
-    """Raise DatabaseError if a PostgreSQL database has an encoding that cannot hold every text."""
-    [encoding] = database.execute_sql("SHOW server_encoding").fetchone()
-    if encoding != "UTF8":
-        raise DatabaseError(f"{name} has the encoding {encoding}, and taskd needs UTF8")
 
 
 def schema_version(database: peewee.Database) -> int:
@@ -2490,65 +2535,20 @@ def migrate(database: peewee.Database, version: int, translate: Callable[[str], 
         About.insert(version=VERSION, cursor_key=os.urandom(32).hex()).execute(database)
 
 
-def _migrate_file(database: peewee.SqliteDatabase, path: str) -> None:
-    database.register_function(lambda text: text and text.casefold(), "casefold", 1)
-    database.execute_sql(f"PRAGMA busy_timeout = {1000 * MIGRATION_TIMEOUT:.0f}")
-    database.execute_sql("BEGIN IMMEDIATE")
-    version = schema_version(database)  # another process may have migrated it meanwhile
-    copy = _copy_beside(path, version) if 0 < version < VERSION else None
+def check_schema(database: peewee.Database, name: str, describe: Callable[[Any], set[str]]) -> None:
+    """Raise DatabaseError if the database is not of this version or does not fit schema.sql."""
+    if (version := schema_version(database)) > VERSION:
+        newer = f"its schema is version {version}, not {VERSION}; update taskd"
+        raise DatabaseError(f"{name} was made by a newer taskd: {newer}")
+    if differences := schema_differences(database, describe):
+        raise DatabaseError(f"{name} does not fit schema.sql: {differences}")
+
+
+def _check_fit(database: peewee.Database, describe: Callable[[Any], set[str]]) -> None:
     try:
-        if version < VERSION:
-            migrate(database, version)
-            check_schema(database, path, sqlite_definitions)
-        database.execute_sql("COMMIT")
-    except BaseException as ex:
-        traceback.clear_frames(ex.__traceback__)  # a cursor there would keep the file locked
-        database.close()
-        if copy and _is_whole(database, path, version):
-            copy.unlink()
-        raise
-    _checkpoint_migration(database, path)
-
-
-def _checkpoint_migration(database: peewee.SqliteDatabase, path: str) -> None:
-    """Move a migration from SQLite's log into the database, or warn that it needs the log."""
-    try:
-        database.execute_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-    except peewee.OperationalError as ex:
-        log.warning("%s is not whole without the file %s-wal: %s", path, path, str(ex))
-
-
-def _is_whole(database: peewee.SqliteDatabase, path: str, version: int) -> bool:
-    """Say whether a rollback has succeeded; opening the file finishes it."""
-    with contextlib.suppress(peewee.DatabaseError, sqlite3.DatabaseError):
-        found = schema_version(database)
-        return found == version and not Path(f"{os.path.realpath(path)}-journal").exists()
-    return False
-
-
-def _copy_beside(path: str, version: int) -> Path:
-    """Copy the database to a file beside it, renamed when complete, and return its path.
-
-    Raises OperationalError without the space for this copy and for the migration.
-    """
-    needed = Path(path).stat().st_size * (6 if version == 1 else 3)
-    if shutil.disk_usage(Path(path).parent).free < needed:
-        raise peewee.OperationalError(f"database or disk is full: {needed} bytes must be free")
-    copy = Path(f"{path}.v{version}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-    part, journal = Path(f"{path}.part").absolute(), Path(f"{path}.part-journal")
-    with contextlib.ExitStack() as cleanup:
-        for left in (part, journal):  # left by a start that was killed
-            left.unlink(missing_ok=True)
-            cleanup.callback(left.unlink, missing_ok=True)
-        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        with (
-            contextlib.closing(sqlite3.connect(Path(path).absolute())) as source,
-            contextlib.closing(sqlite3.connect(part)) as target,
-        ):
-            source.backup(target)
-        part.rename(copy)
-    log.info("%s is kept as %s before its migration", path, copy)
-    return copy
+        check_schema(database, "it", describe)
+    except (DatabaseError, peewee.ProgrammingError) as ex:
+        raise Unavailable("the database, whose schema does not fit,", first_line(ex)) from None
 
 
 def schema_differences(database: peewee.Database, describe: Callable[[Any], set[str]]) -> str:
@@ -2719,59 +2719,6 @@ CORS_EXPOSED = (
 HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(, ?[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
 
 
-class AuthMiddleware:
-    """Let a request for a user's tasks pass only with that user's token.
-
-    The user is left on `req.context.user`. Only the routes in `public` need no token.
-    """
-
-    def __init__(self, tokens: Tokens, public: Iterable[str]) -> None:
-        self._tokens, self._public = tokens, frozenset(public)
-
-    def process_request(self, req: Request, resp: Response) -> None:
-        """Route by the path as it was sent if a slash is encoded in it.
-
-        WSGI decodes %2F, and a user id may have a slash.
-        """
-        sent = (req.env.get("REQUEST_URI") or req.env.get("RAW_URI", "")).partition("?")[0]
-        req.context.is_encoded = "%2f" in sent or "%2F" in sent
-        if req.context.is_encoded:
-            req.path = sent.removesuffix("/")
-
-    def process_resource(
-        self, req: Request, resp: Response, resource: object, params: dict[str, Any]
-    ) -> None:
-        """Raise 401 without a good token, 403 for another user's URL.
-
-        This runs after routing, because the router reads `//api/...` as `/api/...`. No resource
-        learns the user from the URL: the token's `sub` takes its place.
-        """
-        if req.method == "OPTIONS" or req.uri_template in self._public:
-            return  # a CORS preflight carries no token
-        req.context.user = user = self._authenticate(req)
-        asked, path = params.pop("user_id", ""), req.env["PATH_INFO"]
-        if req.context.is_encoded:
-            asked = falcon.uri.decode(asked, unquote_plus=False)
-        # Bytes that are not UTF-8 are U+FFFD in the parameter, but not in the path.
-        if asked != user.id or user.id.encode().decode("latin-1") not in path:
-            detail = "this token is not for the user in the URL; use your own user id"
-            raise falcon.HTTPForbidden(description=detail)
-
-    def _authenticate(self, req: Request) -> User:
-        """Return the user of the Authorization header, or raise 401 (RFC 6750, sections 2.1, 3)."""
-        token, error = bearer_token(req.get_header("Authorization") or ""), ""
-        try:
-            if token:
-                return self._tokens.verify(token)
-            reason = "send the header Authorization: Bearer <JWT>, with the token from your login"
-        except TokenError as ex:
-            reason = str(ex)
-            error = f', error="invalid_token", error_description="{reason}"'
-        req.context.reason = reason
-        challenge = f'Bearer realm="taskd"{error}'
-        raise falcon.HTTPUnauthorized(description=reason, challenges=[challenge])
-
-
 class RequestContext:
     """Give every response the headers that all have, and every request an id and a log line."""
 
@@ -2849,6 +2796,59 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
             resp.set_header("Access-Control-Allow-Headers", allowed)
         if allow:
             resp.set_header("Allow", allow)
+
+
+class AuthMiddleware:
+    """Let a request for a user's tasks pass only with that user's token.
+
+    The user is left on `req.context.user`. Only the routes in `public` need no token.
+    """
+
+    def __init__(self, tokens: Tokens, public: Iterable[str]) -> None:
+        self._tokens, self._public = tokens, frozenset(public)
+
+    def process_request(self, req: Request, resp: Response) -> None:
+        """Route by the path as it was sent if a slash is encoded in it.
+
+        WSGI decodes %2F, and a user id may have a slash.
+        """
+        sent = (req.env.get("REQUEST_URI") or req.env.get("RAW_URI", "")).partition("?")[0]
+        req.context.is_encoded = "%2f" in sent or "%2F" in sent
+        if req.context.is_encoded:
+            req.path = sent.removesuffix("/")
+
+    def process_resource(
+        self, req: Request, resp: Response, resource: object, params: dict[str, Any]
+    ) -> None:
+        """Raise 401 without a good token, 403 for another user's URL.
+
+        This runs after routing, because the router reads `//api/...` as `/api/...`. No resource
+        learns the user from the URL: the token's `sub` takes its place.
+        """
+        if req.method == "OPTIONS" or req.uri_template in self._public:
+            return  # a CORS preflight carries no token
+        req.context.user = user = self._authenticate(req)
+        asked, path = params.pop("user_id", ""), req.env["PATH_INFO"]
+        if req.context.is_encoded:
+            asked = falcon.uri.decode(asked, unquote_plus=False)
+        # Bytes that are not UTF-8 are U+FFFD in the parameter, but not in the path.
+        if asked != user.id or user.id.encode().decode("latin-1") not in path:
+            detail = "this token is not for the user in the URL; use your own user id"
+            raise falcon.HTTPForbidden(description=detail)
+
+    def _authenticate(self, req: Request) -> User:
+        """Return the user of the Authorization header, or raise 401 (RFC 6750, sections 2.1, 3)."""
+        token, error = bearer_token(req.get_header("Authorization") or ""), ""
+        try:
+            if token:
+                return self._tokens.verify(token)
+            reason = "send the header Authorization: Bearer <JWT>, with the token from your login"
+        except TokenError as ex:
+            reason = str(ex)
+            error = f', error="invalid_token", error_description="{reason}"'
+        req.context.reason = reason
+        challenge = f'Bearer realm="taskd"{error}'
+        raise falcon.HTTPUnauthorized(description=reason, challenges=[challenge])
 
 
 # --- Resources ------------------------------------------------------------------------------------
