@@ -411,12 +411,13 @@ class WouldBlock(BaseException):
 
     One thread, the event loop, reads all requests and runs the application for each of them,
     because switching between Python threads costs several times as much as a request. It must
-    never wait. Code that would wait there raises this instead: the database for a lock or another
-    server, the key set for a fetch. So does code that takes long (a search, a long list), and a
-    statement that fails. Nothing has been changed, or it was rolled back, so the server runs the
-    request again from the start: in a worker thread, where `thread_state.in_event_loop` is False
-    and this is never raised; with `until`, in the event loop when that future is done; or where
-    the subclass says. Everything before the first write must therefore be safe to run twice.
+    never wait. Code that would wait there raises this instead: SQLite for a lock, PostgreSQL for
+    each statement, the key set for a fetch. So does code that takes long (a search, a long list),
+    and a statement that fails. Nothing has been changed, or it was rolled back, so the server
+    catches this in `Server._answer` and runs the request again from the start: in a worker thread,
+    where `thread_state.in_event_loop` is False and this is never raised; with `until`, in the event
+    loop when that future is done; or where the subclass says. Everything before the first write
+    must therefore be safe to run twice.
 
     It is a BaseException so that no `except Exception`, here or in Falcon, catches it.
     """
@@ -4028,7 +4029,7 @@ class Server(waitress.server.TcpWSGIServer):
         try:
             channel.answer()
         except WouldBlock as ex:
-            channel.watch(0)
+            channel.watch(0)  # until it is answered, the poll reports only a reset
             if isinstance(ex, BatchFailed):
                 self._end_batch([*self._batch, (channel, [])], stored=False)
                 self._batch = []

@@ -12,7 +12,7 @@ Application = Callable[[taskd.App, dict[str, Any], Any], Iterable[bytes]]
 
 
 def commit(database: taskd.Database) -> bool:
-    """Commit what the event loop has written; return False if it was undone."""
+    """Commit what the event loop has written; return False if it was rolled back."""
     calls, taskd.thread_state.after_commit = taskd.thread_state.after_commit, None
     stored = calls is None or cast(taskd.Sqlite, database).commit().result()
     for call in calls if calls and stored else ():
