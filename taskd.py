@@ -3588,6 +3588,9 @@ class ServerTask(waitress.task.WSGITask):
             self.wrote_header, self.content_bytes_written = True, len(data)
 
 
+Sender = tuple[str, str]  # of a request, such as ("user", "alice")
+
+
 class ServerChannel(waitress.channel.HTTPChannel):
     """A client's connection, which processes one request at a time.
 
@@ -3711,16 +3714,16 @@ class ServerChannel(waitress.channel.HTTPChannel):
             self.wait_for(reader.part)
 
     @property
-    def user(self) -> str:
-        """Whose turn the request takes: that of its user, of a public path, or of all strangers.
+    def sender(self) -> Sender:
+        """Whose turn the request takes: that of a user, of a public path, or of all strangers.
 
         A token is not verified before its turn: new ones, with the bad ones, have a turn together.
         """
         request, app = self.reader.request, self.server.application
         token = bearer_token(request.headers.get("AUTHORIZATION", ""))
         if user := app.tokens.known(token):
-            return str(user.id)
-        return request.path if request.path in app.public else "new" if token else ""
+            return "user", str(user.id)
+        return ("path", request.path) if request.path in app.public else ("new", token and "token")
 
     def answer(self) -> None:
         """Run the application. Raises WouldBlock in the event loop if it has to wait.
@@ -3851,23 +3854,22 @@ class FairQueue:
     """
 
     def __init__(self, places: float = math.inf) -> None:
-        self._requests: OrderedDict[tuple[str, bool], deque[ServerChannel]] = OrderedDict()
+        self._requests: OrderedDict[tuple[Sender, bool], deque[ServerChannel]] = OrderedDict()
         # By the id of a thread that runs a request: the turn that it has.
-        self.places, self._running = places, dict[int, tuple[str, bool]]()
+        self.places, self._running = places, dict[int, tuple[Sender, bool]]()
 
     def append(self, channel: ServerChannel) -> None:
         """Add a connection, whose request is complete, behind the others of the same turn."""
-        turn = channel.user, channel.reader.request.command in ("GET", "HEAD")
+        turn = channel.sender, channel.reader.request.command in ("GET", "HEAD")
         self._requests.setdefault(turn, deque()).append(channel)
 
     def popleft(self) -> ServerChannel:
         """Remove and return the first of the next turn that has a place."""
         turn = next(filter(self._has_place, self._requests))
         self._running[threading.get_ident()], channels = turn, self._requests.pop(turn)
-        channel = channels.popleft()
-        if channels:
+        if len(channels) > 1:
             self._requests[turn] = channels
-        return channel
+        return channels.popleft()
 
     def __bool__(self) -> bool:
         """Return whether a turn has a place; this ends the turn of the thread that asks.
@@ -3881,7 +3883,7 @@ class FairQueue:
         """Return how many turns have a request that waits."""
         return len(self._requests)
 
-    def _has_place(self, turn: tuple[str, bool]) -> bool:
+    def _has_place(self, turn: tuple[Sender, bool]) -> bool:
         """Return whether a request of this turn may run: a write always, a read below `places`."""
         return not turn[1] or operator.countOf(self._running.values(), turn) < self.places
 
@@ -4007,7 +4009,7 @@ class Server(waitress.server.TcpWSGIServer):
                 wasyncore.readwrite(self._map[descriptor], events)
         if self._accept_pending:
             self._accept()
-        self._check_deadlines()
+        self._check_connections()
         worked, end = bool(self._calls or len(self.ready)), time.monotonic() + ROUND_TIME
         for _ in range(len(self._calls)):
             self._calls.popleft()()
@@ -4097,7 +4099,7 @@ class Server(waitress.server.TcpWSGIServer):
                 channel.watch(0)
                 self.task_dispatcher.add_task(channel)
 
-    def _check_deadlines(self) -> None:
+    def _check_connections(self) -> None:
         """Close connections that take too long or too much memory, and resume paused ones."""
         now = time.monotonic()
         if now >= self._next_check:
@@ -4112,16 +4114,16 @@ class Server(waitress.server.TcpWSGIServer):
                 paused.resume()
 
     def _limit_memory(self) -> None:
-        """If all connections hold more than MAX_HELD, close those of the users who hold most."""
+        """If all connections hold more than MAX_HELD, close those of the senders who hold most."""
         channels = self.active_channels.values()
         holding = [one for one in channels if one.waiting_for not in ("request", "close")]
         waiting = [one for one in holding if one.waiting_for]
         excess = sum(one.held() for one in holding) - MAX_HELD
         if excess > 0:
-            of_user = Counter[str]()
+            of_sender = Counter[Sender]()
             for one in waiting:
-                of_user[one.user] += one.held()
-            waiting.sort(key=lambda one: (of_user[one.user], one.held()))
+                of_sender[one.sender] += one.held()
+            waiting.sort(key=lambda one: (of_sender[one.sender], one.held()))
         while waiting and excess > 0:
             excess -= waiting[-1].held()
             waiting.pop().close_early("others need the memory of its request or answer")

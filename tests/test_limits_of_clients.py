@@ -707,7 +707,7 @@ def test_a_head_that_is_not_whole_is_closed_after_10_seconds(shared: Process) ->
 class Queued:
     """What a queue knows of a connection, and of its request."""
 
-    user: str
+    sender: str
     name: str
     command: str = "GET"
 
