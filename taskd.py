@@ -1663,7 +1663,8 @@ class TaskStore:
         if key is None and self._max_tasks is None:
             return _first_stored(self._database.write(self._sql["add"], **values))
         with self._database.transaction():
-            self._database.lock(user_id)
+            # Only a limit needs all creates of a user one by one: those that wait take places.
+            self._database.lock(user_id=user_id, key=(self._max_tasks is None and key) or "")
             if key is None:
                 return self._add_within_limit(values)
             body = _digest(task)
@@ -1961,7 +1962,7 @@ class Sqlite(WriteHealth):
             if pages > MAX_WAL_PAGES and moved < pages:
                 raise Busy("other readers must end first; send it again")
 
-    def lock(self, user_id: str) -> None:
+    def lock(self, **names: str) -> None:
         """Do nothing: SQLite has one writer, so a transaction already excludes other creates."""
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
@@ -2373,9 +2374,9 @@ class Postgres(WriteHealth):
                 yield from rows
                 self._limit_statement(end)
 
-    def lock(self, user_id: str) -> None:
-        """Lock out other creates of the user that lock too, until the transaction ends."""
-        self.run("SELECT pg_advisory_xact_lock(hashtextextended(%(user_id)s, 0))", user_id=user_id)
+    def lock(self, **names: str) -> None:
+        """Lock out creates that lock the same `user_id` and `key` until the transaction ends."""
+        self.run("SELECT pg_advisory_xact_lock(hashtext(%(user_id)s), hashtext(%(key)s))", **names)
 
     @contextlib.contextmanager
     def deadline(self, end: float) -> Iterator[None]:

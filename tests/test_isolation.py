@@ -445,7 +445,7 @@ def bound_to(user: str) -> re.Pattern[str]:
         rf' WHERE \({key} AND \("idempotency_key"\."created_at" < {text}\)\)'
         rf'|INSERT INTO "idempotency_key"'
         rf' \("user_id", {columns[2:]} VALUES \({name}(?:, {value})+\)'
-        rf"|SELECT pg_advisory_xact_lock\(hashtextextended\({name}, 0\)\)"
+        rf"|SELECT pg_advisory_xact_lock\(hashtext\({name}\), hashtext\({text}\)\)"
         rf'|SELECT "t1"\."body", "t1"\."answer" FROM "idempotency_key" AS "t1"'
         rf" WHERE {key.replace('idempotency_key', 't1')}",
         re.DOTALL,

@@ -206,6 +206,24 @@ def test_a_crash_in_the_middle_of_a_transaction_leaves_nothing_of_it(
     assert ask(empty, "SELECT title FROM task") == [("Task 1",)]
 
 
+def test_a_create_with_a_key_does_not_wait_for_one_with_another_key(
+    empty: str, start: Start
+) -> None:
+    server = start(DATABASE_URL=empty)
+    with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
+        other.execute(
+            "INSERT INTO idempotency_key (user_id, name, body, answer, created_at)"
+            " VALUES ('alice', 'slow', '', '', '2026-11-20T21:00:00.000Z')"
+        )
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        slow = pool.submit(create, server, 1, "slow")
+        until(lambda: ask(empty, waiting), "it waits for the key")
+        assert create(server, 2, "quick").status_code == 201
+        assert not slow.done()
+        other.rollback()
+        assert slow.result().status_code == 201
+
+
 def test_idle_connections_that_the_server_ended_are_replaced_without_an_error(
     start: Start, tmp_path: Path
 ) -> None:
