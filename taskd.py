@@ -1663,26 +1663,26 @@ class TaskStore:
         if key is None and self._max_tasks is None:
             return _first_stored(self._database.write(self._sql["add"], **values))
         with self._database.transaction():
-            # Only a limit needs all creates of a user one by one: those that wait take places.
-            self._database.lock(user_id=user_id, key=(self._max_tasks is None and key) or "")
             if key is None:
                 return self._add_within_limit(values)
-            body = _digest(task)
-            values |= {"name": key, "body": body, "before": timestamp(now - IDEMPOTENCY_WINDOW)}
+            # Of this key only: creates that wait take places from other users.
+            self._database.lock(user_id=user_id, key=key)
+            before = timestamp(now - IDEMPOTENCY_WINDOW)
+            values |= {"name": key, "body": _digest(task), "before": before}
             self._run("delete_old_key", values)
             for known, answer in self._run("replay", values):
-                return _replayed(answer) if known == body else None
+                return _replayed(answer) if known == values["body"] else None
             stored = self._add_within_limit(values)
             self._run("add_key", values | {"answer": to_json(stored.task).decode()})
             return stored
 
     def _add_within_limit(self, values: dict[str, Any]) -> Stored:
         if self._max_tasks is not None:
+            self._database.lock(user_id=values["user_id"], key="")
             [(count,)] = self._run("count", values | {"limit": self._max_tasks})
             if count >= self._max_tasks:
                 raise TooManyTasks(f"{self._max_tasks:,}")
-        [row] = self._run("add", values)
-        return _stored(row)
+        return _stored(*self._run("add", values))
 
     def change(
         self, user_id: str, task_id: int, changes: dict[str, Any], conditions: Conditions = ANY

@@ -224,6 +224,22 @@ def test_a_create_with_a_key_does_not_wait_for_one_with_another_key(
         assert slow.result().status_code == 201
 
 
+def test_a_repeated_create_does_not_wait_for_another_create_of_a_user_with_a_limit(
+    empty: str, start: Start
+) -> None:
+    server = start(DATABASE_URL=empty, TASKD_MAX_TASKS="9")
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    first = create(server, 1, "once")
+    with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("LOCK TABLE task IN EXCLUSIVE MODE")
+        adding = pool.submit(create, server, 2)
+        until(lambda: ask(empty, waiting), "it has the lock of the user, and waits for the table's")
+        assert create(server, 1, "once").json == first.json
+        assert not adding.done()
+        other.rollback()
+        assert adding.result().status_code == 201
+
+
 def test_idle_connections_that_the_server_ended_are_replaced_without_an_error(
     start: Start, tmp_path: Path
 ) -> None:
