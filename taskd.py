@@ -3447,9 +3447,9 @@ class RequestReader:
             return False
         request = self.request
         request.set_headers(self.lines)
-        request.check_headers()
         self.lines = []  # the request has them
-        self.part, self._room = "body", MAX_CHUNKED
+        self.part, self._room = "body", MAX_CHUNKED  # a rejection looks for no headers in the body
+        request.check_headers()
         self._length = request.content_length
         chunked = request.headers.pop("TRANSFER_ENCODING", None)
         self._step = self._read_chunks if chunked else self._read_body

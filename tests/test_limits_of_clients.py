@@ -382,6 +382,19 @@ def test_a_refusal_has_the_headers_of_every_answer(shared: Process, status: int)
 
 
 @pytest.mark.sqlite("it is about HTTP")
+@pytest.mark.parametrize("status", [400, 413])
+def test_a_refusal_has_nothing_of_what_follows_its_head(shared: Process, status: int) -> None:
+    own = b"X-Request-ID: own\r\nOrigin: https://a.example\r\n\r\n"
+    following = own.replace(b"own", b"next").replace(b"a.example", b"b.example")
+    with Wire(shared) as wire:
+        sent_in_vain(wire, REFUSED[status] + own + b"\r\n" + following)
+        answer = wire.answer()
+    assert_problem(answer, status)
+    assert answer.headers["x-request-id"] == "own"
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.sqlite("it is about HTTP")
 def test_a_head_a_little_too_long_has_the_headers_of_what_comes_last_too(shared: Process) -> None:
     last = ["X-Two: " + "x" * 200, "X-Request-ID: last", "Origin: https://a.example"]
     with Wire(shared) as wire:
