@@ -3342,7 +3342,7 @@ class ServerRequest:
         coding, length = map(self.headers.get, ("TRANSFER_ENCODING", "CONTENT_LENGTH"))
         if coding is not None and (coding.lower() != "chunked" or self.version == "1.0"):
             raise malformed("the only Transfer-Encoding is chunked, and only in HTTP/1.1")
-        if length is not None and (coding or not re.fullmatch("0*[0-9]{1,19}", length)):
+        if length is not None and (coding or not re.fullmatch("(?=[0-9])0*+[0-9]{0,19}", length)):
             raise malformed("there must be one Content-Length, and none beside Transfer-Encoding")
         if self.content_length > MAX_BODY:
             raise too_large()

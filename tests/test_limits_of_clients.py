@@ -474,6 +474,7 @@ DEAR: dict[str, tuple[bytes, float]] = {
     "a port of digits": (get(HOST, target=f"http://x:{'4' * 16_000}"), 0.02),
     "headers of one letter": (get(HOST, *["a:"] * 16_000), 0.02),
     "one header many times": (get(HOST, *["Accept: a"] * 250), 0.02),
+    "a length of zeros": (get(HOST, f"Content-Length: {'0' * 65_000}x"), 0.01),
     "many options": (get(HOST, "Connection: " + "," * 64_000), 0.02),
     "many slashes": (get(HOST, target="/" * 16_000), 0.02),
     "a quoted Content-Type": (
