@@ -44,6 +44,7 @@ PATIENCE = 15.0  # seconds on the clock: not what is judged, a busy machine can 
 CHUNKED = "Transfer-Encoding: chunked"
 JSON = "Content-Type: application/json"
 MILK = b'{"title": "Buy milk"}'
+WHOLE = b"15\r\n" + MILK + b"\r\n0\r\n\r\n"  # it makes a task where chunks are understood
 GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 HIDDEN = written("DELETE", f"{TASKS}/1", user="alice")  # a request that a body must not smuggle in
 
@@ -194,12 +195,14 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "a folded first header": (get(" X: a", HOST), 400),
     "a header in brackets": (get(HOST, "X[]: y"), 400),
     "a control character in a header": (get(HOST, "X: a\x01b"), 400),
+    "DEL in a header": (get(HOST, "X: a\x7fb"), 400),
     "letters beyond ASCII in a header": (get(HOST, "X: \xe4\xff"), 200),
     "a bare carriage return in a header": (get(HOST, "X: a\rb"), 400),
     "a bare line feed after a header": (b"GET /healthz HTTP/1.1\r\nHost: x\nX: y\r\n\r\n", 400),
     "255 headers": (get(HOST, *["X: y"] * 254), 200),
     "256 headers": (get(HOST, *["X: y"] * 255), 200),
     "257 headers": (get(HOST, *["X: y"] * 256), 431),
+    "a header that never ends": (get(HOST)[:-2] + b"X: " + b"y" * 66_000, 431),
     "a target of 20 KiB": (get(HOST, target="/healthz?" + "a" * (20 * 1024 - 9)), 200),
     "a longer target": (get(HOST, target="/healthz?" + "a" * (20 * 1024 - 8)), 431),
     "an upgrade": (get(HOST, "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings"), 200),
@@ -217,23 +220,23 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     # transfer codings
     "a length and chunks": (post(b"0\r\n\r\n" + HIDDEN, "Content-Length: 5", CHUNKED), 400),
     "chunks and a length": (post(b"0\r\n\r\n" + HIDDEN, CHUNKED, "Content-Length: 5"), 400),
-    "chunks in 1.0": (post(b"0\r\n\r\n" + HIDDEN, CHUNKED, version="1.0"), 400),
+    "chunks in 1.0": (post(WHOLE, CHUNKED, version="1.0"), 400),
     "chunks and a length in 1.0": (
         post(b"0\r\n\r\n" + HIDDEN, CHUNKED, "Content-Length: 5", version="1.0"),
         400,
     ),
     "chunks in 2.0": (post(b"0\r\n\r\n" + HIDDEN, CHUNKED, version="2.0"), 400),
     "gzip": (post(b"", "Transfer-Encoding: gzip"), 400),
-    "gzip, chunked": (post(b"0\r\n\r\n", "Transfer-Encoding: gzip, chunked"), 400),
-    "chunked, gzip": (post(b"0\r\n\r\n", "Transfer-Encoding: chunked, gzip"), 400),
+    "gzip, chunked": (post(WHOLE, "Transfer-Encoding: gzip, chunked"), 400),
+    "chunked, gzip": (post(WHOLE, "Transfer-Encoding: chunked, gzip"), 400),
     "identity": (post(b"", "Transfer-Encoding: identity"), 400),
-    "chunked, identity": (post(b"0\r\n\r\n", "Transfer-Encoding: chunked, identity"), 400),
-    "chunked twice": (post(b"0\r\n\r\n", CHUNKED, CHUNKED), 400),
+    "chunked, identity": (post(WHOLE, "Transfer-Encoding: chunked, identity"), 400),
+    "chunked twice": (post(WHOLE, CHUNKED, CHUNKED), 400),
     "an empty coding": (post(MILK, "Transfer-Encoding:", "Content-Length: 21"), 400),
     "an empty coding alone": (post(b"", "Transfer-Encoding: "), 400),
-    "a coding in quotes": (post(b"0\r\n\r\n", 'Transfer-Encoding: "chunked"'), 400),
-    "a coding behind a vertical tab": (post(b"0\r\n\r\n", "Transfer-Encoding: \x0bchunked"), 400),
-    "xchunked": (post(b"0\r\n\r\n", "Transfer-Encoding: xchunked"), 400),
+    "a coding in quotes": (post(WHOLE, 'Transfer-Encoding: "chunked"'), 400),
+    "a coding behind a vertical tab": (post(WHOLE, "Transfer-Encoding: \x0bchunked"), 400),
+    "xchunked": (post(WHOLE, "Transfer-Encoding: xchunked"), 400),
     "a coding of capitals": (
         written(
             "PUT",
@@ -279,6 +282,7 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "a request for a trailer": (put_chunks(b"2\r\n{}\r\n0\r\n" + HIDDEN), 400),
     "trailers of 60 KiB": (put_chunks(b"2\r\n{}\r\n0\r\n" + KIBIBYTE * 60 + b"\r\n"), 200),
     "trailers of 65 KiB": (put_chunks(b"2\r\n{}\r\n0\r\n" + KIBIBYTE * 65), 413),
+    "a trailer that never ends": (put_chunks(b"2\r\n{}\r\n0\r\nX: " + b"y" * 66_000), 413),
     "a folded trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\r\n z\r\n\r\n"), 400),
     "a bare line feed after a trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\n\r\n"), 400),
 }  # fmt: skip
@@ -354,18 +358,20 @@ def test_a_user_id_with_an_encoded_slash_is_found_by_a_url_too(shared: Process) 
         assert wire.send(request.encode()).answer().json == []
 
 
-REFUSED: dict[int, bytes] = {
-    400: b"POST /api/alice/tasks HTTP/1.1\r\n",
-    413: b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n",
-    431: b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 4100,
+REFUSED = {
+    "400": b"POST /api/alice/tasks HTTP/1.1\r\n",
+    "413": b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n",
+    "431": b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 4100,
+    "400-in-a-body": f"POST {TASKS} HTTP/1.1\r\nHost: x\r\n{CHUNKED}\r\n\r\nx".encode(),
+    "413-in-a-body": f"POST {TASKS} HTTP/1.1\r\nHost: x\r\n{CHUNKED}\r\n\r\n10001".encode(),
 }
 
 
 @pytest.mark.sqlite("it is about HTTP")
-@pytest.mark.parametrize("status", [400, 413, 431])
-def test_a_refusal_has_the_headers_of_every_answer(shared: Process, status: int) -> None:
-    line, _, rest = REFUSED[status].partition(b"\r\n")
-    request_id = f"refused-{status}"
+@pytest.mark.parametrize(("kind", "sent"), REFUSED.items(), ids=REFUSED)
+def test_a_refusal_has_the_headers_of_every_answer(shared: Process, kind: str, sent: bytes) -> None:
+    line, _, rest = sent.partition(b"\r\n")
+    status, request_id = int(kind[:3]), f"refused-{kind}"
     own = f"\r\nX-Request-ID: {request_id}\r\nOrigin: https://a.example\r\n".encode()
     with Wire(shared) as wire:
         sent_in_vain(wire, line + own + rest + b"\r\n")
@@ -969,6 +975,20 @@ def test_a_user_who_sends_a_task_is_not_closed_for_another_who_holds_more(start:
         assert bob.send(sent[-10:]).answer().status_code == 201
 
 
+@pytest.mark.sqlite("another process can hold the one lock of writes")
+def test_requests_that_are_being_answered_count_with_their_memory_and_are_not_closed(
+    start: Start, tmp_path: Path
+) -> None:
+    server = start(before="taskd.MAX_HELD = 1024 * 1024")
+    with connected(server, 40) as wires, Wire(server) as half:
+        with locked(tmp_path / "taskd.db"):
+            for wire in wires:
+                wire.send(post(MILK.ljust(40_000), "Content-Length: 40000"))
+            half.send(post(b"x" * 4_000, "Content-Length: 5000"))
+            until(lambda: "others need the memory" in server.log, "the other one is closed")
+        assert [wire.answer().status_code for wire in wires] == [201] * 40
+
+
 @pytest.mark.sqlite("it is not about the database")
 def test_a_connection_that_only_waits_for_its_end_keeps_no_request(start: Start) -> None:
     server = start()
@@ -980,6 +1000,7 @@ def test_a_connection_that_only_waits_for_its_end_keeps_no_request(start: Start)
             wire.send(post(b"x" * 65_000, size, "Connection: close") + b"x")
             assert wire.answer().status_code == 400
         assert memory(server) - before < 20 * 1024 * 1024
+        assert "others need the memory" not in server.log
 
 
 SLOW_LISTS = """
