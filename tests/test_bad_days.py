@@ -110,6 +110,22 @@ def test_a_check_by_somebody_who_may_not_read_the_database_says_so_beside_the_re
     assert check.returncode == 1
 
 
+@pytest.mark.slow
+def test_a_check_by_a_reader_of_what_a_killed_server_left_needs_no_right_to_write_beside_it(
+    shared: Path, start: Start
+) -> None:
+    server = start(directory=shared)
+    add(server)
+    server.kill()
+    (shared / "taskd.db-shm").unlink()
+    for path in (shared, *shared.iterdir()):
+        path.chmod(0o755)
+    check = launched(shared, "check", "--json", command=as_user("nobody"))
+    rows = json.loads(check.communicate(timeout=DEADLINE)[0])
+    found = {row["about"]: row["found"] for row in rows}
+    assert found["sqlite:///taskd.db"] == "whole, and fits schema.sql"
+
+
 def test_a_check_of_a_log_that_no_server_has_open_creates_nothing(
     taskctl: Taskctl, start: Start, tmp_path: Path
 ) -> None:
@@ -343,10 +359,14 @@ def test_a_path_that_looks_like_a_uri_is_taken_as_it_is(
 
 
 @pytest.mark.both_engines
-def test_smoke_leaves_no_key_behind(taskctl: Taskctl, server: Process, tmp_path: Path) -> None:
+def test_smoke_leaves_no_key_behind_but_those_of_others(
+    taskctl: Taskctl, server: Process, tmp_path: Path
+) -> None:
+    key = bearer() | {"Idempotency-Key": "k"}
+    assert server.request("POST", TASKS, {"title": "x"}, key).status_code == 201
     url = {"DATABASE_URL": database_url(tmp_path / "taskd.db")}
     assert taskctl("smoke", f"http://127.0.0.1:{server.port}", **url).returncode == 0
-    assert sql(tmp_path / "taskd.db", "SELECT count(*) FROM idempotency_key") == [(0,)]
+    assert sql(tmp_path / "taskd.db", "SELECT user_id FROM idempotency_key") == [("alice",)]
 
 
 # --- Hang-ups, pipes and packed backups -----------------------------------------------------------

@@ -203,6 +203,7 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "256 headers": (get(HOST, *["X: y"] * 255), 200),
     "257 headers": (get(HOST, *["X: y"] * 256), 431),
     "a header that never ends": (get(HOST)[:-2] + b"X: " + b"y" * 66_000, 431),
+    "a request line that never ends": (b"GET /" + b"x" * 66_000, 431),
     "a target of 20 KiB": (get(HOST, target="/healthz?" + "a" * (20 * 1024 - 9)), 200),
     "a longer target": (get(HOST, target="/healthz?" + "a" * (20 * 1024 - 8)), 431),
     "an upgrade": (get(HOST, "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings"), 200),

@@ -1427,6 +1427,25 @@ def test_smoke_of_another_server_changes_nothing_in_the_database_of_the_settings
     assert left == before
 
 
+OTHER_DATABASES = {
+    "missing": "sqlite:///missing.db",
+    "another file": "sqlite:///other.txt",
+    "a name that is too long": f"sqlite:///{'x' * 300}",
+    "away": "postgresql://127.0.0.1:1/tasks",
+    "an unknown option": "postgresql:///tasks?no_option=1",
+}
+
+
+@pytest.mark.sqlite("another database than the server's is in the settings")
+@pytest.mark.parametrize("url", OTHER_DATABASES.values(), ids=OTHER_DATABASES)
+def test_smoke_of_another_server_passes_whatever_the_database_of_the_settings_is(
+    taskctl: Taskctl, server: Process, tmp_path: Path, url: str
+) -> None:
+    (tmp_path / "other.txt").write_text("x" * 100)
+    answer = taskctl("smoke", f"http://127.0.0.1:{server.port}", DATABASE_URL=url)
+    assert (answer.returncode, answer.stderr.count("\n")) == (0, 1)
+
+
 def test_smoke_by_itself_tries_the_server_of_the_settings(
     taskctl: Taskctl, server: Process
 ) -> None:

@@ -227,6 +227,35 @@ def test_a_database_that_goes_on_changing_is_copied_again_in_the_place_of_the_la
     assert [*scratch.parent.iterdir()] == []
 
 
+def test_a_database_that_is_changed_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+    path, seen = tmp_path / "taskd.db", list[Any]()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript("CREATE TABLE x (y); INSERT INTO x VALUES (1);")
+    for reading in taskctl.readings(path, path):
+        seen.extend(reading.execute_sql("SELECT y FROM x").fetchall())
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript("UPDATE x SET y = 2 WHERE y = 1;")
+    assert seen == [(1,), (2,)]
+
+
+def test_a_check_looks_again_at_what_another_program_changed_while_it_looked(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
+    taskctl("init")
+    change = """
+import taskctl
+
+def damage(database, whole=taskctl.damage):
+    taskctl.damage = whole
+    Path("taskd.db").touch()
+    return "it looks damaged"
+
+taskctl.damage = damage
+"""
+    check = launched(tmp_path, "check", before=change)
+    assert "whole, and fits schema.sql" in check.communicate(timeout=DEADLINE)[0]
+
+
 @pytest.mark.slow
 def test_a_backup_ends_though_another_process_writes_without_a_pause(
     taskctl: Taskctl, tmp_path: Path
@@ -507,6 +536,22 @@ def test_a_database_with_a_log_beside_it_is_restored_with_what_the_log_holds(
     server.kill()
     said(taskctl("restore", "old/taskd.db"))
     assert listed(start(), "alice") == tasks
+
+
+def test_a_backup_of_what_a_killed_writer_left_has_nothing_of_its_last_transaction(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
+    taskctl("seed", "alice", "--count", "500")
+    path, before = tmp_path / "taskd.db", dump(tmp_path / "taskd.db")
+    (tmp_path / "old").mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as writer:
+        writer.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1; BEGIN")
+        writer.execute("UPDATE task SET title = 'half'")
+        for suffix in ("", "-journal"):  # some of the change is in the file
+            shutil.copy(f"{path}{suffix}", tmp_path / "old" / f"taskd.db{suffix}")
+    assert b"half" in (tmp_path / "old" / "taskd.db").read_bytes()
+    said(taskctl("backup", "copy.db", DATABASE_URL="sqlite:///old/taskd.db"))
+    assert dump(tmp_path / "copy.db") == before
 
 
 def test_an_idle_server_is_enough_for_a_restore_to_be_refused(
