@@ -215,7 +215,7 @@ def test_writes_go_on_when_the_directory_of_the_database_is_back(
 
 
 def test_readyz_says_that_no_writes_are_stored_until_they_are_and_reads_go_on(
-    server: Process,
+    server: Process, tmp_path: Path
 ) -> None:
     def limit_files(size: int) -> None:
         resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -231,6 +231,9 @@ def test_readyz_says_that_no_writes_are_stored_until_they_are_and_reads_go_on(
     assert len(server.request("GET", TASKS, headers=bearer()).json) == 1
     limit_files(resource.RLIM_INFINITY)
     assert server.request("GET", "/readyz").status_code == 200
+    written = (tmp_path / "taskd.db-wal").stat().st_mtime_ns
+    assert server.request("GET", "/readyz").status_code == 200
+    assert (tmp_path / "taskd.db-wal").stat().st_mtime_ns == written, "nothing is written any more"
     assert server.request("POST", TASKS, {"title": "z"}, bearer()).status_code == 201
 
 

@@ -279,11 +279,24 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "an empty size": (put_chunks(b";a\r\n{}\r\n0\r\n\r\n"), 400),
     "a chunk too long": (put_chunks(b"2\r\n{}}\r\n0\r\n\r\n"), 400),
     "a size over 2^64": (put_chunks(b"1" + b"0" * 16 + b"2\r\n{}\r\n0\r\n\r\n"), 400),
+    "a chunk of 64 KiB": (put_chunks(b"10000\r\n" + b"{}".ljust(65536) + b"\r\n0\r\n\r\n"), 200),
     "a size over the limit": (put_chunks(b"10001\r\n"), 413),
     "a request for a trailer": (put_chunks(b"2\r\n{}\r\n0\r\n" + HIDDEN), 400),
     "trailers of 60 KiB": (put_chunks(b"2\r\n{}\r\n0\r\n" + KIBIBYTE * 60 + b"\r\n"), 200),
     "trailers of 65 KiB": (put_chunks(b"2\r\n{}\r\n0\r\n" + KIBIBYTE * 65), 413),
     "a trailer that never ends": (put_chunks(b"2\r\n{}\r\n0\r\nX: " + b"y" * 66_000), 413),
+    "200 headers and 100 trailers": (
+        written(
+            "PUT",
+            f"{TASKS}/1",
+            b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 100 + b"\r\n",
+            JSON,
+            CHUNKED,
+            *["X: y"] * 200,
+            user="alice",
+        ),
+        200,
+    ),
     "a folded trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\r\n z\r\n\r\n"), 400),
     "a bare line feed after a trailer": (put_chunks(b"2\r\n{}\r\n0\r\nX: y\n\r\n"), 400),
 }  # fmt: skip
@@ -675,9 +688,10 @@ def test_a_client_that_resets_a_write_while_the_disk_is_slow_stops_nobody(tmp_pa
 @pytest.mark.sqlite("it is about HTTP")
 def test_a_connection_that_was_used_is_closed_when_it_is_idle(hasty: Process) -> None:
     with Wire(hasty) as wire:
-        for _ in range(4):
+        for _ in range(5):  # for longer than it may be idle
             assert wire.send(GOOD).answer().status_code == 200
             time.sleep(0.3)
+            assert hasty.request("GET", "/healthz").status_code == 200  # deadlines are looked at
         lines = len(hasty.log.splitlines())
         assert wire.is_closed()
     assert len(hasty.log.splitlines()) == lines

@@ -827,6 +827,15 @@ def test_expect_100_continue_is_answered_before_the_body(server: Process) -> Non
         assert wire.send(written("GET", "/healthz")).answer().status_code == 200
 
 
+@SAME_ON_ALL
+def test_expect_100_continue_of_http_1_0_is_ignored(server: Process) -> None:
+    head = written("POST", TASKS, None, "Expect: 100-continue", "Content-Length: 2", version="1.0")
+    with Wire(server) as wire:
+        wire.send(head)
+        assert server.request("GET", "/healthz").status_code == 200  # the head is read
+        assert wire.send(b"{}").answer().status_code == 401
+
+
 EXPECTATIONS = [
     ("GET", "/healthz", (), 200),
     ("GET", TASKS, ("Content-Length: 0",), 401),

@@ -518,6 +518,20 @@ def test_a_full_database_is_503_for_what_needs_room_and_recovers(app, alice):
     assert len(numbers) == len(set(numbers)) == len(responses) + 1
 
 
+def test_a_failed_write_is_not_forgotten_for_another_error(app):
+    database = app.database
+    for sql in (database.probe, "SELECT nothing"):
+        # The connection is another one after an error.
+        database.peewee.execute_sql("PRAGMA query_only = 1")
+        with pytest.raises(taskd.Unavailable):
+            database.write(sql)
+    database.peewee.execute_sql("PRAGMA query_only = 1")
+    with pytest.raises(taskd.Unavailable, match="stores no writes"):
+        database.check()
+    database.close()
+    database.check()
+
+
 def test_a_database_that_is_away_is_503_and_comes_back_without_a_restart(app, alice, path):
     task = alice.add()
     app.database.close()

@@ -66,7 +66,7 @@ def kept(tmp_path: Path) -> Path:
     store = taskd.TaskStore(database)
     store.add("bob", new(title="Sleep"))
     store.add("alice", new(title=ODD, description="2 litres"))
-    store.add("alice", new(title="Rest", completed=True))
+    store.add("alice", new(title="Rest", completed=True, priority="low"))
     database.close()
     return tmp_path
 
@@ -85,6 +85,15 @@ def test_a_table_fits_a_terminal_and_ends_with_a_total(kept: Path) -> None:
     assert max(map(len, (head, first, second))) <= 80
     _, alice, *_ = plain(on_a_terminal(kept, "users"))
     assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d$", alice)
+
+
+@pytest.mark.parametrize(
+    ("user", "names"), [("alice", "id title done priority"), ("bob", "id title done")]
+)
+def test_a_table_has_the_columns_in_which_a_task_has_a_value(
+    kept: Path, user: str, names: str
+) -> None:
+    assert plain(on_a_terminal(kept, "tasks", user))[0].split() == names.split()
 
 
 def test_most_titles_fit_into_one_line_of_a_terminal(taskctl: Taskctl, kept: Path) -> None:
