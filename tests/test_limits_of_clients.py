@@ -793,6 +793,13 @@ def test_more_connections_than_allowed_close_the_oldest_whatever_descriptors_are
         assert wires[-1].send(GOOD).answer().status_code == 200
 
 
+@pytest.mark.sqlite("PostgreSQL's client needs more descriptors")
+def test_where_no_descriptor_is_free_a_new_connection_closes_the_oldest(start: Start) -> None:
+    server = start(before=limited(24), TASKD_THREADS="2")
+    with connected(server, 20):
+        assert server.request("GET", "/healthz").status_code == 200
+
+
 FEW_EVENTS = """
 class FewEvents:
     def __init__(self, epoll=select.epoll):
