@@ -391,6 +391,20 @@ def test_a_hang_up_during_a_backup_or_restore_leaves_no_hidden_copy(
     assert names(tmp_path) == before
 
 
+def test_a_hang_up_that_is_to_be_ignored_stops_no_restore(taskctl: Taskctl, tmp_path: Path) -> None:
+    taskctl("seed", "alice")
+    whole = (tmp_path / "taskd.db").read_bytes()
+    before = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # as nohup does
+    restore = launched(tmp_path, "restore", "-", before=before, stdin=subprocess.PIPE, text=False)
+    restore.stdin.write(whole[:8192])
+    restore.stdin.flush()
+    until(lambda: [*tmp_path.glob(".taskd.db.*")], "it has begun to copy")
+    restore.send_signal(signal.SIGHUP)
+    restore.stdin.write(whole[8192:])
+    restore.communicate(timeout=DEADLINE)
+    assert restore.returncode == 0
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("piped", [True, False])
 def test_a_backup_is_restored_from_stdin_and_from_gzip(

@@ -25,7 +25,18 @@ import pytest
 
 import taskctl
 import taskd
-from support import DEADLINE, NEW_TASK, TASK_KEYS, Process, bearer, locked, stored, traced, until
+from support import (
+    DEADLINE,
+    NEW_TASK,
+    TASK_KEYS,
+    Process,
+    bearer,
+    locked,
+    sql,
+    stored,
+    traced,
+    until,
+)
 from test_taskctl import (
     NO_KEY_SET,
     Answer,
@@ -372,6 +383,19 @@ def test_a_file_system_without_links_is_good_enough_for_a_backup(
     backup = launched(tmp_path, "backup", "copy.db", before=fault)
     assert backup.communicate(timeout=DEADLINE)[1].startswith("taskctl: backed up")
     assert dump(tmp_path / "copy.db") == dump(tmp_path / "taskd.db")
+
+
+@pytest.mark.parametrize("arguments", [["backup", "new.db"], ["restore", "copy.db"]])
+def test_the_last_to_go_to_disk_is_the_name(
+    taskctl: Taskctl, tmp_path: Path, arguments: list[str]
+) -> None:
+    taskctl("seed", "alice")
+    taskctl("backup", "copy.db")
+    trace = tmp_path / "trace"
+    before = traced("-y", "-e", "trace=fsync,fdatasync", "-o", str(trace))
+    launched(tmp_path, *arguments, before=before).communicate(timeout=DEADLINE)
+    calls = [line for line in trace.read_text().splitlines() if "sync(" in line]
+    assert f"<{tmp_path}>" in calls[-1]
 
 
 @pytest.mark.slow
@@ -1472,6 +1496,19 @@ def test_a_copy_has_all_that_the_original_has_and_never_uses_an_id_again(
     )
     assert add(other)["id"] == last + 1
     assert listed(other, "alice")[-1]["id"] == last + 1
+
+
+def test_a_copy_of_more_rows_than_a_statement_takes_has_all_of_them_or_none(
+    taskctl: Taskctl, tmp_path: Path
+) -> None:
+    taskctl("seed", "alice", "--count", "2001")
+    assert taskctl("copy", "sqlite:///taskd.db", "sqlite:///other.db").returncode == 0
+    assert stored(tmp_path / "other.db") == stored(tmp_path / "taskd.db")
+    sql(tmp_path / "taskd.db", "UPDATE task SET version = -1 << 63 WHERE id = 2001")
+    taskctl("init", DATABASE_URL="sqlite:///new.db")
+    sql(tmp_path / "new.db", "CREATE INDEX fails_then ON task (ABS(version))")
+    one_line(taskctl("copy", "sqlite:///taskd.db", "sqlite:///new.db"), 1)
+    assert stored(tmp_path / "new.db") == {}
 
 
 def test_a_copy_into_a_database_with_keys_alone_is_refused(
