@@ -355,6 +355,14 @@ def test_a_write_that_names_another_tag_is_412_with_the_tag_and_changes_nothing(
     assert send(alice, one, write, now).status_code == 200
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_read_that_names_another_tag_is_412_with_the_tag(alice: Person, method: str) -> None:
+    one, now = new(alice)
+    refused = alice.call(method, one, headers={"If-Match": OLD})
+    assert (refused.status_code, refused.headers["etag"]) == (412, now)
+    assert alice.call(method, one, headers={"If-Match": f"{OLD}, {now}"}).status_code == 200
+
+
 @each_write_or_none
 @pytest.mark.usefixtures("either_thread")
 def test_an_if_none_match_with_another_tag_lets_a_write_pass(alice: Person, write: Write) -> None:

@@ -50,6 +50,7 @@ class Ephemeral(Process):
             BETTER_AUTH_SECRET="far too short",
             DATABASE_URL="sqlite:///not-this-one.db",
             TASKD_PORT="no port",
+            TASKD_THREADS="0",
         )
         with self.log_path.open("wb") as log:
             self.popen = (
@@ -238,10 +239,13 @@ def test_wait_returns_when_the_server_is_ready(
 
 def test_wait_says_in_one_line_why_a_server_was_not_ready_in_time(taskctl: Taskctl) -> None:
     away = answering(http_answer(b"the database is away", "503 Service Unavailable"))
-    with away as url, dead_port() as port, socket.create_server(("127.0.0.1", 0)) as silent:
+    other = answering(http_answer(b"another program", "404 Not Found"))
+    silent = socket.create_server(("127.0.0.1", 0))
+    with away as url, other as other_url, dead_port() as port, silent:
         for address, why in [
             (f"http://127.0.0.1:{port}", "Connection refused"),
             (url, "/readyz answers 503: the database is away"),
+            (other_url, "/readyz answers 404: another program"),
             (f"http://127.0.0.1:{silent.getsockname()[1]}", "timed out"),
         ]:
             answer = taskctl("wait", address, "--timeout", "0s")
