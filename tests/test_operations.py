@@ -633,9 +633,9 @@ FORWARDED = [  # the header of the proxy, and the client in it
 ]
 
 
-@pytest.mark.parametrize("proxy", ["127.0.0.1", "*", "10.0.0.1, ::1,127.0.0.1"])
-def test_a_trusted_proxy_tells_the_client(start: Start, proxy: str) -> None:
-    server = start(TASKD_TRUSTED_PROXY=proxy)
+@pytest.mark.parametrize("trusted", ["127.0.0.1", "*", "10.0.0.1, ::1,127.0.0.1"])
+def test_a_trusted_proxy_tells_the_client(start: Start, trusted: str) -> None:
+    server = start(TASKD_TRUSTED_PROXY=trusted)
     for forwarded, _ in FORWARDED:
         assert (
             server.request("GET", "/healthz", headers={"X-Forwarded-For": forwarded}).status_code
@@ -676,17 +676,17 @@ def test_a_proxy_is_known_however_its_address_is_spelt(start: Start) -> None:
 
 
 @pytest.mark.parametrize(("forwarded", "client"), FORWARDED)
-@pytest.mark.parametrize("proxy", ["127.0.0.1", "*", "10.0.0.1", None])
+@pytest.mark.parametrize("trusted", ["127.0.0.1", "*", "10.0.0.1", None])
 def test_only_the_trusted_proxy_may_name_the_client(
     make_app: MakeApp,
     caplog: pytest.LogCaptureFixture,
-    proxy: str | None,
+    trusted: str | None,
     forwarded: str,
     client: str,
 ) -> None:
     caplog.set_level("INFO", "taskd")
     headers = bearer() | {"X-Forwarded-For": forwarded, "X-Request-ID": "mine"}
-    testing.TestClient(make_app(trusted_proxies=(proxy,) if proxy else ())).simulate_get(
+    testing.TestClient(make_app(trusted_proxies=(trusted,) if trusted else ())).simulate_get(
         TASKS, headers=headers
     )
     [line] = caplog.messages
@@ -698,7 +698,7 @@ def test_only_the_trusted_proxy_may_name_the_client(
         "id": "mine",
         "user": "'alice'",
     }
-    believed = {None: None, "10.0.0.1": "127.0.0.1"}.get(proxy, client)
+    believed = {None: None, "10.0.0.1": "127.0.0.1"}.get(trusted, client)
     assert found.groupdict() == expected | {"client": believed, "ms": found["ms"]}
     assert 0 <= float(found["ms"]) < DEADLINE * 1000
 
