@@ -215,6 +215,7 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "a length below zero": (post(MILK, "Content-Length: -1"), 400),
     "a length in hexadecimal": (post(MILK, "Content-Length: 0x15"), 400),
     "a length with a space": (post(MILK, "Content-Length: 2 1"), 400),
+    "a length with a no-break space": (post(MILK, "Content-Length: 21\xa0"), 400),
     "a length over 2^64": (post(MILK, "Content-Length: 18446744073709551617"), 400),
     "a length over the limit": (post(b"", "Content-Length: 65537"), 413),
     "a space before a length's colon": (post(MILK, "Content-Length : 21"), 400),

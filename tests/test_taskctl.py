@@ -1446,6 +1446,11 @@ def test_smoke_of_another_server_passes_whatever_the_database_of_the_settings_is
     assert (answer.returncode, answer.stderr.count("\n")) == (0, 1)
 
 
+def test_smoke_tries_a_server_behind_the_path_of_its_url(taskctl: Taskctl, server: Process) -> None:
+    answer = taskctl("smoke", f"http://127.0.0.1:{server.port}/todo/", "--json")
+    assert {call["status"] for call in json.loads(answer.stdout)} == {404}
+
+
 def test_smoke_by_itself_tries_the_server_of_the_settings(
     taskctl: Taskctl, server: Process
 ) -> None:
@@ -1594,7 +1599,12 @@ def test_smoke_notices_a_server_that(
 
 @pytest.mark.parametrize(
     ("header", "methods"),
-    [("Location", {"POST"}), ("WWW-Authenticate", {"GET"}), ("Link", {"GET"})],
+    [
+        ("Location", {"POST"}),
+        ("Idempotency-Replayed", {"POST"}),
+        ("WWW-Authenticate", {"GET"}),
+        ("Link", {"GET"}),
+    ],
 )
 def test_smoke_notices_a_server_whose_answers_lack_a_header(
     taskctl: Taskctl, make_app: Callable[..., taskd.App], header: str, methods: set[str]
