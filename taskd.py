@@ -2758,7 +2758,7 @@ class RequestContext:
     def process_response(self, req: Request, resp: Response, resource: object, ok: bool) -> None:
         """Log the request without its token, query and body, and complete Allow for OPTIONS."""
         allow = resp.get_header("Allow")
-        if req.method == "OPTIONS" and allow and "OPTIONS" not in allow:
+        if req.method == "OPTIONS" and allow:
             resp.set_header("Allow", f"{allow}, OPTIONS")  # as in the Allow of a 405
             resp.content_type = falcon.MEDIA_TEXT  # an empty body is not JSON
         when_on_disk(partial(self._log, req, resp))
@@ -3392,7 +3392,7 @@ class RequestReader:
     def _reject(self, rejection: falcon.HTTPError) -> None:
         """Reject the request and close the connection: the next request's start is not known."""
         if self.part != "body":
-            self.request.set_headers(self.lines + FOR_REJECTIONS.findall(self.unread)[:2])
+            self.request.set_headers(self.lines + FOR_REJECTIONS.findall(self.unread))
         self.request.headers["CONNECTION"] = "close"
         self.request.rejection, self.complete = rejection, True
 

@@ -403,14 +403,14 @@ def test_a_refusal_has_the_headers_of_every_answer(shared: Process, kind: str, s
 
 
 @pytest.mark.sqlite("it is about HTTP")
-@pytest.mark.parametrize("status", [400, 413])
-def test_a_refusal_has_nothing_of_what_follows_its_head(shared: Process, status: int) -> None:
+@pytest.mark.parametrize("status", ["400", "413"])
+def test_a_refusal_has_nothing_of_what_follows_its_head(shared: Process, status: str) -> None:
     own = b"X-Request-ID: own\r\nOrigin: https://a.example\r\n\r\n"
     following = own.replace(b"own", b"next").replace(b"a.example", b"b.example")
     with Wire(shared) as wire:
         sent_in_vain(wire, REFUSED[status] + own + b"\r\n" + following)
         answer = wire.answer()
-    assert_problem(answer, status)
+    assert_problem(answer, int(status))
     assert answer.headers["x-request-id"] == "own"
     assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
