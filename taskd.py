@@ -4016,10 +4016,11 @@ class Server(waitress.server.TcpWSGIServer):
             self._calls.popleft()()
         # A batch that has begun holds SQLite's lock: it is committed even without a write.
         begun = bool(self._blocked) and self._retry_writes()
-        writes = len(self._batch)  # with those that `_retry_writes` has added
+        before = len(self._batch)  # with those that `_retry_writes` has added
         while len(self.ready) and time.monotonic() < end:  # every turn of `ready` has a place
             self._answer(self.ready.popleft())
-        grows = writes < len(self._batch) < MAX_BATCH and time.monotonic() < self._commit_at
+        # It waits for further writes while each round adds one, up to its limits.
+        grows = before < len(self._batch) < MAX_BATCH and time.monotonic() < self._commit_at
         if (self._batch or begun) and not grows:
             self._commit()
         return worked
