@@ -3392,7 +3392,8 @@ class RequestReader:
     def _reject(self, rejection: falcon.HTTPError) -> None:
         """Reject the request and close the connection: the next request's start is not known."""
         if self.part != "body":
-            self.request.set_headers(self.lines + FOR_REJECTIONS.findall(self.unread))
+            own = self.unread.split(b"\n\r\n")[0]  # not the body or the next request
+            self.request.set_headers(self.lines + FOR_REJECTIONS.findall(own))
         self.request.headers["CONNECTION"] = "close"
         self.request.rejection, self.complete = rejection, True
 
@@ -3429,12 +3430,11 @@ class RequestReader:
     def _take_lines(self) -> bool:
         """Remove all complete lines of headers or trailers; return whether they have ended."""
         complete = self.unread.rfind(b"\n") + 1  # only complete lines: the last one may grow
-        found = HEADER_LINES.match(self.unread, 0, complete)
-        end = found.end() if found else 0
+        end = HEADER_LINES.match(self.unread, 0, complete).end()  # type: ignore[union-attr]
         ended = self.unread.startswith(b"\r\n", end)
-        self.lines += HEADER_LINE.findall(self._take(end + 2 * ended))
-        if len(self.lines) > MAX_HEADERS:
+        if len(self.lines) + self.unread.count(b"\n", 0, end) > MAX_HEADERS:
             raise head_too_large()
+        self.lines += HEADER_LINE.findall(self._take(end + 2 * ended))
         if not ended:
             self._limit(len(self.unread))
             if end < complete:

@@ -403,14 +403,26 @@ def test_a_refusal_has_the_headers_of_every_answer(shared: Process, kind: str, s
 
 
 @pytest.mark.sqlite("it is about HTTP")
-@pytest.mark.parametrize("status", ["400", "413"])
-def test_a_refusal_has_nothing_of_what_follows_its_head(shared: Process, status: str) -> None:
-    own = b"X-Request-ID: own\r\nOrigin: https://a.example\r\n\r\n"
+@pytest.mark.parametrize(
+    ("status", "before", "after"),
+    [
+        (400, REFUSED["400"], b""),
+        (413, REFUSED["413"], b""),
+        (400, b"GET /healthz\r\n", b""),
+        (400, b"GET /healthz HTTP/1.1\r\nHost: x\r\n", b"X : y\r\n"),
+        (431, b"GET /healthz HTTP/1.1\r\nHost: x\r\n", b"X: y\r\n" * 256),
+    ],
+    ids=["no host", "a body too large", "a malformed line", "a malformed header", "many headers"],
+)
+def test_a_refusal_has_nothing_of_what_follows_its_head(
+    shared: Process, status: int, before: bytes, after: bytes
+) -> None:
+    own = b"X-Request-ID: own\r\nOrigin: https://a.example\r\n"
     following = own.replace(b"own", b"next").replace(b"a.example", b"b.example")
     with Wire(shared) as wire:
-        sent_in_vain(wire, REFUSED[status] + own + b"\r\n" + following)
+        sent_in_vain(wire, before + own + after + b"\r\n" + following + b"\r\n")
         answer = wire.answer()
-    assert_problem(answer, int(status))
+    assert_problem(answer, status)
     assert answer.headers["x-request-id"] == "own"
     assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
