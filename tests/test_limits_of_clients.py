@@ -1015,13 +1015,13 @@ def test_requests_that_are_being_answered_count_with_their_memory_and_are_not_cl
     start: Start, tmp_path: Path
 ) -> None:
     server = start(before="taskd.MAX_HELD = 1024 * 1024")
-    with connected(server, 40) as wires, Wire(server) as half:
+    with connected(server, 25) as wires, Wire(server) as half:
         with locked(tmp_path / "taskd.db"):
             for wire in wires:
-                wire.send(post(MILK.ljust(40_000), "Content-Length: 40000"))
-            half.send(post(b"x" * 4_000, "Content-Length: 5000"))
+                wire.send(post(MILK.ljust(39_500), "Content-Length: 39500"))
+            half.send(post(b"x" * 60_000, "Content-Length: 65000"))
             until(lambda: "others need the memory" in server.log, "the other one is closed")
-        assert [wire.answer().status_code for wire in wires] == [201] * 40
+        assert [wire.answer().status_code for wire in wires] == [201] * 25
 
 
 @pytest.mark.sqlite("it is not about the database")

@@ -880,7 +880,6 @@ def test_check_says_that_a_database_is_off_and_leaves_it(taskctl: Taskctl, tmp_p
     assert "file is not a database" in answer.stdout
 
 
-@pytest.mark.sqlite("it is about a file")
 def test_check_says_that_the_directory_of_the_database_is_missing(taskctl: Taskctl) -> None:
     answer = taskctl("check", "--json", DATABASE_URL="sqlite:///missing/taskd.db")
     found = {row["about"]: (row["result"], row["found"]) for row in json.loads(answer.stdout)}
