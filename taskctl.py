@@ -1231,7 +1231,7 @@ def insert_new() -> int:
 
 @app.command()
 def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False) -> None:
-    """Delete everything that is kept of a user, after a question."""
+    """Delete everything that is kept of a user, after a confirmation."""
     opened, name = database(), printable(user)
     owned = [(model, model._meta.fields["user_id"] == user) for model in USER_MODELS]
     found = [model.select().where(theirs).count(opened.peewee) for model, theirs in owned]

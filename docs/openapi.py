@@ -26,7 +26,7 @@ PATHS = (TASKS, f"{TASKS}/{{task_id}}", f"{TASKS}/{{task_id}}/complete")
 SPACES = "".join(map(chr, [0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]))
 BLANK = rf"\t-\r\x1c-\x20\x85\xa0{SPACES}"  # escapes that RE2, Perl and ECMAScript share
 PATTERNS = {None: r"^[^\x00]*$", r"\S": rf"^[^\x00]*[^\x00{BLANK}][^\x00]*$"}
-IGNORED = {"description": "Owned by the server: accepted and ignored."}
+IGNORED = {"description": "Owned by the server: any value is accepted and ignored."}
 TIME = {
     "type": "string",
     "format": "date-time",
