@@ -180,21 +180,29 @@ def test_a_crash_of_the_server_is_503_until_it_is_back_and_loses_nothing(
     assert "Traceback" not in server.log
 
 
+# Of this database: other tests may wait in others of the server.
+WAITING = """
+SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
+
+
+def hold_key(session: psycopg.Connection[Any], name: str) -> None:
+    """Let a create of alice with this key wait until the transaction ends, with its task added."""
+    session.execute(
+        "INSERT INTO idempotency_key (user_id, name, body, answer, created_at)"
+        " VALUES ('alice', %s, '', '', '2026-11-20T21:00:00.000Z')",
+        [name],
+    )
+
+
 def test_a_crash_in_the_middle_of_a_transaction_leaves_nothing_of_it(
     cluster: Cluster, empty: str, start: Start
 ) -> None:
     server = start(DATABASE_URL=empty)
     with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
-        other.execute("LOCK TABLE task IN EXCLUSIVE MODE")
+        hold_key(other, "once")
         creating = pool.submit(create, server, 1, "once")
-        waiting = (
-            "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-            " AND query LIKE 'INSERT INTO \"task\"%'"
-        )
-        until(
-            lambda: ask(cluster.url(), waiting),
-            "the key is claimed, and the task waits for the lock",
-        )
+        until(lambda: ask(empty, WAITING), "the task is added, and waits for its key")
         cluster.stop()
         assert_unavailable(creating.result())
         other.close()
@@ -211,13 +219,9 @@ def test_a_create_with_a_key_does_not_wait_for_one_with_another_key(
 ) -> None:
     server = start(DATABASE_URL=empty)
     with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
-        other.execute(
-            "INSERT INTO idempotency_key (user_id, name, body, answer, created_at)"
-            " VALUES ('alice', 'slow', '', '', '2026-11-20T21:00:00.000Z')"
-        )
-        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        hold_key(other, "slow")
         slow = pool.submit(create, server, 1, "slow")
-        until(lambda: ask(empty, waiting), "it waits for the key")
+        until(lambda: ask(empty, WAITING), "it waits for the key")
         assert create(server, 2, "quick").status_code == 201
         assert not slow.done()
         other.rollback()
@@ -228,12 +232,11 @@ def test_a_repeated_create_does_not_wait_for_another_create_of_a_user_with_a_lim
     empty: str, start: Start
 ) -> None:
     server = start(DATABASE_URL=empty, TASKD_MAX_TASKS="9")
-    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     first = create(server, 1, "once")
     with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
         other.execute("LOCK TABLE task IN EXCLUSIVE MODE")
         adding = pool.submit(create, server, 2)
-        until(lambda: ask(empty, waiting), "it has the lock of the user, and waits for the table's")
+        until(lambda: ask(empty, WAITING), "it has the lock of the user, and waits for the table's")
         assert create(server, 1, "once").json == first.json
         assert not adding.done()
         other.rollback()
