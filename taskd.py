@@ -692,7 +692,7 @@ def _connection(url: SplitResult) -> HTTPConnection:
     """Return a connection for an address: https through the environment's proxy, if it has one."""
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     if url.scheme != "https":
-        return HTTPConnection(host, port, timeout=KEYS_WAIT)  # which would split ::1 at a colon
+        return HTTPConnection(host, port, timeout=KEYS_WAIT)  # without a port it would split ::1
     direct = re.fullmatch(LOOPBACK, host) or proxy_bypass(host)
     proxy = urlsplit("//" + ("" if direct else getproxies().get("https", "")).split("://")[-1])
     if not proxy.hostname:
