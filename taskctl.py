@@ -893,7 +893,7 @@ def open_exclusively(path: Path) -> peewee.SqliteDatabase:
     """
     if (not path.exists() or not path.stat().st_size) and Path(f"{path}-wal").exists():
         raise Refused(f"{path}-wal exists without its database; move it away first")
-    path.touch(mode=0o600)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     live = connect(path)
     try:
         live.connection().executescript(EXCLUSIVE)

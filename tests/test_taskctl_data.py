@@ -584,11 +584,13 @@ def test_an_idle_server_is_enough_for_a_restore_to_be_refused(
     before = fill(server)
     taskctl("backup", "copy.db")
     newest = add(server, "carol")
+    changed = (tmp_path / "taskd.db").stat().st_mtime_ns
     for _ in range(3):
         assert (
             one_line(taskctl("restore", "copy.db"), 1)
             == "taskd.db is open elsewhere: stop the server first"
         )
+    assert (tmp_path / "taskd.db").stat().st_mtime_ns == changed
     assert (answers(server), listed(server, "carol")) == (before, [newest])
     assert add(server, "carol")["id"] == newest["id"] + 1
     assert set(names(tmp_path)) == {"copy.db", "taskd.db", "taskd.db-wal", "taskd.db-shm"}
