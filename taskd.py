@@ -3260,7 +3260,7 @@ MAX_CHUNK_LINE = 4096  # bytes of a chunk's size with its extensions
 HTTP_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # a method, a header's name: RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % HTTP_TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*+)\r\n" % HTTP_TOKEN)  # not folded
-HEADER_LINES = re.compile(rb"(?:%b)*+" % HEADER_LINE.pattern)
+HEADER_LINES = re.compile(rb"(?:%b)*+" % HEADER_LINE.pattern.replace(b"(", b"(?:"))  # no groups
 # The headers on which the answer to a rejected request depends.
 FOR_REJECTIONS = re.compile(rb"(?im)^(Origin|X-Request-ID):[ \t]*([!-~]+)\r$")
 PRINTABLE = re.compile(rb"[!-~]")  # how a request begins; TLS begins with a control character
