@@ -1244,9 +1244,9 @@ def purge(user: UserId, yes: Annotated[bool, Option("--yes", help="Do not ask.")
         print(f"Delete all {what} of {name}?", end=" [y/N] ", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Refused("nothing was deleted")
-    with opened.transaction():
-        done = [model.delete().where(theirs).execute(opened.peewee) for model, theirs in owned]
-    say(f"deleted {owned_rows(*done)} of {name}")
+    with opened.transaction():  # keys first: a task that is created meanwhile stays with its key
+        done = [of.delete().where(theirs).execute(opened.peewee) for of, theirs in owned[::-1]]
+    say(f"deleted {owned_rows(*done[::-1])} of {name}")
 
 
 def owned_rows(tasks: int, keys: int) -> str:

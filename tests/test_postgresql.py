@@ -813,6 +813,24 @@ def test_an_import_does_not_overwrite_a_task_that_is_created_meanwhile(
     assert stored(tmp_path / "taskd.db")[newer["id"]]["user_id"] == "bob"
 
 
+def test_a_purge_leaves_a_task_that_is_created_meanwhile_its_key(
+    empty: str, start: Start, tmp_path: Path
+) -> None:
+    server = start(DATABASE_URL=empty)
+    create(server, 1, "old")
+    with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("SELECT 1 FROM task FOR UPDATE")
+        arguments = ("taskctl", "purge", "alice", "--yes")
+        ending = pool.submit(run, tmp_path, *arguments, DATABASE_URL=empty)
+        until(lambda: ask(empty, WAITING) != [], "it waits to delete the task")
+        assert create(server, 2, "new").status_code == 201
+        other.rollback()
+    assert ending.result().returncode == 0
+    repeated = create(server, 2, "new")
+    assert (repeated.status_code, repeated.headers["idempotency-replayed"]) == (201, "true")
+    assert ask(empty, "SELECT title FROM task") == [("Task 2",)]
+
+
 def test_an_export_says_in_one_line_that_its_connection_was_lost(
     start: Start, tmp_path: Path
 ) -> None:
