@@ -698,6 +698,7 @@ def test_a_client_that_resets_a_write_while_the_disk_is_slow_stops_nobody(tmp_pa
     assert process.terminate() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite("it is about HTTP")
 def test_a_connection_that_was_used_is_closed_when_it_is_idle(hasty: Process) -> None:
     with Wire(hasty) as wire:
@@ -881,6 +882,7 @@ def test_more_long_lists_that_nobody_reads_than_descriptors_lock_no_client_out(
         assert memory(server) < 200_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite("it is about HTTP")
 @pytest.mark.parametrize("kind", ["heads", "bodies"])
 def test_what_closed_connections_had_sent_leaves_the_memory(start: Start, kind: str) -> None:
