@@ -301,7 +301,7 @@ def write_secret() -> None:
 
 @app.command()
 def settings(as_json: AsJson = False) -> None:
-    """Show the effective settings, secrets masked. Where each comes from is not in the JSON."""
+    """Show the effective settings, secrets masked. The table also says where each comes from."""
     effective, dotenv, shown = Settings.load(), taskd.read_dotenv(DOTENV), {}
     for field in dataclasses.fields(effective):
         variable, value = field.metadata["variable"], getattr(effective, field.name)
@@ -1085,7 +1085,7 @@ class Incoming(Task):
 def export(
     user: Annotated[str | None, UserArgument(help="Only this user's tasks.")] = None,
 ) -> None:
-    """Print tasks as JSON lines, as the API shows them. All are of one moment."""
+    """Print tasks as JSON lines, as the API shows them. All are read from one snapshot."""
     opened, theirs = database(), taskd.owned_by_user(Task) if user else peewee.SQL("TRUE")
     count = Task.select(TASKS).where(theirs)
     [[total]] = opened.run(opened.compile(count), user_id=user)
@@ -1450,7 +1450,7 @@ def smoke(
     url: Annotated[str | None, Argument(help="The server; else that of the settings.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Call every route of a live server. What this creates is deleted."""
+    """Call every route of a live server. The tasks that this creates are deleted."""
     settings = Settings.load()
     client = SmokeClient(url := url or taskd.url_of(settings.host, settings.port), settings)
     try:

@@ -391,7 +391,7 @@ def configure_log(settings: Settings) -> None:
 
 
 RETRY_AFTER = 2  # seconds until a client should try again
-PLACE_TIMEOUT = 0.25  # seconds without a place that is taken or freed, after which waiting ends
+PLACE_TIMEOUT = 0.25  # seconds in which no place is taken or freed until those that wait give up
 
 
 class Unavailable(Exception):
@@ -1666,7 +1666,7 @@ class TaskStore:
             if key is None:
                 return self._add_within_limit(values)
             # Of this key only: creates that wait take places from other users.
-            self._database.lock(user_id=user_id, key=key)
+            self._database.lock(user_id, key)
             before = timestamp(now - IDEMPOTENCY_WINDOW)
             values |= {"name": key, "body": _digest(task), "before": before}
             self._run("delete_old_key", values)
@@ -1678,7 +1678,7 @@ class TaskStore:
 
     def _add_within_limit(self, values: dict[str, Any]) -> Stored:
         if self._max_tasks is not None:
-            self._database.lock(user_id=values["user_id"], key="")
+            self._database.lock(values["user_id"])
             [(count,)] = self._run("count", values | {"limit": self._max_tasks})
             if count >= self._max_tasks:
                 raise TooManyTasks(f"{self._max_tasks:,}")
@@ -1962,7 +1962,7 @@ class Sqlite(WriteHealth):
             if pages > MAX_WAL_PAGES and moved < pages:
                 raise Busy("other readers must end first; send it again")
 
-    def lock(self, **names: str) -> None:
+    def lock(self, user_id: str, key: str = "") -> None:
         """Do nothing: SQLite has one writer, so a transaction already excludes other creates."""
 
     def write(self, sql: str, **values: Any) -> list[tuple[Any, ...]]:
@@ -2374,9 +2374,10 @@ class Postgres(WriteHealth):
                 yield from rows
                 self._limit_statement(end)
 
-    def lock(self, **names: str) -> None:
-        """Lock out creates that lock the same `user_id` and `key` until the transaction ends."""
-        self.run("SELECT pg_advisory_xact_lock(hashtext(%(user_id)s), hashtext(%(key)s))", **names)
+    def lock(self, user_id: str, key: str = "") -> None:
+        """Lock out creates of the user that lock the same key, until the transaction ends."""
+        sql = "SELECT pg_advisory_xact_lock(hashtext(%(user_id)s), hashtext(%(key)s))"
+        self.run(sql, user_id=user_id, key=key)
 
     @contextlib.contextmanager
     def deadline(self, end: float) -> Iterator[None]:
@@ -3392,7 +3393,7 @@ class RequestReader:
     def _reject(self, rejection: falcon.HTTPError) -> None:
         """Reject the request and close the connection: the next request's start is not known."""
         if self.part != "body":
-            own = self.unread.split(b"\n\r\n")[0]  # not the body or the next request
+            own = self.unread.partition(b"\n\r\n")[0]  # not the body or the next request
             self.request.set_headers(self.lines + FOR_REJECTIONS.findall(own))
         self.request.headers["CONNECTION"] = "close"
         self.request.rejection, self.complete = rejection, True
@@ -3848,9 +3849,9 @@ class ServerChannel(waitress.channel.HTTPChannel):
 class FairQueue:
     """A queue of requests that takes one from each user in turn; many delay only their sender's.
 
-    The reads of a user have a turn, and the writes another. `Server.ready` is one. The dispatchers
-    have another instead of waitress's deque, in which at most `places` threads read for a user at
-    the same time. How many writes wait is limited by the database, where a lock can make them wait
+    The reads of a user have a turn, and the writes another. `Server.ready` is such a queue, and
+    each dispatcher has one instead of waitress's deque: of its threads at most `places` read for a
+    user at the same time. The database limits how many writes wait, since a lock can make them wait
     for seconds.
     """
 
@@ -4019,7 +4020,7 @@ class Server(waitress.server.TcpWSGIServer):
         before = len(self._batch)  # with those that `_retry_writes` has added
         while len(self.ready) and time.monotonic() < end:  # every turn of `ready` has a place
             self._answer(self.ready.popleft())
-        # It waits for further writes while each round adds one, up to its limits.
+        # The batch waits for further writes while each round adds one, up to its limits.
         grows = before < len(self._batch) < MAX_BATCH and time.monotonic() < self._commit_at
         if (self._batch or begun) and not grows:
             self._commit()
@@ -4160,10 +4161,10 @@ class Server(waitress.server.TcpWSGIServer):
 
     def _replaceable(self, before: float) -> Iterator[ServerChannel]:
         """Yield the connections that wait for their client since before that time, oldest first."""
-        waits = (one for one in self.active_channels.values() if one.waiting_for)
-        waiting = [one for one in waits if one.since < before]
-        for channel in sorted(waiting, key=lambda one: one.since):
-            if channel.waiting_for != "request" or not channel._peek():  # none came after the poll
+        for channel in sorted(self.active_channels.values(), key=operator.attrgetter("since")):
+            waits = channel.waiting_for and channel.since < before
+            # A request may have come after the poll.
+            if waits and (channel.waiting_for != "request" or not channel._peek()):
                 yield channel
 
     def _make_room(self, replaceable: Iterator[ServerChannel]) -> bool:

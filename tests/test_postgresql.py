@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -186,6 +186,15 @@ SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event
 """
 
 
+def begun(
+    pool: ThreadPoolExecutor, url: str, call: Callable[..., Any], *arguments: Any, **options: Any
+) -> Future[Any]:
+    """Call a function in a thread, and return when it waits for a lock of the database."""
+    called = pool.submit(call, *arguments, **options)
+    until(lambda: ask(url, WAITING), "it waits for a lock")
+    return called
+
+
 def hold_key(session: psycopg.Connection[Any], name: str) -> None:
     """Let a create of alice with this key wait until the transaction ends, with its task added."""
     session.execute(
@@ -201,8 +210,8 @@ def test_a_crash_in_the_middle_of_a_transaction_leaves_nothing_of_it(
     server = start(DATABASE_URL=empty)
     with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
         hold_key(other, "once")
-        creating = pool.submit(create, server, 1, "once")
-        until(lambda: ask(empty, WAITING), "the task is added, and waits for its key")
+        # The task is added, and waits for its key.
+        creating = begun(pool, empty, create, server, 1, "once")
         cluster.stop()
         assert_unavailable(creating.result())
         other.close()
@@ -220,8 +229,7 @@ def test_a_create_with_a_key_does_not_wait_for_one_with_another_key(
     server = start(DATABASE_URL=empty)
     with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
         hold_key(other, "slow")
-        slow = pool.submit(create, server, 1, "slow")
-        until(lambda: ask(empty, WAITING), "it waits for the key")
+        slow = begun(pool, empty, create, server, 1, "slow")
         assert create(server, 2, "quick").status_code == 201
         assert not slow.done()
         other.rollback()
@@ -235,8 +243,8 @@ def test_a_repeated_create_does_not_wait_for_another_create_of_a_user_with_a_lim
     first = create(server, 1, "once")
     with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
         other.execute("LOCK TABLE task IN EXCLUSIVE MODE")
-        adding = pool.submit(create, server, 2)
-        until(lambda: ask(empty, WAITING), "it has the lock of the user, and waits for the table's")
+        # It has the lock of the user, and waits for that of the table.
+        adding = begun(pool, empty, create, server, 2)
         assert create(server, 1, "once").json == first.json
         assert not adding.done()
         other.rollback()
@@ -552,14 +560,10 @@ def test_a_sigterm_with_requests_waiting_in_the_threads_answers_them_all(
     two: list[Process], tmp_path: Path
 ) -> None:
     puts = [written("POST", TASKS, {"title": f"{number}"}, user="alice") for number in range(40)]
-    waiting = (
-        "SELECT 1 FROM pg_stat_activity"
-        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    )
     with ThreadPoolExecutor(1) as pool:
         with locked(tmp_path / "taskd.db"):
             answering = pool.submit(at_once, [two[0]], puts)
-            until(lambda: len(sql(tmp_path / "taskd.db", waiting)) >= 20, "they wait for the lock")
+            until(lambda: len(sql(tmp_path / "taskd.db", WAITING)) >= 20, "they wait for the lock")
             two[0].popen.terminate()
         statuses = [answer.status_code for answer in answering.result()]
     assert set(statuses) <= {201, 503}, "503 for those beyond the write queue"
@@ -796,16 +800,15 @@ def test_an_import_does_not_overwrite_a_task_that_is_created_meanwhile(
     task = create(server, 1).json
     newer = task | {"id": task["id"] + 1, "updated_at": "2126-01-01T00:00:00.000Z"}
     (tmp_path / "tasks.jsonl").write_bytes(taskd.to_json(newer))
-    url, waits = database_url(tmp_path / "taskd.db"), "wait_event_type = 'Lock'"
+    url = database_url(tmp_path / "taskd.db")
     with psycopg.connect(url) as other, ThreadPoolExecutor(1) as pool:
         columns = "user_id, title, completed, tags, created_at, updated_at, version"
         values = "'bob', title, completed, tags, 'now', updated_at, version"
         extra = ", ".join(f"{name}_folded" for name in taskd.SEARCHED)
         select = f"SELECT {values}, {extra} FROM task"
         other.execute(f"INSERT INTO task ({columns}, {extra}) {select}".encode())
-        ending = pool.submit(run, tmp_path, "taskctl", "import", "tasks.jsonl", DATABASE_URL=url)
-        waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND {waits}"
-        until(lambda: ask(url, waiting) != [], "the import waits")
+        arguments = ("taskctl", "import", "tasks.jsonl")
+        ending = begun(pool, url, run, tmp_path, *arguments, DATABASE_URL=url)
         other.commit()
     ended = ending.result()
     assert (ended.returncode, ended.stdout) == (1, "")
@@ -821,8 +824,7 @@ def test_a_purge_leaves_a_task_that_is_created_meanwhile_its_key(
     with psycopg.connect(empty) as other, ThreadPoolExecutor(1) as pool:
         other.execute("SELECT 1 FROM task FOR UPDATE")
         arguments = ("taskctl", "purge", "alice", "--yes")
-        ending = pool.submit(run, tmp_path, *arguments, DATABASE_URL=empty)
-        until(lambda: ask(empty, WAITING) != [], "it waits to delete the task")
+        ending = begun(pool, empty, run, tmp_path, *arguments, DATABASE_URL=empty)
         assert create(server, 2, "new").status_code == 201
         other.rollback()
     assert ending.result().returncode == 0
